@@ -1,0 +1,245 @@
+"""Every setting of a run: typed, validated, from YAML with dotted command-line overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names each field and what was expected."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _absolute(path: str) -> str:
+    """Workers have another working directory than the command that started the run."""
+    return str(Path(path).expanduser().absolute())
+
+
+Paths = Annotated[list[str], BeforeValidator(_as_list)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class RunConfig(Section):
+    """Where a run lives. The same name in the same storage continues that run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "omni"
+    storage: Annotated[str, AfterValidator(_absolute)] = "runs"  # a folder that every node sees
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class DataConfig(Section):
+    """Manifests (JSON lines), or embedded:train, embedded:dev, embedded:test."""
+
+    train: Paths = ["embedded:train"]
+    dev: Paths = ["embedded:dev"]
+    test: Paths = []
+    prompt: str = ""  # text between the audio and the transcript, where a row has none
+    max_rejects: Share = 0.05  # of the utterances seen; more stop the run
+    cache: str | None = "auto"  # folder of encoder features; auto: <run.storage>/cache; null: off
+    loaders: Positive = 2  # tasks that decode audio at a time, one logical CPU each
+
+
+class EncoderConfig(Section):
+    """The frozen Whisper encoder and the actors that run it."""
+
+    weights: str = "embedded"  # embedded, hub (WHISPER_MS_ID, WHISPER_HF_ID), or a folder
+    mode: Literal["trim", "full"] = "trim"
+    margin_seconds: Annotated[float, Field(ge=0, le=30)] = 0.5
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    frame_budget: Annotated[int, Field(ge=0)] | None = None  # frames per batch; null: by device
+    actors: Positive = 1
+    gpus: Annotated[float, Field(ge=0)] = 0  # per actor; fractions share a GPU
+    cpus: Annotated[float, Field(gt=0)] = 0.5  # logical CPUs per actor
+    threads: Positive = 1  # torch threads per actor
+
+
+class TokenizerConfig(Section):
+    path: str | None = None  # tokenizer.json of another run; null trains one on data.train
+    vocab_size: Annotated[int, Field(ge=265)] = 1024
+
+
+class ModelConfig(Section):
+    """Projector and GPT. Names are nanochat's where it has one."""
+
+    n_layer: Positive = 6
+    n_head: Positive = 4
+    n_kv_head: Positive | None = None  # null: n_head
+    n_embd: Annotated[int, Field(ge=24)] = 256
+    sequence_len: Positive = 2048
+    window_pattern: str = "L"
+    stack: Positive = 4  # encoder frames per soft token (50 frames/s)
+    projector_hidden: Positive | None = None  # null: n_embd
+    dropout: Rate = 0.0
+    token_dropout: Rate = 0.0  # share of text inputs hidden in training
+    audio_dropout: Rate = 0.0  # share of soft tokens hidden in training
+    train: list[Literal["projector", "lm"]] = ["projector", "lm"]  # the rest is frozen
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> ModelConfig:
+        if not self.train:
+            raise ValueError("train: expected at least one of projector, lm")
+        return self
+
+
+class OptimConfig(Section):
+    """Batch geometry, optimizer and schedule.
+
+    A step consumes bins_per_step bins of bin_positions positions over all workers, whatever their
+    number. One block (microbatch) of one worker holds bins_per_block bins.
+    """
+
+    bin_positions: Positive = 1024
+    bins_per_step: Positive = 2
+    bins_per_block: Positive = 1
+    steps: Positive = 1000
+    lr: Annotated[float, Field(gt=0)] = 1e-3  # AdamW: embeddings, scalars, and matrices w/o Muon
+    projector_lr: Annotated[float, Field(gt=0)] | None = None  # null: lr
+    muon_lr: Annotated[float, Field(gt=0)] | None = None  # Muon for the GPT's matrices; null: AdamW
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    final_lr: Share = 0.02  # share of the peak at the end of the cosine
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    ctc_weight: Annotated[float, Field(ge=0)] = 0.0  # auxiliary CTC on the soft tokens
+    ema: Rate = 0.0  # decay of the averaged weights that are evaluated and saved; 0: off
+
+
+class TrainConfig(Section):
+    workers: Positive = 1
+    gpu: bool = False  # one GPU per worker
+    cpus: Annotated[float, Field(gt=0)] = 1  # logical CPUs per worker
+    threads: Positive = 1  # torch threads per worker
+    precision: Literal["bf16", "fp32"] = "bf16"
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # worker-group restarts; -1: without limit
+    log_every: Positive = 10
+    checkpoint_every: Positive = 200
+    keep_checkpoints: Positive = 2  # newest ones, besides the best
+
+
+class EvalConfig(Section):
+    every: Positive = 200  # steps
+    max_utterances: Positive = 1000  # of dev and of test, held in the workers' memory
+    wer_utterances: Positive = 64  # of dev, decoded at each evaluation; all of test at the end
+    examples: Annotated[int, Field(ge=0)] = 2
+    best: Literal["dev_loss", "dev_wer"] = "dev_loss"
+    patience: Positive | None = None  # evaluations without a better `best` before stopping
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.storage) / self.run.name
+
+    @property
+    def cache_dir(self) -> Path | None:
+        if self.data.cache is None:
+            return None
+        if self.data.cache == "auto":
+            return Path(self.run.storage) / "cache"
+        return Path(_absolute(self.data.cache))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as ["--optim.lr", "3e-4"].
+
+    A repeated override of a list collects its values. Raises ConfigError.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"--config {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {path}: not YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"--config {path}: expected sections, found {type(loaded).__name__}")
+        values = loaded or {}
+    for key, value in _parse_overrides(overrides).items():
+        _set(values, key, value)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Validate plain values. Raises ConfigError with one line per wrong field."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, list[Any]] = {}
+    pending = list(arguments)
+    while pending:
+        flag = pending.pop(0)
+        if not flag.startswith("--") or "." not in flag.partition("=")[0]:
+            raise ConfigError(f"{flag}: unknown argument; settings are --section.field VALUE")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not pending or pending[0].startswith("--"):
+                raise ConfigError(f"--{key}: expected a value")
+            value = pending.pop(0)
+        found.setdefault(key, []).append(yaml.safe_load(value) if value else "")
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        nested = values.setdefault(section, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"{key}: {section} is not a section")
+        values = nested
+    values[name] = value
+
+
+def _explain(error: Any) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        given = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+        return f"{location}: {error['msg'].removeprefix('Value error, ')}{given}"
+    section: type[BaseModel] = Config
+    for part in error["loc"][:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{location}: unknown field{hint}; expected one of: {', '.join(known)}"

@@ -1,0 +1,111 @@
+"""Recordings to 16 kHz mono float32, with one reason for each way a recording can be bad."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from omni.model.logmel import FRAME, SAMPLING_RATE
+
+
+class AudioError(ValueError):
+    """A recording cannot be used. `reason` is one of a few words, fit for counting."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class AudioSpan:
+    """Where an utterance lies in its file: `start` and `duration` in seconds, None: to the end."""
+
+    start: float = 0.0
+    duration: float | None = None
+
+
+def resampled_length(frames: int, rate: int) -> int:
+    """Samples at 16 kHz of `frames` at `rate`."""
+    return round(frames * SAMPLING_RATE / rate)
+
+
+def measure(path: str | Path, span: AudioSpan = AudioSpan()) -> int:
+    """Samples at 16 kHz that `decode` will return, from the header alone.
+
+    Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`.
+    """
+    if not Path(path).is_file():
+        raise AudioError("missing", f"no such file: {path}")
+    try:
+        info = soundfile.info(str(path))
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
+        raise AudioError("unreadable", f"{path}: {error}") from None
+    if info.frames <= 0:
+        raise AudioError("empty", f"{path}: no samples")
+    first, count = _frames(span, info.frames, info.samplerate, str(path))
+    return resampled_length(count, info.samplerate)
+
+
+def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarray:
+    """Decode to (S,) float32 mono at 16 kHz; channels are averaged.
+
+    data: a path, or the bytes of a file in any format libsndfile reads.
+    Raises AudioError: `unreadable`, `empty`, `not finite`, or `span outside the file`.
+    """
+    name = "bytes" if isinstance(data, bytes) else str(data)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data) if isinstance(data, bytes) else name) as file:
+            rate = file.samplerate
+            if file.frames <= 0:
+                raise AudioError("empty", f"{name}: no samples")
+            first, count = _frames(span, file.frames, rate, name)
+            if first:
+                file.seek(first)
+            samples = file.read(count, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise AudioError("unreadable", f"{name}: {error}") from None
+    if not len(samples):
+        raise AudioError("empty", f"{name}: no samples")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise AudioError("not finite", f"{name}: NaN or infinite samples")
+    if rate != SAMPLING_RATE:
+        mono = soxr.resample(mono, rate, SAMPLING_RATE)
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def fit(audio: np.ndarray, samples: int) -> np.ndarray:
+    """Cut or zero-pad to the `samples` that the index measured.
+
+    Resamplers and codec headers disagree by a few samples; more than one encoder frame (20 ms)
+    means the file is not what the index saw: AudioError `length mismatch`.
+    """
+    if abs(len(audio) - samples) > FRAME:
+        raise AudioError(
+            "length mismatch",
+            f"decoded {len(audio) / SAMPLING_RATE:.3f} s, the index reserved "
+            f"{samples / SAMPLING_RATE:.3f} s",
+        )
+    if len(audio) >= samples:
+        return audio[:samples]
+    return np.pad(audio, (0, samples - len(audio)))
+
+
+def _frames(span: AudioSpan, total: int, rate: int, name: str) -> tuple[int, int]:
+    """The span as (first, count) in frames of the file."""
+    first = round(span.start * rate)
+    count = total - first if span.duration is None else round(span.duration * rate)
+    # A manifest rounds to milliseconds: a span may end that much after the file does.
+    slack = rate // 100
+    if first < 0 or count <= 0 or first + count > total + slack:
+        raise AudioError(
+            "span outside the file",
+            f"{name}: {span.start} s + {span.duration} s of {total / rate:.3f} s",
+        )
+    return first, min(count, total - first)

@@ -1,0 +1,179 @@
+"""Which utterances make up every training step: a pure function of index, seed and epoch.
+
+Utterances are packed into bins of exactly `bin_positions` positions; a training step takes
+`bins_per_step` bins. The resume state is one integer, the number of bins consumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+EMPTY = -1  # a bin number that stands for a bin of padding
+_POOL_BINS = 256  # bins packed together: wide enough to fill them, narrow enough to stay shuffled
+
+
+def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack `order` (utterance numbers) into bins of `capacity`, best fit, longest first.
+
+    Packing runs over pools of about 256 bins; what is left over in a badly filled bin moves on to
+    the next pool. Raises ValueError if an utterance is longer than a bin.
+    """
+    if len(order) and int(lengths[order].max()) > capacity:
+        worst = int(order[lengths[order].argmax()])
+        raise ValueError(
+            f"utterance {worst} needs {lengths[worst]} positions, a bin has {capacity}"
+        )
+    bins: list[list[int]] = []
+    pool: list[int] = []
+    filled = 0
+    for position, number in enumerate(order.tolist()):
+        pool.append(number)
+        filled += int(lengths[number])
+        last = position == len(order) - 1
+        if filled >= _POOL_BINS * capacity or last:
+            packed = _best_fit(lengths, pool, capacity)
+            pool, filled = [], 0
+            if not last:
+                # The emptiest bin goes back: its members lead the next pool.
+                sums = [int(lengths[b].sum()) for b in packed]
+                pool = packed.pop(int(np.argmin(sums)))
+                filled = min(sums)
+            bins.extend(packed)
+    return bins
+
+
+def _best_fit(lengths: np.ndarray, pool: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing. Open bins are kept by free space, found through a bit mask."""
+    numbers = sorted(pool, key=lambda n: (-int(lengths[n]), n))
+    bins: list[list[int]] = []
+    by_space: dict[int, list[int]] = {}
+    mask = 0
+    for number in numbers:
+        need = int(lengths[number])
+        fitting = mask >> need
+        if fitting:
+            space = need + ((fitting & -fitting).bit_length() - 1)
+            target = by_space[space].pop()
+            if not by_space[space]:
+                mask &= ~(1 << space)
+        else:
+            space, target = capacity, len(bins)
+            bins.append([])
+        bins[target].append(number)
+        rest = space - need
+        by_space.setdefault(rest, []).append(target)
+        mask |= 1 << rest
+    return bins
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All bins of a run. `members[starts[b]:starts[b + 1]]` are the utterances of bin b."""
+
+    members: np.ndarray  # (n,) int32 utterance numbers
+    starts: np.ndarray  # (bins + 1,) int64
+    epoch_ends: np.ndarray  # (epochs,) int64: bins up to the end of each epoch
+    bins_per_step: int
+    fingerprint: str
+
+    @property
+    def bins(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def steps(self) -> int:
+        return -(-self.bins // self.bins_per_step)
+
+    def bin(self, number: int) -> np.ndarray:
+        """Utterance numbers of one bin; none for `EMPTY` or a bin past the end."""
+        if number == EMPTY or number >= self.bins:
+            return self.members[:0]
+        return self.members[self.starts[number] : self.starts[number + 1]]
+
+    def epoch(self, bins_consumed: int) -> float:
+        """Epochs completed after so many bins, e.g. 1.25."""
+        done = int(np.searchsorted(self.epoch_ends, bins_consumed, side="right"))
+        if done == len(self.epoch_ends):
+            return float(done)
+        first = int(self.epoch_ends[done - 1]) if done else 0
+        return done + (bins_consumed - first) / int(self.epoch_ends[done] - first)
+
+    def rows(
+        self, first_step: int, last_step: int, workers: int, bins_per_block: int
+    ) -> np.ndarray:
+        """The stream's rows for steps [first_step, last_step): bin numbers, one per row.
+
+        Each step is filled up with `EMPTY` to a multiple of workers x bins_per_block, so that every
+        rank takes the same number of blocks and a step's bins do not depend on the world size.
+        """
+        width = padded_step(self.bins_per_step, workers, bins_per_block)
+        rows = np.full((last_step - first_step, width), EMPTY, dtype=np.int64)
+        steps = np.arange(first_step, last_step, dtype=np.int64)[:, None]
+        rows[:, : self.bins_per_step] = steps * self.bins_per_step + np.arange(self.bins_per_step)
+        rows[rows >= self.bins] = EMPTY
+        return rows.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One corpus, ready for the stream: the index with token ids, and its bins."""
+
+    name: str
+    table: pa.Table  # index.SCHEMA and list columns prompt_ids, text_ids
+    plan: Plan
+
+
+def padded_step(bins_per_step: int, workers: int, bins_per_block: int) -> int:
+    """Rows of one step: bins_per_step, rounded up so that all ranks take equally many blocks."""
+    unit = workers * bins_per_block
+    return -(-bins_per_step // unit) * unit
+
+
+def make_plan(
+    lengths: np.ndarray,
+    *,
+    index_fingerprint: str,
+    seed: int,
+    bin_positions: int,
+    bins_per_step: int,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+) -> Plan:
+    """Plan whole epochs, as many as `epochs` or until `max_steps` steps are full.
+
+    lengths: (n,) positions of each utterance; 0 leaves an utterance out.
+    Each epoch has its own permutation, drawn from (seed, epoch).
+    """
+    usable = np.flatnonzero(lengths > 0)
+    if not len(usable):
+        raise ValueError("no utterance fits a bin")
+    if epochs is None and max_steps is None:
+        raise ValueError("either epochs or max_steps is needed")
+    bins: list[list[int]] = []
+    ends: list[int] = []
+    while (epochs is None or len(ends) < epochs) and (
+        max_steps is None or len(bins) < max_steps * bins_per_step
+    ):
+        generator = np.random.default_rng([seed, len(ends)])
+        packed = pack(lengths, generator.permutation(usable), bin_positions)
+        # Best fit puts long utterances into early bins: mix them again.
+        bins.extend(packed[i] for i in generator.permutation(len(packed)))
+        ends.append(len(bins))
+    if max_steps is not None:
+        del bins[max_steps * bins_per_step :]
+    sizes = np.fromiter((len(b) for b in bins), dtype=np.int64, count=len(bins))
+    members = np.fromiter((n for b in bins for n in b), dtype=np.int32, count=int(sizes.sum()))
+    identity = [index_fingerprint, seed, bin_positions, bins_per_step, epochs]
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=12)
+    digest.update(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
+    return Plan(
+        members=members,
+        starts=np.concatenate(([0], np.cumsum(sizes))),
+        epoch_ends=np.asarray(ends, dtype=np.int64),
+        bins_per_step=bins_per_step,
+        fingerprint=digest.hexdigest(),
+    )

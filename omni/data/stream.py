@@ -1,0 +1,231 @@
+"""The only Ray Data pipeline: plan rows in, blocks of Whisper features out.
+
+    bin numbers -> load (tasks: cache lookup, decode, log-mel) -> encode (actors: frozen Whisper)
+
+One row is one bin and one block is one microbatch of one rank. Order is kept from end to end, so
+block k reaches rank k mod W, and the plan's integer says exactly what has been consumed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+
+from omni.config import Config
+from omni.data.audio import AudioError, AudioSpan, decode, fit
+from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA, feature_bytes
+from omni.data.features import FeatureCache
+from omni.data.plan import Split
+from omni.model.whisper import WhisperEncoder, clip_mel
+
+_LOADER_CPUS = 1.0  # Ray's default: the load stage fuses with the read of the row numbers
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What stages need to know; small and picklable."""
+
+    bins_per_block: int
+    n_mels: int
+    mode: Any
+    margin_seconds: float
+    cache: Path | None  # folder of this encoder's features
+    encoder: dict[str, Any]  # arguments of WhisperEncoder
+    config: Config
+
+
+def make_stream(
+    splits: Sequence[ray.ObjectRef],
+    rows: Sequence[tuple[int, np.ndarray]],
+    settings: StreamSettings,
+) -> Dataset:
+    """A dataset whose row k is the k-th bin of `rows`: pairs of (number of the split, its bins).
+
+    Each array's length must be a multiple of bins_per_block, so that no block mixes splits.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    numbers = np.concatenate([np.full(len(bins), split) for split, bins in rows])
+    bins = np.concatenate([bins for _, bins in rows])
+    if any(len(b) % settings.bins_per_block for _, b in rows):
+        raise ValueError("rows of a split must fill whole blocks")
+    order = ray.put((numbers.astype(np.int32), bins.astype(np.int64)))
+    config = settings.config
+    # refs travel inside a container, or Ray would resolve them before each task
+    load = _LoadStage({"order": order, "splits": list(splits)}, settings)
+    return (
+        ray.data.range(len(bins), override_num_blocks=len(bins) // settings.bins_per_block)
+        .map_batches(
+            load,
+            batch_size=settings.bins_per_block,
+            batch_format="numpy",
+            compute=TaskPoolStrategy(size=config.data.loaders),
+        )
+        .map_batches(
+            EncodeStage,
+            fn_constructor_kwargs={"settings": settings},
+            batch_size=settings.bins_per_block,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=config.encoder.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=_unlike_loader(config.encoder.cpus),
+            num_gpus=config.encoder.gpus,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+    )
+
+
+def _unlike_loader(cpus: float) -> float:
+    """Ray fuses neighbouring stages that ask for the same; loading must not block an encoder."""
+    return cpus + 1e-3 if cpus == _LOADER_CPUS else cpus
+
+
+class _LoadStage:
+    """Bins to rows with cached features, or log-mels where the cache has none."""
+
+    def __init__(self, refs: dict[str, Any], settings: StreamSettings) -> None:
+        self._refs = refs
+        self._settings = settings
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        torch.set_num_threads(1)
+        split_of, bin_of = ray.get(self._refs["order"])
+        cache = _open_cache(self._settings.cache)
+        rows = []
+        for number in batch["id"].tolist():
+            split: Split = ray.get(self._refs["splits"][split_of[number]])
+            rows.append(load_bin(split, int(bin_of[number]), self._settings, cache))
+        return pa.Table.from_pylist(rows, LOADED_SCHEMA)
+
+
+_CACHES: dict[Path, FeatureCache] = {}
+
+
+def _open_cache(folder: Path | None) -> FeatureCache | None:
+    """This process's view of a cache folder: tasks of one worker process share it."""
+    if folder is None:
+        return None
+    if folder not in _CACHES:
+        _CACHES[folder] = FeatureCache(folder)
+    return _CACHES[folder]
+
+
+def load_bin(
+    split: Split, number: int, settings: StreamSettings, cache: FeatureCache | None
+) -> dict[str, Any]:
+    """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
+    members = split.plan.bin(number).tolist()
+    table = split.table.take(pa.array(members, pa.int64()))
+    keys = table["key"].to_pylist()
+    cached = cache.get(keys) if cache is not None else {}
+    features: list[bytes | None] = []
+    mels: list[bytes | None] = []
+    errors: list[str | None] = []
+    for row in table.select(["uri", "start", "duration", "samples", "key"]).to_pylist():
+        known = cached.get(row["key"])
+        mel = error = None
+        if known is None:
+            try:
+                audio = fit(
+                    decode(Path(row["uri"]), AudioSpan(row["start"], row["duration"])),
+                    row["samples"],
+                )
+                mel = clip_mel(audio, settings.n_mels, settings.mode, settings.margin_seconds)
+            except AudioError as problem:
+                error = f"{problem.reason}\n{problem.detail}"
+        features.append(known)
+        mels.append(None if mel is None else mel.numpy().tobytes())
+        errors.append(error)
+    return {
+        "split": split.name,
+        "bin": number,
+        "numbers": members,
+        "ids": table["id"].to_pylist(),
+        "uris": table["uri"].to_pylist(),
+        "texts": table["text"].to_pylist(),
+        "languages": table["language"].to_pylist(),
+        "samples": table["samples"].to_pylist(),
+        "prompt_ids": table["prompt_ids"].to_pylist(),
+        "text_ids": table["text_ids"].to_pylist(),
+        "keys": keys,
+        "errors": errors,
+        "features": features,
+        "mels": mels,
+    }
+
+
+class EncodeStage:
+    """Actor: log-mels to features, which also go into the cache."""
+
+    def __init__(self, settings: StreamSettings) -> None:
+        torch.set_num_threads(settings.config.encoder.threads)
+        arguments = dict(settings.encoder)
+        if settings.config.encoder.gpus:
+            arguments["device"] = "cuda"
+        self._encoder = WhisperEncoder(**arguments)
+        self._cache = FeatureCache(settings.cache) if settings.cache is not None else None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        began = time.perf_counter()
+        encoded = self._encode(rows)
+        seconds = time.perf_counter() - began
+        samples = sum(
+            count
+            for row in rows
+            for key, count in zip(row["keys"], row["samples"], strict=True)
+            if key in encoded
+        )
+        done = []
+        for row in rows:
+            parts = [
+                known if known is not None else encoded.get(key)
+                for known, key in zip(row["features"], row["keys"], strict=True)
+            ]
+            width = 2 if self._encoder.dtype == torch.bfloat16 else 4
+            frame = width * self._encoder.d_model
+            kept = {name: row[name] for name in ENCODED_SCHEMA.names if name in row}
+            done.append(
+                {
+                    **kept,
+                    "frames": [0 if part is None else len(part) // frame for part in parts],
+                    "features": b"".join(part for part in parts if part is not None),
+                    "encode_seconds": seconds / len(rows),
+                    "encoded_samples": samples // len(rows),
+                }
+            )
+        return pa.Table.from_pylist(done, ENCODED_SCHEMA)
+
+    def _encode(self, rows: list[dict[str, Any]]) -> dict[str, bytes]:
+        """Features by key of what the rows lack."""
+        missing: dict[str, tuple[bytes, int]] = {}
+        for row in rows:
+            for key, mel, samples in zip(row["keys"], row["mels"], row["samples"], strict=True):
+                if mel is not None:
+                    missing[key] = (mel, samples)
+        if not missing:
+            return {}
+        # The loader looked a while ago: the block before may have brought some of them.
+        found = self._cache.get(missing) if self._cache is not None else {}
+        fresh = {key: value for key, value in missing.items() if key not in found}
+        if fresh:
+            mels = [
+                torch.from_numpy(np.frombuffer(mel, np.float32).reshape(self._encoder.n_mels, -1))
+                for mel, _ in fresh.values()
+            ]
+            features = self._encoder.encode_mels(mels, [count for _, count in fresh.values()])
+            made = {key: feature_bytes(f) for key, f in zip(fresh, features, strict=True)}
+            if self._cache is not None:
+                self._cache.put(made)
+            found = {**found, **made}
+        return found
