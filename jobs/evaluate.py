@@ -1,0 +1,40 @@
+"""Score a checkpoint on a manifest: WER and CER with Whisper's normaliser."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from jobs.cli import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="runs/NAME/checkpoints/best")
+    parser.add_argument("--data", required=True, help="manifest, or embedded:train|dev|test")
+    parser.add_argument("--out", type=Path, help="write one JSON line per utterance here")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    arguments = parser.parse_args(argv)
+    return run(lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from omni.evaluate import Transcriber, evaluate
+    from omni.train.metrics import append_json
+
+    torch.set_num_threads(arguments.threads)
+    transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
+    summary, rows = evaluate(transcriber, arguments.data)
+    if arguments.out is not None:
+        arguments.out.unlink(missing_ok=True)
+        append_json(arguments.out, rows)
+    print(json.dumps(summary, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""A checkpoint at work: score a manifest, or write down any recording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from omni.config import ConfigError
+from omni.data.audio import AudioError, AudioSpan, decode, fit
+from omni.data.collate import Utterance
+from omni.data.index import ManifestError, Reject, build_index
+from omni.model.hub import SourceError
+from omni.model.logmel import SAMPLING_RATE
+from omni.model.omni import OmniModel
+from omni.model.tokenizer import SpeechTokenizer
+from omni.model.whisper import WhisperEncoder
+from omni.train.checkpoint import CheckpointError, read_state
+from omni.transcribe import HeldUtterance, summarize, transcribe
+
+_ENCODE_BATCH = 64  # recordings held in memory at a time
+
+
+@dataclass(frozen=True)
+class Transcriber:
+    """Encoder and model of a checkpoint, as they were in training."""
+
+    encoder: WhisperEncoder
+    model: OmniModel
+    tokenizer: SpeechTokenizer
+    prompt: str
+    bf16: bool
+    longest_seconds: float  # what nearly all training utterances stay under
+
+    @classmethod
+    def load(cls, checkpoint: Path, device: str = "cpu") -> Transcriber:
+        """Raises ConfigError when the checkpoint or its encoder cannot be used."""
+        try:
+            found = read_state(checkpoint)
+            facts = found.encoder
+            encoder = WhisperEncoder(
+                None if facts["source"] == "hub" else facts["source"],
+                mode=facts["mode"],
+                margin_seconds=facts["margin_seconds"],
+                dtype=torch.bfloat16 if facts["dtype"] == "bf16" else torch.float32,
+                device=device,
+            )
+            if encoder.fingerprint != facts["fingerprint"]:
+                raise CheckpointError(
+                    f"{checkpoint}: trained on features of other encoder weights than "
+                    f"{facts['source']!r} now holds"
+                )
+            model = found.load_model().to(device).eval()
+            config = yaml.safe_load((found.path / "config.yaml").read_text())
+        except (CheckpointError, SourceError) as error:
+            raise ConfigError(f"--checkpoint: {error}") from None
+        return cls(
+            encoder,
+            model,
+            found.tokenizer(),
+            config["data"]["prompt"],
+            config["train"]["precision"] == "bf16",
+            facts["longest_seconds"],
+        )
+
+    def write(self, held: Sequence[HeldUtterance]) -> list[dict[str, Any]]:
+        """Transcript rows of utterances that have features."""
+        device = self.encoder.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            return transcribe(self.model, self.tokenizer, held)
+
+    def text_of(self, audio: np.ndarray) -> str:
+        """What is said in a recording of any length, (S,) fp32 mono at 16 kHz.
+
+        Long audio is cut at quiet places into pieces of a length that the model knows.
+        """
+        pieces = cut_at_quiet(audio, max(self.longest_seconds, 2.0))
+        prompt = self.tokenizer.encode(self.prompt)
+        held = [
+            HeldUtterance(Utterance(self.encoder.encode([piece])[0], prompt, (), i), "", "", "")
+            for i, piece in enumerate(pieces)
+        ]
+        rows = sorted(self.write(held), key=lambda row: row["number"])
+        return " ".join(row["hypothesis"] for row in rows if row["hypothesis"])
+
+
+def cut_at_quiet(audio: np.ndarray, longest_seconds: float) -> list[np.ndarray]:
+    """Cut where a 100 ms window is quietest, so that no piece exceeds `longest_seconds`."""
+    longest = round(longest_seconds * SAMPLING_RATE)
+    window = SAMPLING_RATE // 10
+    pieces = []
+    while len(audio) > longest:
+        # Look in the second half only: a piece is at least half of what it may be.
+        candidates = audio[longest // 2 : longest]
+        frames = candidates[: len(candidates) // window * window].reshape(-1, window)
+        quietest = int(np.square(frames).mean(axis=1).argmin())
+        cut = longest // 2 + quietest * window + window // 2
+        pieces.append(audio[:cut])
+        audio = audio[cut:]
+    return [*pieces, audio]
+
+
+def evaluate(
+    transcriber: Transcriber, manifest: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score a manifest: the summary, and one row per utterance.
+
+    Raises ConfigError when the manifest cannot be used. Recordings that cannot be read are
+    counted, and are not part of the error rates.
+    """
+    try:
+        index = build_index([manifest], prompt=transcriber.prompt)
+    except ManifestError as error:
+        raise ConfigError(f"--data: {error}") from None
+    rows: list[dict[str, Any]] = []
+    rejects = list(index.rejects)
+    for batch in index.table.to_batches(max_chunksize=_ENCODE_BATCH):
+        held, bad = _held(transcriber, batch.to_pylist(), len(rows))
+        rejects += bad
+        rows += sorted(transcriber.write(held), key=lambda row: row["number"])
+    errors = summarize(rows)
+    counts: dict[str, int] = {}
+    for reject in rejects:
+        counts[reject.reason] = counts.get(reject.reason, 0) + 1
+    summary = {
+        "manifest": manifest,
+        "utterances": len(rows),
+        "wer": errors["all"].wer,
+        "wer_short": errors["short"].wer,
+        "wer_long": errors["long"].wer,
+        "cer": errors["all"].cer,
+        "words": errors["all"].words,
+        "word_errors": errors["all"].word_errors,
+        "rejects": counts,
+    }
+    return summary, [{k: v for k, v in r.items() if k not in ("errors", "number")} for r in rows]
+
+
+def _held(
+    transcriber: Transcriber, rows: list[dict[str, Any]], first: int
+) -> tuple[list[HeldUtterance], list[Reject]]:
+    held, bad = [], []
+    for number, row in enumerate(rows, start=first):
+        try:
+            span = AudioSpan(row["start"], row["duration"])
+            audio = fit(decode(Path(row["uri"]), span), row["samples"])
+        except AudioError as error:
+            bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
+            continue
+        features = transcriber.encoder.encode([audio])[0]
+        prompt = transcriber.tokenizer.encode(row["prompt"])
+        held.append(
+            HeldUtterance(
+                Utterance(features, prompt, (), number),
+                row["id"],
+                row["uri"],
+                row["text"],
+                row["language"] or "en",
+            )
+        )
+    return held, bad
+
+
+def transcribe_files(transcriber: Transcriber, files: Sequence[str]) -> Iterator[dict[str, str]]:
+    """{"audio", "text"} of each file, or {"audio", "error"} of one that cannot be read."""
+    for file in files:
+        try:
+            if not Path(file).is_file():
+                raise AudioError("missing", f"no such file: {file}")
+            audio = decode(Path(file))
+        except AudioError as error:
+            yield {"audio": file, "error": str(error)}
+            continue
+        yield {"audio": file, "text": transcriber.text_of(audio)}

@@ -1,0 +1,190 @@
+"""Checkpoints: written whole or not at all, verified when read, without pickle.
+
+checkpoints/step-000400/
+    model.safetensors      trained weights (the average, where one is kept)
+    optimizer.safetensors  optimizer state, and the raw weights beside an average
+    state.json             where the plan stands, fingerprints, checksums of the other files
+    config.yaml, tokenizer.json
+checkpoints/last, checkpoints/best -> step-...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from omni.model.omni import OmniConfig, OmniModel
+from omni.model.tokenizer import SpeechTokenizer
+
+_FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged or of another kind; the message names file and reason."""
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. `bins_consumed` is the whole resume state of the data."""
+
+    step: int = 0
+    bins_consumed: int = 0
+    epoch: float = 0.0
+    seconds: float = 0.0  # spent training, over all attempts
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of index, plan, tokenizer, ...
+    rejects: dict[str, int] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    state: TrainState,
+    model: OmniConfig,
+    encoder: dict[str, Any],
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    config_yaml: str,
+    tokenizer_json: str,
+) -> Path:
+    """Write folder/step-NNNNNN under a temporary name, then rename it and move `last`."""
+    final = folder / f"step-{state.step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(
+        {n: t.detach().contiguous().cpu() for n, t in weights.items()},
+        temporary / "model.safetensors",
+    )
+    save_file(
+        {n: t.detach().contiguous().cpu() for n, t in optimizer.items()},
+        temporary / "optimizer.safetensors",
+    )
+    (temporary / "config.yaml").write_text(config_yaml)
+    (temporary / "tokenizer.json").write_text(tokenizer_json)
+    files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+    document = {
+        "format": _FORMAT,
+        "state": asdict(state),
+        "model": model.to_dict(),
+        "encoder": encoder,
+        "files": files,
+    }
+    (temporary / "state.json").write_text(json.dumps(document, indent=1))
+    for path in temporary.iterdir():
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _sync(folder)
+    point(folder / "last", final)
+    return final
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` name a checkpoint beside it, atomically."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are passed over with a line on stderr."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            read_state(path, verify=True)
+        except CheckpointError as error:
+            print(f"omni: passing over {error}", flush=True)
+            continue
+        return path
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and those that `last` and `best` name."""
+    named = {
+        (folder / name).resolve().name for name in ("last", "best") if (folder / name).exists()
+    }
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        if path.name not in named:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's small files, read."""
+
+    path: Path
+    state: TrainState
+    model: OmniConfig
+    encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint
+
+    def load_model(self) -> OmniModel:
+        """The trained model on CPU in fp32."""
+        model = OmniModel(self.model)
+        missing, unexpected = model.load_state_dict(self.weights(), strict=False)
+        if missing or unexpected:
+            raise CheckpointError(f"{self.path}: tensors missing {missing}, unknown {unexpected}")
+        return model
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.path / "optimizer.safetensors")
+
+    def tokenizer(self) -> SpeechTokenizer:
+        return SpeechTokenizer.load(self.path / "tokenizer.json")
+
+
+def read_state(path: Path, *, verify: bool = False) -> Checkpoint:
+    """Read and check a checkpoint folder (or a `last`/`best` link). Raises CheckpointError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    path = path.resolve()
+    try:
+        document = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: state.json is missing or damaged ({error})") from None
+    if document.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: format {document.get('format')!r}, this version reads {_FORMAT}"
+        )
+    for name, expected in document["files"].items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if verify and _digest(path / name) != expected:
+            raise CheckpointError(f"{path}: {name} is damaged (checksum differs)")
+    return Checkpoint(
+        path,
+        TrainState(**document["state"]),
+        OmniConfig.from_dict(document["model"]),
+        document["encoder"],
+    )
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""Evaluation during training: loss, accuracy, shuffled-audio gap and greedy WER, over all ranks.
+
+Each rank keeps the dev and test utterances that the stream brought it at the start, so an
+evaluation reads nothing and encodes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from omni.data.collate import Utterance, collate, sequence_positions
+from omni.data.plan import pack
+from omni.model.batch import Batch
+from omni.model.omni import OmniModel
+from omni.model.tokenizer import SpeechTokenizer
+from omni.score import Errors
+from omni.transcribe import HeldUtterance, summarize, transcribe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How utterances become batches."""
+
+    positions: int
+    stack: int
+    feature_dim: int
+    bos: int
+    end: int
+
+    def batch(self, bins: list[list[Utterance]]) -> Batch:
+        return collate(
+            bins,
+            positions=self.positions,
+            stack=self.stack,
+            feature_dim=self.feature_dim,
+            bos=self.bos,
+            end=self.end,
+        )
+
+    def pack(self, utterances: list[Utterance]) -> list[Batch]:
+        """One-bin batches of whole utterances; those that no bin holds are left out."""
+        lengths = np.asarray(
+            [
+                sequence_positions(
+                    0 if u.features_TF is None else len(u.features_TF),
+                    len(u.prompt_ids),
+                    len(u.text_ids),
+                    self.stack,
+                )
+                for u in utterances
+            ],
+            dtype=np.int64,
+        )
+        fitting = np.flatnonzero(lengths <= self.positions)
+        bins = pack(lengths, fitting, self.positions)
+        return [self.batch([[utterances[i] for i in members]]) for members in bins]
+
+
+class HeldOut:
+    """One rank's share of a held-out split."""
+
+    def __init__(self, held: list[HeldUtterance], layout: Layout, device: torch.device) -> None:
+        self.held = held
+        self._device = device
+        usable = [h.utterance for h in held]
+        self._batches = layout.pack(usable)
+        # Everyone gets the audio of the next utterance: what the text alone would cost.
+        exchanged = [
+            replace(u, features_TF=other.features_TF)
+            for u, other in zip(usable, usable[1:] + usable[:1], strict=True)
+        ]
+        self._exchanged = layout.pack(exchanged) if len(usable) > 1 else []
+
+    def loss(self, model: OmniModel) -> dict[str, float]:
+        """Summed over ranks and divided: loss and accuracy per token, and the gap in nats."""
+        true, exchanged = self._sums(model, self._batches), self._sums(model, self._exchanged)
+        sums = all_sum(torch.cat((true, exchanged)))
+        loss, tokens, correct, other_loss, other_tokens, _ = sums.tolist()
+        tokens, other_tokens = max(tokens, 1.0), max(other_tokens, 1.0)
+        return {
+            "loss": loss / tokens,
+            "accuracy": correct / tokens,
+            "gap": other_loss / other_tokens - loss / tokens,
+        }
+
+    def _sums(self, model: OmniModel, batches: list[Batch]) -> Tensor:
+        sums = torch.zeros(3, dtype=torch.float64)
+        with torch.inference_mode():
+            for batch in batches:
+                out = model(batch.to(self._device))
+                sums += torch.stack((out.loss, out.tokens, out.correct)).double().cpu()
+        return sums
+
+    def transcribe(
+        self, model: OmniModel, tokenizer: SpeechTokenizer, limit: int | None = None
+    ) -> tuple[dict[str, Errors], list[dict[str, Any]]]:
+        """Greedy transcripts of index rows below `limit`, on all ranks.
+
+        Returns edit counts over all, short and long references, and the transcripts of all ranks
+        in the order of the index.
+        """
+        chosen = [h for h in self.held if limit is None or h.utterance.number < limit]
+        rows = transcribe(model, tokenizer, chosen)
+        rows = sorted(all_gather(rows), key=lambda row: row["number"])
+        return summarize(rows), rows
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum over ranks; the values themselves without a process group."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        moved = values.to(device)
+        dist.all_reduce(moved)
+        return moved.to(values.device)
+    return values
+
+
+def all_gather(items: list[Any]) -> list[Any]:
+    """The lists of all ranks, one after another."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return items
+    gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]

@@ -1,0 +1,153 @@
+"""What a person sees while a run goes on: lines of the run's own metrics file."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from omni.train.checkpoint import TrainState
+from omni.train.metrics import read_json_lines
+from omni.train.prepare import Prepared
+
+_POLL_SECONDS = 0.5
+
+
+class LiveView:
+    """Follows metrics.jsonl, which rank 0 writes, and prints each new line of it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._stop = threading.Event()
+        self._shown = 0
+        self._resumed_seconds = 0.0
+        self._resumed_step = 0
+
+    def header(self, prepared: Prepared, state: TrainState | None) -> None:
+        config = prepared.config
+        say = self._console.print
+        say(f"[bold]omni[/] {config.run_dir}")
+        for name, split in prepared.splits.items():
+            hours = sum(split.table["samples"].to_pylist()) / 16_000 / 3600
+            say(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
+        plan = prepared.splits["train"].plan
+        filled = _filled(prepared)
+        say(
+            f"  plan   {config.optim.steps:,} steps of {config.optim.bins_per_step} x "
+            f"{config.optim.bin_positions} positions, {filled:.1%} filled, "
+            f"{plan.epoch(plan.bins):.1f} epochs"
+        )
+        if prepared.rejects:
+            first = prepared.rejects[0]
+            say(
+                f"  [yellow]{len(prepared.rejects)} rows left out[/] "
+                f"(rejects.jsonl); the first, {first.id}: {first.reason}"
+            )
+        for note in prepared.notes:
+            say(f"  [yellow]note[/] {note}")
+        if state is not None:
+            self._resumed_step, self._resumed_seconds = state.step, state.seconds
+            say(f"  continuing from step {state.step}")
+        self._shown = sum(
+            1 for row in read_json_lines(self._path) if row["step"] <= self._resumed_step
+        )
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+            self._print_new()
+
+    def footer(self, summary: dict[str, Any], report: Path) -> None:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name in (
+            "steps",
+            "best_step",
+            "train_loss",
+            "dev_loss",
+            "shuffled_audio_gap",
+            "dev_wer",
+            "test_wer",
+            "audio_seconds_per_second",
+            "data_wait_fraction",
+            "wall_seconds",
+            "rejects",
+        ):
+            value = summary.get(name)
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        self._console.print(table)
+        self._console.print(f"report: {report}")
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_SECONDS):
+            self._print_new()
+
+    def _print_new(self) -> None:
+        rows = list(read_json_lines(self._path))
+        if len(rows) < self._shown:  # a worker restart took lines back
+            self._shown = len(rows)
+        for row in rows[self._shown :]:
+            self._console.print(self._line(row))
+            for example in row.get("examples", []):
+                self._console.print(f"         [dim]said[/]  {_plain(example['reference'])}")
+                self._console.print(f"         [dim]wrote[/] {_plain(example['hypothesis'])}")
+        self._shown = len(rows)
+
+    def _line(self, row: dict[str, Any]) -> str:
+        if row["kind"] == "eval":
+            wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
+            return (
+                f"[bold]{row['step']:>7}[/] dev loss {row['dev_loss']:.3f}  "
+                f"next token {row['dev_accuracy']:.1%}  shuffled-audio gap "
+                f"{row['shuffled_audio_gap']:.2f}  [bold]WER {wer}[/]"
+            )
+        done, total = row["step"], row["steps"]
+        pace = (row["seconds"] - self._resumed_seconds) / max(1, done - self._resumed_step)
+        return (
+            f"{done:>7}/{total} loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
+            f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
+            f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%}  "
+            f"ETA {_clock(pace * (total - done))}"
+        )
+
+
+def _filled(prepared: Prepared) -> float:
+    """Share of the plan's positions that hold an utterance."""
+    from omni.data.collate import sequence_positions
+    from omni.model.whisper import encoder_frames
+
+    split, config = prepared.splits["train"], prepared.config
+    lengths = [
+        sequence_positions(
+            encoder_frames(samples, config.encoder.mode), len(p), len(t), config.model.stack
+        )
+        for samples, p, t in zip(
+            split.table["samples"].to_pylist(),
+            split.table["prompt_ids"].to_pylist(),
+            split.table["text_ids"].to_pylist(),
+            strict=True,
+        )
+    ]
+    used = sum(lengths[i] for i in split.plan.members.tolist())
+    return used / (split.plan.bins * config.optim.bin_positions)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

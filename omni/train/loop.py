@@ -1,0 +1,494 @@
+"""The training loop of one rank: blocks of the stream in, a trained model and its metrics out.
+
+Knows nothing of Ray: it takes an iterator of blocks and, with more than one rank, the process group
+that is already up. All randomness of a block comes from (seed, step, place of the block in the
+step), so the curve does not depend on the world size, and a resumed run repeats it bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from omni.config import Config
+from omni.data.blocks import utterances
+from omni.data.plan import EMPTY, padded_step
+from omni.model.omni import LossSums, OmniConfig, OmniModel
+from omni.model.tokenizer import SpeechTokenizer
+from omni.train.checkpoint import (
+    TrainState,
+    newest_checkpoint,
+    point,
+    prune,
+    read_state,
+    save_checkpoint,
+)
+from omni.train.evaluation import HeldOut, Layout, all_gather, all_sum
+from omni.train.metrics import append_json, keep_lines, read_json_lines, write_json
+from omni.train.optim import (
+    WeightAverage,
+    load_optimizer_tensors,
+    make_optimizers,
+    optimizer_tensors,
+    schedule,
+    set_rates,
+    trainable,
+)
+from omni.transcribe import HeldUtterance
+
+
+class TooManyRejects(RuntimeError):
+    """More recordings than `data.max_rejects` allows could not be used."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is told."""
+
+    config: Config
+    model: OmniConfig
+    encoder: dict[str, Any]
+    tokenizer_json: str
+    fingerprints: dict[str, str]
+    held_rows: dict[str, int]  # rows of dev and test that come before the training rows
+    train_rows: int  # utterances of the training index
+    index_rejects: int
+    epoch_ends: list[int]  # bins up to the end of each epoch
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last log line, over all ranks."""
+
+    sums: Tensor = field(default_factory=lambda: torch.zeros(9, dtype=torch.float64))
+    steps: int = 0
+    wait: float = 0.0  # of `busy`, seconds without a block
+    busy: float = 0.0  # seconds of steps, evaluation and checkpoints not counted
+
+
+# Fields of the sums that ranks add up at each step.
+LOSS, TOKENS, CORRECT, CTC, UTTERANCES, SAMPLES, ENCODE_SECONDS, ENCODED, REJECTED = range(9)
+
+
+class TrainLoop:
+    def __init__(
+        self, job: Job, blocks: Iterator[pa.Table], rank: int, world: int, device: torch.device
+    ) -> None:
+        self.job, self.config = job, job.config
+        self.blocks, self.rank, self.world, self.device = blocks, rank, world, device
+        self.run_dir = job.config.run_dir
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.tokenizer = SpeechTokenizer.from_json(job.tokenizer_json)
+        self.layout = Layout(
+            job.config.optim.bin_positions,
+            job.model.stack,
+            job.model.feature_dim,
+            self.tokenizer.bos,
+            self.tokenizer.end,
+        )
+        self.feature_dtype = torch.bfloat16 if job.encoder["dtype"] == "bf16" else torch.float32
+        self.model = OmniModel(job.model)
+        self.model.init_weights(job.config.run.seed)
+        for part in ("projector", "lm"):
+            getattr(self.model, part).requires_grad_(part in job.config.model.train)
+        self.model.to(device)
+        self.optimizers = make_optimizers(self.model, job.config.optim)
+        self.average = (
+            WeightAverage(self.model, job.config.optim.ema) if job.config.optim.ema else None
+        )
+        self.state = TrainState(fingerprints=job.fingerprints)
+        self.rejected_ids: set[str] = set()
+        self._pending_rejects: list[dict[str, Any]] = []
+        self.last_norm = 0.0
+        self._resume()
+        self.wrapped: nn.Module = self.model
+        if world > 1:
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self.window = Window()
+        self.totals = Window()
+        self.last_train: dict[str, Any] = {}
+
+    # -- the run, top down ---------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end of the plan (or until patience runs out); returns the summary."""
+        held = {name: self._hold(name, rows) for name, rows in self.job.held_rows.items()}
+        dev = held["dev"]
+        self._share_rejects()
+        # Waiting for the pipeline to start is not waiting for data.
+        self.window, self.totals = Window(), Window()
+        config = self.config
+        evaluated = -1
+        self.model.train()
+        while self.state.step < config.optim.steps and not self._out_of_patience():
+            self._step()
+            step, last = self.state.step, self.state.step == config.optim.steps
+            if step % config.train.log_every == 0 or last:
+                self._log()
+            best = False
+            if step % config.eval.every == 0 or last:
+                best = self._evaluate(dev)
+                evaluated = step
+            if best or step % config.train.checkpoint_every == 0 or last or self._out_of_patience():
+                self._save(best)
+        if evaluated < 0 and self.state.best_step is None:
+            self._save(self._evaluate(dev))
+        return self._finish(held)
+
+    def _step(self) -> None:
+        """One optimizer step over all blocks of the plan's next step."""
+        began = time.perf_counter()
+        optim, step = self.config.optim, self.state.step
+        rows = padded_step(optim.bins_per_step, self.world, optim.bins_per_block)
+        micro = rows // (self.world * optim.bins_per_block)
+        sums = torch.zeros(9, dtype=torch.float64)
+        for number in range(micro):
+            table = self._next_block()
+            place = number * self.world + self.rank
+            self._check_place(table, step, place)
+            torch.manual_seed(_mix(self.config.run.seed, step, place))
+            last = number == micro - 1
+            sync = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()  # type: ignore[operator]
+            with sync:
+                sums += self._block(table)
+        sums = all_sum(sums)
+        self._apply(float(sums[TOKENS]))
+        self.state.step += 1
+        self.state.bins_consumed = self.state.step * optim.bins_per_step
+        self.state.epoch = self._epoch(self.state.bins_consumed)
+        spent = time.perf_counter() - began
+        self.state.seconds += spent
+        for window in (self.window, self.totals):
+            window.sums += sums
+            window.steps += 1
+            window.busy += spent
+        if sums[REJECTED]:
+            self._share_rejects()
+
+    def _block(self, table: pa.Table) -> Tensor:
+        """Forward and backward of one microbatch; gradients of sums, divided later."""
+        rows = table.to_pylist()
+        bins = [utterances(row, self.feature_dtype, self.job.model.feature_dim) for row in rows]
+        batch = self.layout.batch([list(members) for members in bins]).to(self.device)
+        with self._autocast():
+            out: LossSums = self.wrapped(batch)
+            (out.loss + self.config.optim.ctc_weight * out.ctc).backward()
+        self._note_rejects(rows)
+        used = [
+            samples
+            for row in rows
+            for samples, frames in zip(row["samples"], row["frames"], strict=True)
+            if frames
+        ]
+        rejected = sum(frames == 0 for row in rows for frames in row["frames"])
+        encode = [sum(row[name] for row in rows) for name in ("encode_seconds", "encoded_samples")]
+        losses = [float(x.detach()) for x in (out.loss, out.tokens, out.correct, out.ctc)]
+        return torch.tensor([*losses, len(used), sum(used), *encode, rejected], dtype=torch.float64)
+
+    def _apply(self, tokens: float) -> None:
+        """Divide the summed gradients by the global token count, clip, and update."""
+        set_rates(self.optimizers, schedule(self.state.step, self.config.optim))
+        parameters = list(trainable(self.model).values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # DDP averages over ranks; the loss is a sum over all of them.
+        torch._foreach_mul_(gradients, self.world / max(tokens, 1.0))
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
+        self.last_norm = float(norm)
+        if not math.isfinite(self.last_norm):
+            raise FloatingPointError(
+                f"step {self.state.step}: the gradient norm is {self.last_norm}; "
+                "try a lower optim.lr or a longer optim.warmup_steps"
+            )
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model, self.state.step)
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def _next_block(self) -> pa.Table:
+        began = time.perf_counter()
+        table = next(self.blocks)
+        waited = time.perf_counter() - began
+        self.window.wait += waited
+        self.totals.wait += waited
+        return table
+
+    def _check_place(self, table: pa.Table, step: int, place: int) -> None:
+        """The stream and the loop must agree on what is trained now."""
+        optim = self.config.optim
+        offset = place * optim.bins_per_block
+        expected = step * optim.bins_per_step + offset if offset < optim.bins_per_step else EMPTY
+        found = table["bin"][0].as_py()
+        if table["split"][0].as_py() != "train" or found not in (expected, EMPTY):
+            raise RuntimeError(f"step {step}: the stream brought bin {found}, expected {expected}")
+
+    def _hold(self, name: str, rows: int) -> HeldOut:
+        """Take a held-out split's blocks, which lead the stream, into memory."""
+        held = []
+        for _ in range(rows // (self.world * self.config.optim.bins_per_block)):
+            table = self._next_block()
+            block = table.to_pylist()
+            self._note_rejects(block)
+            for row in block:
+                if row["split"] != name:
+                    raise RuntimeError(f"the stream brought {row['split']}, expected {name}")
+                members = utterances(row, self.feature_dtype, self.job.model.feature_dim)
+                for i, member in enumerate(members):
+                    if member.features_TF is not None:
+                        held.append(
+                            HeldUtterance(
+                                member,
+                                row["ids"][i],
+                                row["uris"][i],
+                                row["texts"][i],
+                                row["languages"][i] or "en",
+                            )
+                        )
+        return HeldOut(held, self.layout, self.device)
+
+    def _note_rejects(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            for i, error in enumerate(row["errors"]):
+                if error is None or row["ids"][i] in self.rejected_ids:
+                    continue
+                reason, _, detail = error.partition("\n")
+                self._pending_rejects.append(
+                    {
+                        "id": row["ids"][i],
+                        "uri": row["uris"][i],
+                        "reason": reason,
+                        "detail": detail,
+                        "split": row["split"],
+                        "step": self.state.step,
+                    }
+                )
+
+    def _share_rejects(self) -> None:
+        """Write new rejects of all ranks, and stop the run when there are too many."""
+        for reject in all_gather(self._pending_rejects):
+            if reject["id"] in self.rejected_ids:
+                continue
+            self.rejected_ids.add(reject["id"])
+            self.state.rejects[reject["reason"]] = self.state.rejects.get(reject["reason"], 0) + 1
+            if self.rank == 0:
+                append_json(self.run_dir / "rejects.jsonl", [reject])
+        self._pending_rejects = []
+        allowed = self.config.data.max_rejects
+        bad, rows = len(self.rejected_ids), self.job.train_rows
+        if bad > allowed * rows:
+            raise TooManyRejects(
+                f"data.max_rejects: {bad} of {rows} utterances were rejected, more than "
+                f"{allowed:.0%}: {self.state.rejects}; see {self.run_dir / 'rejects.jsonl'}"
+            )
+
+    # -- what is written -----------------------------------------------------------------------
+
+    def _log(self) -> None:
+        window, state = self.window, self.state
+        sums = window.sums.tolist()
+        rate = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        self.last_train = {
+            "kind": "train",
+            "step": state.step,
+            "steps": self.config.optim.steps,
+            "epoch": round(state.epoch, 4),
+            "seconds": round(state.seconds, 2),
+            "loss": sums[LOSS] / max(sums[TOKENS], 1),
+            "accuracy": sums[CORRECT] / max(sums[TOKENS], 1),
+            "ctc": sums[CTC] / max(sums[TOKENS], 1),
+            "lr": rate,
+            "grad_norm": self.last_norm,
+            "bins": state.bins_consumed,
+            "utterances": int(sums[UTTERANCES]),
+            "audio_seconds_per_second": sums[SAMPLES] / 16_000 / window.busy,
+            "tokens_per_second": sums[TOKENS] / window.busy,
+            "data_wait_fraction": min(1.0, window.wait / window.busy),
+        }
+        if self.rank == 0:
+            append_json(self.run_dir / "metrics.jsonl", [self.last_train])
+        self.window = Window()
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Averaged weights, eval mode, autocast."""
+        self.model.eval()
+        if self.average is not None:
+            self.average.swap(self.model)
+        try:
+            with self._autocast():
+                yield
+        finally:
+            if self.average is not None:
+                self.average.swap(self.model)
+            self.model.train()
+
+    def _evaluate(self, dev: HeldOut) -> bool:
+        """Measure on dev and log it; True when it is the best so far."""
+        settings, state = self.config.eval, self.state
+        with self._evaluating():
+            losses = dev.loss(self.model)
+            errors, rows = dev.transcribe(self.model, self.tokenizer, settings.wer_utterances)
+        entry: dict[str, Any] = {
+            "kind": "eval",
+            "step": state.step,
+            "epoch": round(state.epoch, 4),
+            "seconds": round(state.seconds, 2),
+            "dev_loss": losses["loss"],
+            "dev_accuracy": losses["accuracy"],
+            "shuffled_audio_gap": losses["gap"],
+            "dev_wer": errors["all"].wer,
+            "dev_cer": errors["all"].cer,
+            "examples": [
+                {name: row[name] for name in ("id", "reference", "hypothesis")}
+                for row in rows[: settings.examples]
+            ],
+        }
+        if self.rank == 0:
+            append_json(self.run_dir / "metrics.jsonl", [entry])
+        value = entry[settings.best]
+        if value is None or (state.best_value is not None and value >= state.best_value):
+            state.evaluations_since_best += 1
+            return False
+        state.best_value, state.best_step = value, state.step
+        state.evaluations_since_best = 0
+        return True
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.eval.patience
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _save(self, best: bool) -> None:
+        if self.rank:
+            return
+        current = {name: p.detach() for name, p in trainable(self.model).items()}
+        optimizer = dict(optimizer_tensors(self.optimizers, self.model))
+        if self.average is not None:
+            optimizer |= {f"raw/{name}": value for name, value in current.items()}
+            current = self.average.weights
+        path = save_checkpoint(
+            self.checkpoints,
+            state=self.state,
+            model=self.job.model,
+            encoder=self.job.encoder,
+            weights=current,
+            optimizer=optimizer,
+            config_yaml=self.config.to_yaml(),
+            tokenizer_json=self.job.tokenizer_json,
+        )
+        if best:
+            point(self.checkpoints / "best", path)
+        prune(self.checkpoints, self.config.train.keep_checkpoints)
+
+    def _resume(self) -> None:
+        """Continue from the newest whole checkpoint, and forget what was logged after it."""
+        path = newest_checkpoint(self.checkpoints)
+        if path is not None:
+            found = read_state(path)
+            self.state = found.state
+            tensors = found.optimizer()
+            weights = found.weights()
+            if self.average is not None:
+                for name, value in weights.items():
+                    self.average.weights[name].copy_(value)
+                weights = {
+                    key.removeprefix("raw/"): tensors.pop(key)
+                    for key in list(tensors)
+                    if key.startswith("raw/")
+                }
+            with torch.no_grad():
+                for name, parameter in trainable(self.model).items():
+                    parameter.copy_(weights[name])
+            load_optimizer_tensors(self.optimizers, self.model, tensors)
+        if self.rank == 0:
+            step = self.state.step
+            keep_lines(self.run_dir / "metrics.jsonl", lambda row: row["step"] <= step)
+            keep_lines(self.run_dir / "rejects.jsonl", lambda row: row.get("step", 0) <= step)
+        if dist.is_initialized():
+            dist.barrier()
+        for row in read_json_lines(self.run_dir / "rejects.jsonl"):
+            if "step" in row:
+                self.rejected_ids.add(row["id"])
+
+    def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
+        """Score the best weights on all of dev and test, and write the summary."""
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 has written the best checkpoint
+        best = read_state(self.checkpoints / "best")
+        self.average = None
+        with torch.no_grad():
+            parameters = trainable(self.model)
+            for name, value in best.weights().items():
+                parameters[name].copy_(value)
+        results: dict[str, Any] = {}
+        with self._evaluating():
+            losses = held["dev"].loss(self.model)
+            for name, split in held.items():
+                errors, rows = split.transcribe(self.model, self.tokenizer)
+                for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
+                    results[f"{name}_wer{suffix}"] = errors[part].wer
+                results[f"{name}_cer"] = errors["all"].cer
+                if self.rank == 0:
+                    lines = [{k: v for k, v in row.items() if k != "errors"} for row in rows]
+                    path = self.run_dir / f"transcripts-{name}.jsonl"
+                    path.unlink(missing_ok=True)
+                    append_json(path, lines)
+        totals = self.totals.sums.tolist()
+        busy, encode = max(self.totals.busy, 1e-9), totals[ENCODE_SECONDS]
+        summary = {
+            "steps": self.state.step,
+            "best_step": best.state.step,
+            "epochs": round(self.state.epoch, 3),
+            "train_loss": self.last_train.get("loss"),
+            "dev_loss": losses["loss"],
+            "dev_accuracy": losses["accuracy"],
+            "shuffled_audio_gap": losses["gap"],
+            "test_wer": None,
+            **results,
+            "audio_seconds_per_second": totals[SAMPLES] / 16_000 / busy,
+            "tokens_per_second": totals[TOKENS] / busy,
+            "data_wait_fraction": min(1.0, self.totals.wait / busy),
+            "encoder_audio_seconds_per_second": (
+                totals[ENCODED] / 16_000 / encode if totals[ENCODED] else None
+            ),
+            "cached_fraction": 1 - totals[ENCODED] / totals[SAMPLES] if totals[SAMPLES] else None,
+            "train_seconds": round(self.state.seconds, 1),
+            "rejects": self.state.rejects,
+            "workers": self.world,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        if self.rank == 0:
+            write_json(self.run_dir / "summary.json", summary)
+        return summary
+
+    # -- small things --------------------------------------------------------------------------
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _epoch(self, bins: int) -> float:
+        ends = self.job.epoch_ends
+        done = int(np.searchsorted(ends, bins, side="right"))
+        if done == len(ends):
+            return float(done)
+        first = ends[done - 1] if done else 0
+        return done + (bins - first) / (ends[done] - first)
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,233 @@
+"""Everything that is decided before a worker starts: index, tokenizer, plan, model shape.
+
+Runs on the driver, without Ray, so that a wrong config, a missing manifest or a corpus that cannot
+be used is one clear error before anything has been started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from omni.config import Config, ConfigError
+from omni.data.collate import sequence_positions
+from omni.data.index import Index, ManifestError, Reject, build_index
+from omni.data.plan import Split, make_plan
+from omni.model.gpt import GPTConfig
+from omni.model.hub import SourceError
+from omni.model.omni import OmniConfig
+from omni.model.tokenizer import SpeechTokenizer
+from omni.model.whisper import WhisperEncoder, encoder_frames
+from omni.score import normalize
+from omni.train.checkpoint import newest_checkpoint
+
+
+@dataclass(frozen=True)
+class Prepared:
+    config: Config
+    splits: dict[str, Split]  # train, dev and, where given, test
+    rejects: list[Reject]  # rows that never reach the stream
+    tokenizer: SpeechTokenizer
+    model: OmniConfig
+    encoder: dict[str, Any]  # see _encoder_facts
+    fingerprints: dict[str, str]
+    resume: Path | None  # the checkpoint that the run continues from
+    notes: list[str]  # what a person should know before it starts
+
+    @property
+    def encoder_key(self) -> str:
+        """Names the folder of features that this encoder makes."""
+        e = self.encoder
+        return f"{e['fingerprint']}-{e['mode']}-{e['margin_seconds']}-{e['dtype']}"
+
+
+def prepare(config: Config) -> Prepared:
+    """Index the splits, make or load the tokenizer, plan every step.
+
+    Raises ConfigError, naming the field or file, for everything that is wrong with the input.
+    """
+    run = config.run_dir
+    resume = newest_checkpoint(run / "checkpoints")
+    notes: list[str] = []
+    try:
+        indexes = {
+            name: build_index(specs, prompt=config.data.prompt, cache_dir=config.cache_dir)
+            for name, specs in (
+                ("train", config.data.train),
+                ("dev", config.data.dev),
+                ("test", config.data.test),
+            )
+            if specs
+        }
+    except ManifestError as error:
+        raise ConfigError(f"data: {error}") from None
+    if "dev" not in indexes:
+        raise ConfigError("data.dev: expected at least one manifest")
+    encoder = _encoder_facts(config, indexes["train"])
+    tokenizer = _tokenizer(config, run, resume, indexes["train"])
+    model = _model_config(config, tokenizer, encoder)
+    splits: dict[str, Split] = {}
+    rejects: list[Reject] = []
+    for name, index in indexes.items():
+        table, lengths, too_long = _with_tokens(index, tokenizer, config)
+        rejects += [*index.rejects, *too_long]
+        bad, rows = len(index.rejects) + len(too_long), len(index) + len(index.rejects)
+        if name == "train" and bad > config.data.max_rejects * rows:
+            worst = (index.rejects + too_long)[0]
+            raise ConfigError(
+                f"data.max_rejects: {bad} of {rows} rows of data.train cannot be used, more than "
+                f"{config.data.max_rejects:.0%}; the first, {worst.id}: {worst.reason}: "
+                f"{worst.detail}"
+            )
+        if name != "train":
+            lengths[config.eval.max_utterances :] = 0
+        try:
+            plan = make_plan(
+                lengths,
+                index_fingerprint=index.fingerprint,
+                seed=config.run.seed,
+                bin_positions=config.optim.bin_positions,
+                bins_per_step=config.optim.bins_per_step if name == "train" else 1,
+                **({"max_steps": config.optim.steps} if name == "train" else {"epochs": 1}),
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.{name}: {error} (optim.bin_positions)") from None
+        splits[name] = Split(name, table, plan)
+    notes += _overlap(indexes)
+    fingerprints = {
+        "data.train": indexes["train"].fingerprint,
+        "tokenizer": hashlib.blake2b(tokenizer.to_json().encode(), digest_size=12).hexdigest(),
+        "plan": splits["train"].plan.fingerprint,
+        "model": hashlib.blake2b(
+            json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
+        ).hexdigest(),
+        "encoder": f"{encoder['fingerprint']} {encoder['mode']} {encoder['margin_seconds']}",
+    }
+    return Prepared(config, splits, rejects, tokenizer, model, encoder, fingerprints, resume, notes)
+
+
+def _encoder_facts(config: Config, train: Index) -> dict[str, Any]:
+    """What made the features, and how long the utterances were: checkpoints keep it."""
+    settings = config.encoder
+    source = None if settings.weights == "hub" else settings.weights
+    try:
+        encoder = WhisperEncoder(source, mode=settings.mode, margin_seconds=settings.margin_seconds)
+    except SourceError as error:
+        raise ConfigError(f"encoder.weights: {error}") from None
+    return {
+        "source": settings.weights,
+        "mode": settings.mode,
+        "margin_seconds": settings.margin_seconds,
+        "dtype": settings.dtype,
+        "fingerprint": encoder.fingerprint,
+        "d_model": encoder.d_model,
+        "n_mels": encoder.n_mels,
+        "longest_seconds": float(np.quantile(train.table["samples"].to_numpy(), 0.99)) / 16_000,
+    }
+
+
+def _tokenizer(config: Config, run: Path, resume: Path | None, train: Index) -> SpeechTokenizer:
+    """The run's own when it continues, else the given one, else one trained on the corpus."""
+    if resume is not None:
+        return SpeechTokenizer.load(resume / "tokenizer.json")
+    if config.tokenizer.path is not None:
+        try:
+            return SpeechTokenizer.load(config.tokenizer.path)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from None
+    texts = train.table["text"].to_pylist() + train.table["prompt"].to_pylist()
+    return SpeechTokenizer.train(texts, config.tokenizer.vocab_size)
+
+
+def _model_config(
+    config: Config, tokenizer: SpeechTokenizer, encoder: dict[str, Any]
+) -> OmniConfig:
+    m = config.model
+    try:
+        gpt = GPTConfig(
+            sequence_len=m.sequence_len,
+            vocab_size=tokenizer.vocab_size,
+            n_layer=m.n_layer,
+            n_head=m.n_head,
+            n_kv_head=m.n_kv_head or m.n_head,
+            n_embd=m.n_embd,
+            window_pattern=m.window_pattern,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    return OmniConfig(
+        gpt=gpt,
+        feature_dim=encoder["d_model"],
+        stack=m.stack,
+        projector_hidden=m.projector_hidden,
+        dropout=m.dropout,
+        token_dropout=m.token_dropout,
+        audio_dropout=m.audio_dropout,
+        ctc=config.optim.ctc_weight > 0,
+    )
+
+
+def _with_tokens(
+    index: Index, tokenizer: SpeechTokenizer, config: Config
+) -> tuple[pa.Table, np.ndarray, list[Reject]]:
+    """The index with token ids, positions per utterance (0: does not fit a bin), and rejects."""
+    table = index.table
+    prompts = tokenizer.encode_batch(table["prompt"].to_pylist())
+    texts = tokenizer.encode_batch(table["text"].to_pylist())
+    capacity = config.optim.bin_positions
+    lengths = np.zeros(len(table), dtype=np.int64)
+    rejects = []
+    for i, samples in enumerate(table["samples"].to_pylist()):
+        frames = encoder_frames(samples, config.encoder.mode)
+        need = sequence_positions(frames, len(prompts[i]), len(texts[i]), config.model.stack)
+        if need <= capacity:
+            lengths[i] = need
+            continue
+        rejects.append(
+            Reject(
+                table["id"][i].as_py(),
+                table["uri"][i].as_py(),
+                "longer than a bin",
+                f"{need} positions ({samples / 16_000:.1f} s, {len(texts[i])} tokens); "
+                f"optim.bin_positions is {capacity}",
+            )
+        )
+    ids = pa.list_(pa.int32())
+    table = table.append_column("prompt_ids", pa.array(prompts, ids))
+    return table.append_column("text_ids", pa.array(texts, ids)), lengths, rejects
+
+
+def _overlap(indexes: dict[str, Index]) -> list[str]:
+    """A WER on sentences that were trained on says little: count them."""
+
+    def sentences(name: str) -> list[str]:
+        return [normalize(text) for text in indexes[name].table["text"].to_pylist()]
+
+    trained = set(sentences("train"))
+    notes = []
+    for name in indexes:
+        if name == "train":
+            continue
+        known = sum(sentence in trained for sentence in sentences(name))
+        if known:
+            notes.append(
+                f"{known} of {len(indexes[name])} {name} sentences also occur in training: "
+                f"its WER flatters"
+            )
+    return notes
+
+
+def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> None:
+    """Refuse to continue a run as something else. Raises ConfigError naming what changed."""
+    changed = [name for name, value in prepared.fingerprints.items() if saved.get(name) != value]
+    if changed:
+        raise ConfigError(
+            f"run.name: {prepared.config.run_dir} was trained with another "
+            f"{', '.join(changed)}; choose another run.name, or remove that folder to start over"
+        )

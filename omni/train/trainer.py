@@ -1,0 +1,261 @@
+"""A whole run on a Ray cluster: prepare, stream, train, report."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from ray.data import Dataset, ExecutionOptions
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from omni.config import Config
+from omni.data.plan import EMPTY
+from omni.data.stream import StreamSettings, make_stream
+from omni.report import write_report
+from omni.train.checkpoint import TrainState, newest_checkpoint, read_state
+from omni.train.live import LiveView
+from omni.train.loop import Job, TooManyRejects, TrainLoop
+from omni.train.metrics import append_json, read_json_lines, write_json, write_text
+from omni.train.prepare import Prepared, check_fingerprints, prepare
+
+STREAM = "stream"
+FAILURE = "failure.txt"  # why a run stopped for good, written by rank 0
+
+
+class TrainingError(RuntimeError):
+    """Training stopped; the message says why in one line."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run (or continue) the training that `config` describes; returns the summary.
+
+    Raises ConfigError before Ray starts when the input is wrong, TrainingError when a run fails
+    for good.
+    """
+    began = time.monotonic()
+    view = LiveView(config.run_dir)
+    prepared = prepare(config)
+    state = _saved_state(prepared)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(config.run_dir / "config.yaml", config.to_yaml())
+    prepared.tokenizer.save(config.run_dir / "tokenizer.json")
+    _write_index_rejects(prepared)
+    view.header(prepared, state)
+    start_ray(config)
+    with view.following():
+        _fit(prepared)
+    summary = _close(prepared, time.monotonic() - began)
+    view.footer(summary, write_report(config.run_dir))
+    return summary
+
+
+def start_ray(config: Config) -> None:
+    """Connect to the cluster (RAY_ADDRESS, or a running driver), or start a local one.
+
+    A local one gets at least as many logical CPUs as the stages ask for: they are shares of the
+    real ones, and a stage that finds none would stand still.
+    """
+    # Trainer processes print through our own files; Ray's copies would double each line.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return
+    runtime_env = {
+        "env_vars": {
+            name: os.environ[name]
+            for name in ("WHISPER_MS_ID", "WHISPER_HF_ID", "HF_ENDPOINT", "HF_HOME")
+            if name in os.environ
+        }
+    }
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": runtime_env}
+    if not os.environ.get("RAY_ADDRESS"):
+        t, e, d = config.train, config.encoder, config.data
+        need = t.workers * t.cpus + e.actors * e.cpus + d.loaders + 1
+        options |= {
+            "num_cpus": max(os.cpu_count() or 1, int(np.ceil(need))),
+            "log_to_driver": False,
+            "include_dashboard": False,
+        }
+    ray.init(**options)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The stream's rows for one start of the worker group."""
+
+    held: list[tuple[int, np.ndarray]]
+    train: np.ndarray
+
+
+def _rows(prepared: Prepared, first_step: int) -> _Rows:
+    """Held-out bins once, then the plan from `first_step` on."""
+    optim, workers = prepared.config.optim, prepared.config.train.workers
+    unit = workers * optim.bins_per_block
+    held = []
+    for number, (name, split) in enumerate(prepared.splits.items()):
+        if name != "train":
+            bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
+            bins[: split.plan.bins] = np.arange(split.plan.bins)
+            held.append((number, bins))
+    plan = prepared.splits["train"].plan
+    return _Rows(held, plan.rows(first_step, optim.steps, workers, optim.bins_per_block))
+
+
+def _saved_state(prepared: Prepared) -> TrainState | None:
+    if prepared.resume is None:
+        return None
+    state = read_state(prepared.resume).state
+    check_fingerprints(prepared, state.fingerprints)
+    return state
+
+
+def _fit(prepared: Prepared) -> None:
+    config = prepared.config
+    names = list(prepared.splits)
+    held = {names[n]: len(bins) for n, bins in _rows(prepared, 0).held}
+    train_split = prepared.splits["train"]
+    job = Job(
+        config=config,
+        model=prepared.model,
+        encoder=prepared.encoder,
+        tokenizer_json=prepared.tokenizer.to_json(),
+        fingerprints=prepared.fingerprints,
+        held_rows=held,
+        train_rows=train_split.table.num_rows,
+        index_rejects=len(prepared.rejects),
+        epoch_ends=train_split.plan.epoch_ends.tolist(),
+    )
+    settings = StreamSettings(
+        bins_per_block=config.optim.bins_per_block,
+        n_mels=prepared.encoder["n_mels"],
+        mode=config.encoder.mode,
+        margin_seconds=config.encoder.margin_seconds,
+        cache=None if config.cache_dir is None else config.cache_dir / prepared.encoder_key,
+        encoder={
+            "source": None if config.encoder.weights == "hub" else config.encoder.weights,
+            "mode": config.encoder.mode,
+            "margin_seconds": config.encoder.margin_seconds,
+            "dtype": torch.bfloat16 if config.encoder.dtype == "bf16" else torch.float32,
+            "frame_budget": config.encoder.frame_budget,
+        },
+        config=config,
+    )
+    # The driver owns the index and the plans; stages read them from the object store.
+    refs = [ray.put(split) for split in prepared.splits.values()]
+    plans = ray.put(prepared)  # in a list below: an argument that is a reference gets resolved
+    failure = config.run_dir / FAILURE
+    failure.unlink(missing_ok=True)
+    options = ExecutionOptions(preserve_order=True)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=config.train.gpu,
+            resources_per_worker={
+                "CPU": config.train.cpus,
+                **({"GPU": 1} if config.train.gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}",
+            storage_path=str(config.run_dir / ".ray"),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+        ),
+        # Called again whenever the worker group starts: the stream begins where the newest
+        # checkpoint says.
+        datasets={STREAM: functools.partial(_open_stream, [plans], refs, settings)},
+        dataset_config=DataConfig(execution_options=options),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise TrainingError(_root_cause(error)) from error
+    if failure.is_file():
+        raise TrainingError(failure.read_text())
+
+
+def _open_stream(
+    plans: list[ray.ObjectRef], refs: list[ray.ObjectRef], settings: StreamSettings
+) -> Dataset:
+    prepared: Prepared = ray.get(plans[0])
+    path = newest_checkpoint(prepared.config.run_dir / "checkpoints")
+    rows = _rows(prepared, read_state(path).state.step if path is not None else 0)
+    names = list(prepared.splits)
+    parts = [*rows.held, (names.index("train"), rows.train)]
+    return make_stream(refs, [part for part in parts if len(part[1])], settings)
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    """The function of one Ray Train worker."""
+    job: Job = arguments["job"]
+    torch.set_num_threads(job.config.train.threads)
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    device = ray.train.torch.get_device() if job.config.train.gpu else torch.device("cpu")
+    blocks = _blocks(job.config.optim.bins_per_block)
+    try:
+        TrainLoop(job, blocks, rank, context.get_world_size(), device).run()
+    except (TooManyRejects, FloatingPointError) as error:
+        # Every rank fails alike and would again: leave word for the driver instead of a retry.
+        if rank == 0:
+            write_text(job.config.run_dir / FAILURE, str(error))
+
+
+def _blocks(rows: int) -> Iterator[pa.Table]:
+    shard = ray.train.get_dataset_shard(STREAM)
+    yield from shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first failure of a worker, in one line with its rank."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return f"{type(error).__name__}: {_last_line(error)}"
+    rank, cause = sorted(failures.items())[0]
+    while (deeper := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = deeper
+    return f"rank {rank}: {type(cause).__name__}: {_last_line(cause)}"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def _write_index_rejects(prepared: Prepared) -> None:
+    """Rows that the index left out lead rejects.jsonl; they are known before the first step."""
+    path = prepared.config.run_dir / "rejects.jsonl"
+    streamed = [row for row in read_json_lines(path) if "step" in row]
+    path.unlink(missing_ok=True)
+    append_json(path, [reject.to_dict() for reject in prepared.rejects] + streamed)
+    path.touch()
+
+
+def _close(prepared: Prepared, wall_seconds: float) -> dict[str, Any]:
+    """Add what only the driver knows to the summary."""
+    path = prepared.config.run_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    counts = dict(summary["rejects"])
+    for reject in prepared.rejects:
+        counts[reject.reason] = counts.get(reject.reason, 0) + 1
+    summary |= {
+        "rejects": counts,
+        "wall_seconds": round(wall_seconds, 1),
+        "train_hours": sum(prepared.splits["train"].table["samples"].to_pylist()) / 57_600_000,
+    }
+    write_json(path, summary)
+    return summary
