@@ -20,10 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from omni.config import Config
-from omni.data.blocks import utterances
-from omni.data.plan import EMPTY, padded_step
-from omni.model.omni import LossSums, OmniConfig, OmniModel
+from omni.model.omni import LossSums, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.train.checkpoint import (
     TrainState,
@@ -33,8 +30,10 @@ from omni.train.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from omni.train.evaluation import HeldOut, Layout, all_gather, all_sum
-from omni.train.metrics import append_json, keep_lines, read_json_lines, write_json
+from omni.train.evaluation import HeldOut, Layout, all_sum
+from omni.train.feed import Feed, Microbatch
+from omni.train.job import Job
+from omni.train.metrics import append_json, keep_lines, write_json
 from omni.train.optim import (
     WeightAverage,
     load_optimizer_tensors,
@@ -44,26 +43,6 @@ from omni.train.optim import (
     set_rates,
     trainable,
 )
-from omni.transcribe import HeldUtterance
-
-
-class TooManyRejects(RuntimeError):
-    """More recordings than `data.max_rejects` allows could not be used."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every rank is told."""
-
-    config: Config
-    model: OmniConfig
-    encoder: dict[str, Any]
-    tokenizer_json: str
-    fingerprints: dict[str, str]
-    held_rows: dict[str, int]  # rows of dev and test that come before the training rows
-    train_rows: int  # utterances of the training index
-    index_rejects: int
-    epoch_ends: list[int]  # bins up to the end of each epoch
 
 
 @dataclass
@@ -71,9 +50,8 @@ class Window:
     """Sums over the steps since the last log line, over all ranks."""
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(9, dtype=torch.float64))
-    steps: int = 0
-    wait: float = 0.0  # of `busy`, seconds without a block
-    busy: float = 0.0  # seconds of steps, evaluation and checkpoints not counted
+    busy: float = 0.0  # seconds of steps; evaluation and checkpoints are not counted
+    wait: float = 0.0  # seconds of them without a block
 
 
 # Fields of the sums that ranks add up at each step.
@@ -85,18 +63,18 @@ class TrainLoop:
         self, job: Job, blocks: Iterator[pa.Table], rank: int, world: int, device: torch.device
     ) -> None:
         self.job, self.config = job, job.config
-        self.blocks, self.rank, self.world, self.device = blocks, rank, world, device
+        self.rank, self.world, self.device = rank, world, device
         self.run_dir = job.config.run_dir
         self.checkpoints = self.run_dir / "checkpoints"
         self.tokenizer = SpeechTokenizer.from_json(job.tokenizer_json)
-        self.layout = Layout(
+        layout = Layout(
             job.config.optim.bin_positions,
             job.model.stack,
             job.model.feature_dim,
             self.tokenizer.bos,
             self.tokenizer.end,
         )
-        self.feature_dtype = torch.bfloat16 if job.encoder["dtype"] == "bf16" else torch.float32
+        self.feed = Feed(job, blocks, layout, rank, world, device)
         self.model = OmniModel(job.model)
         self.model.init_weights(job.config.run.seed)
         for part in ("projector", "lm"):
@@ -107,8 +85,6 @@ class TrainLoop:
             WeightAverage(self.model, job.config.optim.ema) if job.config.optim.ema else None
         )
         self.state = TrainState(fingerprints=job.fingerprints)
-        self.rejected_ids: set[str] = set()
-        self._pending_rejects: list[dict[str, Any]] = []
         self.last_norm = 0.0
         self._resume()
         self.wrapped: nn.Module = self.model
@@ -124,11 +100,9 @@ class TrainLoop:
 
     def run(self) -> dict[str, Any]:
         """Train to the end of the plan (or until patience runs out); returns the summary."""
-        held = {name: self._hold(name, rows) for name, rows in self.job.held_rows.items()}
+        held = {name: self.feed.hold(name, rows) for name, rows in self.job.held_rows.items()}
         dev = held["dev"]
-        self._share_rejects()
-        # Waiting for the pipeline to start is not waiting for data.
-        self.window, self.totals = Window(), Window()
+        self.feed.share_rejects()
         config = self.config
         evaluated = -1
         self.model.train()
@@ -149,53 +123,38 @@ class TrainLoop:
 
     def _step(self) -> None:
         """One optimizer step over all blocks of the plan's next step."""
-        began = time.perf_counter()
-        optim, step = self.config.optim, self.state.step
-        rows = padded_step(optim.bins_per_step, self.world, optim.bins_per_block)
-        micro = rows // (self.world * optim.bins_per_block)
+        began, waited = time.perf_counter(), self.feed.waited
+        step = self.state.step
+        micro = list(self.feed.microbatches(step))
         sums = torch.zeros(9, dtype=torch.float64)
-        for number in range(micro):
-            table = self._next_block()
-            place = number * self.world + self.rank
-            self._check_place(table, step, place)
-            torch.manual_seed(_mix(self.config.run.seed, step, place))
-            last = number == micro - 1
+        for number, part in enumerate(micro):
+            torch.manual_seed(_mix(self.config.run.seed, step, part.place))
+            last = number == len(micro) - 1
             sync = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()  # type: ignore[operator]
             with sync:
-                sums += self._block(table)
+                sums += self._backward(part)
         sums = all_sum(sums)
         self._apply(float(sums[TOKENS]))
         self.state.step += 1
-        self.state.bins_consumed = self.state.step * optim.bins_per_step
+        self.state.bins_consumed = self.state.step * self.config.optim.bins_per_step
         self.state.epoch = self._epoch(self.state.bins_consumed)
         spent = time.perf_counter() - began
         self.state.seconds += spent
         for window in (self.window, self.totals):
             window.sums += sums
-            window.steps += 1
             window.busy += spent
+            window.wait += self.feed.waited - waited
         if sums[REJECTED]:
-            self._share_rejects()
+            self.feed.share_rejects()
 
-    def _block(self, table: pa.Table) -> Tensor:
+    def _backward(self, part: Microbatch) -> Tensor:
         """Forward and backward of one microbatch; gradients of sums, divided later."""
-        rows = table.to_pylist()
-        bins = [utterances(row, self.feature_dtype, self.job.model.feature_dim) for row in rows]
-        batch = self.layout.batch([list(members) for members in bins]).to(self.device)
         with self._autocast():
-            out: LossSums = self.wrapped(batch)
+            out: LossSums = self.wrapped(part.batch)
             (out.loss + self.config.optim.ctc_weight * out.ctc).backward()
-        self._note_rejects(rows)
-        used = [
-            samples
-            for row in rows
-            for samples, frames in zip(row["samples"], row["frames"], strict=True)
-            if frames
-        ]
-        rejected = sum(frames == 0 for row in rows for frames in row["frames"])
-        encode = [sum(row[name] for row in rows) for name in ("encode_seconds", "encoded_samples")]
         losses = [float(x.detach()) for x in (out.loss, out.tokens, out.correct, out.ctc)]
-        return torch.tensor([*losses, len(used), sum(used), *encode, rejected], dtype=torch.float64)
+        counts = [part.utterances, part.samples, part.encode_seconds, part.encoded_samples]
+        return torch.tensor([*losses, *counts, part.rejected], dtype=torch.float64)
 
     def _apply(self, tokens: float) -> None:
         """Divide the summed gradients by the global token count, clip, and update."""
@@ -216,84 +175,6 @@ class TrainLoop:
             optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model, self.state.step)
-
-    # -- data ----------------------------------------------------------------------------------
-
-    def _next_block(self) -> pa.Table:
-        began = time.perf_counter()
-        table = next(self.blocks)
-        waited = time.perf_counter() - began
-        self.window.wait += waited
-        self.totals.wait += waited
-        return table
-
-    def _check_place(self, table: pa.Table, step: int, place: int) -> None:
-        """The stream and the loop must agree on what is trained now."""
-        optim = self.config.optim
-        offset = place * optim.bins_per_block
-        expected = step * optim.bins_per_step + offset if offset < optim.bins_per_step else EMPTY
-        found = table["bin"][0].as_py()
-        if table["split"][0].as_py() != "train" or found not in (expected, EMPTY):
-            raise RuntimeError(f"step {step}: the stream brought bin {found}, expected {expected}")
-
-    def _hold(self, name: str, rows: int) -> HeldOut:
-        """Take a held-out split's blocks, which lead the stream, into memory."""
-        held = []
-        for _ in range(rows // (self.world * self.config.optim.bins_per_block)):
-            table = self._next_block()
-            block = table.to_pylist()
-            self._note_rejects(block)
-            for row in block:
-                if row["split"] != name:
-                    raise RuntimeError(f"the stream brought {row['split']}, expected {name}")
-                members = utterances(row, self.feature_dtype, self.job.model.feature_dim)
-                for i, member in enumerate(members):
-                    if member.features_TF is not None:
-                        held.append(
-                            HeldUtterance(
-                                member,
-                                row["ids"][i],
-                                row["uris"][i],
-                                row["texts"][i],
-                                row["languages"][i] or "en",
-                            )
-                        )
-        return HeldOut(held, self.layout, self.device)
-
-    def _note_rejects(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            for i, error in enumerate(row["errors"]):
-                if error is None or row["ids"][i] in self.rejected_ids:
-                    continue
-                reason, _, detail = error.partition("\n")
-                self._pending_rejects.append(
-                    {
-                        "id": row["ids"][i],
-                        "uri": row["uris"][i],
-                        "reason": reason,
-                        "detail": detail,
-                        "split": row["split"],
-                        "step": self.state.step,
-                    }
-                )
-
-    def _share_rejects(self) -> None:
-        """Write new rejects of all ranks, and stop the run when there are too many."""
-        for reject in all_gather(self._pending_rejects):
-            if reject["id"] in self.rejected_ids:
-                continue
-            self.rejected_ids.add(reject["id"])
-            self.state.rejects[reject["reason"]] = self.state.rejects.get(reject["reason"], 0) + 1
-            if self.rank == 0:
-                append_json(self.run_dir / "rejects.jsonl", [reject])
-        self._pending_rejects = []
-        allowed = self.config.data.max_rejects
-        bad, rows = len(self.rejected_ids), self.job.train_rows
-        if bad > allowed * rows:
-            raise TooManyRejects(
-                f"data.max_rejects: {bad} of {rows} utterances were rejected, more than "
-                f"{allowed:.0%}: {self.state.rejects}; see {self.run_dir / 'rejects.jsonl'}"
-            )
 
     # -- what is written -----------------------------------------------------------------------
 
@@ -320,6 +201,7 @@ class TrainLoop:
         }
         if self.rank == 0:
             append_json(self.run_dir / "metrics.jsonl", [self.last_train])
+        self.feed.write_ledger()
         self.window = Window()
 
     @contextlib.contextmanager
@@ -372,6 +254,8 @@ class TrainLoop:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _save(self, best: bool) -> None:
+        self.feed.write_ledger()
+        self.state.rejects = self.feed.reject_counts
         if self.rank:
             return
         current = {name: p.detach() for name, p in trainable(self.model).items()}
@@ -413,15 +297,13 @@ class TrainLoop:
                 for name, parameter in trainable(self.model).items():
                     parameter.copy_(weights[name])
             load_optimizer_tensors(self.optimizers, self.model, tensors)
+        step = self.state.step
         if self.rank == 0:
-            step = self.state.step
             keep_lines(self.run_dir / "metrics.jsonl", lambda row: row["step"] <= step)
-            keep_lines(self.run_dir / "rejects.jsonl", lambda row: row.get("step", 0) <= step)
+        self.feed.rewind(step, self.state.rejects)
         if dist.is_initialized():
             dist.barrier()
-        for row in read_json_lines(self.run_dir / "rejects.jsonl"):
-            if "step" in row:
-                self.rejected_ids.add(row["id"])
+        self.feed.recall_rejects()
 
     def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""
@@ -466,7 +348,7 @@ class TrainLoop:
             ),
             "cached_fraction": 1 - totals[ENCODED] / totals[SAMPLES] if totals[SAMPLES] else None,
             "train_seconds": round(self.state.seconds, 1),
-            "rejects": self.state.rejects,
+            "rejects": self.feed.reject_counts,
             "workers": self.world,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }

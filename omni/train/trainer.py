@@ -26,8 +26,10 @@ from omni.data.plan import EMPTY
 from omni.data.stream import StreamSettings, make_stream
 from omni.report import write_report
 from omni.train.checkpoint import TrainState, newest_checkpoint, read_state
+from omni.train.feed import TooManyRejects
+from omni.train.job import Job
 from omni.train.live import LiveView
-from omni.train.loop import Job, TooManyRejects, TrainLoop
+from omni.train.loop import TrainLoop
 from omni.train.metrics import append_json, read_json_lines, write_json, write_text
 from omni.train.prepare import Prepared, check_fingerprints, prepare
 
@@ -135,7 +137,6 @@ def _fit(prepared: Prepared) -> None:
         fingerprints=prepared.fingerprints,
         held_rows=held,
         train_rows=train_split.table.num_rows,
-        index_rejects=len(prepared.rejects),
         epoch_ends=train_split.plan.epoch_ends.tolist(),
     )
     settings = StreamSettings(
