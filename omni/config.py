@@ -59,6 +59,7 @@ class DataConfig(Section):
     prompt: str = ""  # text between the audio and the transcript, where a row has none
     max_rejects: Share = 0.05  # of the utterances seen; more stop the run
     cache: str | None = "auto"  # folder of encoder features; auto: <run.storage>/cache; null: off
+    buffer_mb: Positive | None = None  # object store for blocks under way; null: Ray's choice
     loaders: Positive = 2  # tasks that decode audio at a time, one logical CPU each
 
 
@@ -129,7 +130,7 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     workers: Positive = 1
-    gpu: bool = False  # one GPU per worker
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0  # per worker: 1, or a share beside an encoder
     cpus: Annotated[float, Field(gt=0)] = 1  # logical CPUs per worker
     threads: Positive = 1  # torch threads per worker
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
-from ray.data import Dataset, ExecutionOptions
+from ray.data import Dataset, ExecutionOptions, ExecutionResources
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -160,16 +160,20 @@ def _fit(prepared: Prepared) -> None:
     failure = config.run_dir / FAILURE
     failure.unlink(missing_ok=True)
     options = ExecutionOptions(preserve_order=True)
+    if config.data.buffer_mb is not None:
+        options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=config.data.buffer_mb << 20
+        )
+    resources = {"CPU": config.train.cpus}
+    if config.train.gpus:
+        resources["GPU"] = config.train.gpus
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
-            use_gpu=config.train.gpu,
-            resources_per_worker={
-                "CPU": config.train.cpus,
-                **({"GPU": 1} if config.train.gpu else {}),
-            },
+            use_gpu=config.train.gpus > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=f"attempt-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}",
@@ -206,7 +210,7 @@ def _work(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(job.config.train.threads)
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    device = ray.train.torch.get_device() if job.config.train.gpu else torch.device("cpu")
+    device = ray.train.torch.get_device() if job.config.train.gpus else torch.device("cpu")
     blocks = _blocks(job.config.optim.bins_per_block)
     try:
         TrainLoop(job, blocks, rank, context.get_world_size(), device).run()

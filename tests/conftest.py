@@ -1,0 +1,11 @@
+"""One thread per test process: results repeat to the last bit and small machines stay usable."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)

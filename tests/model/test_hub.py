@@ -1,0 +1,252 @@
+"""Whisper's weights come from ModelScope, Hugging Face or a folder; failures name every source.
+
+The real clients run against a hub on loopback, each time in a process of its own: they read their
+environment when they are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loopback_hub import closed_port, serve
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from omni.model.hub import EMBEDDED_WHISPER, SourceError, read_whisper_files, whisper_folder
+from omni.model.whisper import WhisperEncoder, load_whisper
+
+LOAD = """
+from omni.model.hub import SourceError
+from omni.model.whisper import load_whisper
+try:
+    print("loaded", load_whisper().fingerprint)
+except SourceError as error:
+    print("SourceError", error)
+"""
+
+
+def load_elsewhere(home: Path, **environment: str) -> str:
+    """What `load_whisper()` says in a fresh process with empty caches and no other settings."""
+    ours = ("WHISPER_", "HF_", "MODELSCOPE_")
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ours) and not name.lower().endswith("_proxy")
+    }
+    caches = {
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "MODELSCOPE_CACHE": str(home / "modelscope"),
+        "MODELSCOPE_HOME": str(home / "modelscope-home"),
+        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",  # a hub that is down is asked once
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env={**clean, **caches, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def fetched(paths: list[str]) -> set[str]:
+    """Names of the files among requested paths."""
+    found = {re.split("[/=]", path)[-1] for path in paths}
+    return {name for name in found if "." in name or name == "LICENSE"}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> str:
+    return load_whisper("embedded").fingerprint
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded encoder as a hub would have it, next to weights in an older format."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copytree(EMBEDDED_WHISPER, folder, dirs_exist_ok=True)
+    (folder / "pytorch_model.bin").write_bytes(b"not wanted where there are safetensors")
+    return folder
+
+
+# --- hubs ----------------------------------------------------------------------------------------
+
+
+def test_hugging_face_serves_whisper_base_by_default(
+    repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    with serve("openai/whisper-base", repository) as hub:
+        said = load_elsewhere(tmp_path, HF_ENDPOINT=hub.url, MODELSCOPE_ENDPOINT=hub.url)
+    assert said == f"loaded {embedded}"
+    assert hub.modelscope == []
+    # Nothing is fetched but what is read.
+    wanted = {"config.json", "preprocessor_config.json", "model.safetensors"}
+    assert fetched(hub.hugging_face) == wanted
+
+
+def test_modelscope_comes_first_where_its_id_is_set(
+    repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    with serve("someone/whisper", repository) as hub:
+        said = load_elsewhere(
+            tmp_path,
+            WHISPER_MS_ID="someone/whisper",
+            WHISPER_HF_ID="someone/whisper",
+            HF_ENDPOINT=hub.url,
+            MODELSCOPE_ENDPOINT=hub.url,
+        )
+    assert said == f"loaded {embedded}"
+    assert hub.hugging_face == []
+    wanted = {"config.json", "preprocessor_config.json", "model.safetensors"}
+    assert fetched(hub.modelscope) == wanted
+
+
+def test_hugging_face_serves_what_modelscope_does_not_have(
+    repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    with serve("someone/whisper", repository) as hub:
+        said = load_elsewhere(
+            tmp_path,
+            WHISPER_MS_ID="someone/absent",
+            WHISPER_HF_ID="someone/whisper",
+            HF_ENDPOINT=hub.url,
+            MODELSCOPE_ENDPOINT=hub.url,
+        )
+    assert said == f"loaded {embedded}"
+    assert hub.modelscope and hub.hugging_face
+    assert hub.asked[: len(hub.modelscope)] == hub.modelscope, "ModelScope was asked first"
+
+
+def test_hugging_face_serves_while_modelscope_is_down(
+    repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    with serve("someone/whisper", repository) as hub:
+        said = load_elsewhere(
+            tmp_path,
+            WHISPER_MS_ID="someone/whisper",
+            WHISPER_HF_ID="someone/whisper",
+            HF_ENDPOINT=hub.url,
+            MODELSCOPE_ENDPOINT=closed_port(),
+        )
+    assert said == f"loaded {embedded}"
+
+
+def test_when_every_hub_is_down_one_error_names_each_with_its_reason(tmp_path: Path) -> None:
+    said = load_elsewhere(
+        tmp_path,
+        WHISPER_MS_ID="someone/on-modelscope",
+        WHISPER_HF_ID="someone/on-hugging-face",
+        HF_ENDPOINT=closed_port(),
+        MODELSCOPE_ENDPOINT=closed_port(),
+    )
+    first, modelscope, hugging_face = said.splitlines()
+    assert first == "SourceError no source served the Whisper weights:"
+    assert modelscope.startswith("  ModelScope someone/on-modelscope: ")
+    assert hugging_face.startswith("  Hugging Face someone/on-hugging-face: ")
+    for line in (modelscope, hugging_face):
+        assert "refused" in line
+
+
+def test_a_hub_may_hold_pytorch_model_bin_only(embedded: str, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    as_pytorch_bin(folder)
+    with serve("openai/whisper-base", folder) as hub:
+        said = load_elsewhere(tmp_path, HF_ENDPOINT=hub.url)
+    assert "pytorch_model.bin" in fetched(hub.hugging_face)
+    assert said == f"loaded {embedded}"
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def encoder_tensors() -> dict[str, Tensor]:
+    return load_file(EMBEDDED_WHISPER / "model.safetensors")
+
+
+def copy_config(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    shutil.copy(EMBEDDED_WHISPER / "config.json", folder)
+    return folder
+
+
+def as_pytorch_bin(folder: Path) -> None:
+    decoder = {"model.decoder.embed_tokens.weight": torch.ones(3, 4)}
+    torch.save({**encoder_tensors(), **decoder}, copy_config(folder) / "pytorch_model.bin")
+
+
+def same_weights(one: WhisperEncoder, other: WhisperEncoder) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_local_folder_is_taken_as_it_is(trim: WhisperEncoder, tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED_WHISPER, tmp_path / "whisper")
+    assert whisper_folder(str(tmp_path / "whisper")) == tmp_path / "whisper"
+    assert same_weights(load_whisper(str(tmp_path / "whisper")), trim)
+
+
+def test_a_folder_without_config_is_refused_by_name(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(SourceError, match="expected a folder with config.json") as caught:
+            load_whisper(str(folder))
+        assert str(folder) in str(caught.value)
+
+
+def test_a_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no Whisper encoder tensors") as caught:
+        load_whisper(str(copy_config(tmp_path)))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    config = json.loads((EMBEDDED_WHISPER / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(SourceError, match="model_type is 'bert', expected whisper"):
+        load_whisper(str(tmp_path))
+
+
+def test_a_folder_may_hold_pytorch_model_bin(trim: WhisperEncoder, tmp_path: Path) -> None:
+    as_pytorch_bin(tmp_path)
+    encoder = load_whisper(str(tmp_path))
+    assert same_weights(encoder, trim)
+    assert encoder.fingerprint == trim.fingerprint
+
+
+def test_the_decoder_is_not_loaded(trim: WhisperEncoder, tmp_path: Path) -> None:
+    decoder = {name: torch.ones(3) for name in ("model.decoder.layer_norm.weight", "proj_out.bias")}
+    save_file({**encoder_tensors(), **decoder}, copy_config(tmp_path) / "model.safetensors")
+    _, state = read_whisper_files(tmp_path)
+    assert not [name for name in state if "decoder" in name or "proj_out" in name]
+    assert "layers.0.self_attn.q_proj.weight" in state
+    encoder = load_whisper(str(tmp_path))
+    assert same_weights(encoder, trim)
+    assert encoder.fingerprint == trim.fingerprint, "the decoder does not count"
+
+
+def test_shards_and_a_shorter_prefix_are_the_same_encoder(
+    trim: WhisperEncoder, tmp_path: Path
+) -> None:
+    tensors = {name.removeprefix("model."): t for name, t in encoder_tensors().items()}
+    names = sorted(tensors)
+    copy_config(tmp_path)
+    for number, half in enumerate((names[::2], names[1::2]), start=1):
+        shard = {name: tensors[name] for name in half}
+        save_file(shard, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    assert load_whisper(str(tmp_path)).fingerprint == trim.fingerprint
+
+
+def test_other_weights_have_another_fingerprint(trim: WhisperEncoder, tmp_path: Path) -> None:
+    tensors = encoder_tensors()
+    tensors["model.encoder.conv1.bias"][0] += 0.5
+    save_file(tensors, copy_config(tmp_path) / "model.safetensors")
+    assert load_whisper(str(tmp_path)).fingerprint != trim.fingerprint

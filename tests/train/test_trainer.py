@@ -1,0 +1,341 @@
+"""Whole runs on a real Ray: killed and continued, on one worker and on two, with bad recordings.
+
+Everything here goes through `python -m jobs.train`, as a user does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+from safetensors.torch import load_file
+
+import omni
+from jobs import evaluate, train, transcribe
+
+ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
+ROOT = Path(omni.__file__).parents[1]
+
+TINY = """
+data: {train: [TRAIN], dev: [DEV], test: [], loaders: 1}
+tokenizer: {vocab_size: 300}
+model: {n_layer: 2, n_head: 2, n_embd: 64, stack: 4, dropout: 0.1, audio_dropout: 0.1}
+optim: {bin_positions: 256, bins_per_step: 4, steps: 12, lr: 2.0e-3, warmup_steps: 4,
+        ctc_weight: 0.5, ema: 0.9}
+train: {log_every: 1, checkpoint_every: 3, precision: fp32, max_failures: 0}
+eval: {every: 6, wer_utterances: 2}
+"""
+
+
+def _manifest(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _embedded(split: str, count: int) -> list[dict[str, Any]]:
+    """Short rows of the embedded corpus, with absolute audio paths."""
+    rows = [json.loads(line) for line in (ASSETS / f"{split}.jsonl").read_text().splitlines()]
+    short = [row for row in rows if row["duration"] < 4][:count]
+    return [{**row, "audio": str(ASSETS / row["audio"])} for row in short]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that trains a very small model on 60 real prompts in seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train_data = _manifest(folder / "train", _embedded("train", 60))
+    dev_data = _manifest(folder / "dev", _embedded("dev", 8))
+    text = TINY.replace("TRAIN", str(train_data)).replace("DEV", str(dev_data))
+    config = folder / "tiny.yaml"
+    config.write_text(text)
+    return config
+
+
+def _command(config: Path, storage: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "jobs.train",
+        "--config",
+        str(config),
+        "--run.name",
+        "run",
+        "--run.storage",
+        str(storage),
+        *overrides,
+    ]
+
+
+def _run(config: Path, storage: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        _command(config, storage, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _curve(run: Path) -> dict[int, float]:
+    rows = _lines(run / "metrics.jsonl")
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+    assert len(losses) == sum(row["kind"] == "train" for row in rows), "a step was logged twice"
+    return losses
+
+
+def _ledger(run: Path) -> dict[int, tuple[Counter[int], Counter[int]]]:
+    """Bins and utterances of each step, over all ranks."""
+    steps: dict[int, tuple[Counter[int], Counter[int]]] = {}
+    for path in (run / "ledger").glob("rank-*.jsonl"):
+        for row in _lines(path):
+            bins, utterances = steps.setdefault(row["step"], (Counter(), Counter()))
+            bins[row["bin"]] += 1
+            utterances.update(row["utterances"])
+    return steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("undisturbed")
+    _run(tiny, storage)
+    return storage / "run"
+
+
+def test_a_run_leaves_what_a_person_reads(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    promised = {
+        *("steps", "train_loss", "dev_loss", "dev_wer", "test_wer", "shuffled_audio_gap"),
+        *("audio_seconds_per_second", "tokens_per_second", "data_wait_fraction"),
+        *("encoder_audio_seconds_per_second", "wall_seconds", "rejects"),
+    }
+    assert promised <= summary.keys()
+    assert summary["steps"] == 12
+    assert summary["rejects"] == {}
+    curve = _curve(undisturbed)
+    assert sorted(curve) == list(range(1, 13))
+    assert curve[12] < curve[1] - 0.5
+    assert "<html" in (undisturbed / "report.html").read_text()
+    assert (undisturbed / "checkpoints" / "last").resolve().name == "step-000012"
+    # One epoch is every utterance once: 12 steps hold several.
+    first_bins = sum((bins for bins, _ in _ledger(undisturbed).values()), Counter())
+    assert set(first_bins.values()) == {1}
+    assert sorted(first_bins) == list(range(48))
+
+
+def test_killed_and_continued_is_bit_for_bit_the_undisturbed_run(
+    tiny: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    target = random.SystemRandom().randint(2, 10)
+    print(f"killing at step {target}")
+    process = subprocess.Popen(
+        _command(tiny, tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count('"kind": "train"') < target:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in tree:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+    _run(tiny, tmp_path)
+    expected = load_file(undisturbed / "checkpoints" / "last" / "model.safetensors")
+    found = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert expected[name].numpy().tobytes() == found[name].numpy().tobytes(), name
+    assert _curve(tmp_path / "run") == _curve(undisturbed)
+    assert _ledger(tmp_path / "run") == _ledger(undisturbed)
+
+
+def test_two_workers_on_two_nodes_train_what_one_worker_trains(
+    tiny: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+    cluster.add_node(num_cpus=3)
+    try:
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+        done = subprocess.run(
+            _command(tiny, tmp_path, "--train.workers", "2"),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        cluster.shutdown()
+    run = tmp_path / "run"
+    assert _ledger(run) == _ledger(undisturbed)
+    one, two = _curve(undisturbed), _curve(run)
+    assert one.keys() == two.keys()
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-3
+    assert json.loads((run / "summary.json").read_text())["workers"] == 2
+
+
+def test_the_finished_run_scores_and_transcribes(
+    undisturbed: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = undisturbed / "checkpoints" / "best"
+    manifest = tiny.parent / "dev" / "manifest.jsonl"
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--checkpoint", str(checkpoint), "--data", str(manifest), "--out", str(out)]
+    assert evaluate.main(arguments) == 0
+    scored = json.loads(capsys.readouterr().out)
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert scored["wer"] == summary["dev_wer"]
+    assert scored["cer"] == summary["dev_cer"]
+    assert [row["id"] for row in _lines(out)] == [row["id"] for row in _lines(manifest)]
+
+    stereo = tmp_path / "stereo-96k.wav"
+    clip, rate = soundfile.read(_lines(manifest)[0]["audio"], dtype="float32")
+    long = np.tile(clip, 20)
+    soundfile.write(stereo, np.stack([long, long], axis=1), rate)
+    files = [str(stereo), str(tmp_path / "none.wav")]
+    code = transcribe.main(["--checkpoint", str(checkpoint), *files])
+    assert code == 1
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert written[0]["audio"] == str(stereo)
+    assert isinstance(written[0]["text"], str)
+    assert "missing" in written[1]["error"]
+
+
+def test_continuing_with_another_corpus_is_refused(
+    undisturbed: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = [
+        *("--config", str(tiny), "--run.name", "run", "--run.storage", str(undisturbed.parent)),
+        *("--data.train", "embedded:train"),
+    ]
+    assert train.main(other) == 2
+    assert "data.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--optim.learning_rate", "1"], "optim.learning_rate"),
+        (["--train.workers", "many"], "train.workers"),
+        (["--encoder.weights", "no/such/folder"], "encoder.weights"),
+        (["--model.n_head", "3"], "model"),
+    ],
+)
+def test_a_wrong_setting_exits_2_before_ray_starts(
+    tiny: Path,
+    tmp_path: Path,
+    overrides: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import ray
+
+    arguments = ["--config", str(tiny), "--run.storage", str(tmp_path), *overrides]
+    assert train.main(arguments) == 2
+    assert named in capsys.readouterr().err
+    assert not ray.is_initialized()
+    assert not (tmp_path / "omni" / "config.yaml").exists()
+
+
+def _bad_recordings(folder: Path) -> dict[str, tuple[dict[str, Any], str | None]]:
+    """Rows by what is wrong with them, with the reason that must be counted (None: usable)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clip, rate = soundfile.read(_embedded("train", 1)[0]["audio"], dtype="float32")
+    rows: dict[str, tuple[dict[str, Any], str | None]] = {}
+
+    def add(name: str, reason: str | None, text: str = "A recording.", file: str = "") -> Path:
+        path = folder / (file or f"{name}.wav")
+        rows[name] = ({"id": name, "audio": str(path), "text": text}, reason)
+        return path
+
+    whole = add("truncated", "unreadable", file="truncated.flac")
+    soundfile.write(whole, clip, rate)
+    whole.write_bytes(whole.read_bytes()[:60])
+    soundfile.write(add("zero samples", "empty"), clip[:0], rate)
+    broken = clip.copy()
+    broken[100] = np.nan
+    soundfile.write(add("nan samples", "not finite"), broken, rate, subtype="FLOAT")
+    add("text file", "unreadable").write_text("this is not a recording\n" * 50)
+    add("absent", "missing", file="absent.wav")
+    soundfile.write(add("empty text", "empty text", text="  "), clip, rate)
+    soundfile.write(add("long text", "longer than a bin", text="word " * 800), clip, rate)
+    soundfile.write(add("20 minutes", "longer than a bin"), np.zeros(8000 * 1200, "float32"), 8000)
+    soundfile.write(add("stereo", None), np.stack([clip, clip], axis=1), rate)
+    soundfile.write(add("8 bit", None), clip, rate, subtype="PCM_U8")
+    soundfile.write(add("96 kHz", None), np.repeat(clip, 2), 96_000)
+    soundfile.write(add("5 ms", None), clip[: rate // 200], rate)
+    return rows
+
+
+def test_bad_recordings_are_counted_and_the_run_goes_on(tiny: Path, tmp_path: Path) -> None:
+    bad = _bad_recordings(tmp_path / "bad")
+    rows = [row for row, _ in bad.values()] + _embedded("train", 30)
+    # What the header hides shows only when the file is decoded: these two pass the index.
+    shutil.copy(bad["stereo"][0]["audio"], tmp_path / "bad" / "replaced.wav")
+    manifest = _manifest(tmp_path / "mixed", rows)
+    _run(
+        tiny,
+        tmp_path,
+        *("--data.train", str(manifest), "--data.max_rejects", "0.5", "--optim.steps", "6"),
+    )
+    run = tmp_path / "run"
+    reasons = {row["id"]: row["reason"] for row in _lines(run / "rejects.jsonl")}
+    assert reasons == {name: reason for name, (_, reason) in bad.items() if reason is not None}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rejects"] == dict(Counter(reasons.values()))
+    assert summary["steps"] == 6
+    trained = sum((utterances for _, utterances in _ledger(run).values()), Counter())
+    # The index holds the rows that it accepted, in order; NaN samples show only when decoded.
+    accepted = [
+        row["id"]
+        for row in rows
+        if reasons.get(row["id"]) in (None, "not finite", "longer than a bin")
+    ]
+    assert "nan samples" not in {accepted[number] for number in trained}
+    usable = {name for name, (_, reason) in bad.items() if reason is None}
+    assert usable <= {accepted[number] for number in trained}
+
+
+def test_too_many_unreadable_recordings_stop_the_run(tiny: Path, tmp_path: Path) -> None:
+    rows = _embedded("train", 10)
+    clip, rate = soundfile.read(rows[0]["audio"], dtype="float32")
+    clip[10] = np.nan
+    for number in range(10):
+        path = tmp_path / f"nan-{number}.wav"
+        soundfile.write(path, clip, rate, subtype="FLOAT")
+        rows.append({"id": f"nan-{number}", "audio": str(path), "text": "No."})
+    manifest = _manifest(tmp_path / "mixed", rows)
+    overrides = ("--data.train", str(manifest), "--data.max_rejects", "0.2")
+    done = subprocess.run(
+        _command(tiny, tmp_path, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 1
+    assert "data.max_rejects" in done.stderr.splitlines()[-1]
+    assert len(_lines(tmp_path / "run" / "rejects.jsonl")) > 4
