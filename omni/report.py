@@ -126,7 +126,7 @@ def _status(summary: Row | None, broken: int) -> str:
 interrupted or is still going. Figures are the last logged. {skipped}</p>"""
     facts = {
         "parameters": count(summary.get("parameters")),
-        "workers": count(summary.get("workers")),
+        "worker" if summary.get("workers") == 1 else "workers": count(summary.get("workers")),
         "of features from the cache": percent(summary.get("cached_fraction")),
     }
     known = [f"{value} {what}" for what, value in facts.items() if value != "–"]

@@ -54,9 +54,9 @@ def feature_bytes(features_TF: Tensor) -> bytes:
 
 
 def features_from(data: Any, dtype: torch.dtype, d_model: int) -> Tensor:
-    """(T, d_model) from raw bytes, without a copy."""
+    """(T, d_model) from raw bytes; a copy, since torch wants memory that it may write."""
     width = np.int16 if dtype == torch.bfloat16 else np.int32
-    return torch.from_numpy(np.frombuffer(data, width)).view(dtype).view(-1, d_model)
+    return torch.from_numpy(np.frombuffer(data, width).copy()).view(dtype).view(-1, d_model)
 
 
 def utterances(row: dict[str, Any], dtype: torch.dtype, d_model: int) -> list[Utterance]:

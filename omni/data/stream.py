@@ -36,13 +36,10 @@ _LOADER_CPUS = 1.0  # Ray's default: the load stage fuses with the read of the r
 class StreamSettings:
     """What stages need to know; small and picklable."""
 
-    bins_per_block: int
+    config: Config
     n_mels: int
-    mode: Any
-    margin_seconds: float
     cache: Path | None  # folder of this encoder's features
     encoder: dict[str, Any]  # arguments of WhisperEncoder
-    config: Config
 
 
 def make_stream(
@@ -59,19 +56,20 @@ def make_stream(
     context.print_on_execution_start = False
     if _Pause not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(_Pause)
+    config = settings.config
+    per_block = config.optim.bins_per_block
     numbers = np.concatenate([np.full(len(bins), split) for split, bins in rows])
     bins = np.concatenate([bins for _, bins in rows])
-    if any(len(b) % settings.bins_per_block for _, b in rows):
+    if any(len(b) % per_block for _, b in rows):
         raise ValueError("rows of a split must fill whole blocks")
     order = ray.put((numbers.astype(np.int32), bins.astype(np.int64)))
-    config = settings.config
     # refs travel inside a container, or Ray would resolve them before each task
     load = _LoadStage({"order": order, "splits": list(splits)}, settings)
     return (
-        ray.data.range(len(bins), override_num_blocks=len(bins) // settings.bins_per_block)
+        ray.data.range(len(bins), override_num_blocks=len(bins) // per_block)
         .map_batches(
             load,
-            batch_size=settings.bins_per_block,
+            batch_size=per_block,
             batch_format="numpy",
             compute=TaskPoolStrategy(size=config.data.loaders),
             num_cpus=_LOADER_CPUS,
@@ -79,7 +77,7 @@ def make_stream(
         .map_batches(
             EncodeStage,
             fn_constructor_kwargs={"settings": settings},
-            batch_size=settings.bins_per_block,
+            batch_size=per_block,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=config.encoder.actors, max_tasks_in_flight_per_actor=2),
             num_cpus=_unlike_loader(config.encoder.cpus),
@@ -140,6 +138,7 @@ def load_bin(
     split: Split, number: int, settings: StreamSettings, cache: FeatureCache | None
 ) -> dict[str, Any]:
     """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
+    encoder = settings.config.encoder
     members = split.plan.bin(number).tolist()
     table = split.table.take(pa.array(members, pa.int64()))
     keys = table["key"].to_pylist()
@@ -156,7 +155,7 @@ def load_bin(
                     decode(Path(row["uri"]), AudioSpan(row["start"], row["duration"])),
                     row["samples"],
                 )
-                mel = clip_mel(audio, settings.n_mels, settings.mode, settings.margin_seconds)
+                mel = clip_mel(audio, settings.n_mels, encoder.mode, encoder.margin_seconds)
             except AudioError as problem:
                 error = f"{problem.reason}\n{problem.detail}"
         features.append(known)
@@ -194,14 +193,8 @@ class EncodeStage:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
         began = time.perf_counter()
-        encoded = self._encode(rows)
-        seconds = time.perf_counter() - began
-        samples = sum(
-            count
-            for row in rows
-            for key, count in zip(row["keys"], row["samples"], strict=True)
-            if key in encoded
-        )
+        encoded, samples = self._encode(rows)
+        seconds = time.perf_counter() - began if samples else 0.0
         done = []
         for row in rows:
             parts = [
@@ -222,15 +215,15 @@ class EncodeStage:
             )
         return pa.Table.from_pylist(done, ENCODED_SCHEMA)
 
-    def _encode(self, rows: list[dict[str, Any]]) -> dict[str, bytes]:
-        """Features by key of what the rows lack."""
+    def _encode(self, rows: list[dict[str, Any]]) -> tuple[dict[str, bytes], int]:
+        """Features by key of what the rows lack, and how many samples of audio were encoded."""
         missing: dict[str, tuple[bytes, int]] = {}
         for row in rows:
             for key, mel, samples in zip(row["keys"], row["mels"], row["samples"], strict=True):
                 if mel is not None:
                     missing[key] = (mel, samples)
         if not missing:
-            return {}
+            return {}, 0
         # The loader looked a while ago: the block before may have brought some of them.
         found = self._cache.get(missing) if self._cache is not None else {}
         fresh = {key: value for key, value in missing.items() if key not in found}
@@ -244,4 +237,4 @@ class EncodeStage:
             if self._cache is not None:
                 self._cache.put(made)
             found = {**found, **made}
-        return found
+        return found, sum(count for _, count in fresh.values())

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified when read, without pickle.
 
 checkpoints/step-000400/
-    model.safetensors      trained weights (the average, where one is kept)
+    model.safetensors      the model's weights (averaged, where an average is kept)
     optimizer.safetensors  optimizer state, and the raw weights beside an average
     state.json             where the plan stands, fingerprints, checksums of the other files
     config.yaml, tokenizer.json

@@ -258,17 +258,17 @@ class TrainLoop:
         self.state.rejects = self.feed.reject_counts
         if self.rank:
             return
-        current = {name: p.detach() for name, p in trainable(self.model).items()}
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
         optimizer = dict(optimizer_tensors(self.optimizers, self.model))
         if self.average is not None:
-            optimizer |= {f"raw/{name}": value for name, value in current.items()}
-            current = self.average.weights
+            optimizer |= {f"raw/{name}": weights[name] for name in self.average.weights}
+            weights |= self.average.weights
         path = save_checkpoint(
             self.checkpoints,
             state=self.state,
             model=self.job.model,
             encoder=self.job.encoder,
-            weights=current,
+            weights=weights,
             optimizer=optimizer,
             config_yaml=self.config.to_yaml(),
             tokenizer_json=self.job.tokenizer_json,
@@ -286,16 +286,10 @@ class TrainLoop:
             tensors = found.optimizer()
             weights = found.weights()
             if self.average is not None:
-                for name, value in weights.items():
-                    self.average.weights[name].copy_(value)
-                weights = {
-                    key.removeprefix("raw/"): tensors.pop(key)
-                    for key in list(tensors)
-                    if key.startswith("raw/")
-                }
-            with torch.no_grad():
-                for name, parameter in trainable(self.model).items():
-                    parameter.copy_(weights[name])
+                for name in self.average.weights:
+                    self.average.weights[name].copy_(weights[name])
+                    weights[name] = tensors.pop(f"raw/{name}")
+            self._load(weights)
             load_optimizer_tensors(self.optimizers, self.model, tensors)
         step = self.state.step
         if self.rank == 0:
@@ -311,10 +305,7 @@ class TrainLoop:
             dist.barrier()  # rank 0 has written the best checkpoint
         best = read_state(self.checkpoints / "best")
         self.average = None
-        with torch.no_grad():
-            parameters = trainable(self.model)
-            for name, value in best.weights().items():
-                parameters[name].copy_(value)
+        self._load(best.weights())
         results: dict[str, Any] = {}
         with self._evaluating():
             losses = held["dev"].loss(self.model)
@@ -355,6 +346,11 @@ class TrainLoop:
         if self.rank == 0:
             write_json(self.run_dir / "summary.json", summary)
         return summary
+
+    @torch.no_grad()
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[name])
 
     # -- small things --------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -22,7 +21,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from omni.config import Config
-from omni.data.plan import EMPTY
+from omni.data.plan import EMPTY, Split
 from omni.data.stream import StreamSettings, make_stream
 from omni.report import write_report
 from omni.train.checkpoint import TrainState, newest_checkpoint, read_state
@@ -84,6 +83,8 @@ def start_ray(config: Config) -> None:
     }
     options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": runtime_env}
     if not os.environ.get("RAY_ADDRESS"):
+        # A stage is a process more, not a core more: no warning about their number.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         t, e, d = config.train, config.encoder, config.data
         need = t.workers * t.cpus + e.actors * e.cpus + d.loaders + 1
         options |= {
@@ -92,28 +93,6 @@ def start_ray(config: Config) -> None:
             "include_dashboard": False,
         }
     ray.init(**options)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The stream's rows for one start of the worker group."""
-
-    held: list[tuple[int, np.ndarray]]
-    train: np.ndarray
-
-
-def _rows(prepared: Prepared, first_step: int) -> _Rows:
-    """Held-out bins once, then the plan from `first_step` on."""
-    optim, workers = prepared.config.optim, prepared.config.train.workers
-    unit = workers * optim.bins_per_block
-    held = []
-    for number, (name, split) in enumerate(prepared.splits.items()):
-        if name != "train":
-            bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
-            bins[: split.plan.bins] = np.arange(split.plan.bins)
-            held.append((number, bins))
-    plan = prepared.splits["train"].plan
-    return _Rows(held, plan.rows(first_step, optim.steps, workers, optim.bins_per_block))
 
 
 def _saved_state(prepared: Prepared) -> TrainState | None:
@@ -125,38 +104,8 @@ def _saved_state(prepared: Prepared) -> TrainState | None:
 
 
 def _fit(prepared: Prepared) -> None:
+    """Run Ray Train to the end of the plan, through restarts of the worker group."""
     config = prepared.config
-    names = list(prepared.splits)
-    held = {names[n]: len(bins) for n, bins in _rows(prepared, 0).held}
-    train_split = prepared.splits["train"]
-    job = Job(
-        config=config,
-        model=prepared.model,
-        encoder=prepared.encoder,
-        tokenizer_json=prepared.tokenizer.to_json(),
-        fingerprints=prepared.fingerprints,
-        held_rows=held,
-        train_rows=train_split.table.num_rows,
-        epoch_ends=train_split.plan.epoch_ends.tolist(),
-    )
-    settings = StreamSettings(
-        bins_per_block=config.optim.bins_per_block,
-        n_mels=prepared.encoder["n_mels"],
-        mode=config.encoder.mode,
-        margin_seconds=config.encoder.margin_seconds,
-        cache=None if config.cache_dir is None else config.cache_dir / prepared.encoder_key,
-        encoder={
-            "source": None if config.encoder.weights == "hub" else config.encoder.weights,
-            "mode": config.encoder.mode,
-            "margin_seconds": config.encoder.margin_seconds,
-            "dtype": torch.bfloat16 if config.encoder.dtype == "bf16" else torch.float32,
-            "frame_budget": config.encoder.frame_budget,
-        },
-        config=config,
-    )
-    # The driver owns the index and the plans; stages read them from the object store.
-    refs = [ray.put(split) for split in prepared.splits.values()]
-    plans = ray.put(prepared)  # in a list below: an argument that is a reference gets resolved
     failure = config.run_dir / FAILURE
     failure.unlink(missing_ok=True)
     options = ExecutionOptions(preserve_order=True)
@@ -167,9 +116,12 @@ def _fit(prepared: Prepared) -> None:
     resources = {"CPU": config.train.cpus}
     if config.train.gpus:
         resources["GPU"] = config.train.gpus
+    # The driver owns the index and the plans; the stages read them from the object store. The
+    # references travel in lists: Ray would resolve one that is an argument itself.
+    splits = [ray.put(split) for split in prepared.splits.values()]
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"job": job},
+        train_loop_config={"job": _job(prepared)},
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=config.train.gpus > 0,
@@ -182,7 +134,7 @@ def _fit(prepared: Prepared) -> None:
         ),
         # Called again whenever the worker group starts: the stream begins where the newest
         # checkpoint says.
-        datasets={STREAM: functools.partial(_open_stream, [plans], refs, settings)},
+        datasets={STREAM: functools.partial(_open_stream, splits, _settings(prepared))},
         dataset_config=DataConfig(execution_options=options),
     )
     try:
@@ -193,15 +145,60 @@ def _fit(prepared: Prepared) -> None:
         raise TrainingError(failure.read_text())
 
 
-def _open_stream(
-    plans: list[ray.ObjectRef], refs: list[ray.ObjectRef], settings: StreamSettings
-) -> Dataset:
-    prepared: Prepared = ray.get(plans[0])
-    path = newest_checkpoint(prepared.config.run_dir / "checkpoints")
-    rows = _rows(prepared, read_state(path).state.step if path is not None else 0)
-    names = list(prepared.splits)
-    parts = [*rows.held, (names.index("train"), rows.train)]
-    return make_stream(refs, [part for part in parts if len(part[1])], settings)
+def _job(prepared: Prepared) -> Job:
+    train = prepared.splits["train"]
+    return Job(
+        config=prepared.config,
+        model=prepared.model,
+        encoder=prepared.encoder,
+        tokenizer_json=prepared.tokenizer.to_json(),
+        fingerprints=prepared.fingerprints,
+        held_rows={
+            name: len(_held_bins(split, prepared.config))
+            for name, split in prepared.splits.items()
+            if name != "train"
+        },
+        train_rows=train.table.num_rows,
+        epoch_ends=train.plan.epoch_ends.tolist(),
+    )
+
+
+def _settings(prepared: Prepared) -> StreamSettings:
+    config, encoder = prepared.config, prepared.config.encoder
+    return StreamSettings(
+        config=config,
+        n_mels=prepared.encoder["n_mels"],
+        cache=None if config.cache_dir is None else config.cache_dir / prepared.encoder_key,
+        encoder={
+            "source": None if encoder.weights == "hub" else encoder.weights,
+            "mode": encoder.mode,
+            "margin_seconds": encoder.margin_seconds,
+            "dtype": torch.bfloat16 if encoder.dtype == "bf16" else torch.float32,
+            "frame_budget": encoder.frame_budget,
+        },
+    )
+
+
+def _held_bins(split: Split, config: Config) -> np.ndarray:
+    """A held-out split's bins, filled up so that all ranks take equally many blocks."""
+    unit = config.train.workers * config.optim.bins_per_block
+    bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
+    bins[: split.plan.bins] = np.arange(split.plan.bins)
+    return bins
+
+
+def _open_stream(references: list[ray.ObjectRef], settings: StreamSettings) -> Dataset:
+    """Held-out bins once, then the plan from where the newest checkpoint stands."""
+    config = settings.config
+    path = newest_checkpoint(config.run_dir / "checkpoints")
+    first_step = 0 if path is None else read_state(path).state.step
+    splits: list[Split] = ray.get(references)
+    rows = [(i, _held_bins(s, config)) for i, s in enumerate(splits) if s.name != "train"]
+    train = next(i for i, s in enumerate(splits) if s.name == "train")
+    plan, optim = splits[train].plan, config.optim
+    steps = plan.rows(first_step, optim.steps, config.train.workers, optim.bins_per_block)
+    rows.append((train, steps))
+    return make_stream(references, [part for part in rows if len(part[1])], settings)
 
 
 def _work(arguments: dict[str, Any]) -> None:
