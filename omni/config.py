@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
 from pydantic import (
@@ -216,8 +216,40 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not pending or pending[0].startswith("--"):
                 raise ConfigError(f"--{key}: expected a value")
             value = pending.pop(0)
-        found.setdefault(key, []).append(yaml.safe_load(value) if value else "")
-    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+        found.setdefault(key, []).append(_value_of(key, value))
+    return {
+        key: values
+        if len(values) > 1 or _is_list(key) and not isinstance(values[0], list)
+        else values[0]
+        for key, values in found.items()
+    }
+
+
+def _value_of(key: str, text: str) -> Any:
+    """Text where the field takes text, else what YAML makes of it."""
+    annotation = _annotation(key)
+    listed = annotation == list[str] and not text.startswith("[")
+    if annotation is str or listed or (annotation == str | None and text != "null"):
+        return text
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key}: cannot read {text!r}") from None
+
+
+def _is_list(key: str) -> bool:
+    return get_origin(_annotation(key)) is list
+
+
+def _annotation(key: str) -> Any:
+    """The declared type of a dotted field; None for a field that does not exist."""
+    annotation: Any = Config
+    for part in key.split("."):
+        fields = getattr(annotation, "model_fields", {})
+        if part not in fields:
+            return None
+        annotation = fields[part].annotation
+    return annotation
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

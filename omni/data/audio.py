@@ -49,7 +49,10 @@ def measure(path: str | Path, span: AudioSpan = AudioSpan()) -> int:
     if info.frames <= 0:
         raise AudioError("empty", f"{path}: no samples")
     first, count = _frames(span, info.frames, info.samplerate, str(path))
-    return resampled_length(count, info.samplerate)
+    samples = resampled_length(count, info.samplerate)
+    if samples == 0:
+        raise AudioError("empty", f"{path}: {count} frames at {info.samplerate} Hz")
+    return samples
 
 
 def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarray:
@@ -77,6 +80,8 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
         raise AudioError("not finite", f"{name}: NaN or infinite samples")
     if rate != SAMPLING_RATE:
         mono = soxr.resample(mono, rate, SAMPLING_RATE)
+        if not len(mono):
+            raise AudioError("empty", f"{name}: {len(samples)} frames at {rate} Hz")
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 

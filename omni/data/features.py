@@ -51,7 +51,7 @@ class FeatureCache:
         self.folder = folder
         self.flush_bytes = flush_bytes
         self.flush_seconds = flush_seconds
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, list[_Place]] = {}  # damaged copies may lie beside a whole one
         self._shards: set[str] = set()
         self._listed_ns = -1
         self._pending: dict[str, bytes] = {}
@@ -61,7 +61,7 @@ class FeatureCache:
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._places.keys() | self._pending.keys())
+        return len({key for key, places in self._places.items() if places} | self._pending.keys())
 
     def refresh(self) -> None:
         """Take note of shards that other processes have finished since the last look."""
@@ -77,30 +77,30 @@ class FeatureCache:
             if path.stem in self._shards:
                 continue
             self._shards.add(path.stem)
-            for place_key, place in _read_table(path):
-                self._places[place_key] = place
+            for key, place in _read_table(path):
+                self._places.setdefault(key, []).append(place)
 
     def get(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The features that are here; a damaged one counts as absent."""
         wanted = list(dict.fromkeys(keys))
-        if any(key not in self._places and key not in self._pending for key in wanted):
+        if any(not self._places.get(key) and key not in self._pending for key in wanted):
             self.refresh()
         found: dict[str, bytes] = {}
         for key in wanted:
             if key in self._pending:
                 found[key] = self._pending[key]
-            elif (place := self._places.get(key)) is not None:
-                data = self._read(place)
-                if data is None:
-                    del self._places[key]
-                else:
+                continue
+            for place in list(self._places.get(key, ())):
+                if (data := self._read(place)) is not None:
                     found[key] = data
+                    break
+                self._places[key].remove(place)
         return found
 
     def put(self, items: Mapping[str, bytes]) -> None:
         """Add features; they are on disk after `flush`, or once enough came together."""
         for key, data in items.items():
-            if key not in self._pending and key not in self._places:
+            if key not in self._pending and not self._places.get(key):
                 self._pending[key] = data
                 self._pending_bytes += len(data)
         waited = time.monotonic() - self._flushed_at
@@ -133,7 +133,8 @@ class FeatureCache:
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
         os.replace(temporary, self.folder / f"{name}.arrow")
         self._shards.add(name)
-        self._places.update(places)
+        for key, place in places.items():
+            self._places.setdefault(key, []).append(place)
         self._pending, self._pending_bytes = {}, 0
 
     def _read(self, place: _Place) -> bytes | None:
@@ -157,9 +158,11 @@ class FeatureCache:
 def _read_table(path: Path) -> list[tuple[str, _Place]]:
     """Where a shard's features lie; nothing for a damaged or foreign file."""
     try:
+        size = path.with_suffix(".bin").stat().st_size
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
-            rows = table.select(_SCHEMA.names).to_pylist()
-    except (OSError, pa.ArrowInvalid, KeyError):
+            rows = table.cast(_SCHEMA).to_pylist()
+        places = [(r["key"], _Place(path.stem, r["offset"], r["length"], r["crc32"])) for r in rows]
+        return [(key, p) for key, p in places if p.offset >= 0 and 0 <= p.length <= size - p.offset]
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
         return []
-    return [(r["key"], _Place(path.stem, r["offset"], r["length"], r["crc32"])) for r in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +150,10 @@ def _read_manifest(path: Path, prompt: str) -> Iterator[dict[str, Any]]:
                     raise ManifestError(f"{path}:{number}: field {name!r} is missing")
             for name, types in _TYPES.items():
                 value = row.get(name)
+                if not _storable(value):
+                    raise ManifestError(
+                        f"{path}:{number}: field {name!r}: {value!r} is no finite number or text"
+                    )
                 if value is None and name not in ("audio", "text"):
                     continue
                 if not isinstance(value, types) or isinstance(value, bool):
@@ -156,9 +161,11 @@ def _read_manifest(path: Path, prompt: str) -> Iterator[dict[str, Any]]:
                     raise ManifestError(
                         f"{path}:{number}: field {name!r}: expected {expected}, got {value!r}"
                     )
-            spans = row.get("offset") is not None
+            spans, identity = row.get("offset") is not None, row.get("id")
             yield {
-                "id": str(row.get("id") or f"{path.parent.name}/{path.stem}:{number}"),
+                "id": f"{path.parent.name}/{path.stem}:{number}"
+                if identity is None
+                else str(identity),
                 "uri": str(path.parent / row["audio"]),
                 "start": float(row.get("offset") or 0.0),
                 # Without an offset the utterance is the whole file, however long it really is.
@@ -168,6 +175,13 @@ def _read_manifest(path: Path, prompt: str) -> Iterator[dict[str, Any]]:
                 "language": row.get("language"),
                 "speaker": row.get("speaker"),
             }
+
+
+def _storable(value: Any) -> bool:
+    """Finite, and without half characters or NUL, which no path and no table can hold."""
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _measure_all(
@@ -232,7 +246,7 @@ class _Measurements:
         try:
             for row in pq.read_table(self._path).to_pylist():
                 self._values[row.pop("file")] = row
-        except (OSError, pa.ArrowInvalid):
+        except (OSError, pa.ArrowException, KeyError):
             self._values = {}  # absent or damaged: measure again
 
     def get(self, name: str) -> dict[str, Any] | None:

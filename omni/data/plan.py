@@ -16,12 +16,22 @@ EMPTY = -1  # a bin number that stands for a bin of padding
 _POOL_BINS = 256  # bins packed together: wide enough to fill them, narrow enough to stay shuffled
 
 
-def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:
+def pack(
+    lengths: np.ndarray,
+    order: np.ndarray,
+    capacity: int,
+    generator: np.random.Generator | None = None,
+) -> list[list[int]]:
     """Pack `order` (utterance numbers) into bins of `capacity`, best fit, longest first.
 
     Packing runs over pools of about 256 bins; what is left over in a badly filled bin moves on to
-    the next pool. Raises ValueError if an utterance is longer than a bin.
+    the next pool. With a generator, "longest" is taken loosely (a random 50 to 100 % of the
+    length), or a small corpus would fall into the same bins in every epoch.
+    Raises ValueError if an utterance is longer than a bin.
     """
+    ranks = lengths.astype(np.float64)
+    if generator is not None:
+        ranks = ranks * generator.uniform(0.5, 1.0, size=len(ranks))
     if len(order) and int(lengths[order].max()) > capacity:
         worst = int(order[lengths[order].argmax()])
         raise ValueError(
@@ -35,7 +45,7 @@ def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int
         filled += int(lengths[number])
         last = position == len(order) - 1
         if filled >= _POOL_BINS * capacity or last:
-            packed = _best_fit(lengths, pool, capacity)
+            packed = _best_fit(lengths, ranks, pool, capacity)
             pool, filled = [], 0
             if not last:
                 # The emptiest bin goes back: its members lead the next pool.
@@ -46,9 +56,11 @@ def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int
     return bins
 
 
-def _best_fit(lengths: np.ndarray, pool: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing. Open bins are kept by free space, found through a bit mask."""
-    numbers = sorted(pool, key=lambda n: (-int(lengths[n]), n))
+def _best_fit(
+    lengths: np.ndarray, ranks: np.ndarray, pool: list[int], capacity: int
+) -> list[list[int]]:
+    """Best fit by falling rank. Open bins are kept by free space, found through a bit mask."""
+    numbers = sorted(pool, key=lambda n: (-float(ranks[n]), n))
     bins: list[list[int]] = []
     by_space: dict[int, list[int]] = {}
     mask = 0
@@ -159,7 +171,7 @@ def make_plan(
         max_steps is None or len(bins) < max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
-        packed = pack(lengths, generator.permutation(usable), bin_positions)
+        packed = pack(lengths, generator.permutation(usable), bin_positions, generator)
         # Best fit puts long utterances into early bins: mix them again.
         bins.extend(packed[i] for i in generator.permutation(len(packed)))
         ends.append(len(bins))

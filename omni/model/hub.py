@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -74,14 +75,19 @@ def read_whisper_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     Tensor names lose their prefix (`model.encoder.`, `encoder.`). Raises `SourceError` naming the
     folder when weights are missing, or are not Whisper's.
     """
+    try:
+        return _read(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SourceError(f"{folder}: damaged: {_first_line(error)}") from None
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") != "whisper":
         raise SourceError(f"{folder}: model_type is {config.get('model_type')!r}, expected whisper")
     shards = sorted(folder.glob("model*.safetensors"))
     state: dict[str, Tensor] = {}
     if shards:
-        from safetensors import safe_open
-
         for shard in shards:
             with safe_open(shard, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def save_checkpoint(
         "encoder": encoder,
         "files": files,
     }
+    document["checksum"] = _text_digest(document)
     (temporary / "state.json").write_text(json.dumps(document, indent=1))
     for path in temporary.iterdir():
         _sync(path)
@@ -100,11 +102,11 @@ def point(link: Path, target: Path) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; damaged ones are passed over with a line on stderr."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_by_step(folder)):
         try:
             read_state(path, verify=True)
         except CheckpointError as error:
-            print(f"omni: passing over {error}", flush=True)
+            print(f"omni: passing over {error}", file=sys.stderr, flush=True)
             continue
         return path
     return None
@@ -115,7 +117,7 @@ def prune(folder: Path, keep: int) -> None:
     named = {
         (folder / name).resolve().name for name in ("last", "best") if (folder / name).exists()
     }
-    for path in sorted(folder.glob("step-*"))[:-keep]:
+    for path in _by_step(folder)[:-keep]:
         if path.name not in named:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -157,10 +159,14 @@ def read_state(path: Path, *, verify: bool = False) -> Checkpoint:
         document = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: state.json is missing or damaged ({error})") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: state.json is not a checkpoint's")
     if document.get("format") != _FORMAT:
         raise CheckpointError(
             f"{path}: format {document.get('format')!r}, this version reads {_FORMAT}"
         )
+    if document.pop("checksum", None) != _text_digest(document):
+        raise CheckpointError(f"{path}: state.json is damaged (checksum differs)")
     for name, expected in document["files"].items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing")
@@ -172,6 +178,17 @@ def read_state(path: Path, *, verify: bool = False) -> Checkpoint:
         OmniConfig.from_dict(document["model"]),
         document["encoder"],
     )
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    numbered = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _text_digest(document: dict[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _digest(path: Path) -> str:

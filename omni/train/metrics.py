@@ -21,7 +21,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Whole lines of a JSON-lines file; a line cut off by a crash is passed over."""
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 yield json.loads(line)

@@ -55,6 +55,9 @@ def prepare(config: Config) -> Prepared:
     run = config.run_dir
     resume = newest_checkpoint(run / "checkpoints")
     notes: list[str] = []
+    for name in ("train", "dev"):
+        if not getattr(config.data, name):
+            raise ConfigError(f"data.{name}: expected at least one manifest")
     try:
         indexes = {
             name: build_index(specs, prompt=config.data.prompt, cache_dir=config.cache_dir)
@@ -67,8 +70,6 @@ def prepare(config: Config) -> Prepared:
         }
     except ManifestError as error:
         raise ConfigError(f"data: {error}") from None
-    if "dev" not in indexes:
-        raise ConfigError("data.dev: expected at least one manifest")
     encoder = _encoder_facts(config, indexes["train"])
     tokenizer = _tokenizer(config, run, resume, indexes["train"])
     model = _model_config(config, tokenizer, encoder)
@@ -207,7 +208,8 @@ def _overlap(indexes: dict[str, Index]) -> list[str]:
     """A WER on sentences that were trained on says little: count them."""
 
     def sentences(name: str) -> list[str]:
-        return [normalize(text) for text in indexes[name].table["text"].to_pylist()]
+        # Not the English normaliser: to it "zero" and the letter "o" are one word.
+        return [normalize(text, language="") for text in indexes[name].table["text"].to_pylist()]
 
     trained = set(sentences("train"))
     notes = []
