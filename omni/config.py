@@ -255,7 +255,9 @@ def _annotation(key: str) -> Any:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
-        nested = values.setdefault(section, {})
+        if values.get(section) is None:  # a section that is empty in the file
+            values[section] = {}
+        nested = values[section]
         if not isinstance(nested, dict):
             raise ConfigError(f"{key}: {section} is not a section")
         values = nested

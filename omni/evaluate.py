@@ -41,7 +41,7 @@ class Transcriber:
     def load(cls, checkpoint: Path, device: str = "cpu") -> Transcriber:
         """Raises ConfigError when the checkpoint or its encoder cannot be used."""
         try:
-            found = read_state(checkpoint)
+            found = read_state(checkpoint, verify=True)
             facts = found.encoder
             encoder = WhisperEncoder(
                 None if facts["source"] == "hub" else facts["source"],

@@ -159,9 +159,9 @@ def _read_table(path: Path) -> list[tuple[str, _Place]]:
     """Where a shard's features lie; nothing for a damaged or foreign file."""
     try:
         size = path.with_suffix(".bin").stat().st_size
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-            rows = table.cast(_SCHEMA).to_pylist()
+        table = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all().cast(_SCHEMA)
+        table.validate(full=True)  # a flipped offset inside would be read as an address
+        rows = table.to_pylist()
         places = [(r["key"], _Place(path.stem, r["offset"], r["length"], r["crc32"])) for r in rows]
         return [(key, p) for key, p in places if p.offset >= 0 and 0 <= p.length <= size - p.offset]
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):

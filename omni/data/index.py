@@ -169,7 +169,9 @@ def _read_manifest(path: Path, prompt: str) -> Iterator[dict[str, Any]]:
                 "uri": str(path.parent / row["audio"]),
                 "start": float(row.get("offset") or 0.0),
                 # Without an offset the utterance is the whole file, however long it really is.
-                "duration": float(row["duration"]) if spans and row.get("duration") else None,
+                "duration": float(row["duration"])
+                if spans and row.get("duration") is not None
+                else None,
                 "text": row["text"].strip(),
                 "prompt": row.get("prompt") or prompt,
                 "language": row.get("language"),

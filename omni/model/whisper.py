@@ -140,7 +140,9 @@ class WhisperEncoder(nn.Module):
         with torch.device("meta"):
             self.conv1 = nn.Conv1d(self.n_mels, self.d_model, 3, padding=1)
             self.conv2 = nn.Conv1d(self.d_model, self.d_model, 3, stride=2, padding=1)
-            self.embed_positions = nn.Embedding(config["max_source_positions"], self.d_model)
+            # Given its (meta) weight, it skips an initialisation that would import the compiler.
+            positions = (config["max_source_positions"], self.d_model)
+            self.embed_positions = nn.Embedding(*positions, _weight=torch.empty(positions))
             self.layers = nn.ModuleList(
                 EncoderLayer(self.d_model, heads, ffn) for _ in range(config["encoder_layers"])
             )

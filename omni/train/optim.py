@@ -115,6 +115,4 @@ def load_optimizer_tensors(
     for key, value in tensors.items():
         kind, name, field = key.split("/")
         parameter = parameters[name]
-        optimizers[kind].state[parameter][field] = value.to(
-            parameter.device if value.ndim else "cpu"
-        )
+        optimizers[kind].state[parameter][field] = value.to(parameter.device)

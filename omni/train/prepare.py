@@ -108,7 +108,9 @@ def prepare(config: Config) -> Prepared:
         "model": hashlib.blake2b(
             json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
         ).hexdigest(),
-        "encoder": f"{encoder['fingerprint']} {encoder['mode']} {encoder['margin_seconds']}",
+        "encoder": " ".join(
+            str(encoder[name]) for name in ("fingerprint", "mode", "margin_seconds", "dtype")
+        ),
     }
     return Prepared(config, splits, rejects, tokenizer, model, encoder, fingerprints, resume, notes)
 

@@ -150,6 +150,33 @@ def test_a_table_with_a_flipped_byte_is_ignored(tmp_path: Path) -> None:
     assert FeatureCache(tmp_path).get(["key"]) == {}
 
 
+_READ_FLIPPED = """
+import hashlib, sys
+from pathlib import Path
+from omni.data.features import FeatureCache
+folder = Path(sys.argv[1])
+items = {hashlib.md5(bytes([n])).hexdigest(): bytes([n]) * 50 for n in range(5)}
+cache = FeatureCache(folder)
+cache.put(items)
+cache.flush()
+[table] = folder.glob("*.arrow")
+whole = table.read_bytes()
+for place in range(len(whole)):
+    table.unlink()
+    table.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    found = FeatureCache(folder).get(items)
+    assert all(items[key] == data for key, data in found.items()), place
+print("done")
+"""
+
+
+def test_no_flipped_byte_of_a_table_ends_the_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _READ_FLIPPED, str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 def test_a_damaged_copy_does_not_hide_a_whole_one(tmp_path: Path) -> None:
     for trial in range(6):
         folder = tmp_path / str(trial)

@@ -53,7 +53,7 @@ def load_elsewhere(home: Path, **environment: str) -> str:
         env={**clean, **caches, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -71,10 +71,10 @@ def test_batching_changes_rounding_only(clips: list[np.ndarray]) -> None:
     assert sum(rows for rows, _ in sizes) == 17
     assert max(rows for rows, _ in sizes) >= 8, "it really batches"
     assert all(rows * frames <= 2000 for rows, frames in sizes)
-    for clip, features in zip(clips[:17], together, strict=True):
-        (alone,) = encoder.encode([clip])
-        assert features.shape == alone.shape
-        assert float((features - alone).abs().max()) < 1e-9
+    for number in range(0, 17, 2):
+        (alone,) = encoder.encode([clips[number]])
+        assert together[number].shape == alone.shape
+        assert float((together[number] - alone).abs().max()) < 1e-9
 
 
 def test_a_clip_over_the_budget_is_a_batch_of_its_own(
