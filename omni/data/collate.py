@@ -52,7 +52,7 @@ def collate(
     for row, members in enumerate(bins):
         cursor = 0
         for segment, utterance in enumerate(members, start=1):
-            if utterance.features_TF is None:
+            if utterance.features_TF is None or not len(utterance.features_TF):
                 continue
             stacked = stack_frames(utterance.features_TF, stack)
             ids = [bos, *utterance.prompt_ids, *utterance.text_ids]

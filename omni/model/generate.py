@@ -30,6 +30,8 @@ def generate(
     An answer ends with the end token, or after `tokens_per_second` of its audio (at least 16,
     at most `max_tokens`): nobody speaks faster, and a model that loops is stopped.
     """
+    if not features:
+        return []
     device = model.lm.lm_head.weight.device
     soft = [model.project(stack_frames(f.to(device), model.config.stack)) for f in features]
     limits = [min(max_tokens, max(16, int(len(f) / 50 * tokens_per_second))) for f in features]

@@ -41,7 +41,7 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if (self.n_embd // self.n_head) % 2:
             raise ValueError(f"head width {self.n_embd // self.n_head} is odd; rotary needs pairs")
-        if self.n_head % self.n_kv_head:
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
             )
@@ -243,6 +243,8 @@ class GPT(nn.Module):
         value_mask_BT: False where a position has no token id (a soft token), hence no value
         embedding; None means every position has one.
         """
+        if cache is not None and x_BTC.shape[1] > 1 and cache.last_embedding_BC is not None:
+            raise ValueError("a cache that holds a prefix is continued one position at a time")
         previous = layout.shift(x_BTC)
         if cache is not None and x_BTC.shape[1] == 1 and cache.last_embedding_BC is not None:
             previous = cache.last_embedding_BC[:, None]

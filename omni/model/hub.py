@@ -37,7 +37,7 @@ def whisper_folder(source: str | None = None) -> Path:
     attempts: list[tuple[str, Callable[[list[str]], str]]] = []
     if ms_id := os.environ.get("WHISPER_MS_ID"):
         attempts.append((f"ModelScope {ms_id}", lambda files: _from_modelscope(ms_id, files)))
-    hf_id = os.environ.get("WHISPER_HF_ID", DEFAULT_HF_ID)
+    hf_id = os.environ.get("WHISPER_HF_ID") or DEFAULT_HF_ID
     attempts.append((f"Hugging Face {hf_id}", lambda files: _from_hugging_face(hf_id, files)))
     reasons = []
     for name, fetch in attempts:
@@ -47,6 +47,8 @@ def whisper_folder(source: str | None = None) -> Path:
                 folder = Path(fetch(_TORCH_BIN))
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError("the repository holds no config.json")
+            if not [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model.bin")]:
+                raise FileNotFoundError("no model*.safetensors and no pytorch_model.bin in it")
             return folder
         except Exception as error:  # every hub client has its own family of errors
             reasons.append(f"  {name}: {type(error).__name__}: {_first_line(error)}")

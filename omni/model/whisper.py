@@ -201,9 +201,6 @@ class WhisperEncoder(nn.Module):
         if ragged:
             lengths = torch.as_tensor(mel_lengths, device=self.device)
             valid = torch.arange(total, device=self.device) < lengths[:, None]
-            # conv2 looks one frame ahead: alone, a clip is followed by zeros there, not by
-            # gelu(bias), and must be so in a batch as well.
-            x = x * valid[:, None, :]
             key_mask = valid[:, None, None, ::2]
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.embed_positions.weight[: x.shape[1]]

@@ -90,3 +90,7 @@ def test_decoding_leaves_no_trace_in_the_model(model: OmniModel, features: list[
     first = generate(model, features[:2], bos=BOS, end=NEVER)
     assert generate(model, features[:2], bos=BOS, end=NEVER) == first
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_to_write_down(model: OmniModel) -> None:
+    assert generate(model, [], bos=1, end=2) == []

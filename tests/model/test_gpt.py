@@ -320,3 +320,12 @@ def test_scattered_audio_fills_the_mask_in_row_major_order() -> None:
 def test_prepended_audio_cannot_be_packed() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         awake_gpt()(random_ids(2, 4), audio_features=soft(3), segments=torch.ones(2, 4))
+
+
+def test_a_filled_cache_takes_one_position_at_a_time() -> None:
+    model, ids = awake_gpt(), random_ids(1, 12)
+    cache = KVCache(model.config, 1, 32, model.lm_head.weight)
+    with torch.no_grad():
+        model(ids[:, :6], kv_cache=cache)
+        with pytest.raises(ValueError, match="one position at a time"):
+            model(ids[:, 6:], kv_cache=cache)

@@ -127,6 +127,23 @@ def test_hugging_face_serves_what_modelscope_does_not_have(
     assert hub.asked[: len(hub.modelscope)] == hub.modelscope, "ModelScope was asked first"
 
 
+def test_a_hub_without_weights_counts_as_one_that_failed(
+    repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(repository / "config.json", bare)
+    with serve("someone/whisper", bare) as first, serve("someone/whisper", repository) as second:
+        said = load_elsewhere(
+            tmp_path,
+            WHISPER_MS_ID="someone/whisper",
+            WHISPER_HF_ID="someone/whisper",
+            HF_ENDPOINT=second.url,
+            MODELSCOPE_ENDPOINT=first.url,
+        )
+    assert said == f"loaded {embedded}"
+
+
 def test_hugging_face_serves_while_modelscope_is_down(
     repository: Path, embedded: str, tmp_path: Path
 ) -> None:
