@@ -7,6 +7,7 @@ Utterances are packed into bins of exactly `bin_positions` positions; a training
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,11 +109,7 @@ class Plan:
 
     def epoch(self, bins_consumed: int) -> float:
         """Epochs completed after so many bins, e.g. 1.25."""
-        done = int(np.searchsorted(self.epoch_ends, bins_consumed, side="right"))
-        if done == len(self.epoch_ends):
-            return float(done)
-        first = int(self.epoch_ends[done - 1]) if done else 0
-        return done + (bins_consumed - first) / int(self.epoch_ends[done] - first)
+        return epochs_done(self.epoch_ends, bins_consumed)
 
     def rows(
         self, first_step: int, last_step: int, workers: int, bins_per_block: int
@@ -128,6 +125,15 @@ class Plan:
         rows[:, : self.bins_per_step] = steps * self.bins_per_step + np.arange(self.bins_per_step)
         rows[rows >= self.bins] = EMPTY
         return rows.reshape(-1)
+
+
+def epochs_done(epoch_ends: Sequence[int] | np.ndarray, bins_consumed: int) -> float:
+    """Epochs completed after so many bins; epoch_ends: bins up to the end of each epoch."""
+    done = int(np.searchsorted(epoch_ends, bins_consumed, side="right"))
+    if done == len(epoch_ends):
+        return float(done)
+    first = int(epoch_ends[done - 1]) if done else 0
+    return done + (bins_consumed - first) / (int(epoch_ends[done]) - first)
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,9 @@ class LiveView:
             hours = sum(split.table["samples"].to_pylist()) / 16_000 / 3600
             say(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
         plan = prepared.splits["train"].plan
-        filled = _filled(prepared)
         say(
             f"  plan   {config.optim.steps:,} steps of {config.optim.bins_per_step} x "
-            f"{config.optim.bin_positions} positions, {filled:.1%} filled, "
+            f"{config.optim.bin_positions} positions, {prepared.filled:.1%} filled, "
             f"{plan.epoch(plan.bins):.1f} epochs"
         )
         if prepared.rejects:
@@ -57,6 +56,9 @@ class LiveView:
         self._shown = sum(
             1 for row in read_json_lines(self._path) if row["step"] <= self._resumed_step
         )
+
+    def complete(self, run_dir: Path) -> None:
+        self._console.print(f"  complete; remove {run_dir} to train it again")
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -120,27 +122,6 @@ class LiveView:
             f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%}  "
             f"ETA {_clock(pace * (total - done))}"
         )
-
-
-def _filled(prepared: Prepared) -> float:
-    """Share of the plan's positions that hold an utterance."""
-    from omni.data.collate import sequence_positions
-    from omni.model.whisper import encoder_frames
-
-    split, config = prepared.splits["train"], prepared.config
-    lengths = [
-        sequence_positions(
-            encoder_frames(samples, config.encoder.mode), len(p), len(t), config.model.stack
-        )
-        for samples, p, t in zip(
-            split.table["samples"].to_pylist(),
-            split.table["prompt_ids"].to_pylist(),
-            split.table["text_ids"].to_pylist(),
-            strict=True,
-        )
-    ]
-    used = sum(lengths[i] for i in split.plan.members.tolist())
-    return used / (split.plan.bins * config.optim.bin_positions)
 
 
 def _plain(text: str) -> str:

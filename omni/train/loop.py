@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from omni.data.plan import epochs_done
 from omni.model.omni import LossSums, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.train.checkpoint import (
@@ -33,7 +34,7 @@ from omni.train.checkpoint import (
 from omni.train.evaluation import HeldOut, Layout, all_sum
 from omni.train.feed import Feed, Microbatch
 from omni.train.job import Job
-from omni.train.metrics import append_json, keep_lines, write_json
+from omni.train.metrics import append_json, keep_lines, read_json_lines, write_json
 from omni.train.optim import (
     WeightAverage,
     load_optimizer_tensors,
@@ -86,6 +87,7 @@ class TrainLoop:
         )
         self.state = TrainState(fingerprints=job.fingerprints)
         self.last_norm = 0.0
+        self.last_train: dict[str, Any] = {}
         self._resume()
         self.wrapped: nn.Module = self.model
         if world > 1:
@@ -94,7 +96,6 @@ class TrainLoop:
             )
         self.window = Window()
         self.totals = Window()
-        self.last_train: dict[str, Any] = {}
 
     # -- the run, top down ---------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class TrainLoop:
         self._apply(float(sums[TOKENS]))
         self.state.step += 1
         self.state.bins_consumed = self.state.step * self.config.optim.bins_per_step
-        self.state.epoch = self._epoch(self.state.bins_consumed)
+        self.state.epoch = epochs_done(self.job.epoch_ends, self.state.bins_consumed)
         spent = time.perf_counter() - began
         self.state.seconds += spent
         for window in (self.window, self.totals):
@@ -294,10 +295,17 @@ class TrainLoop:
         step = self.state.step
         if self.rank == 0:
             keep_lines(self.run_dir / "metrics.jsonl", lambda row: row["step"] <= step)
+            # A kill may have come between a checkpoint and its name.
+            best = self.checkpoints / f"step-{self.state.best_step or 0:06d}"
+            if best.is_dir():
+                point(self.checkpoints / "best", best)
         self.feed.rewind(step, self.state.rejects)
         if dist.is_initialized():
             dist.barrier()
         self.feed.recall_rejects()
+        for row in read_json_lines(self.run_dir / "metrics.jsonl"):
+            if row["kind"] == "train":
+                self.last_train = row
 
     def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""
@@ -357,14 +365,6 @@ class TrainLoop:
     def _autocast(self) -> torch.autocast:
         enabled = self.config.train.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-    def _epoch(self, bins: int) -> float:
-        ends = self.job.epoch_ends
-        done = int(np.searchsorted(ends, bins, side="right"))
-        if done == len(ends):
-            return float(done)
-        first = ends[done - 1] if done else 0
-        return done + (bins - first) / (ends[done] - first)
 
 
 def _mix(*numbers: int) -> int:

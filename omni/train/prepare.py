@@ -39,6 +39,7 @@ class Prepared:
     fingerprints: dict[str, str]
     resume: Path | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
+    filled: float  # share of the plan's positions that hold an utterance
 
     @property
     def encoder_key(self) -> str:
@@ -74,6 +75,7 @@ def prepare(config: Config) -> Prepared:
     tokenizer = _tokenizer(config, run, resume, indexes["train"])
     model = _model_config(config, tokenizer, encoder)
     splits: dict[str, Split] = {}
+    filled = 0.0
     rejects: list[Reject] = []
     for name, index in indexes.items():
         table, lengths, too_long = _with_tokens(index, tokenizer, config)
@@ -100,6 +102,8 @@ def prepare(config: Config) -> Prepared:
         except ValueError as error:
             raise ConfigError(f"data.{name}: {error} (optim.bin_positions)") from None
         splits[name] = Split(name, table, plan)
+        if name == "train":
+            filled = float(lengths[plan.members].sum()) / (plan.bins * config.optim.bin_positions)
     notes += _overlap(indexes)
     fingerprints = {
         "data.train": indexes["train"].fingerprint,
@@ -112,7 +116,9 @@ def prepare(config: Config) -> Prepared:
             str(encoder[name]) for name in ("fingerprint", "mode", "margin_seconds", "dtype")
         ),
     }
-    return Prepared(config, splits, rejects, tokenizer, model, encoder, fingerprints, resume, notes)
+    return Prepared(
+        config, splits, rejects, tokenizer, model, encoder, fingerprints, resume, notes, filled
+    )
 
 
 def _encoder_facts(config: Config, train: Index) -> dict[str, Any]:

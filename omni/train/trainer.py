@@ -55,12 +55,26 @@ def train(config: Config) -> dict[str, Any]:
     prepared.tokenizer.save(config.run_dir / "tokenizer.json")
     _write_index_rejects(prepared)
     view.header(prepared, state)
+    done = _finished(config, state)
+    if done is not None:
+        view.complete(config.run_dir)
+        view.footer(done, write_report(config.run_dir))
+        return done
     start_ray(config)
     with view.following():
         _fit(prepared)
     summary = _close(prepared, time.monotonic() - began)
     view.footer(summary, write_report(config.run_dir))
     return summary
+
+
+def _finished(config: Config, state: TrainState | None) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do; training it again would only blank it."""
+    path = config.run_dir / "summary.json"
+    if state is None or state.step < config.optim.steps or not path.is_file():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary if summary.get("steps") == state.step else None
 
 
 def start_ray(config: Config) -> None:

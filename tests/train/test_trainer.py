@@ -228,6 +228,13 @@ def test_the_finished_run_scores_and_transcribes(
     assert "missing" in written[1]["error"]
 
 
+def test_a_finished_run_is_shown_and_left_as_it_is(tiny: Path, undisturbed: Path) -> None:
+    before = (undisturbed / "summary.json").read_text()
+    done = _run(tiny, undisturbed.parent)
+    assert "complete" in done.stdout
+    assert (undisturbed / "summary.json").read_text() == before
+
+
 def test_continuing_with_another_corpus_is_refused(
     undisturbed: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
