@@ -26,7 +26,8 @@ from omni.data.audio import AudioError, AudioSpan, decode, fit
 from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA, feature_bytes
 from omni.data.features import FeatureCache
 from omni.data.plan import Split
-from omni.model.whisper import WhisperEncoder, clip_mel
+from omni.model.whisper import WhisperEncoder
+from omni.model.windows import clip_mel
 
 _PAUSE_SECONDS = 0.05
 _LOADER_CPUS = 1.0  # Ray's default: the load stage fuses with the read of the row numbers

@@ -23,7 +23,8 @@ from omni.model.gpt import GPTConfig
 from omni.model.hub import SourceError
 from omni.model.omni import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
-from omni.model.whisper import WhisperEncoder, encoder_frames
+from omni.model.whisper import WhisperEncoder
+from omni.model.windows import encoder_frames
 from omni.score import normalize
 from omni.train.checkpoint import newest_checkpoint
 

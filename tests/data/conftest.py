@@ -14,7 +14,7 @@ import soundfile
 from omni.data.collate import sequence_positions
 from omni.data.index import build_index
 from omni.model.tokenizer import SpeechTokenizer
-from omni.model.whisper import encoder_frames
+from omni.model.windows import encoder_frames
 
 
 @pytest.fixture

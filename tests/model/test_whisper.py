@@ -14,7 +14,8 @@ from omni.config import OptimConfig
 from omni.model.hub import EMBEDDED_WHISPER, read_whisper_files
 from omni.model.logmel import FRAME, SAMPLING_RATE, WINDOW_SAMPLES
 from omni.model.omni import OmniConfig, OmniModel
-from omni.model.whisper import WhisperEncoder, encoder_frames, load_whisper, plan_windows
+from omni.model.whisper import WhisperEncoder, load_whisper
+from omni.model.windows import encoder_frames, plan_windows
 from omni.train.optim import make_optimizers
 
 
@@ -50,31 +51,51 @@ def test_full_mode_equals_the_encoder_of_transformers(
 # --- trim: batches do not matter -----------------------------------------------------------------
 
 
+def _frames_per_pass(encoder: WhisperEncoder) -> list[int]:
+    """Frames that go through the first layer at a time, noted from now on."""
+    seen: list[int] = []
+    encoder.layers[0].register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neighbours_do_not_matter_to_the_last_bit_on_cpu(
-    trim: WhisperEncoder, clips: list[np.ndarray]
+    dtype: torch.dtype, clips: list[np.ndarray]
 ) -> None:
-    together = trim.encode(clips[:17])
-    for number in (0, 5, 16):
-        (alone,) = trim.encode([clips[number]])
+    encoder = load_whisper("embedded", mode="trim", dtype=dtype)
+    seen = _frames_per_pass(encoder)
+    together = encoder.encode(clips[:17])
+    assert len(seen) < 5 and max(seen) <= 1500, "it really batches"
+    for number in range(17):
+        (alone,) = encoder.encode([clips[number]])
         assert torch.equal(together[number], alone)
 
 
-def test_batching_changes_rounding_only(clips: list[np.ndarray]) -> None:
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.bfloat16, 0.2)])
+def test_padded_batches_change_rounding_only(
+    dtype: torch.dtype, bound: float, clips: list[np.ndarray]
+) -> None:
     # In fp64 rounding is 1e-15: what remains would be a fault of the masks.
-    encoder = load_whisper("embedded", mode="trim", dtype=torch.float64, frame_budget=2000)
+    packed = load_whisper("embedded", mode="trim", dtype=dtype)
+    padded = load_whisper("embedded", mode="trim", dtype=dtype, frame_budget=2000, padded=True)
     sizes: list[tuple[int, int]] = []
-    hook = encoder.conv1.register_forward_hook(
-        lambda module, inputs, output: sizes.append((len(output), output.shape[-1] // 2))
+    padded.conv2.register_forward_hook(
+        lambda module, inputs, output: sizes.append((len(output), output.shape[-1]))
     )
-    together = encoder.encode(clips[:17])
-    hook.remove()
+    together = padded.encode(clips[:17])
     assert sum(rows for rows, _ in sizes) == 17
     assert max(rows for rows, _ in sizes) >= 8, "it really batches"
     assert all(rows * frames <= 2000 for rows, frames in sizes)
-    for number in range(0, 17, 2):
-        (alone,) = encoder.encode([clips[number]])
-        assert together[number].shape == alone.shape
-        assert float((together[number] - alone).abs().max()) < 1e-9
+    for features, alone in zip(together, packed.encode(clips[:17]), strict=True):
+        assert features.shape == alone.shape
+        assert float((features - alone).abs().max()) < bound
+
+
+def test_windows_of_one_length_need_no_mask(clips: list[np.ndarray]) -> None:
+    packed = load_whisper("embedded", mode="full", dtype=torch.float64)
+    padded = load_whisper("embedded", mode="full", dtype=torch.float64, padded=True)
+    for one, other in zip(packed.encode(clips[:2]), padded.encode(clips[:2]), strict=True):
+        assert float((one - other).abs().max()) < 1e-9
 
 
 def test_a_clip_over_the_budget_is_a_batch_of_its_own(

@@ -16,7 +16,7 @@ import omni
 from omni.config import Config, ConfigError, parse_config
 from omni.data.collate import sequence_positions
 from omni.model.tokenizer import SpeechTokenizer
-from omni.model.whisper import encoder_frames
+from omni.model.windows import encoder_frames
 from omni.train.checkpoint import TrainState, save_checkpoint
 from omni.train.prepare import Prepared, check_fingerprints, prepare
 
