@@ -58,7 +58,8 @@ class DataConfig(Section):
     test: Paths = []
     prompt: str = ""  # text between the audio and the transcript, where a row has none
     max_rejects: Share = 0.05  # of the utterances seen; more stop the run
-    cache: str | None = "auto"  # folder of encoder features; auto: <run.storage>/cache; null: off
+    cache: str | None = "auto"  # encoder features: a folder or URI; auto: <run.storage>/cache
+    cache_gb: Annotated[float, Field(gt=0)] | None = None  # limit of that folder; null: none
     buffer_mb: Positive | None = None  # object store for blocks under way; null: Ray's choice
     loaders: Positive = 2  # tasks that decode audio at a time, one logical CPU each
 
@@ -70,6 +71,7 @@ class EncoderConfig(Section):
     mode: Literal["trim", "full"] = "trim"
     margin_seconds: Annotated[float, Field(ge=0, le=30)] = 0.5
     dtype: Literal["bf16", "fp32"] = "bf16"
+    format: Literal["exact", "int8"] = "exact"  # of features in the cache and on the wire
     frame_budget: Annotated[int, Field(ge=0)] | None = None  # frames per batch; null: by device
     actors: Positive = 1
     gpus: Annotated[float, Field(ge=0)] = 0  # per actor; fractions share a GPU
@@ -164,12 +166,20 @@ class Config(Section):
         return Path(self.run.storage) / self.run.name
 
     @property
-    def cache_dir(self) -> Path | None:
-        if self.data.cache is None:
-            return None
+    def cache(self) -> str | None:
+        """Where features are kept: an absolute path, a URI, or None."""
+        if self.data.cache is None or "://" in self.data.cache:
+            return self.data.cache
         if self.data.cache == "auto":
-            return Path(self.run.storage) / "cache"
-        return Path(_absolute(self.data.cache))
+            return str(Path(self.run.storage) / "cache")
+        return _absolute(self.data.cache)
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Where measured audio lengths are kept: the same, or beside the runs for a URI."""
+        if self.cache is None:
+            return None
+        return Path(self.run.storage) / "cache" if "://" in self.cache else Path(self.cache)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

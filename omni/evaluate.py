@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from omni.config import ConfigError
 from omni.data.audio import AudioError, AudioSpan, decode, fit
+from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.collate import Utterance
 from omni.data.index import ManifestError, Reject, build_index
 from omni.model.hub import SourceError
@@ -31,6 +33,7 @@ class Transcriber:
     """Encoder and model of a checkpoint, as they were in training."""
 
     encoder: WhisperEncoder
+    codec: FeatureCodec
     model: OmniModel
     tokenizer: SpeechTokenizer
     prompt: str
@@ -47,7 +50,7 @@ class Transcriber:
                 None if facts["source"] == "hub" else facts["source"],
                 mode=facts["mode"],
                 margin_seconds=facts["margin_seconds"],
-                dtype=torch.bfloat16 if facts["dtype"] == "bf16" else torch.float32,
+                dtype=DTYPES[facts["dtype"]],
                 device=device,
             )
             if encoder.fingerprint != facts["fingerprint"]:
@@ -61,12 +64,17 @@ class Transcriber:
             raise ConfigError(f"--checkpoint: {error}") from None
         return cls(
             encoder,
+            FeatureCodec.of(facts),
             model,
             found.tokenizer(),
             config["data"]["prompt"],
             config["train"]["precision"] == "bf16",
             facts["longest_seconds"],
         )
+
+    def features_of(self, audio: np.ndarray) -> Tensor:
+        """Features (T, d_model) as training saw them, of (S,) fp32 mono at 16 kHz."""
+        return self.codec.as_travelled(self.encoder.encode([audio])[0])
 
     def write(self, held: Sequence[HeldUtterance]) -> list[dict[str, Any]]:
         """Transcript rows of utterances that have features."""
@@ -82,7 +90,7 @@ class Transcriber:
         pieces = cut_at_quiet(audio, max(self.longest_seconds, 2.0))
         prompt = self.tokenizer.encode(self.prompt)
         held = [
-            HeldUtterance(Utterance(self.encoder.encode([piece])[0], prompt, (), i), "", "", "")
+            HeldUtterance(Utterance(self.features_of(piece), prompt, (), i), "", "", "")
             for i, piece in enumerate(pieces)
         ]
         rows = sorted(self.write(held), key=lambda row: row["number"])
@@ -152,7 +160,7 @@ def _held(
         except AudioError as error:
             bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
             continue
-        features = transcriber.encoder.encode([audio])[0]
+        features = transcriber.features_of(audio)
         prompt = transcriber.tokenizer.encode(row["prompt"])
         held.append(
             HeldUtterance(

@@ -1,17 +1,12 @@
-"""The tables that travel between the stages of the stream, and features as bytes in them.
-
-Arrow and numpy have no bfloat16: features travel as raw bytes.
-"""
+"""The tables that travel between the stages of the stream."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
+from omni.data.codec import FeatureCodec
 from omni.data.collate import Utterance
 
 # One row is one bin; lists have one entry per utterance of the bin.
@@ -33,7 +28,7 @@ LOADED_SCHEMA = pa.schema(
         *_COMMON,
         ("keys", pa.list_(pa.string())),
         ("features", pa.list_(pa.large_binary())),  # from the cache, else null
-        ("mels", pa.list_(pa.large_binary())),  # fp32 (n_mels, T_mel) of what must be encoded
+        ("mels", pa.list_(pa.large_binary())),  # (n_mels, T_mel) of what must be encoded
     ]
 )
 ENCODED_SCHEMA = pa.schema(
@@ -43,25 +38,14 @@ ENCODED_SCHEMA = pa.schema(
         ("features", pa.large_binary()),  # all utterances', one after another
         ("encode_seconds", pa.float64()),
         ("encoded_samples", pa.int64()),
+        ("cache_full", pa.string()),  # why the cache keeps nothing more, else null
     ]
 )
 
 
-def feature_bytes(features_TF: Tensor) -> bytes:
-    """Raw bytes of bf16 or fp32 features (T, d_model)."""
-    contiguous = features_TF.cpu().contiguous()
-    return contiguous.view(torch.uint8).numpy().tobytes()
-
-
-def features_from(data: Any, dtype: torch.dtype, d_model: int) -> Tensor:
-    """(T, d_model) from raw bytes; a copy, since torch wants memory that it may write."""
-    width = np.int16 if dtype == torch.bfloat16 else np.int32
-    return torch.from_numpy(np.frombuffer(data, width).copy()).view(dtype).view(-1, d_model)
-
-
-def utterances(row: dict[str, Any], dtype: torch.dtype, d_model: int) -> list[Utterance]:
+def utterances(row: dict[str, Any], codec: FeatureCodec) -> list[Utterance]:
     """The utterances of one encoded row; rejected ones have no features."""
-    features = features_from(row["features"], dtype, d_model)
+    features = codec.decode(row["features"])
     parts = features.split(row["frames"]) if row["frames"] else ()
     return [
         Utterance(

@@ -23,7 +23,8 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from omni.config import Config
 from omni.data.audio import AudioError, AudioSpan, decode, fit
-from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA, feature_bytes
+from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA
+from omni.data.codec import FeatureCodec, tensor_bytes, tensor_from
 from omni.data.features import FeatureCache
 from omni.data.plan import Split
 from omni.model.whisper import WhisperEncoder
@@ -39,8 +40,17 @@ class StreamSettings:
 
     config: Config
     n_mels: int
-    cache: Path | None  # folder of this encoder's features
+    codec: FeatureCodec
+    cache: str | None  # location of this encoder's features
     encoder: dict[str, Any]  # arguments of WhisperEncoder
+    keep_features: bool = True  # False: only the cache gets them, the stream's rows have none
+    bins_per_block: int = 1
+
+    def open_cache(self) -> FeatureCache | None:
+        if self.cache is None:
+            return None
+        limit = self.config.data.cache_gb
+        return FeatureCache(self.cache, limit_bytes=None if limit is None else int(limit * 1e9))
 
 
 def make_stream(
@@ -57,8 +67,7 @@ def make_stream(
     context.print_on_execution_start = False
     if _Pause not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(_Pause)
-    config = settings.config
-    per_block = config.optim.bins_per_block
+    config, per_block = settings.config, settings.bins_per_block
     numbers = np.concatenate([np.full(len(bins), split) for split, bins in rows])
     bins = np.concatenate([bins for _, bins in rows])
     if any(len(b) % per_block for _, b in rows):
@@ -82,22 +91,26 @@ def make_stream(
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=config.encoder.actors, max_tasks_in_flight_per_actor=2),
             num_cpus=_unlike_loader(config.encoder.cpus),
-            num_gpus=config.encoder.gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
+            num_gpus=config.encoder.gpus,  # a dead actor is restarted without limit, Ray's default
         )
     )
 
 
 class _Pause(ExecutionCallback):
-    """A breath between two rounds of Ray Data's scheduler.
+    """A breath after a round of Ray Data's scheduler that moved nothing.
 
     While every stage waits for the trainer no task is active, and the scheduler (2.60) then goes
     round without waiting: 40 % of a core that two-core machines need for training.
     """
 
+    _moved = -1
+
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(_PAUSE_SECONDS)
+        metrics = [operator.metrics for operator in executor._topology]
+        moved = sum(m.num_tasks_submitted + m.num_outputs_of_finished_tasks for m in metrics)
+        if moved == self._moved:
+            time.sleep(_PAUSE_SECONDS)
+        self._moved = moved
 
 
 def _unlike_loader(cpus: float) -> float:
@@ -115,7 +128,7 @@ class _LoadStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         torch.set_num_threads(1)
         split_of, bin_of = ray.get(self._refs["order"])
-        cache = _open_cache(self._settings.cache)
+        cache = _shared_cache(self._settings)
         rows = []
         for number in batch["id"].tolist():
             split: Split = ray.get(self._refs["splits"][split_of[number]])
@@ -123,16 +136,18 @@ class _LoadStage:
         return pa.Table.from_pylist(rows, LOADED_SCHEMA)
 
 
-_CACHES: dict[Path, FeatureCache] = {}
+_CACHES: dict[str, FeatureCache] = {}
 
 
-def _open_cache(folder: Path | None) -> FeatureCache | None:
-    """This process's view of a cache folder: tasks of one worker process share it."""
-    if folder is None:
+def _shared_cache(settings: StreamSettings) -> FeatureCache | None:
+    """This process's view of a cache: tasks of one worker process share it."""
+    if settings.cache is None:
         return None
-    if folder not in _CACHES:
-        _CACHES[folder] = FeatureCache(folder)
-    return _CACHES[folder]
+    if settings.cache not in _CACHES:
+        cache = settings.open_cache()
+        assert cache is not None
+        _CACHES[settings.cache] = cache
+    return _CACHES[settings.cache]
 
 
 def load_bin(
@@ -160,7 +175,8 @@ def load_bin(
             except AudioError as problem:
                 error = f"{problem.reason}\n{problem.detail}"
         features.append(known)
-        mels.append(None if mel is None else mel.numpy().tobytes())
+        # The encoder would round it anyway; in bf16 it is half the traffic.
+        mels.append(None if mel is None else tensor_bytes(mel.to(settings.encoder["dtype"])))
         errors.append(error)
     return {
         "split": split.name,
@@ -188,33 +204,40 @@ class EncodeStage:
         arguments = dict(settings.encoder)
         if settings.config.encoder.gpus:
             arguments["device"] = "cuda"
+        self._settings = settings
         self._encoder = WhisperEncoder(**arguments)
-        self._cache = FeatureCache(settings.cache) if settings.cache is not None else None
+        self._cache = settings.open_cache()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
         began = time.perf_counter()
         encoded, samples = self._encode(rows)
         seconds = time.perf_counter() - began if samples else 0.0
+        codec = self._settings.codec
         done = []
         for row in rows:
             parts = [
                 known if known is not None else encoded.get(key)
                 for known, key in zip(row["features"], row["keys"], strict=True)
             ]
-            width = 2 if self._encoder.dtype == torch.bfloat16 else 4
-            frame = width * self._encoder.d_model
-            kept = {name: row[name] for name in ENCODED_SCHEMA.names if name in row}
+            kept = [p for p in parts if p is not None] if self._settings.keep_features else []
             done.append(
                 {
-                    **kept,
-                    "frames": [0 if part is None else len(part) // frame for part in parts],
-                    "features": b"".join(part for part in parts if part is not None),
+                    **{name: row[name] for name in ENCODED_SCHEMA.names if name in row},
+                    "frames": [0 if part is None else codec.frames(part) for part in parts],
+                    "features": b"".join(kept),
                     "encode_seconds": seconds / len(rows),
                     "encoded_samples": samples // len(rows),
+                    "cache_full": None if self._cache is None else self._cache.full,
                 }
             )
         return pa.Table.from_pylist(done, ENCODED_SCHEMA)
+
+    def __del__(self) -> None:
+        """Ray lets go of the stage when the stream ends: keep what has not been written yet."""
+        cache = getattr(self, "_cache", None)
+        if cache is not None:
+            cache.flush()
 
     def _encode(self, rows: list[dict[str, Any]]) -> tuple[dict[str, bytes], int]:
         """Features by key of what the rows lack, and how many samples of audio were encoded."""
@@ -229,13 +252,16 @@ class EncodeStage:
         found = self._cache.get(missing) if self._cache is not None else {}
         fresh = {key: value for key, value in missing.items() if key not in found}
         if fresh:
+            encoder, codec = self._encoder, self._settings.codec
             mels = [
-                torch.from_numpy(np.frombuffer(mel, np.float32).reshape(self._encoder.n_mels, -1))
+                tensor_from(mel, encoder.dtype).view(encoder.n_mels, -1)
                 for mel, _ in fresh.values()
             ]
-            features = self._encoder.encode_mels(mels, [count for _, count in fresh.values()])
-            made = {key: feature_bytes(f) for key, f in zip(fresh, features, strict=True)}
+            features = encoder.encode_mels(mels, [count for _, count in fresh.values()])
+            made = {key: codec.encode(f) for key, f in zip(fresh, features, strict=True)}
             if self._cache is not None:
                 self._cache.put(made)
+                if not self._settings.keep_features:  # a row that is counted is on disk
+                    self._cache.flush()
             found = {**found, **made}
         return found, sum(count for _, count in fresh.values())

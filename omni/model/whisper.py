@@ -8,7 +8,7 @@ Two modes decide how much audio the encoder looks at:
 
 Audio over 30 s is cut into consecutive windows whose features are concatenated. A batch of windows
 is packed, not padded: their frames lie one after another, N of them, and only attention looks at
-one window at a time. On CPU a clip's features are the same to the last bit whoever shares its batch.
+one window at a time. On CPU a clip's features are the same to the last bit whoever shares it.
 """
 
 from __future__ import annotations

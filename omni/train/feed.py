@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from omni.data.blocks import utterances
+from omni.data.codec import FeatureCodec
 from omni.data.collate import Utterance
 from omni.data.plan import EMPTY, padded_step
 from omni.model.batch import Batch
@@ -50,6 +51,7 @@ class Feed:
     world: int
     device: torch.device
     waited: float = 0.0  # seconds without a block
+    cache_full: str | None = None  # why features are no longer kept
     reject_counts: dict[str, int] = field(default_factory=dict)
     _rejected: set[str] = field(default_factory=set)
     _new_rejects: list[dict[str, Any]] = field(default_factory=list)
@@ -137,6 +139,7 @@ class Feed:
         samples = 0
         count = 0
         for row in rows:
+            self.cache_full = self.cache_full or row["cache_full"]
             used = [n for n, frames in enumerate(row["frames"]) if frames]
             count += len(used)
             samples += sum(row["samples"][n] for n in used)
@@ -159,8 +162,7 @@ class Feed:
         )
 
     def _utterances(self, row: dict[str, Any]) -> list[Utterance]:
-        dtype = torch.bfloat16 if self.job.encoder["dtype"] == "bf16" else torch.float32
-        return utterances(row, dtype, self.job.model.feature_dim)
+        return utterances(row, FeatureCodec.of(self.job.encoder))
 
     def _check(self, row: dict[str, Any], step: int, place: int) -> None:
         """The stream and the loop must agree on what is trained now."""

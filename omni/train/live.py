@@ -107,6 +107,8 @@ class LiveView:
         self._shown = len(rows)
 
     def _line(self, row: dict[str, Any]) -> str:
+        if row["kind"] == "note":
+            return f"{row['step']:>7} [yellow]note[/] {_plain(row['text'])}"
         if row["kind"] == "eval":
             wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
             return (

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from omni.data.features import more_room
 from omni.data.plan import epochs_done
 from omni.model.omni import LossSums, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
@@ -87,6 +88,7 @@ class TrainLoop:
         )
         self.state = TrainState(fingerprints=job.fingerprints)
         self.last_norm = 0.0
+        self._said_full = False
         self.last_train: dict[str, Any] = {}
         self._resume()
         self.wrapped: nn.Module = self.model
@@ -202,8 +204,22 @@ class TrainLoop:
         }
         if self.rank == 0:
             append_json(self.run_dir / "metrics.jsonl", [self.last_train])
+        self._note_full_cache()
         self.feed.write_ledger()
         self.window = Window()
+
+    def _note_full_cache(self) -> None:
+        """Say once that later epochs will encode again."""
+        why = self.feed.cache_full
+        if why is None or self._said_full or self.rank:
+            return
+        self._said_full = True
+        note = (
+            f"the feature cache is full ({why}): what it lacks is encoded again in every epoch; "
+            f"{more_room(self.config.encoder.format)}"
+        )
+        row = {"kind": "note", "step": self.state.step, "text": note}
+        append_json(self.run_dir / "metrics.jsonl", [row])
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

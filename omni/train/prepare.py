@@ -36,17 +36,11 @@ class Prepared:
     rejects: list[Reject]  # rows that never reach the stream
     tokenizer: SpeechTokenizer
     model: OmniConfig
-    encoder: dict[str, Any]  # see _encoder_facts
+    encoder: dict[str, Any]  # see encoder_facts
     fingerprints: dict[str, str]
     resume: Path | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
     filled: float  # share of the plan's positions that hold an utterance
-
-    @property
-    def encoder_key(self) -> str:
-        """Names the folder of features that this encoder makes."""
-        e = self.encoder
-        return f"{e['fingerprint']}-{e['mode']}-{e['margin_seconds']}-{e['dtype']}"
 
 
 def prepare(config: Config) -> Prepared:
@@ -60,19 +54,8 @@ def prepare(config: Config) -> Prepared:
     for name in ("train", "dev"):
         if not getattr(config.data, name):
             raise ConfigError(f"data.{name}: expected at least one manifest")
-    try:
-        indexes = {
-            name: build_index(specs, prompt=config.data.prompt, cache_dir=config.cache_dir)
-            for name, specs in (
-                ("train", config.data.train),
-                ("dev", config.data.dev),
-                ("test", config.data.test),
-            )
-            if specs
-        }
-    except ManifestError as error:
-        raise ConfigError(f"data: {error}") from None
-    encoder = _encoder_facts(config, indexes["train"])
+    indexes = build_indexes(config)
+    encoder = encoder_facts(config, indexes["train"])
     tokenizer = _tokenizer(config, run, resume, indexes["train"])
     model = _model_config(config, tokenizer, encoder)
     splits: dict[str, Split] = {}
@@ -113,16 +96,30 @@ def prepare(config: Config) -> Prepared:
         "model": hashlib.blake2b(
             json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
         ).hexdigest(),
-        "encoder": " ".join(
-            str(encoder[name]) for name in ("fingerprint", "mode", "margin_seconds", "dtype")
-        ),
+        "encoder": " ".join(_identity(encoder)),
     }
     return Prepared(
         config, splits, rejects, tokenizer, model, encoder, fingerprints, resume, notes, filled
     )
 
 
-def _encoder_facts(config: Config, train: Index) -> dict[str, Any]:
+def build_indexes(config: Config) -> dict[str, Index]:
+    """The index of each split that the config names. Raises ConfigError."""
+    try:
+        return {
+            name: build_index(specs, prompt=config.data.prompt, cache_dir=config.cache_dir)
+            for name, specs in (
+                ("train", config.data.train),
+                ("dev", config.data.dev),
+                ("test", config.data.test),
+            )
+            if specs
+        }
+    except ManifestError as error:
+        raise ConfigError(f"data: {error}") from None
+
+
+def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
     """What made the features, and how long the utterances were: checkpoints keep it."""
     settings = config.encoder
     source = None if settings.weights == "hub" else settings.weights
@@ -135,11 +132,24 @@ def _encoder_facts(config: Config, train: Index) -> dict[str, Any]:
         "mode": settings.mode,
         "margin_seconds": settings.margin_seconds,
         "dtype": settings.dtype,
+        "format": settings.format,
         "fingerprint": encoder.fingerprint,
         "d_model": encoder.d_model,
         "n_mels": encoder.n_mels,
         "longest_seconds": float(np.quantile(train.table["samples"].to_numpy(), 0.99)) / 16_000,
     }
+
+
+def encoder_key(encoder: dict[str, Any]) -> str:
+    """Names the folder of features that this encoder makes."""
+    return "-".join(_identity(encoder))
+
+
+def _identity(encoder: dict[str, Any]) -> list[str]:
+    """What two encoders must share to make the same features."""
+    names = ["fingerprint", "mode", "margin_seconds", "dtype"]
+    names += ["format"] if encoder["format"] != "exact" else []
+    return [str(encoder[name]) for name in names]
 
 
 def _tokenizer(config: Config, run: Path, resume: Path | None, train: Index) -> SpeechTokenizer:

@@ -21,7 +21,9 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from omni.config import Config
+from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.plan import EMPTY, Split
+from omni.data.storage import join
 from omni.data.stream import StreamSettings, make_stream
 from omni.report import write_report
 from omni.train.checkpoint import TrainState, newest_checkpoint, read_state
@@ -30,7 +32,7 @@ from omni.train.job import Job
 from omni.train.live import LiveView
 from omni.train.loop import TrainLoop
 from omni.train.metrics import append_json, read_json_lines, write_json, write_text
-from omni.train.prepare import Prepared, check_fingerprints, prepare
+from omni.train.prepare import Prepared, check_fingerprints, encoder_key, prepare
 
 STREAM = "stream"
 FAILURE = "failure.txt"  # why a run stopped for good, written by rank 0
@@ -133,6 +135,7 @@ def _fit(prepared: Prepared) -> None:
     # The driver owns the index and the plans; the stages read them from the object store. The
     # references travel in lists: Ray would resolve one that is an argument itself.
     splits = [ray.put(split) for split in prepared.splits.values()]
+    settings = encoder_settings(config, prepared.encoder)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": _job(prepared)},
@@ -148,7 +151,7 @@ def _fit(prepared: Prepared) -> None:
         ),
         # Called again whenever the worker group starts: the stream begins where the newest
         # checkpoint says.
-        datasets={STREAM: functools.partial(_open_stream, splits, _settings(prepared))},
+        datasets={STREAM: functools.partial(_open_stream, splits, settings)},
         dataset_config=DataConfig(execution_options=options),
     )
     try:
@@ -177,19 +180,22 @@ def _job(prepared: Prepared) -> Job:
     )
 
 
-def _settings(prepared: Prepared) -> StreamSettings:
-    config, encoder = prepared.config, prepared.config.encoder
+def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
+    """What the stages of the stream need to know of the encoder that `facts` describe."""
+    encoder = config.encoder
     return StreamSettings(
         config=config,
-        n_mels=prepared.encoder["n_mels"],
-        cache=None if config.cache_dir is None else config.cache_dir / prepared.encoder_key,
+        n_mels=facts["n_mels"],
+        codec=FeatureCodec.of(facts),
+        cache=None if config.cache is None else join(config.cache, encoder_key(facts)),
         encoder={
             "source": None if encoder.weights == "hub" else encoder.weights,
             "mode": encoder.mode,
             "margin_seconds": encoder.margin_seconds,
-            "dtype": torch.bfloat16 if encoder.dtype == "bf16" else torch.float32,
+            "dtype": DTYPES[encoder.dtype],
             "frame_budget": encoder.frame_budget,
         },
+        bins_per_block=config.optim.bins_per_block,
     )
 
 

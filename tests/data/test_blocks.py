@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA, feature_bytes, features_from, utterances
+from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA, utterances
+from omni.data.codec import FeatureCodec
 
 WIDTH = 6
+CODEC = FeatureCodec(WIDTH)
 
 
 def _features(frames: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -40,9 +42,10 @@ def _row(features: list[Tensor | None], **changes: Any) -> dict[str, Any]:
         "text_ids": [[n, n + 1] for n in numbers],
         "errors": [None if f is not None else "missing\nno such file" for f in features],
         "frames": [0 if f is None else len(f) for f in features],
-        "features": b"".join(feature_bytes(f) for f in features if f is not None),
+        "features": b"".join(CODEC.encode(f) for f in features if f is not None),
         "encode_seconds": 0.5,
         "encoded_samples": 16_000 * count,
+        "cache_full": None,
         **changes,
     }
     [travelled] = pa.Table.from_pylist([row], ENCODED_SCHEMA).to_pylist()
@@ -50,34 +53,9 @@ def _row(features: list[Tensor | None], **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_features_survive_as_bytes(dtype: torch.dtype) -> None:
-    features = _features(5, dtype)
-    features[0, 0], features[1, 1] = float("inf"), -0.0
-    data = feature_bytes(features)
-    assert len(data) == 5 * WIDTH * features.element_size()
-    back = features_from(data, dtype, WIDTH)
-    assert back.dtype == dtype and back.shape == (5, WIDTH)
-    assert _bits(back) == _bits(features)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_view_is_written_as_it_reads(dtype: torch.dtype) -> None:
-    """The encoder cuts its frames out of a padded batch."""
-    padded = _features(10, dtype).view(2, 5, WIDTH)
-    part, turned = padded[1, 1:4], _features(WIDTH, dtype).T
-    assert _bits(features_from(feature_bytes(part), dtype, WIDTH)) == _bits(part)
-    assert _bits(features_from(feature_bytes(turned), dtype, WIDTH)) == _bits(turned)
-
-
-def test_no_features_are_no_bytes() -> None:
-    assert feature_bytes(_features(0, torch.bfloat16)) == b""
-    assert features_from(b"", torch.bfloat16, WIDTH).shape == (0, WIDTH)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_gives_back_its_utterances(dtype: torch.dtype) -> None:
     features: list[Tensor | None] = [_features(n, dtype, seed=n) for n in (3, 1, 7)]
-    members = utterances(_row(features), dtype, WIDTH)
+    members = utterances(_row(features), FeatureCodec(WIDTH, dtype))
     assert [m.number for m in members] == [100, 101, 102]
     assert [list(m.prompt_ids) for m in members] == [[1, 100], [1, 101], [1, 102]]
     assert [list(m.text_ids) for m in members] == [[100, 101], [101, 102], [102, 103]]
@@ -90,7 +68,7 @@ def test_a_row_gives_back_its_utterances(dtype: torch.dtype) -> None:
 def test_a_rejected_utterance_keeps_its_place_without_features(rejected: int) -> None:
     features: list[Tensor | None] = [_features(n, torch.bfloat16, seed=n) for n in (3, 1, 7)]
     features[rejected] = None
-    members = utterances(_row(features), torch.bfloat16, WIDTH)
+    members = utterances(_row(features), CODEC)
     assert [m.number for m in members] == [100, 101, 102]
     for member, expected in zip(members, features, strict=True):
         if expected is None:
@@ -101,19 +79,19 @@ def test_a_rejected_utterance_keeps_its_place_without_features(rejected: int) ->
 
 
 def test_a_row_may_hold_only_rejected_utterances_or_none() -> None:
-    members = utterances(_row([None, None]), torch.bfloat16, WIDTH)
+    members = utterances(_row([None, None]), CODEC)
     assert [m.features_TF for m in members] == [None, None]
-    assert utterances(_row([]), torch.bfloat16, WIDTH) == []
+    assert utterances(_row([]), CODEC) == []
 
 
 def test_a_missing_prompt_is_an_empty_one() -> None:
     row = _row([_features(2, torch.bfloat16)], prompt_ids=[None])
-    assert list(utterances(row, torch.bfloat16, WIDTH)[0].prompt_ids) == []
+    assert list(utterances(row, CODEC)[0].prompt_ids) == []
 
 
 def test_both_stages_speak_of_utterances_alike() -> None:
     """The encode stage hands on, unchanged, what the load stage said of a bin."""
-    encoded = {"frames", "features", "encode_seconds", "encoded_samples"}
+    encoded = {"frames", "features", "encode_seconds", "encoded_samples", "cache_full"}
     handed_on = [name for name in ENCODED_SCHEMA.names if name not in encoded]
     assert [LOADED_SCHEMA.field(n) for n in handed_on] == [
         ENCODED_SCHEMA.field(n) for n in handed_on

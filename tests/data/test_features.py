@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from omni.data.features import _OPEN_FILES, FeatureCache
+from omni.data.features import FeatureCache
+from omni.data.storage import _OPEN_FILES
 
 
 def _items(first: int, last: int) -> dict[str, bytes]:
@@ -255,3 +256,56 @@ def test_processes_write_beside_each_other(tmp_path: Path) -> None:
         assert writer.returncode == 0
     assert len(list((tmp_path / "cache").glob("*.bin"))) > 4
     assert FeatureCache(tmp_path / "cache").get(_items(0, 140)) == _items(0, 140)
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+def test_the_limit_holds_and_is_told(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, limit_bytes=2_500, flush_bytes=1_000)
+    for n in range(5):
+        cache.put({f"key-{n}": bytes([n]) * 1_000})
+    assert cache.full is not None
+    assert str(tmp_path) in cache.full and "limit of 2.5e-06 GB" in cache.full
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) == 2_000
+    assert cache.get(["key-0", "key-1", "key-4"]).keys() == {"key-0", "key-1"}
+    assert FeatureCache(tmp_path, limit_bytes=2_500).full is None, "there is no word on disk"
+
+
+def test_what_others_wrote_counts(tmp_path: Path) -> None:
+    _written(tmp_path, {"key": bytes(2_000)})
+    cache = FeatureCache(tmp_path, limit_bytes=2_500)
+    _written(tmp_path, {"other": bytes(400)})
+    cache.put({"big": bytes(101)})
+    cache.flush()
+    assert cache.full is not None
+    roomy = FeatureCache(tmp_path, limit_bytes=2_501)
+    roomy.put({"big": bytes(101)})
+    roomy.flush()
+    assert roomy.full is None and roomy.get(["big"]) == {"big": bytes(101)}
+
+
+_FILL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from omni.data.features import FeatureCache
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+cache = FeatureCache(Path(sys.argv[1]), flush_bytes=0)
+cache.put({"small": bytes(1_000)})
+assert cache.full is None
+cache.put({"large": bytes(6_000)})
+print(cache.full)
+cache.put({"more": bytes(10)})
+"""
+
+
+def test_a_disk_that_takes_no_more_is_a_full_cache(tmp_path: Path) -> None:
+    """The kernel refuses the write; what lay there before stays, and no rest is left."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FILL_DISK, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout and "File too large" in done.stdout
+    assert len(FeatureCache(tmp_path)) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".arrow"}

@@ -1,0 +1,92 @@
+"""A folder of immutable files: on disk, and in a bucket of a real S3 server on loopback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+from moto.server import ThreadedMotoServer
+
+from omni.data.features import FeatureCache
+from omni.data.storage import Folder, join, open_folder
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URI of a bucket, credentials and server included, as a user's data.cache would name it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
+    uri = f"s3://key:secret@features/omni?{options}"
+    filesystem, _ = pafs.FileSystem.from_uri(uri)
+    filesystem.create_dir("features")
+    yield uri
+    server.stop()
+
+
+@pytest.fixture(params=["disk", "file uri", "bucket"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "a folder")
+    if request.param == "file uri":
+        return f"file://{tmp_path}/folder"
+    return join(request.getfixturevalue("bucket"), tmp_path.name)
+
+
+def test_what_is_written_can_be_listed_and_read_in_part(location: str) -> None:
+    writer, reader = open_folder(location), open_folder(location)
+    assert reader.list() == {}
+    writer.write("a.bin", bytes(range(100)))
+    writer.write("b.bin", b"")
+    writer.write("b.bin", b"again")
+    assert reader.list() == {"a.bin": 100, "b.bin": 5}
+    assert reader.read("a.bin") == bytes(range(100))
+    assert reader.read("a.bin", 10, 5) == bytes(range(10, 15))
+    assert reader.read("a.bin", 98, 5) == bytes([98, 99])
+    assert reader.read("b.bin") == b"again"
+
+
+def test_what_is_absent_is_an_oserror(location: str) -> None:
+    folder: Folder = open_folder(location)
+    with pytest.raises(OSError):
+        folder.read("nothing", 0, 1)
+    with pytest.raises(OSError):
+        folder.read("nothing")
+
+
+def test_a_cache_lies_anywhere(location: str) -> None:
+    items = {f"key-{n}": os.urandom(1000 + n) for n in range(20)}
+    for half in (0, 1):
+        cache = FeatureCache(location)
+        cache.put({key: data for n, (key, data) in enumerate(items.items()) if n % 2 == half})
+        cache.flush()
+    reader = FeatureCache(location)
+    assert len(reader) == 20
+    assert reader.get(items) == items
+    assert reader.stored_bytes == sum(len(data) for data in items.values())
+
+
+def test_a_reader_finds_what_comes_later(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.data.storage._LIST_SECONDS", 0.0)
+    reader, writer = FeatureCache(location), FeatureCache(location)
+    assert reader.get(["key"]) == {}
+    writer.put({"key": b"features"})
+    writer.flush()
+    assert reader.get(["key"]) == {"key": b"features"}
+
+
+@pytest.mark.parametrize(
+    "location, joined",
+    [
+        ("/runs/cache", "/runs/cache/x"),
+        ("/odd?name/", "/odd?name/x"),
+        ("s3://bucket", "s3://bucket/x"),
+        ("s3://bucket/a/?region=eu-west-1", "s3://bucket/a/x?region=eu-west-1"),
+    ],
+)
+def test_a_name_is_joined_before_the_options_of_a_uri(location: str, joined: str) -> None:
+    assert join(location, "x") == joined
