@@ -21,8 +21,9 @@ from omni.config import Config, ConfigError
 from omni.data.features import FeatureCache
 from omni.data.index import Index
 from omni.data.plan import Plan, Split
+from omni.data.stages import StreamSettings
 from omni.data.storage import join
-from omni.data.stream import StreamSettings, make_stream
+from omni.data.stream import make_stream
 from omni.model.logmel import FRAME, SAMPLING_RATE
 from omni.model.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.train.prepare import build_indexes, encoder_facts, encoder_key

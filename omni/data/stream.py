@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,36 +19,13 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from omni.config import Config
-from omni.data.audio import AudioError, AudioSpan, decode, fit
-from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA
-from omni.data.codec import FeatureCodec, tensor_bytes, tensor_from
+from omni.data.blocks import LOADED_SCHEMA
 from omni.data.features import FeatureCache
 from omni.data.plan import Split
-from omni.model.whisper import WhisperEncoder
-from omni.model.windows import clip_mel
+from omni.data.stages import EncodeStage, StreamSettings, load_bin
 
 _PAUSE_SECONDS = 0.05
 _LOADER_CPUS = 1.0  # Ray's default: the load stage fuses with the read of the row numbers
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """What stages need to know; small and picklable."""
-
-    config: Config
-    n_mels: int
-    codec: FeatureCodec
-    cache: str | None  # location of this encoder's features
-    encoder: dict[str, Any]  # arguments of WhisperEncoder
-    keep_features: bool = True  # False: only the cache gets them, the stream's rows have none
-    bins_per_block: int = 1
-
-    def open_cache(self) -> FeatureCache | None:
-        if self.cache is None:
-            return None
-        limit = self.config.data.cache_gb
-        return FeatureCache(self.cache, limit_bytes=None if limit is None else int(limit * 1e9))
 
 
 def make_stream(
@@ -148,120 +123,3 @@ def _shared_cache(settings: StreamSettings) -> FeatureCache | None:
         assert cache is not None
         _CACHES[settings.cache] = cache
     return _CACHES[settings.cache]
-
-
-def load_bin(
-    split: Split, number: int, settings: StreamSettings, cache: FeatureCache | None
-) -> dict[str, Any]:
-    """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
-    encoder = settings.config.encoder
-    members = split.plan.bin(number).tolist()
-    table = split.table.take(pa.array(members, pa.int64()))
-    keys = table["key"].to_pylist()
-    cached = cache.get(keys) if cache is not None else {}
-    features: list[bytes | None] = []
-    mels: list[bytes | None] = []
-    errors: list[str | None] = []
-    for row in table.select(["uri", "start", "duration", "samples", "key"]).to_pylist():
-        known = cached.get(row["key"])
-        mel = error = None
-        if known is None:
-            try:
-                audio = fit(
-                    decode(Path(row["uri"]), AudioSpan(row["start"], row["duration"])),
-                    row["samples"],
-                )
-                mel = clip_mel(audio, settings.n_mels, encoder.mode, encoder.margin_seconds)
-            except AudioError as problem:
-                error = f"{problem.reason}\n{problem.detail}"
-        features.append(known)
-        # The encoder would round it anyway; in bf16 it is half the traffic.
-        mels.append(None if mel is None else tensor_bytes(mel.to(settings.encoder["dtype"])))
-        errors.append(error)
-    return {
-        "split": split.name,
-        "bin": number,
-        "numbers": members,
-        "ids": table["id"].to_pylist(),
-        "uris": table["uri"].to_pylist(),
-        "texts": table["text"].to_pylist(),
-        "languages": table["language"].to_pylist(),
-        "samples": table["samples"].to_pylist(),
-        "prompt_ids": table["prompt_ids"].to_pylist(),
-        "text_ids": table["text_ids"].to_pylist(),
-        "keys": keys,
-        "errors": errors,
-        "features": features,
-        "mels": mels,
-    }
-
-
-class EncodeStage:
-    """Actor: log-mels to features, which also go into the cache."""
-
-    def __init__(self, settings: StreamSettings) -> None:
-        torch.set_num_threads(settings.config.encoder.threads)
-        arguments = dict(settings.encoder)
-        if settings.config.encoder.gpus:
-            arguments["device"] = "cuda"
-        self._settings = settings
-        self._encoder = WhisperEncoder(**arguments)
-        self._cache = settings.open_cache()
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        began = time.perf_counter()
-        encoded, samples = self._encode(rows)
-        seconds = time.perf_counter() - began if samples else 0.0
-        codec = self._settings.codec
-        done = []
-        for row in rows:
-            parts = [
-                known if known is not None else encoded.get(key)
-                for known, key in zip(row["features"], row["keys"], strict=True)
-            ]
-            kept = [p for p in parts if p is not None] if self._settings.keep_features else []
-            done.append(
-                {
-                    **{name: row[name] for name in ENCODED_SCHEMA.names if name in row},
-                    "frames": [0 if part is None else codec.frames(part) for part in parts],
-                    "features": b"".join(kept),
-                    "encode_seconds": seconds / len(rows),
-                    "encoded_samples": samples // len(rows),
-                    "cache_full": None if self._cache is None else self._cache.full,
-                }
-            )
-        return pa.Table.from_pylist(done, ENCODED_SCHEMA)
-
-    def __del__(self) -> None:
-        """Ray lets go of the stage when the stream ends: keep what has not been written yet."""
-        cache = getattr(self, "_cache", None)
-        if cache is not None:
-            cache.flush()
-
-    def _encode(self, rows: list[dict[str, Any]]) -> tuple[dict[str, bytes], int]:
-        """Features by key of what the rows lack, and how many samples of audio were encoded."""
-        missing: dict[str, tuple[bytes, int]] = {}
-        for row in rows:
-            for key, mel, samples in zip(row["keys"], row["mels"], row["samples"], strict=True):
-                if mel is not None:
-                    missing[key] = (mel, samples)
-        if not missing:
-            return {}, 0
-        # The loader looked a while ago: the block before may have brought some of them.
-        found = self._cache.get(missing) if self._cache is not None else {}
-        fresh = {key: value for key, value in missing.items() if key not in found}
-        if fresh:
-            encoder, codec = self._encoder, self._settings.codec
-            mels = [
-                tensor_from(mel, encoder.dtype).view(encoder.n_mels, -1)
-                for mel, _ in fresh.values()
-            ]
-            features = encoder.encode_mels(mels, [count for _, count in fresh.values()])
-            made = {key: codec.encode(f) for key, f in zip(fresh, features, strict=True)}
-            if self._cache is not None:
-                self._cache.put(made)
-                if not self._settings.keep_features:  # a row that is counted is on disk
-                    self._cache.flush()
-            found = {**found, **made}
-        return found, sum(count for _, count in fresh.values())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from omni.model.packing import SegmentLayout
 
@@ -22,6 +23,7 @@ ROTARY_BASE = 100_000.0
 QK_SCALE = 1.2
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
+LOGITS = 1 << 24  # fp32 logits of a chunk of the loss: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,24 @@ class GPT(nn.Module):
         raw = self.lm_head(hidden)[..., : self.config.vocab_size].float()
         return SOFTCAP * torch.tanh(raw / SOFTCAP)
 
+    def loss(self, hidden_SC: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of S supervised positions, and how many are predicted rightly.
+
+        Positions go through the vocabulary in chunks that are computed again for the backward pass,
+        so that no more than `LOGITS` fp32 logits lie in memory.
+        """
+        size = max(1, LOGITS // self.config.padded_vocab_size)
+        if len(targets_S) <= size:
+            return self._loss(hidden_SC, targets_S)
+        chunks = zip(hidden_SC.split(size), targets_S.split(size), strict=True)
+        parts = [checkpoint(self._loss, h, t, use_reentrant=False) for h, t in chunks]
+        return sum(p[0] for p in parts), sum(p[1] for p in parts)
+
+    def _loss(self, hidden_SC: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden_SC)
+        loss = F.cross_entropy(logits, targets_S, reduction="sum")
+        return loss, (logits.detach().argmax(-1) == targets_S).sum()
+
     def forward(
         self,
         idx: Tensor,
@@ -312,12 +332,15 @@ class GPT(nn.Module):
             start = kv_cache.lengths_B if kv_cache is not None else None
             layout = SegmentLayout.plain(idx.shape, idx.device, start)
         value_mask = None if audio_mask is None else ~audio_mask
-        logits = self.logits(self.trunk(x, idx, layout, value_mask, kv_cache))
+        hidden = self.trunk(x, idx, layout, value_mask, kv_cache)
         if targets is None:
-            return logits
-        return F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction
-        )
+            return self.logits(hidden)
+        if reduction not in ("mean", "sum"):
+            logits = self.logits(hidden).flatten(0, 1)
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=reduction)
+        supervised = targets != -1
+        loss, _ = self.loss(hidden[supervised], targets[supervised])
+        return loss / supervised.sum() if reduction == "mean" else loss
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

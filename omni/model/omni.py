@@ -109,9 +109,7 @@ class OmniModel(nn.Module):
         # Only supervised positions reach the vocabulary: audio outnumbers text several times.
         supervised = batch.targets_BT != IGNORED
         targets = batch.targets_BT[supervised]
-        logits = self.lm.logits(hidden[supervised])
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        correct = (logits.detach().argmax(-1) == targets).sum()
+        loss, correct = self.lm.loss(hidden[supervised], targets)
         count = torch.tensor(targets.numel(), device=loss.device)
         ctc = self._ctc(soft_NC, batch) if self.ctc_head is not None else loss.new_zeros(())
         return LossSums(loss, count, correct, ctc)

@@ -1,22 +1,24 @@
 """Several utterances in one row: who may look at whom, and attention that respects it.
 
-Packed rows are taken apart into their segments, which attend causally in groups of similar length.
-The cost is that of the utterances, not the square of the bin, and nothing crosses a boundary
-because the neighbours are not there.
+The cost is that of the utterances, not the square of the bin. On CPU, packed rows are taken apart
+into their segments, which attend in groups of similar length: nothing crosses a boundary because
+the neighbours are not there. On a GPU shapes stay fixed, and a block mask skips what is not shared.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
+from omni.model.attention import causal, packed, packed_mask
+
+Kernel = Literal["groups", "flex"]
 GROUP_FILL = 0.7  # a group's shortest segment is at least this share of its longest
-SHORT_SEGMENT = 160
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class SegmentLayout:
     positions_BT: distance from the segment's start.
     continues_BT: the position before belongs to the same segment.
     lengths_B: valid positions of plain rows that are padded on the right; None: all.
-    groups: packed rows only; (S, L) flat positions of S segments, padded with their last one.
+    groups: packed rows, "groups"; (S, L) flat positions of S segments, padded with their last one.
     inverse: each flat position's place in the concatenated groups; padding: one past the end.
+    segments_BT: packed rows, "flex"; masks: their block masks by window, made when first needed.
     """
 
     positions_BT: Tensor
@@ -35,6 +38,8 @@ class SegmentLayout:
     lengths_B: Tensor | None = None
     groups: list[Tensor] | None = None
     inverse: Tensor | None = None
+    segments_BT: Tensor | None = None
+    masks: dict[int, BlockMask] = field(default_factory=dict)
 
     @classmethod
     def plain(
@@ -50,17 +55,25 @@ class SegmentLayout:
         return cls(positions, steps > 0, lengths_B)
 
     @classmethod
-    def packed(cls, segments_BT: Tensor) -> SegmentLayout:
-        """Rows that hold several sequences, numbered by `segments_BT`; 0 is padding."""
+    def packed(cls, segments_BT: Tensor, kernel: Kernel | None = None) -> SegmentLayout:
+        """Rows that hold several sequences, numbered by `segments_BT`; 0 is padding.
+
+        kernel: how they attend; None is "flex" on CUDA and "groups" elsewhere.
+        """
         device = segments_BT.device
+        if kernel is None:
+            kernel = "flex" if device.type == "cuda" else "groups"
         steps = torch.arange(segments_BT.shape[1], device=device).expand(segments_BT.shape)
         continues = torch.zeros_like(segments_BT, dtype=torch.bool)
         continues[:, 1:] = segments_BT[:, 1:] == segments_BT[:, :-1]
         starts = torch.where(continues, 0, steps).cummax(dim=1).values
+        positions, inside = steps - starts, continues & (segments_BT > 0)
+        if kernel == "flex":
+            return cls(positions, inside, segments_BT=segments_BT)
         groups, inverse = _group(segments_BT.cpu(), continues.cpu())
         return cls(
-            steps - starts,
-            continues & (segments_BT > 0),
+            positions,
+            inside,
             groups=[group.to(device) for group in groups],
             inverse=inverse.to(device),
         )
@@ -84,8 +97,12 @@ class SegmentLayout:
 
     def attend(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
         """Causal attention inside segments, each position seeing at most `window` to its left."""
+        if self.segments_BT is not None:
+            if window not in self.masks:
+                self.masks[window] = packed_mask(self.segments_BT, window)
+            return packed(q_BTHD, k_BTGD, v_BTGD, self.masks[window])
         if self.groups is None or self.inverse is None:
-            return _causal(q_BTHD, k_BTGD, v_BTGD, window)
+            return causal(q_BTHD, k_BTGD, v_BTGD, window)
         if not self.groups:
             # A bin of padding: nothing to attend to, but every parameter needs its gradient.
             return q_BTHD * 0.0 + (k_BTGD.sum() + v_BTGD.sum()) * 0.0
@@ -96,34 +113,9 @@ class SegmentLayout:
                 t.index_select(0, group.flatten()).view(*group.shape, *t.shape[1:])
                 for t in (q, k, v)
             ]
-            outs.append(_causal(picked[0], picked[1], picked[2], window).flatten(0, 1))
+            outs.append(causal(picked[0], picked[1], picked[2], window).flatten(0, 1))
         outs.append(torch.zeros(1, *q.shape[1:], dtype=v.dtype, device=v.device))
         return torch.cat(outs).index_select(0, self.inverse).view(q_BTHD.shape)
-
-
-def _causal(q_STHD: Tensor, k_STGD: Tensor, v_STGD: Tensor, window: int) -> Tensor:
-    length = q_STHD.shape[1]
-    repeats = q_STHD.shape[2] // k_STGD.shape[2]
-    if repeats > 1:
-        k_STGD = k_STGD.repeat_interleave(repeats, dim=2)
-        v_STGD = v_STGD.repeat_interleave(repeats, dim=2)
-    q, k, v = (t.transpose(1, 2) for t in (q_STHD, k_STGD, v_STGD))
-    if length <= window + 1:
-        with _kernel(q, length):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        steps = torch.arange(length, device=q.device)
-        distance = steps[:, None] - steps
-        band = (distance >= 0) & (distance <= window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
-    return out.transpose(1, 2)
-
-
-def _kernel(q: Tensor, length: int) -> AbstractContextManager[None]:
-    """On CPU the fused kernel's fixed cost exceeds the whole product for short segments."""
-    if q.device.type == "cpu" and length <= SHORT_SEGMENT:
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 def _group(segments_BT: Tensor, continues_BT: Tensor) -> tuple[list[Tensor], Tensor]:

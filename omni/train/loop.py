@@ -110,7 +110,7 @@ class TrainLoop:
         evaluated = -1
         self.model.train()
         while self.state.step < config.optim.steps and not self._out_of_patience():
-            self._step()
+            self.step()
             step, last = self.state.step, self.state.step == config.optim.steps
             if step % config.train.log_every == 0 or last:
                 self._log()
@@ -124,7 +124,7 @@ class TrainLoop:
             self._save(self._evaluate(dev))
         return self._finish(held)
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One optimizer step over all blocks of the plan's next step."""
         began, waited = time.perf_counter(), self.feed.waited
         step = self.state.step

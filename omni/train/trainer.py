@@ -23,8 +23,9 @@ from ray.train.torch import TorchTrainer
 from omni.config import Config
 from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.plan import EMPTY, Split
+from omni.data.stages import StreamSettings
 from omni.data.storage import join
-from omni.data.stream import StreamSettings, make_stream
+from omni.data.stream import make_stream
 from omni.report import write_report
 from omni.train.checkpoint import TrainState, newest_checkpoint, read_state
 from omni.train.feed import TooManyRejects

@@ -329,3 +329,32 @@ def test_a_filled_cache_takes_one_position_at_a_time() -> None:
         model(ids[:, :6], kv_cache=cache)
         with pytest.raises(ValueError, match="one position at a time"):
             model(ids[:, 6:], kv_cache=cache)
+
+
+# --- the loss in chunks ---------------------------------------------------------------------------
+
+
+def test_chunks_of_the_loss_add_up_and_never_hold_all_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = awake_gpt()
+    idx, targets = random_ids(2, 60), random_ids(2, 60)
+    targets[:, ::3] = -1
+    largest: list[int] = []
+    model.lm_head.register_forward_hook(lambda m, i, out: largest.append(out.numel()))
+    losses, gradients = [], []
+    for limit in (1 << 24, 7 * model.config.padded_vocab_size):
+        monkeypatch.setattr("omni.model.gpt.LOGITS", limit)
+        model.zero_grad()
+        loss = model(idx, targets)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert max(largest) <= max(limit, 1)
+        assert max(largest) == min(limit, 80 * model.config.padded_vocab_size)
+        largest.clear()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    for chunked, whole in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+    per_position = model(idx, targets, reduction="none").detach()
+    torch.testing.assert_close(per_position.sum() / 80, losses[0], rtol=1e-5, atol=0)

@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import SMALL, awake_gpt, random_ids
 from torch import Tensor
 
+from omni.model.attention import causal
 from omni.model.gpt import GPT
-from omni.model.packing import SegmentLayout
+from omni.model.packing import Kernel, SegmentLayout
 
+KERNELS: tuple[Kernel, Kernel] = ("groups", "flex")
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
 
@@ -137,9 +140,10 @@ def test_positions_count_from_the_start_of_each_segment() -> None:
     assert layout.positions_BT[1].tolist() == [0, 0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("kernel", ["groups", "flex"])
 @pytest.mark.parametrize("window", [4, 64, 500])
 @torch.inference_mode()
-def test_attention_equals_softmax_under_one_dense_mask(window: int) -> None:
+def test_attention_equals_softmax_under_one_dense_mask(window: int, kernel: Kernel) -> None:
     segments = torch.cat((packed_row([60, 3, 175, 41, 1], 290), packed_row([200, 90], 290)))
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 290, 4, 8, generator=generator)
@@ -152,7 +156,45 @@ def test_attention_equals_softmax_under_one_dense_mask(window: int) -> None:
     scores = torch.einsum("bthd,bshd->bhts", q, k_all) / 8**0.5
     weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
     wanted = torch.einsum("bhts,bshd->bthd", weights, v_all)
-    attended = SegmentLayout.packed(segments).attend(q, k, v, window)
+    attended = SegmentLayout.packed(segments, kernel).attend(q, k, v, window)
     real = segments > 0
     torch.testing.assert_close(attended[real], wanted[real], **TOLERANCE)
-    assert not attended[~real].any(), "padding attends to nothing"
+    assert attended.isfinite().all()
+    if kernel == "groups":
+        assert not attended[~real].any(), "padding attends to nothing"
+
+
+@torch.inference_mode()
+def test_both_kernels_serve_a_whole_model_alike() -> None:
+    model = awake_gpt()
+    segments = packed_row(LENGTHS["mixed"], 1100)
+    idx = random_ids(*segments.shape)
+    x = model.embed(idx)
+    groups, flex = (
+        model.trunk(x, idx, SegmentLayout.packed(segments, kernel)) for kernel in KERNELS
+    )
+    real = segments > 0
+    torch.testing.assert_close(flex[real], groups[real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [0, 7, 64, 1000])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.bfloat16, 0.03)])
+def test_products_equal_the_fused_kernel_forwards_and_backwards(
+    window: int, dtype: torch.dtype, atol: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, 65, 2, 8)
+    q, k, v, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
+    steps = torch.arange(65)
+    seen = (steps[:, None] >= steps) & (steps[:, None] - steps <= window)
+    results = []
+    for fused in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        if fused:
+            turned = [t.transpose(1, 2) for t in leaves]
+            out = F.scaled_dot_product_attention(*turned, attn_mask=seen).transpose(1, 2)
+        else:
+            out = causal(leaves[0], leaves[1], leaves[2], window)
+        results.append((out, *torch.autograd.grad(out, leaves, g)))
+    for products, reference in zip(*results, strict=True):
+        torch.testing.assert_close(products, reference, rtol=0.02, atol=atol)
