@@ -87,10 +87,12 @@ def test_each_epoch_holds_every_usable_utterance_once(seed: int, count: int) -> 
     lengths[1::7] = 0  # left out
     usable = np.flatnonzero(lengths).tolist()
     plan = _plan(lengths, epochs=3, seed=seed)
-    ends = plan.starts[np.concatenate(([0], plan.epoch_ends))]
-    assert len(plan.epoch_ends) == 3 and ends[-1] == len(plan.members)
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
-        assert sorted(plan.members[first:last].tolist()) == usable
+    assert len(plan.epoch_ends) == 3
+    # A bin between two epochs holds the last of one, then the first of the next.
+    for number, members in enumerate(plan.members.reshape(3, len(usable))):
+        assert sorted(members.tolist()) == usable
+        assert plan.starts[plan.epoch_ends[number]] >= (number + 1) * len(usable)
+        assert plan.starts[plan.epoch_ends[number] - 1] < (number + 1) * len(usable)
     sums = [lengths[plan.bin(number)].sum() for number in range(plan.bins)]
     assert max(sums) <= 64 and min(sums) > 0
 
@@ -240,3 +242,22 @@ def test_steps_past_the_end_of_the_plan_are_empty(plan: Plan) -> None:
     assert rows.max() == plan.bins - 1
     assert (rows[plan.steps - 1] == EMPTY).any() and (rows[plan.steps :] == EMPTY).all()
     assert plan.rows(2, 2, 3, 1).tolist() == []
+
+
+@pytest.mark.parametrize("positions", [512, 1024, 2048])
+def test_small_epochs_waste_nothing_at_their_seams(
+    embedded_lengths: np.ndarray, positions: int
+) -> None:
+    plan = _plan(embedded_lengths, bin_positions=positions, epochs=20)
+    assert embedded_lengths[plan.members].sum() > 0.99 * plan.bins * positions
+    for number in range(plan.bins):
+        members = plan.bin(number)
+        assert len(set(members.tolist())) == len(members), "a bin holds nothing twice"
+        assert embedded_lengths[members].sum() <= positions
+
+
+def test_epochs_smaller_than_a_bin_still_end() -> None:
+    plan = _plan(np.array([5, 0, 7, 3]), bin_positions=64, epochs=4)
+    assert plan.members.tolist() and len(plan.members) == 12
+    assert plan.bins == 4 and plan.epoch_ends.tolist() == [1, 2, 3, 4]
+    assert plan.epoch(plan.bins) == 4.0
