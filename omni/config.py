@@ -73,7 +73,7 @@ class EncoderConfig(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     format: Literal["exact", "int8"] = "exact"  # of features in the cache and on the wire
     frame_budget: Annotated[int, Field(ge=0)] | None = None  # frames per batch; null: by device
-    actors: Positive = 1
+    actors: Positive | Literal["auto"] = 1  # auto: from the cluster and measured rates
     gpus: Annotated[float, Field(ge=0)] = 0  # per actor; fractions share a GPU
     cpus: Annotated[float, Field(gt=0)] = 0.5  # logical CPUs per actor
     threads: Positive = 1  # torch threads per actor

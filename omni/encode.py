@@ -26,8 +26,9 @@ from omni.data.storage import join
 from omni.data.stream import make_stream
 from omni.model.logmel import FRAME, SAMPLING_RATE
 from omni.model.whisper import CPU_FRAMES, GPU_FRAMES
+from omni.train.job import encoder_settings
 from omni.train.prepare import build_indexes, encoder_facts, encoder_key
-from omni.train.trainer import encoder_settings, start_ray
+from omni.train.trainer import start_ray
 
 _SAY_SECONDS = 5.0
 

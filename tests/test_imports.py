@@ -14,7 +14,13 @@ import pytest
 import omni
 
 PACKAGE = Path(omni.__file__).parent
-WITH_RAY = {"omni.data.stream", "omni.train.trainer", "omni.encode"}
+WITH_RAY = {
+    "omni.data.stream",
+    "omni.train.auto",
+    "omni.train.trainer",
+    "omni.encode",
+    "omni.bench.stream",
+}
 
 
 def _module(path: Path) -> str:
@@ -58,9 +64,10 @@ def test_imports_of_every_kind_are_seen() -> None:
 @pytest.mark.parametrize(
     "floor, above",
     [
-        ("omni.config", ["omni.model", "omni.data", "omni.train", "jobs"]),
-        ("omni.model", ["omni.data", "omni.train", "jobs"]),
-        ("omni.data", ["omni.train", "jobs"]),
+        ("omni.config", ["omni.model", "omni.data", "omni.train", "omni.bench", "jobs"]),
+        ("omni.model", ["omni.data", "omni.train", "omni.bench", "jobs"]),
+        ("omni.data", ["omni.train", "omni.bench", "jobs"]),
+        ("omni.train", ["omni.bench", "jobs"]),
         ("omni", ["jobs"]),
     ],
 )

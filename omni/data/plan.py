@@ -166,9 +166,9 @@ def make_plan(
     """Plan whole epochs, as many as `epochs` or until `max_steps` steps are full.
 
     lengths: (n,) positions of each utterance; 0 leaves an utterance out.
-    Each epoch has its own permutation, drawn from (seed, epoch), and holds every utterance once. Its
-    last bin, which would be half empty, also takes the first utterances of the next epoch: with ten
-    bins to an epoch that is five per cent of all positions.
+    Each epoch has its own permutation, drawn from (seed, epoch), and holds every utterance once.
+    Its last bin, which would be half empty, also takes the first utterances of the next epoch: with
+    ten bins to an epoch that is five per cent of all positions.
     """
     usable = np.flatnonzero(lengths > 0)
     if not len(usable):

@@ -19,6 +19,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from omni.config import Config
 from omni.data.blocks import LOADED_SCHEMA
 from omni.data.features import FeatureCache
 from omni.data.plan import Split
@@ -64,7 +65,7 @@ def make_stream(
             fn_constructor_kwargs={"settings": settings},
             batch_size=per_block,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=config.encoder.actors, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(size=_actors(config), max_tasks_in_flight_per_actor=2),
             num_cpus=_unlike_loader(config.encoder.cpus),
             num_gpus=config.encoder.gpus,  # a dead actor is restarted without limit, Ray's default
         )
@@ -86,6 +87,11 @@ class _Pause(ExecutionCallback):
         if moved == self._moved:
             time.sleep(_PAUSE_SECONDS)
         self._moved = moved
+
+
+def _actors(config: Config) -> int:
+    """The size of the encoder pool; a caller that measured nothing gets one for `auto`."""
+    return 1 if config.encoder.actors == "auto" else config.encoder.actors
 
 
 def _unlike_loader(cpus: float) -> float:

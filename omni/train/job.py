@@ -1,12 +1,19 @@
-"""What every rank of a run is told when it starts."""
+"""What every rank of a run, and every stage of its stream, is told when it starts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from omni.config import Config
+from omni.data.codec import DTYPES, FeatureCodec
+from omni.data.plan import EMPTY, Split
+from omni.data.stages import StreamSettings
+from omni.data.storage import join
 from omni.model.omni import OmniConfig
+from omni.train.prepare import Prepared, encoder_key
 
 
 @dataclass(frozen=True)
@@ -19,3 +26,48 @@ class Job:
     held_rows: dict[str, int]  # rows of dev and test that lead the stream
     train_rows: int  # utterances of the training index
     epoch_ends: list[int]  # bins up to the end of each epoch
+
+
+def make_job(prepared: Prepared) -> Job:
+    train = prepared.splits["train"]
+    return Job(
+        config=prepared.config,
+        model=prepared.model,
+        encoder=prepared.encoder,
+        tokenizer_json=prepared.tokenizer.to_json(),
+        fingerprints=prepared.fingerprints,
+        held_rows={
+            name: len(held_bins(split, prepared.config))
+            for name, split in prepared.splits.items()
+            if name != "train"
+        },
+        train_rows=train.table.num_rows,
+        epoch_ends=train.plan.epoch_ends.tolist(),
+    )
+
+
+def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
+    """What the stages of the stream need to know of the encoder that `facts` describe."""
+    encoder = config.encoder
+    return StreamSettings(
+        config=config,
+        n_mels=facts["n_mels"],
+        codec=FeatureCodec.of(facts),
+        cache=None if config.cache is None else join(config.cache, encoder_key(facts)),
+        encoder={
+            "source": None if encoder.weights == "hub" else encoder.weights,
+            "mode": encoder.mode,
+            "margin_seconds": encoder.margin_seconds,
+            "dtype": DTYPES[encoder.dtype],
+            "frame_budget": encoder.frame_budget,
+        },
+        bins_per_block=config.optim.bins_per_block,
+    )
+
+
+def held_bins(split: Split, config: Config) -> np.ndarray:
+    """A held-out split's bins, filled up so that all ranks take equally many blocks."""
+    unit = config.train.workers * config.optim.bins_per_block
+    bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
+    bins[: split.plan.bins] = np.arange(split.plan.bins)
+    return bins

@@ -201,6 +201,9 @@ class TrainLoop:
             "audio_seconds_per_second": sums[SAMPLES] / 16_000 / window.busy,
             "tokens_per_second": sums[TOKENS] / window.busy,
             "data_wait_fraction": min(1.0, window.wait / window.busy),
+            "encode_seconds": sums[ENCODE_SECONDS],  # of all actors, for the audio of these steps
+            "encoded_audio_seconds": sums[ENCODED] / 16_000,
+            "step_seconds": window.busy,
         }
         if self.rank == 0:
             append_json(self.run_dir / "metrics.jsonl", [self.last_train])

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -111,7 +110,3 @@ class Trainer:
             audio += self.step()
             steps += 1
         return audio / (time.perf_counter() - began)
-
-
-def facts_of(blocks: Sequence[pa.Table]) -> dict[str, Any]:
-    return {"blocks": len(blocks), "audio_seconds": sum(map(audio_seconds, blocks))}

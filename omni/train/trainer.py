@@ -21,19 +21,18 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from omni.config import Config
-from omni.data.codec import DTYPES, FeatureCodec
-from omni.data.plan import EMPTY, Split
+from omni.data.plan import Split
 from omni.data.stages import StreamSettings
-from omni.data.storage import join
 from omni.data.stream import make_stream
 from omni.report import write_report
+from omni.train.auto import sized
 from omni.train.checkpoint import TrainState, newest_checkpoint, read_state
 from omni.train.feed import TooManyRejects
-from omni.train.job import Job
+from omni.train.job import Job, encoder_settings, held_bins, make_job
 from omni.train.live import LiveView
 from omni.train.loop import TrainLoop
 from omni.train.metrics import append_json, read_json_lines, write_json, write_text
-from omni.train.prepare import Prepared, check_fingerprints, encoder_key, prepare
+from omni.train.prepare import Prepared, check_fingerprints, prepare
 
 STREAM = "stream"
 FAILURE = "failure.txt"  # why a run stopped for good, written by rank 0
@@ -65,6 +64,7 @@ def train(config: Config) -> dict[str, Any]:
         return done
     start_ray(config)
     with view.following():
+        prepared = sized(prepared)
         _fit(prepared)
     summary = _close(prepared, time.monotonic() - began)
     view.footer(summary, write_report(config.run_dir))
@@ -103,7 +103,8 @@ def start_ray(config: Config) -> None:
         # A stage is a process more, not a core more: no warning about their number.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         t, e, d = config.train, config.encoder, config.data
-        need = t.workers * t.cpus + e.actors * e.cpus + d.loaders + 1
+        actors = max(1, os.cpu_count() or 1) if e.actors == "auto" else e.actors
+        need = t.workers * t.cpus + actors * e.cpus + d.loaders + 1
         options |= {
             "num_cpus": max(os.cpu_count() or 1, int(np.ceil(need))),
             "log_to_driver": False,
@@ -139,7 +140,7 @@ def _fit(prepared: Prepared) -> None:
     settings = encoder_settings(config, prepared.encoder)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"job": _job(prepared)},
+        train_loop_config={"job": make_job(prepared)},
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=config.train.gpus > 0,
@@ -163,58 +164,13 @@ def _fit(prepared: Prepared) -> None:
         raise TrainingError(failure.read_text())
 
 
-def _job(prepared: Prepared) -> Job:
-    train = prepared.splits["train"]
-    return Job(
-        config=prepared.config,
-        model=prepared.model,
-        encoder=prepared.encoder,
-        tokenizer_json=prepared.tokenizer.to_json(),
-        fingerprints=prepared.fingerprints,
-        held_rows={
-            name: len(_held_bins(split, prepared.config))
-            for name, split in prepared.splits.items()
-            if name != "train"
-        },
-        train_rows=train.table.num_rows,
-        epoch_ends=train.plan.epoch_ends.tolist(),
-    )
-
-
-def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
-    """What the stages of the stream need to know of the encoder that `facts` describe."""
-    encoder = config.encoder
-    return StreamSettings(
-        config=config,
-        n_mels=facts["n_mels"],
-        codec=FeatureCodec.of(facts),
-        cache=None if config.cache is None else join(config.cache, encoder_key(facts)),
-        encoder={
-            "source": None if encoder.weights == "hub" else encoder.weights,
-            "mode": encoder.mode,
-            "margin_seconds": encoder.margin_seconds,
-            "dtype": DTYPES[encoder.dtype],
-            "frame_budget": encoder.frame_budget,
-        },
-        bins_per_block=config.optim.bins_per_block,
-    )
-
-
-def _held_bins(split: Split, config: Config) -> np.ndarray:
-    """A held-out split's bins, filled up so that all ranks take equally many blocks."""
-    unit = config.train.workers * config.optim.bins_per_block
-    bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
-    bins[: split.plan.bins] = np.arange(split.plan.bins)
-    return bins
-
-
 def _open_stream(references: list[ray.ObjectRef], settings: StreamSettings) -> Dataset:
     """Held-out bins once, then the plan from where the newest checkpoint stands."""
     config = settings.config
     path = newest_checkpoint(config.run_dir / "checkpoints")
     first_step = 0 if path is None else read_state(path).state.step
     splits: list[Split] = ray.get(references)
-    rows = [(i, _held_bins(s, config)) for i, s in enumerate(splits) if s.name != "train"]
+    rows = [(i, held_bins(s, config)) for i, s in enumerate(splits) if s.name != "train"]
     train = next(i for i, s in enumerate(splits) if s.name == "train")
     plan, optim = splits[train].plan, config.optim
     steps = plan.rows(first_step, optim.steps, config.train.workers, optim.bins_per_block)

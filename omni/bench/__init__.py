@@ -1,0 +1,42 @@
+"""Benchmarks: what omni gains, measured on the machine at hand (`python -m jobs.bench`)."""
+
+from __future__ import annotations
+
+import importlib
+
+from rich.console import Console
+from rich.table import Table
+
+from omni.bench.measure import Result
+from omni.config import Config
+
+
+def run_suite(name: str, config: Config) -> Result:
+    """Run a suite: omni/bench/NAME.py, function bench_NAME."""
+    name = name.replace("-", "_")
+    module = importlib.import_module(f"omni.bench.{name}")
+    result: Result = getattr(module, f"bench_{name}")(config)
+    return result
+
+
+def show(result: Result) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    machine = result.machine
+    console.print(
+        f"[bold]{result.suite}[/] on {machine['device']}, {machine['cores']} cores, "
+        f"{machine['threads']} thread(s) per process, torch {machine['torch']}"
+    )
+    for note in result.notes:
+        console.print(f"  {note}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "value", "unit", ""):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for row in result.figures:
+        table.add_row(row["name"], _number(row["value"]), row["unit"], row["note"])
+    console.print(table)
+    for name, value in result.ratio.items():
+        console.print(f"  [bold]{name}[/] {_number(value)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
