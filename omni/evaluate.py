@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from omni.config import ConfigError
-from omni.data.audio import AudioError, AudioSpan, decode, fit
+from omni.data.audio import AudioError, AudioSpan, decode, decode_blocks, fit
 from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.collate import Utterance
 from omni.data.index import ManifestError, Reject, build_index
@@ -25,7 +26,7 @@ from omni.model.whisper import WhisperEncoder
 from omni.train.checkpoint import CheckpointError, read_state
 from omni.transcribe import HeldUtterance, summarize, transcribe
 
-_ENCODE_BATCH = 64  # recordings held in memory at a time
+_ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
 
 
 @dataclass(frozen=True)
@@ -82,35 +83,42 @@ class Transcriber:
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             return transcribe(self.model, self.tokenizer, held)
 
-    def text_of(self, audio: np.ndarray) -> str:
-        """What is said in a recording of any length, (S,) fp32 mono at 16 kHz.
+    def text_of(self, blocks: Iterable[np.ndarray]) -> str:
+        """What is said in a recording of any length: blocks of (S,) fp32 mono at 16 kHz.
 
-        Long audio is cut at quiet places into pieces of a length that the model knows.
+        It is cut at quiet places into pieces of a length that the model knows, a few of which are
+        in memory at a time.
         """
-        pieces = cut_at_quiet(audio, max(self.longest_seconds, 2.0))
+        pieces = cut_at_quiet(blocks, max(self.longest_seconds, 2.0))
         prompt = self.tokenizer.encode(self.prompt)
-        held = [
-            HeldUtterance(Utterance(self.features_of(piece), prompt, (), i), "", "", "")
-            for i, piece in enumerate(pieces)
-        ]
-        rows = sorted(self.write(held), key=lambda row: row["number"])
-        return " ".join(row["hypothesis"] for row in rows if row["hypothesis"])
+        written: list[str] = []
+        while group := list(itertools.islice(pieces, _ENCODE_BATCH)):
+            held = [
+                HeldUtterance(Utterance(self.features_of(piece), prompt, (), i), "", "", "")
+                for i, piece in enumerate(group)
+            ]
+            rows = sorted(self.write(held), key=lambda row: row["number"])
+            written += [row["hypothesis"] for row in rows if row["hypothesis"]]
+        return " ".join(written)
 
 
-def cut_at_quiet(audio: np.ndarray, longest_seconds: float) -> list[np.ndarray]:
+def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterator[np.ndarray]:
     """Cut where a 100 ms window is quietest, so that no piece exceeds `longest_seconds`."""
     longest = round(longest_seconds * SAMPLING_RATE)
     window = SAMPLING_RATE // 10
-    pieces = []
-    while len(audio) > longest:
-        # Look in the second half only: a piece is at least half of what it may be.
-        candidates = audio[longest // 2 : longest]
-        frames = candidates[: len(candidates) // window * window].reshape(-1, window)
-        quietest = int(np.square(frames).mean(axis=1).argmin())
-        cut = longest // 2 + quietest * window + window // 2
-        pieces.append(audio[:cut])
-        audio = audio[cut:]
-    return [*pieces, audio]
+    audio = np.zeros(0, dtype=np.float32)
+    for block in blocks:
+        audio = np.concatenate((audio, block))
+        while len(audio) > longest:
+            # Look in the second half only: a piece is at least half of what it may be.
+            candidates = audio[longest // 2 : longest]
+            frames = candidates[: len(candidates) // window * window].reshape(-1, window)
+            quietest = int(np.square(frames).mean(axis=1).argmin())
+            cut = longest // 2 + quietest * window + window // 2
+            yield audio[:cut]
+            audio = audio[cut:]
+    if len(audio):
+        yield audio
 
 
 def evaluate(
@@ -180,8 +188,8 @@ def transcribe_files(transcriber: Transcriber, files: Sequence[str]) -> Iterator
         try:
             if not Path(file).is_file():
                 raise AudioError("missing", f"no such file: {file}")
-            audio = decode(Path(file))
+            text = transcriber.text_of(decode_blocks(file))
         except AudioError as error:
             yield {"audio": file, "error": str(error)}
             continue
-        yield {"audio": file, "text": transcriber.text_of(audio)}
+        yield {"audio": file, "text": text}

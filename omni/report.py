@@ -65,7 +65,7 @@ def write_report(run: Path) -> Path:
 <h1>{name}</h1>{_status(summary, broken)}{_figures(figures)}
 <h2>Learning</h2><p class="quiet">Numbers are the last logged. A long curve is drawn pale under its
 running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}
-<h2>Throughput</h2>{curves(SPEED, "small")}{_stages(figures)}
+<h2>Throughput</h2>{curves(SPEED, "small")}{_stages(figures)}{_notes(metrics)}
 <h2>Test utterances</h2>{_test_utterances(run)}
 <h2>Last evaluation</h2>{_examples(evals)}
 <h2>Rejected utterances</h2>{_rejects(run, figures.get("rejects"))}
@@ -211,6 +211,12 @@ def _audio(row: Row) -> str:
         return f'<p class="quiet">No audio: {escape(str(error))}</p>'
     text = base64.b64encode(data).decode()
     return f'<audio controls preload="metadata" src="data:{mime};base64,{text}"></audio>'
+
+
+def _notes(metrics: list[Row]) -> str:
+    """What the run had to say: how encoders were chosen, that the cache is full."""
+    texts = [str(row.get("text", "")) for row in metrics if row.get("kind") == "note"]
+    return "".join(f'<p class="quiet">{escape(text)}</p>' for text in dict.fromkeys(texts) if text)
 
 
 def _rejects(run: Path, counted: object) -> str:

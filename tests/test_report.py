@@ -431,3 +431,11 @@ def test_higher_values_are_drawn_higher_and_later_steps_further_right(run: Path)
         points = [tuple(map(float, p)) for p in re.findall(r"([\d.]+),([\d.]+)", path)]
         assert len(points) >= 20 and points == sorted(points)
         assert [y for _, y in points] == sorted(y for _, y in points), "the loss falls"
+
+
+def test_notes_of_the_run_are_shown_once(run: Path) -> None:
+    note = {"kind": "note", "step": 3, "text": "the feature cache is full <here>"}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{json.dumps(note)}\n{json.dumps(note)}\n")
+    page = write_report(run).read_text()
+    assert page.count("the feature cache is full &lt;here&gt;") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,37 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
         if not len(mono):
             raise AudioError("empty", f"{name}: {len(samples)} frames at {rate} Hz")
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def decode_blocks(path: str | Path, seconds: float = 30.0) -> Iterator[np.ndarray]:
+    """What `decode` returns for a whole file, to the last bit, in blocks of about `seconds`.
+
+    Memory does not grow with the file. Raises AudioError as `decode` does, where it gets there.
+    """
+    resample: soxr.ResampleStream | None = None
+    empty = True
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            rate = file.samplerate
+            if rate != SAMPLING_RATE:
+                resample = soxr.ResampleStream(rate, SAMPLING_RATE, 1, dtype="float32")
+            while True:
+                samples = file.read(round(seconds * rate), dtype="float32", always_2d=True)
+                mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+                if not np.isfinite(mono).all():
+                    raise AudioError("not finite", f"{path}: NaN or infinite samples")
+                last = not len(mono)
+                if resample is not None:
+                    mono = resample.resample_chunk(np.ascontiguousarray(mono), last=last)
+                if len(mono):
+                    empty = False
+                    yield np.ascontiguousarray(mono, dtype=np.float32)
+                if last:
+                    break
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise AudioError("unreadable", f"{path}: {error}") from None
+    if empty:
+        raise AudioError("empty", f"{path}: no samples")
 
 
 def fit(audio: np.ndarray, samples: int) -> np.ndarray:

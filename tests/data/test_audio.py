@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 import omni
-from omni.data.audio import AudioError, AudioSpan, decode, fit, measure
+from omni.data.audio import AudioError, AudioSpan, decode, decode_blocks, fit, measure
 from omni.model.logmel import FRAME
 
 Record = Callable[..., Path]
@@ -252,3 +252,30 @@ def test_a_recording_too_short_for_one_sample_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "click.wav"
     soundfile.write(path, np.ones(1), 96_000)
     assert _refusal(measure, path) == _refusal(decode, path) == "empty"
+
+
+# -- in blocks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_blocks_are_the_whole_file_to_the_last_bit(
+    tmp_path: Path, rate: int, channels: int
+) -> None:
+    noise = np.random.default_rng(rate).uniform(-0.5, 0.5, (round(3.3 * rate), channels))
+    soundfile.write(tmp_path / "noise.flac", noise, rate)
+    blocks = list(decode_blocks(tmp_path / "noise.flac", seconds=0.5))
+    assert len(blocks) >= 6 and max(map(len, blocks)) <= 0.6 * 16_000
+    assert np.array_equal(np.concatenate(blocks), decode(tmp_path / "noise.flac"))
+
+
+def test_blocks_fail_for_the_reasons_that_decode_has(tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("not a recording")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    late = np.zeros(32_000, dtype=np.float32)
+    late[-1] = np.nan
+    soundfile.write(tmp_path / "late.wav", late, 16_000, subtype="FLOAT")
+    for name, reason in (("text", "unreadable"), ("empty", "empty"), ("late", "not finite")):
+        with pytest.raises(AudioError) as caught:
+            list(decode_blocks(tmp_path / f"{name}.wav", seconds=0.5))
+        assert caught.value.reason == reason

@@ -346,3 +346,23 @@ def test_too_many_unreadable_recordings_stop_the_run(tiny: Path, tmp_path: Path)
     assert done.returncode == 1
     assert "data.max_rejects" in done.stderr.splitlines()[-1]
     assert len(_lines(tmp_path / "run" / "rejects.jsonl")) > 4
+
+
+def test_a_full_cache_is_said_and_training_goes_on_with_compact_features(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """The limit holds, what it leaves out is encoded again, and the encoders' number is chosen."""
+    limits = ["--data.cache_gb", "0.001", "--encoder.format", "int8", "--encoder.actors", "auto"]
+    done = _run(tiny, tmp_path, *limits, "--optim.steps", "12")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 12 and 0 < summary["cached_fraction"] < 1
+    stored = sum(path.stat().st_size for path in tmp_path.glob("cache/*-int8/*.bin"))
+    assert 500_000 < stored <= 1_000_000
+    notes = [r["text"] for r in _lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "note"]
+    assert len(notes) == 2
+    assert notes[0].startswith("encoder.actors auto: 1 encoder actor: 1 worker train ")
+    assert "limit of 0.001 GB" in notes[1] and "raise data.cache_gb" in notes[1]
+    assert all(note in done.stdout for note in notes)
+    checkpoint = tmp_path / "run" / "checkpoints" / "best"
+    arguments = ["--checkpoint", str(checkpoint), "--data", "embedded:dev"]
+    assert evaluate.main(arguments) == 0

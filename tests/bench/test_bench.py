@@ -1,0 +1,153 @@
+"""Benchmarks measure what they say they measure. How fast it is, only jobs.bench says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as Reference
+
+from jobs import bench
+from omni.bench import show
+from omni.bench.encode import encoder_flops, typical_clips
+from omni.bench.job import for_timing, steps_of_epochs
+from omni.bench.measure import Result, alternate, describe_machine, ratio_of
+from omni.bench.peer import Peer
+from omni.bench.prepared import take_sample
+from omni.bench.train_step import padded_batch
+from omni.config import Config, load_config
+from omni.data.audio import measure
+from omni.model.hub import EMBEDDED_WHISPER
+from omni.train.job import make_job
+from omni.train.prepare import prepare
+from omni.train.rates import Trainer, audio_seconds
+
+SMALL = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    overrides = ["--run.storage", str(tmp_path), "--optim.ctc_weight", "0.0", *SMALL]
+    return load_config("configs/smoke.yaml", overrides)
+
+
+def test_things_are_measured_in_turns_after_one_round_that_does_not_count() -> None:
+    calls: list[str] = []
+    taken = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert "".join(calls) == "abababab"
+    assert [len(seconds) for seconds in taken.values()] == [3, 3]
+
+
+def test_a_ratio_compares_within_rounds() -> None:
+    # The machine became ten times slower in the last two rounds; the ratio did not.
+    taken = {"slow": [2.0, 20.0, 20.0], "fast": [1.0, 10.0, 10.0]}
+    assert ratio_of(taken, "slow", "fast") == 2.0
+
+
+@pytest.mark.parametrize("frames", [75, 1500])
+def test_the_flops_of_the_encoder_are_those_that_torch_counts(frames: int) -> None:
+    settings = WhisperConfig.from_pretrained(EMBEDDED_WHISPER)
+    settings.max_source_positions = frames
+    settings._attn_implementation = "eager"
+    with torch.device("meta"):
+        encoder = Reference(settings)
+        mel = torch.empty(1, settings.num_mel_bins, 2 * frames)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(mel)
+    counted = counter.get_total_flops()
+    assert encoder_flops(settings.to_dict(), frames) == pytest.approx(counted, rel=1e-6)
+
+
+def test_typical_clips_have_the_lengths_of_the_corpus(config: Config) -> None:
+    chosen = np.array([measure(path, span) for path, span in typical_clips(config)])
+    table = prepare(config).splits["train"].table
+    everything = table["samples"].to_numpy()
+    assert len(chosen) == 24
+    for share in (0.1, 0.5, 0.9):
+        wanted = np.quantile(everything, share)
+        assert abs(np.quantile(chosen, share) - wanted) < 0.15 * wanted
+
+
+def test_a_timed_job_covers_two_epochs_and_evaluates_next_to_nothing(config: Config) -> None:
+    first, second = steps_of_epochs(config, 2)
+    timed = for_timing(config, second)
+    plan = prepare(timed).splits["train"].plan
+    assert first == plan.epoch_ends[0] and second == plan.epoch_ends[1] == plan.bins
+    assert timed.train.log_every == 1 and timed.eval.max_utterances == 1
+
+
+def test_padded_and_packed_batches_hold_the_same_work(config: Config) -> None:
+    sample = take_sample(config, 2, seconds=0)
+    members = [u for bin in sample.bins() for u in bin]
+    padded = padded_batch(sample, members)
+    packed = sample.layout.batch(sample.bins())
+    for batch in (padded, packed):
+        batch.audio_NF.float().sum().item()
+    count = [(b.targets_BT >= 0).sum() for b in (padded, packed)]
+    assert count[0] == count[1]
+    assert (padded.segments_BT > 0).sum() == (packed.segments_BT > 0).sum()
+    torch.testing.assert_close(padded.audio_NF, packed.audio_NF)
+    assert padded.tokens_BT.shape[0] == len(members)
+
+
+def test_a_trainer_alone_repeats_its_steps_and_touches_no_run(config: Config) -> None:
+    sample = take_sample(config, 3, seconds=0)
+    trainer = Trainer(make_job(sample.prepared), sample.encoded, torch.device("cpu"))
+    audio = [trainer.step() for _ in range(6)]
+    assert audio[:3] == audio[3:] == [audio_seconds(block) for block in sample.encoded]
+    assert not config.run_dir.exists()
+
+
+def test_the_peer_does_the_same_work(config: Config) -> None:
+    """Same loss on the same utterances as omni in `full` mode, by weights that hear the audio."""
+    peer = Peer(prepare(config))
+    peer.batch_size = 2
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in peer._model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.05, generator=generator)
+    assert peer._step() == 2
+    assert peer.difference_to_omni() < 5e-3
+    rows = [peer._rows[0], peer._rows[1]]
+    batch = peer._batch(rows)
+    assert batch.audio_mask_BT.sum(dim=1).tolist() == [375, 375], "30 s each"
+
+
+def test_results_are_a_table_and_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = Result("encode", describe_machine(torch.device("cpu"), 1))
+    result.add("encoder trim", 133.7, "audio-s/s", "omni")
+    result.ratio["encode.trim_vs_naive"] = 27.71
+    asked: list[Any] = []
+
+    def run_suite(name: str, config: Config) -> Result:
+        asked.append((name, config.encoder.threads))
+        return result
+
+    monkeypatch.setattr("omni.bench.run_suite", run_suite)
+    out = tmp_path / "new" / "encode.json"
+    assert bench.main(["encode", "--out", str(out), "--encoder.threads", "2"]) == 0
+    assert asked == [("encode", 2)]
+    written = json.loads(out.read_text())
+    assert written["ratio"] == {"encode.trim_vs_naive": 27.71}
+    assert written["figures"][0]["value"] == 133.7 and written["machine"]["threads"] == 1
+    printed = capsys.readouterr().out
+    assert "encoder trim" in printed and "134" in printed and "encode.trim_vs_naive 27.7" in printed
+    show(result)
+
+
+def test_a_wrong_suite_or_config_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["everything"])
+    assert caught.value.code == 2
+    assert bench.main(["encode", "--config", "nowhere.yaml"]) == 2
+    assert bench.main(["encode", "--encoder.modus", "trim"]) == 2
+    assert "encoder.modus: unknown field" in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""A recording's length costs time, not memory: transcribed whole, or trained on span by span."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import omni
+from omni.data.audio import decode
+
+ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
+GAP = np.zeros(4_800, np.float32)
+MEGABYTES = 40  # of slack; 20 minutes of samples alone are 77 MB
+
+_TRANSCRIBE = """
+import resource, sys
+import torch
+from omni.data.audio import decode_blocks
+from omni.data.codec import FeatureCodec
+from omni.evaluate import Transcriber
+from omni.model.gpt import GPTConfig
+from omni.model.omni import OmniConfig, OmniModel
+from omni.model.tokenizer import SpeechTokenizer
+from omni.model.whisper import WhisperEncoder
+torch.set_num_threads(1)
+tokenizer = SpeechTokenizer.train(["you are entering conference number seven"], 300)
+gpt = GPTConfig(256, tokenizer.vocab_size, 1, 1, 1, 64, "L")
+model = OmniModel(OmniConfig(gpt, 384, 8)).eval()
+model.init_weights(0)
+encoder = WhisperEncoder("embedded", mode="trim", dtype=torch.bfloat16)
+speech = Transcriber(encoder, FeatureCodec(384), model, tokenizer, "", False, 4.0)
+words = len(speech.text_of(decode_blocks(sys.argv[1])))
+assert words > 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+_LOAD = """
+import resource, sys
+from omni.config import load_config
+from omni.train.job import encoder_settings
+from omni.train.prepare import prepare
+from omni.train.rates import loaded_blocks, without_cache
+overrides = ["--data.train", sys.argv[1] + ".jsonl", "--run.storage", sys.argv[1] + ".runs"]
+config = load_config("configs/smoke.yaml", [*overrides, "--optim.steps", "5"])
+prepared = prepare(config)
+settings = without_cache(encoder_settings(config, prepared.encoder))
+plan = prepared.splits["train"].plan
+blocks, _ = loaded_blocks(prepared.splits["train"], range(plan.bins - 5, plan.bins), settings)
+assert all(e is None for b in blocks for row in b["errors"].to_pylist() for e in row)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recordings")
+
+
+def _recording(folder: Path, minutes: int) -> Path:
+    """Prompts one after another as one file, and a manifest of their spans."""
+    path = folder / f"{minutes}.flac"
+    if path.exists():
+        return path
+    rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()]
+    clips = [(decode(ASSETS / row["audio"]), row["text"]) for row in rows]
+    spans, at = [], 0
+    with soundfile.SoundFile(path, "w", 16_000, 1, format="FLAC") as file:
+        while at < minutes * 60 * 16_000:
+            audio, text = clips[len(spans) % len(clips)]
+            span = {"offset": at / 16_000, "duration": len(audio) / 16_000}
+            spans.append({"id": str(len(spans)), "audio": str(path), "text": text, **span})
+            for part in (audio, GAP):
+                file.write(part)
+                at += len(part)
+    manifest = Path(f"{path}.jsonl")
+    manifest.write_text("".join(json.dumps(span) + "\n" for span in spans))
+    return path
+
+
+def _peak(script: str, path: Path) -> int:
+    """Megabytes that a process held at most."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(omni.__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("minutes", [20, pytest.param(120, marks=pytest.mark.slow)])
+def test_a_long_recording_is_written_down_in_flat_memory(recording: Path, minutes: int) -> None:
+    # Five minutes fill the groups of pieces that are in memory together.
+    base = _peak(_TRANSCRIBE, _recording(recording, 5))
+    assert _peak(_TRANSCRIBE, _recording(recording, minutes)) < base + MEGABYTES
+
+
+@pytest.mark.parametrize("minutes", [20, pytest.param(120, marks=pytest.mark.slow)])
+def test_spans_of_a_long_recording_are_loaded_in_flat_memory(recording: Path, minutes: int) -> None:
+    base = _peak(_LOAD, _recording(recording, 5))
+    assert _peak(_LOAD, _recording(recording, minutes)) < base + MEGABYTES
