@@ -25,5 +25,8 @@ class Batch:
     audio_NF: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        """The batch on `device`; copies to a GPU go on while the caller does."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        if device.type == "cuda":  # only pinned memory is copied in the background
+            tensors = {name: t if t.is_cuda else t.pin_memory() for name, t in tensors.items()}
+        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items()})

@@ -41,6 +41,17 @@ class Microbatch:
     encoded_samples: int  # of them not from the cache
     rejected: int
 
+    @property
+    def counts(self) -> list[float]:
+        """What the loop adds up beside the losses, in the order of its sums."""
+        return [
+            self.utterances,
+            self.samples,
+            self.encode_seconds,
+            self.encoded_samples,
+            self.rejected,
+        ]
+
 
 @dataclass
 class Feed:

@@ -130,12 +130,15 @@ class TrainLoop:
         step = self.state.step
         micro = list(self.feed.microbatches(step))
         sums = torch.zeros(9, dtype=torch.float64)
+        measured = []  # stays on the device: reading it there would wait for every microbatch
         for number, part in enumerate(micro):
             torch.manual_seed(_mix(self.config.run.seed, step, part.place))
             last = number == len(micro) - 1
             sync = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()  # type: ignore[operator]
             with sync:
-                sums += self._backward(part)
+                measured.append(self._backward(part))
+            sums[UTTERANCES:] += torch.tensor(part.counts, dtype=torch.float64)
+        sums[:UTTERANCES] = torch.stack(measured).sum(dim=0).cpu()
         sums = all_sum(sums)
         self._apply(float(sums[TOKENS]))
         self.state.step += 1
@@ -155,9 +158,8 @@ class TrainLoop:
         with self._autocast():
             out: LossSums = self.wrapped(part.batch)
             (out.loss + self.config.optim.ctc_weight * out.ctc).backward()
-        losses = [float(x.detach()) for x in (out.loss, out.tokens, out.correct, out.ctc)]
-        counts = [part.utterances, part.samples, part.encode_seconds, part.encoded_samples]
-        return torch.tensor([*losses, *counts, part.rejected], dtype=torch.float64)
+        sums = (out.loss, out.tokens, out.correct, out.ctc)
+        return torch.stack([x.detach().double() for x in sums])
 
     def _apply(self, tokens: float) -> None:
         """Divide the summed gradients by the global token count, clip, and update."""

@@ -1,0 +1,101 @@
+"""What makes training fast does not change what is learnt: one seed, 50 steps, two curves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from omni.config import load_config
+from omni.data.features import FeatureCache
+from omni.data.stages import EncodeStage, StreamSettings, load_bin
+from omni.train.job import encoder_settings, make_job
+from omni.train.loop import LOSS, TOKENS, Window
+from omni.train.prepare import Prepared, prepare
+from omni.train.rates import Trainer, encoder_rate, loaded_blocks, without_cache
+
+STEPS, BINS = 50, 10
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    storage = str(tmp_path_factory.mktemp("runs"))
+    small = ["--model.n_layer", "2", "--model.n_embd", "64", "--model.n_head", "2"]
+    settings = ["--train.precision", "fp32", "--encoder.dtype", "fp32", "--run.storage", storage]
+    return prepare(
+        load_config("configs/smoke.yaml", [*small, *settings, "--optim.warmup_steps", "0"])
+    )
+
+
+def _blocks(prepared: Prepared, **encoder: Any) -> list[Any]:
+    settings = without_cache(encoder_settings(prepared.config, prepared.encoder))
+    settings = replace(settings, encoder={**settings.encoder, **encoder})
+    loaded, _ = loaded_blocks(prepared.splits["train"], range(BINS), settings)
+    return encoder_rate(EncodeStage(settings), loaded, 0)[1]
+
+
+def _curve(prepared: Prepared, blocks: list[Any]) -> torch.Tensor:
+    trainer = Trainer(make_job(prepared), blocks, torch.device("cpu"))
+    losses = []
+    for _ in range(STEPS):
+        trainer._loop.window = Window()
+        trainer.step()
+        sums = trainer._loop.window.sums
+        losses.append(float(sums[LOSS] / sums[TOKENS]))
+    assert losses[-1] < losses[0] - 0.5, "it learns"
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def reference(prepared: Prepared) -> torch.Tensor:
+    return _curve(prepared, _blocks(prepared))
+
+
+def test_batches_of_the_encoder_leave_the_curve_bit_identical(
+    prepared: Prepared, reference: torch.Tensor
+) -> None:
+    assert torch.equal(_curve(prepared, _blocks(prepared, frame_budget=0)), reference)
+
+
+def test_the_cache_leaves_the_curve_bit_identical(
+    prepared: Prepared, reference: torch.Tensor, tmp_path: Path
+) -> None:
+    plain = encoder_settings(prepared.config, prepared.encoder)
+    settings: StreamSettings = replace(plain, cache=str(tmp_path))
+    stage = EncodeStage(settings)
+    split = prepared.splits["train"]
+    fresh, _ = loaded_blocks(split, range(BINS), settings)
+    for block in fresh:
+        stage(block)
+    del stage  # writes what it still holds, as at the end of a stream
+    cache = FeatureCache(tmp_path)
+    rows = [load_bin(split, number, settings, cache) for number in range(BINS)]
+    assert all(mel is None for row in rows for mel in row["mels"]), "nothing is left to encode"
+    stage = EncodeStage(settings)
+    cached = [stage(type(fresh[0]).from_pylist([row], fresh[0].schema)) for row in rows]
+    assert torch.equal(_curve(prepared, cached), reference)
+
+
+def test_padded_encoder_batches_change_rounding_only(
+    prepared: Prepared, reference: torch.Tensor
+) -> None:
+    curve = _curve(prepared, _blocks(prepared, padded=True, frame_budget=4000))
+    assert float((curve - reference).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, value", [("attention.CPU_LENGTH", 0), ("gpt.LOGITS", 1 << 13), ("packing.GROUP_FILL", 1)]
+)
+def test_attention_and_loss_change_rounding_only(
+    prepared: Prepared,
+    reference: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: int,
+) -> None:
+    blocks = _blocks(prepared)
+    monkeypatch.setattr(f"omni.model.{name}", value)
+    assert float((_curve(prepared, blocks) - reference).abs().max()) < 1e-3
