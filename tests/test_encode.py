@@ -99,6 +99,7 @@ def test_a_full_cache_stops_the_job_and_names_the_setting(corpus: Path, tmp_path
     assert 2_000_000 < stored <= 4_000_000
 
 
-def test_no_cache_is_a_wrong_config(corpus: Path, tmp_path: Path) -> None:
-    done = _run("encode", corpus, tmp_path, "--data.cache", "null")
-    assert done.returncode == 2 and done.stderr.startswith("error: data.cache: ")
+@pytest.mark.parametrize("cache", ["null", "nowhere://bucket", "s3://"])
+def test_no_place_for_the_cache_is_a_wrong_config(corpus: Path, tmp_path: Path, cache: str) -> None:
+    done = _run("encode", corpus, tmp_path, "--data.cache", cache)
+    assert done.returncode == 2 and done.stderr.startswith("error: data.cache: expected a folder")

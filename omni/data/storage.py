@@ -144,7 +144,6 @@ class ObjectFolder:
 
 def join(location: str | Path, name: str) -> str:
     """A folder inside a location; a URI's options (?region=...) stay at its end."""
-    path, mark, options = (
-        str(location).partition("?") if "://" in str(location) else (str(location), "", "")
-    )
-    return f"{path.rstrip('/')}/{name}{mark}{options}"
+    scheme, mark, rest = str(location).rpartition("://")
+    path, question, options = rest.partition("?") if mark else (rest, "", "")
+    return f"{scheme}{mark}{path.rstrip('/')}/{name}{question}{options}"

@@ -19,6 +19,7 @@ from omni.config import Config, ConfigError
 from omni.data.collate import sequence_positions
 from omni.data.index import Index, ManifestError, Reject, build_index
 from omni.data.plan import Split, make_plan
+from omni.data.storage import join, open_folder
 from omni.model.gpt import GPTConfig
 from omni.model.hub import SourceError
 from omni.model.omni import OmniConfig
@@ -105,6 +106,11 @@ def prepare(config: Config) -> Prepared:
 
 def build_indexes(config: Config) -> dict[str, Index]:
     """The index of each split that the config names. Raises ConfigError."""
+    try:
+        if config.cache is not None:
+            open_folder(join(config.cache, "encoder"))
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"data.cache: expected a folder or a URI: {error}") from None
     try:
         return {
             name: build_index(specs, prompt=config.data.prompt, cache_dir=config.cache_dir)
