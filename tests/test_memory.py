@@ -17,7 +17,7 @@ from omni.data.audio import decode
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 GAP = np.zeros(4_800, np.float32)
-MEGABYTES = 40  # of slack; 20 minutes of samples alone are 77 MB
+SLACK = {20: 40, 120: 150}  # MB by minutes; their samples alone are 77 and 460
 
 _TRANSCRIBE = """
 import resource, sys
@@ -101,10 +101,10 @@ def _peak(script: str, path: Path) -> int:
 def test_a_long_recording_is_written_down_in_flat_memory(recording: Path, minutes: int) -> None:
     # Five minutes fill the groups of pieces that are in memory together.
     base = _peak(_TRANSCRIBE, _recording(recording, 5))
-    assert _peak(_TRANSCRIBE, _recording(recording, minutes)) < base + MEGABYTES
+    assert _peak(_TRANSCRIBE, _recording(recording, minutes)) < base + SLACK[minutes]
 
 
 @pytest.mark.parametrize("minutes", [20, pytest.param(120, marks=pytest.mark.slow)])
 def test_spans_of_a_long_recording_are_loaded_in_flat_memory(recording: Path, minutes: int) -> None:
     base = _peak(_LOAD, _recording(recording, 5))
-    assert _peak(_LOAD, _recording(recording, minutes)) < base + MEGABYTES
+    assert _peak(_LOAD, _recording(recording, minutes)) < base + SLACK[minutes]
