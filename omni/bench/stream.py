@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,13 @@ def _shares(
     """A job's epochs against the slower of encoder and trainer alone."""
     first, second = job.over(_WARM_STEPS, ends[0]), job.over(ends[0], ends[1])
     bound = (min(alone["encoder"], alone["trainer"]), alone["trainer"])
+    # What one second of audio costs all processes, where they do not get in each other's way.
+    work = (
+        1 / alone["loader"]
+        + _actors(config) * config.encoder.threads / alone["encoder"]
+        + config.train.workers * config.train.threads / alone["trainer"]
+    )
+    cores = (os.cpu_count() or 1) / work
     ideal = first["audio_seconds"] / bound[0] + second["audio_seconds"] / bound[1]
     return {
         **alone,
@@ -85,6 +93,8 @@ def _shares(
         "trainer waits, epoch 2": second["waited"],
         "encoder busy": first["encode_seconds"] / first["seconds"] / _actors(config),
         "share": ideal / (first["seconds"] + second["seconds"]),
+        "cores": cores,
+        "share of cores": first["rate"] / min(cores, bound[0]),
         "share, epoch 1": first["rate"] / bound[0],
         "share, epoch 2": second["rate"] / bound[1],
     }
@@ -94,12 +104,14 @@ def _report(rounds: list[dict[str, float]], result: Result) -> None:
     middle = {name: median([r[name] for r in rounds]) for name in rounds[0]}
     for name in ("loader", "encoder", "trainer"):
         result.add(f"{name} alone", middle[name], "audio-s/s")
+    result.add("all three on these cores", middle["cores"], "audio-s/s", "without Ray")
     for epoch, what in ((1, "encodes and caches"), (2, "reads the cache")):
         result.add(f"whole job, epoch {epoch}", middle[f"epoch {epoch}"], "audio-s/s", what)
         result.add("  its trainers wait", middle[f"trainer waits, epoch {epoch}"], "of the time")
         result.ratio[f"stream.share_of_bound_epoch{epoch}"] = middle[f"share, epoch {epoch}"]
     result.add("  encoders busy in epoch 1", middle["encoder busy"], "of the time")
     result.ratio["stream.share_of_bound"] = middle["share"]
+    result.ratio["stream.share_of_cores_epoch1"] = middle["share of cores"]
 
 
 def _traffic(sample: Sample, result: Result) -> None:
