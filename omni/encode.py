@@ -52,7 +52,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
     cache = FeatureCache(join(config.cache, encoder_key(facts)))
     missing = np.flatnonzero([key not in cache for key in keys])
     result: dict[str, Any] = {
-        "location": settings.cache,
+        "location": cache.location,
         "utterances": len(keys),
         "cached": len(keys) - len(missing),
         "encoded": 0,
@@ -60,7 +60,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         "seconds": 0.0,
         "full": None,
     }
-    say(f"{len(keys):,} utterances, {result['cached']:,} of them in {settings.cache}")
+    say(f"{len(keys):,} utterances, {result['cached']:,} of them in {cache.location}")
     if len(missing):
         split = _split(table, missing, GPU_FRAMES if config.encoder.gpus else CPU_FRAMES)
         start_ray(config)

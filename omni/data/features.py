@@ -78,6 +78,11 @@ class FeatureCache:
         return bool(self._places.get(key)) or key in self._pending
 
     @property
+    def location(self) -> str:
+        """Where the cache lies, fit for messages."""
+        return self._folder.location
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the features on disk, as far as this instance has seen."""
         return self._stored_bytes

@@ -46,7 +46,8 @@ def open_folder(location: str | Path) -> Folder:
     filesystem, path = pafs.FileSystem.from_uri(text)
     if isinstance(filesystem, pafs.LocalFileSystem):
         return LocalFolder(Path(path))
-    return ObjectFolder(text, filesystem, path)
+    # Credentials and options of the URI are not for messages.
+    return ObjectFolder(f"{text.partition('://')[0]}://{path}", filesystem, path)
 
 
 class LocalFolder:

@@ -70,6 +70,14 @@ def test_a_cache_lies_anywhere(location: str) -> None:
     assert reader.stored_bytes == sum(len(data) for data in items.values())
 
 
+def test_messages_name_the_place_and_no_credentials(bucket: str) -> None:
+    cache = FeatureCache(bucket, limit_bytes=1)
+    cache.put({"key": b"features"})
+    cache.flush()
+    assert cache.location == "s3://features/omni"
+    assert cache.full is not None and "secret" not in cache.full and "features/omni" in cache.full
+
+
 def test_a_reader_finds_what_comes_later(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omni.data.storage._LIST_SECONDS", 0.0)
     reader, writer = FeatureCache(location), FeatureCache(location)
