@@ -132,10 +132,10 @@ def _compare(
     for kind in done:
         rate = 1 / median(each[kind])
         result.add(f"{name}, {kind}", rate, "positions/s")
-        result.add(f"{name}, {kind}", 6 * parameters * rate / peak, "MFU", "6 x matrix parameters")
         result.add(
-            f"{name}, {kind}", saved[kind] / 1e6, "MB", "kept for the backward pass, at most"
+            f"{name}, {kind}", 6 * parameters * rate / peak, "MFU", "6 x weights of the layers"
         )
+        result.add(f"{name}, {kind}", saved[kind] / 1e6, "MB", "kept for backward, at most")
     key = "" if name == "config" else f".{name.replace(' ', '')}"
     result.ratio[f"train_step.packed_vs_padded{key}"] = ratio_of(each, "padded", "packed")
 
