@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from omni.bench.prepared import in_temporary_storage, progress
 from omni.config import Config
 from omni.data.audio import AudioSpan, decode
 from omni.data.codec import DTYPES
-from omni.data.collate import Utterance, collate, sequence_positions
+from omni.data.collate import Utterance
 from omni.model.batch import Batch
 from omni.model.hub import read_whisper_files, whisper_folder
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
 from omni.model.whisper import WhisperEncoder
+from omni.train.evaluation import Layout
 from omni.train.optim import make_optimizers, schedule, set_rates, trainable
 from omni.train.prepare import Prepared, prepare
 
@@ -159,19 +161,12 @@ class Peer:
             Utterance(f, row["prompt_ids"] or (), row["text_ids"])
             for f, row in zip(features, rows, strict=True)
         ]
-        stack = self._prepared.model.stack
-        lengths = [
-            sequence_positions(len(f), len(m.prompt_ids), len(m.text_ids), stack)
-            for f, m in zip(features, members, strict=True)
-        ]
-        return collate(
-            [members] if packed else [[member] for member in members],
-            positions=sum(lengths) if packed else max(lengths),
-            stack=stack,
-            feature_dim=self._prepared.model.feature_dim,
-            bos=self._prepared.tokenizer.bos,
-            end=self._prepared.tokenizer.end,
-        )
+        model, tokenizer = self._prepared.model, self._prepared.tokenizer
+        layout = Layout(0, model.stack, model.feature_dim, tokenizer.bos, tokenizer.end)
+        lengths = [layout.length(member) for member in members]
+        positions = sum(lengths) if packed else max(lengths)
+        rows_of = [members] if packed else [[member] for member in members]
+        return replace(layout, positions=positions).batch(rows_of)
 
 
 class _Clips(Dataset[dict[str, Any]]):

@@ -19,7 +19,7 @@ from omni.data.stages import EncodeStage, StreamSettings
 from omni.train.evaluation import Layout
 from omni.train.job import encoder_settings
 from omni.train.prepare import Prepared, prepare
-from omni.train.rates import encoder_rate, loaded_blocks, without_cache
+from omni.train.rates import encoder_rate, first_rows, loaded_blocks, without_cache
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def take_sample(config: Config, bins: int, seconds: float = 5.0) -> Sample:
     prepared = prepare(config)
     settings = without_cache(encoder_settings(config, prepared.encoder))
     train: Split = prepared.splits["train"]
-    loaded, took = loaded_blocks(train, range(min(bins, train.plan.bins)), settings)
+    rows = first_rows(train.plan, bins, config.optim)
+    loaded, took = loaded_blocks(train, rows, settings)
     rate, encoded = encoder_rate(EncodeStage(settings), loaded, seconds)
     audio = sum(sum(row) for block in encoded for row in block["samples"].to_pylist()) / 16_000
     return Sample(prepared, settings, loaded, encoded, audio / took, rate)

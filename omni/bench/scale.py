@@ -68,8 +68,7 @@ def _simulated(config: Config, result: Result) -> None:
         trainer.step()
         if number >= 2:
             train.append(time.perf_counter() - began)
-    per_block = config.optim.bins_per_step // config.optim.bins_per_block
-    train = [seconds / per_block for seconds in train]
+    train = [seconds / trainer.blocks_per_step for seconds in train]
     audio = sum(map(audio_seconds, sample.encoded)) / len(sample.encoded)
     result.add("a block: encode", 1e3 * median(encode), "ms", f"{audio:.0f} s of audio")
     result.add("a block: train", 1e3 * median(train), "ms")

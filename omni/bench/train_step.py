@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from omni.bench.measure import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.bench.prepared import Sample, in_temporary_storage, progress, take_sample
 from omni.config import Config
-from omni.data.collate import Utterance, collate, sequence_positions
+from omni.data.collate import Utterance
 from omni.model.batch import Batch
 from omni.model.omni import OmniConfig, OmniModel
 from omni.train.optim import make_optimizers, trainable
@@ -58,20 +58,8 @@ def _padded(sample: Sample, members: list[Utterance]) -> list[Batch]:
 
 def padded_batch(sample: Sample, members: list[Utterance]) -> Batch:
     """One utterance in each row, all as long as the longest."""
-    layout = sample.layout
-    lengths = [
-        sequence_positions(len(u.features_TF), len(u.prompt_ids), len(u.text_ids), layout.stack)
-        for u in members
-        if u.features_TF is not None
-    ]
-    return collate(
-        [[member] for member in members],
-        positions=max(lengths),
-        stack=layout.stack,
-        feature_dim=layout.feature_dim,
-        bos=layout.bos,
-        end=layout.end,
-    )
+    longest = max(sample.layout.length(member) for member in members)
+    return replace(sample.layout, positions=longest).batch([[member] for member in members])
 
 
 def _describe(packed: list[Batch], padded: list[Batch], result: Result) -> None:

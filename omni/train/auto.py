@@ -16,7 +16,7 @@ from omni.train.checkpoint import read_state
 from omni.train.job import Job, encoder_settings, make_job
 from omni.train.metrics import append_json
 from omni.train.prepare import Prepared
-from omni.train.rates import Trainer, encoder_rate, loaded_blocks, without_cache
+from omni.train.rates import Trainer, encoder_rate, first_rows, loaded_blocks, without_cache
 from omni.train.sizing import choose_actors
 
 _MEASURED_BINS, _MEASURE_SECONDS = 8, 2.0
@@ -75,8 +75,7 @@ def _measure_encoder(
     torch.set_num_threads(settings.config.encoder.threads)
     split: Split = ray.get(splits[0])
     optim = settings.config.optim
-    count = max(_MEASURED_BINS, 2 * optim.bins_per_step) // optim.bins_per_block
-    bins = range(min(count * optim.bins_per_block, split.plan.bins))
+    bins = first_rows(split.plan, max(_MEASURED_BINS, 2 * optim.bins_per_step), optim)
     loaded, _ = loaded_blocks(split, bins, settings)
     return encoder_rate(EncodeStage(settings), loaded, _MEASURE_SECONDS)
 

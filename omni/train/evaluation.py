@@ -43,20 +43,15 @@ class Layout:
             end=self.end,
         )
 
+    def length(self, utterance: Utterance) -> int:
+        """Positions that an utterance takes."""
+        u = utterance
+        frames = 0 if u.features_TF is None else len(u.features_TF)
+        return sequence_positions(frames, len(u.prompt_ids), len(u.text_ids), self.stack)
+
     def pack(self, utterances: list[Utterance]) -> list[Batch]:
         """One-bin batches of whole utterances; those that no bin holds are left out."""
-        lengths = np.asarray(
-            [
-                sequence_positions(
-                    0 if u.features_TF is None else len(u.features_TF),
-                    len(u.prompt_ids),
-                    len(u.text_ids),
-                    self.stack,
-                )
-                for u in utterances
-            ],
-            dtype=np.int64,
-        )
+        lengths = np.asarray([self.length(u) for u in utterances], dtype=np.int64)
         fitting = np.flatnonzero(lengths <= self.positions)
         bins = pack(lengths, fitting, self.positions)
         return [self.batch([[utterances[i] for i in members]]) for members in bins]

@@ -13,13 +13,19 @@ from dataclasses import replace
 import pyarrow as pa
 import torch
 
-from omni.config import Config
+from omni.config import Config, OptimConfig
 from omni.data.blocks import LOADED_SCHEMA
-from omni.data.plan import Split
+from omni.data.plan import Plan, Split, padded_step
 from omni.data.stages import EncodeStage, StreamSettings, load_bin
 from omni.model.logmel import SAMPLING_RATE
 from omni.train.job import Job
 from omni.train.loop import TrainLoop
+
+
+def first_rows(plan: Plan, bins: int, optim: OptimConfig) -> list[int]:
+    """Rows of the stream of one worker for the plan's first steps, about `bins` bins of them."""
+    steps = max(1, bins // optim.bins_per_step)
+    return plan.rows(0, steps, 1, optim.bins_per_block).tolist()
 
 
 def loaded_blocks(
@@ -64,7 +70,7 @@ def audio_seconds(block: pa.Table) -> float:
 
 
 class Trainer:
-    """A training loop of one rank over blocks that lie in memory, again and again.
+    """A training loop of one rank over the blocks of `first_rows`, again and again.
 
     Writes into a temporary folder; the run that `job` describes is not touched.
     """
@@ -73,7 +79,9 @@ class Trainer:
         self._folder = tempfile.TemporaryDirectory()
         self._blocks = list(blocks)
         optim = job.config.optim
-        self._steps = len(blocks) * optim.bins_per_block // optim.bins_per_step
+        rows = padded_step(optim.bins_per_step, 1, optim.bins_per_block)
+        self.blocks_per_step = rows // optim.bins_per_block
+        self._steps = len(blocks) // self.blocks_per_step
         if not self._steps:
             raise ValueError(f"{len(blocks)} blocks do not make a step")
         run = job.config.run.model_copy(update={"storage": self._folder.name})
@@ -85,21 +93,16 @@ class Trainer:
 
     def _cycle(self) -> Iterator[pa.Table]:
         while True:
-            yield from self._blocks[: self._steps * self._per_step]
-
-    @property
-    def _per_step(self) -> int:
-        optim = self._loop.config.optim
-        return optim.bins_per_step // optim.bins_per_block
+            yield from self._blocks[: self._steps * self.blocks_per_step]
 
     def step(self) -> float:
         """One optimizer step; returns the seconds of audio in it."""
         state = self._loop.state
         if state.step == self._steps:  # the blocks begin again, and with them the plan
             state.step = 0
-        first = state.step * self._per_step
+        first = state.step * self.blocks_per_step
         self._loop.step()
-        return sum(audio_seconds(b) for b in self._blocks[first : first + self._per_step])
+        return sum(audio_seconds(b) for b in self._blocks[first : first + self.blocks_per_step])
 
     def rate(self, seconds: float, least: int = 3) -> float:
         """Audio seconds per second over `seconds`, after two steps that warm up."""

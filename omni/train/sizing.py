@@ -97,8 +97,8 @@ def simulate(
     finished and gradients are summed (`sync_seconds`). 0 encoders: everything lies in the cache.
     """
     generator = np.random.default_rng(seed)
-    training = generator.choice(np.asarray(train_seconds), (steps, trainers)).max(axis=1)
-    work = generator.choice(np.asarray(train_seconds), (steps, trainers)).sum(axis=1)
+    work = generator.choice(np.asarray(train_seconds), (steps, trainers))
+    training = work.max(axis=1)
     encoding = generator.choice(np.asarray(encode_seconds), (steps, trainers))
     lead = max(ahead, -(-2 * encoders // trainers))
     free = [0.0] * encoders

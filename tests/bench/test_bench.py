@@ -104,6 +104,15 @@ def test_a_trainer_alone_repeats_its_steps_and_touches_no_run(config: Config) ->
     assert not config.run_dir.exists()
 
 
+def test_a_step_that_blocks_do_not_divide_is_filled_up_as_in_training(tmp_path: Path) -> None:
+    geometry = ["--optim.bins_per_step", "3", "--optim.bins_per_block", "2"]
+    storage = ["--run.storage", str(tmp_path)]
+    sample = take_sample(load_config("configs/smoke.yaml", [*geometry, *storage, *SMALL]), 6, 0)
+    trainer = Trainer(make_job(sample.prepared), sample.encoded, torch.device("cpu"))
+    assert trainer.blocks_per_step == 2 and len(sample.encoded) == 4
+    assert sum(trainer.step() for _ in range(2)) == sum(map(audio_seconds, sample.encoded))
+
+
 def test_the_peer_does_the_same_work(config: Config) -> None:
     """Same loss on the same utterances as omni in `full` mode, by weights that hear the audio."""
     peer = Peer(prepare(config))
