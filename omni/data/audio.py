@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import soundfile
 import soxr
 
 from omni.model.logmel import FRAME, SAMPLING_RATE
+from omni.retry import patiently
 
 
 class AudioError(ValueError):
@@ -25,10 +28,14 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True)
 class AudioSpan:
-    """Where an utterance lies in its file: `start` and `duration` in seconds, None: to the end."""
+    """Where an utterance lies in its file: `start` and `duration` in seconds, None: to the end.
+
+    bytes: (offset, length) of the recording in an archive that holds more than it.
+    """
 
     start: float = 0.0
     duration: float | None = None
+    bytes: tuple[int, int] | None = None
 
 
 def resampled_length(frames: int, rate: int) -> int:
@@ -44,8 +51,8 @@ def measure(path: str | Path, span: AudioSpan = AudioSpan()) -> int:
     if not Path(path).is_file():
         raise AudioError("missing", f"no such file: {path}")
     try:
-        info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
+        info = soundfile.info(_source(path, span))
+    except (OSError, soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
         raise AudioError("unreadable", f"{path}: {error}") from None
     if info.frames <= 0:
         raise AudioError("empty", f"{path}: no samples")
@@ -64,7 +71,7 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
     """
     name = "bytes" if isinstance(data, bytes) else str(data)
     try:
-        with soundfile.SoundFile(io.BytesIO(data) if isinstance(data, bytes) else name) as file:
+        with soundfile.SoundFile(_source(data, span)) as file:
             rate = file.samplerate
             if file.frames <= 0:
                 raise AudioError("empty", f"{name}: no samples")
@@ -72,7 +79,7 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
             if first:
                 file.seek(first)
             samples = file.read(count, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, TypeError) as error:
+    except (OSError, soundfile.LibsndfileError, TypeError) as error:
         raise AudioError("unreadable", f"{name}: {error}") from None
     if not len(samples):
         raise AudioError("empty", f"{name}: no samples")
@@ -84,6 +91,43 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
         if not len(mono):
             raise AudioError("empty", f"{name}: {len(samples)} frames at {rate} Hz")
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _source(data: bytes | str | Path, span: AudioSpan) -> str | io.BytesIO:
+    """What soundfile opens: a file's name, or the bytes of a recording."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if span.bytes is None:
+        return str(data)
+    offset, length = span.bytes
+    with open(data, "rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(length))
+
+
+def decode_patiently(path: Path, span: AudioSpan = AudioSpan()) -> np.ndarray:
+    """`decode`, for a file that was there a while ago: storage that is away is waited for.
+
+    Raises AudioError for a bad file, and OSError when its whole folder stays away.
+    """
+
+    def attempt() -> np.ndarray:
+        try:
+            return decode(path, span)
+        except AudioError:
+            _look_into(path.parent)
+        # The folder can be read. It may have come back only now: the second answer counts.
+        return decode(path, span)
+
+    return patiently(attempt)
+
+
+def _look_into(folder: Path) -> None:
+    """Raises OSError where a folder cannot be read, or is the empty place of a lost mount."""
+    with os.scandir(folder) as entries:
+        empty = next(entries, None) is None
+    if empty:
+        raise FileNotFoundError(errno.ENOENT, "the folder is empty", str(folder))
 
 
 def decode_blocks(path: str | Path, seconds: float = 30.0) -> Iterator[np.ndarray]:

@@ -8,7 +8,6 @@ write beside each other without locks, on local disk or in object storage.
 
 from __future__ import annotations
 
-import errno
 import time
 import uuid
 import zlib
@@ -19,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from omni.data.storage import open_folder
+from omni.retry import NO_SPACE
 
 _SCHEMA = pa.schema(
     [
@@ -28,7 +28,7 @@ _SCHEMA = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_HELD_FLUSHES = 8  # of features in memory while storage is away
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,12 @@ class FeatureCache:
 
     def refresh(self) -> None:
         """Take note of shards that other processes have finished since the last look."""
-        if not self._folder.changed():
-            return
-        sizes = self._folder.list()
+        try:
+            if not self._folder.changed():
+                return
+            sizes = self._folder.list()
+        except OSError:
+            return  # storage is away: what this instance knows already is all there is for now
         for name in sizes:
             shard, _, suffix = name.rpartition(".")
             if suffix != "arrow" or shard in self._shards or f"{shard}.bin" not in sizes:
@@ -127,11 +130,17 @@ class FeatureCache:
                 self._pending[key] = data
                 self._pending_bytes += len(data)
         waited = time.monotonic() - self._flushed_at
-        if self._pending_bytes >= self.flush_bytes or waited >= self.flush_seconds:
+        room = None if self.limit_bytes is None else self.limit_bytes - self._stored_bytes
+        enough = self._pending_bytes >= self.flush_bytes or waited >= self.flush_seconds
+        if enough or (room is not None and self._pending_bytes > room):
             self.flush()
 
-    def flush(self) -> None:
-        """Write what was gathered as one shard, or say in `full` why it cannot be kept."""
+    def flush(self, strict: bool = False) -> None:
+        """Write what was gathered as one shard, or say in `full` why it cannot be kept.
+
+        Storage that is away costs nothing but memory: the next flush tries again, until too much
+        has come together. With `strict` it is an OSError at once.
+        """
         self._flushed_at = time.monotonic()
         pending, self._pending, self._pending_bytes = self._pending, {}, 0
         if self.limit_bytes is not None and pending:
@@ -156,9 +165,12 @@ class FeatureCache:
             self._folder.write(f"{shard}.bin", b"".join(pending.values()))
             self._folder.write(f"{shard}.arrow", sink.getvalue().to_pybytes())
         except OSError as error:
-            if error.errno not in _NO_SPACE:
+            if error.errno in NO_SPACE or offset > _HELD_FLUSHES * self.flush_bytes:
+                self.full = f"{self._folder.location}: {error.strerror or error}"
+                return
+            self._pending, self._pending_bytes = pending, offset
+            if strict:
                 raise
-            self.full = f"{self._folder.location}: {error.strerror}"
             return
         self._shards.add(shard)
         self._stored_bytes += offset
