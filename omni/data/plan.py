@@ -7,6 +7,7 @@ Utterances are packed into bins of exactly `bin_positions` positions; a training
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -167,6 +168,7 @@ def make_plan(
 
     lengths: (n,) positions of each utterance; 0 leaves an utterance out.
     Each epoch has its own permutation, drawn from (seed, epoch), and holds every utterance once.
+    A plan of fewer steps is the beginning of one of more.
     Its last bin, which would be half empty, also takes the first utterances of the next epoch: with
     ten bins to an epoch that is five per cent of all positions.
     """
@@ -178,7 +180,8 @@ def make_plan(
     bins: list[list[int]] = []
     ends: list[int] = []
     while (epochs is None or len(ends) < epochs) and (
-        max_steps is None or len(bins) < max_steps * bins_per_step
+        # One epoch more where the plan ends with one: its last bin is filled up from the next.
+        max_steps is None or len(bins) <= max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
         order = generator.permutation(usable)
@@ -194,6 +197,7 @@ def make_plan(
         ends.append(len(bins))
     if max_steps is not None:
         del bins[max_steps * bins_per_step :]
+        del ends[bisect_left(ends, len(bins)) + 1 :]
     sizes = np.fromiter((len(b) for b in bins), dtype=np.int64, count=len(bins))
     members = np.fromiter((n for b in bins for n in b), dtype=np.int32, count=int(sizes.sum()))
     identity = [_VERSION, index_fingerprint, seed, bin_positions, bins_per_step, epochs]
