@@ -14,6 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="runs/NAME/checkpoints/best")
     parser.add_argument("--data", required=True, help="manifest, or embedded:train|dev|test")
+    parser.add_argument(
+        "--allow_absolute", action="store_true", help="the manifest may name files anywhere"
+    )
     parser.add_argument("--out", type=Path, help="write one JSON line per utterance here")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
@@ -29,7 +32,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
-    summary, rows = evaluate(transcriber, arguments.data)
+    summary, rows = evaluate(transcriber, arguments.data, allow_absolute=arguments.allow_absolute)
     if arguments.out is not None:
         arguments.out.unlink(missing_ok=True)
         append_json(arguments.out, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
@@ -32,10 +33,24 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
+def without_secrets(text: str) -> str:
+    """URIs in `text` without the credentials that may stand before their host."""
+    return re.sub(r"([A-Za-z][\w+.-]*://)[^/@\s'\"]+@", r"\1***@", text)
+
+
+def _workers(value: Any) -> Any:
+    given = [value] if isinstance(value, int) else value
+    whole = isinstance(given, (list, tuple)) and all(type(n) is int and n > 0 for n in given)
+    if not whole or not 1 <= len(given) <= 2 or list(given) != sorted(given):
+        raise ValueError("expected a number over 0, or [min, max] with min <= max")
+    return given[0] if len(given) == 1 else tuple(given)
+
+
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Fingerprint = Literal["data.train", "tokenizer", "plan", "model", "encoder"]
 
 
 class Section(BaseModel):
@@ -48,6 +63,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "omni"
     storage: Annotated[str, AfterValidator(_absolute)] = "runs"  # a folder that every node sees
     seed: Annotated[int, Field(ge=0)] = 0
+    override_fingerprint: Annotated[list[Fingerprint], BeforeValidator(_as_list)] = []
+    # ^ what may differ from the run that is continued; anything else that differs is refused
+    grace_seconds: Annotated[float, Field(gt=0)] = 25  # after SIGTERM or Ctrl-C, for a checkpoint
 
 
 class DataConfig(Section):
@@ -57,6 +75,7 @@ class DataConfig(Section):
     dev: Paths = ["embedded:dev"]
     test: Paths = []
     prompt: str = ""  # text between the audio and the transcript, where a row has none
+    allow_absolute: bool = False  # manifests may name files outside their own folder
     max_rejects: Share = 0.05  # of the utterances seen; more stop the run
     cache: str | None = "auto"  # encoder features: a folder or URI; auto: <run.storage>/cache
     cache_gb: Annotated[float, Field(gt=0)] | None = None  # limit of that folder; null: none
@@ -80,7 +99,7 @@ class EncoderConfig(Section):
 
 
 class TokenizerConfig(Section):
-    path: str | None = None  # tokenizer.json of another run; null trains one on data.train
+    path: str | None = None  # tokenizer.json, or nanochat's tokenizer.pkl; null trains one
     vocab_size: Annotated[int, Field(ge=265)] = 1024
 
 
@@ -126,20 +145,33 @@ class OptimConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     final_lr: Share = 0.02  # share of the peak at the end of the cosine
     clip: Annotated[float, Field(gt=0)] = 1.0
+    spike: Annotated[float, Field(gt=1)] | None = 100.0  # x the mean gradient norm: skip the step
+    max_skips: Positive = 5  # steps in a row without a usable gradient; more stop the run
     ctc_weight: Annotated[float, Field(ge=0)] = 0.0  # auxiliary CTC on the soft tokens
     ema: Rate = 0.0  # decay of the averaged weights that are evaluated and saved; 0: off
 
 
 class TrainConfig(Section):
-    workers: Positive = 1
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
+    # ^ or [min, max]: as many as the cluster has room for, while it grows and shrinks
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp: parameters and optimizer state are sharded
     gpus: Annotated[float, Field(ge=0, le=1)] = 0  # per worker: 1, or a share beside an encoder
     cpus: Annotated[float, Field(gt=0)] = 1  # logical CPUs per worker
     threads: Positive = 1  # torch threads per worker
     precision: Literal["bf16", "fp32"] = "bf16"
-    max_failures: Annotated[int, Field(ge=-1)] = 3  # worker-group restarts; -1: without limit
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # in a row without a checkpoint; -1: no limit
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600  # without progress: restart what hangs
     log_every: Positive = 10
     checkpoint_every: Positive = 200
     keep_checkpoints: Positive = 2  # newest ones, besides the best
+
+    @property
+    def least(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class EvalConfig(Section):
@@ -182,7 +214,9 @@ class Config(Section):
         return Path(self.run.storage) / "cache" if "://" in self.cache else Path(self.cache)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """For the run's directory and its checkpoints: without credentials."""
+        values = self.model_dump(mode="json")
+        return without_secrets(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

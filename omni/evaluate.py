@@ -14,10 +14,10 @@ import yaml
 from torch import Tensor
 
 from omni.config import ConfigError
-from omni.data.audio import AudioError, AudioSpan, decode, decode_blocks, fit
+from omni.data.audio import AudioError, decode, decode_blocks, fit
 from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.collate import Utterance
-from omni.data.index import ManifestError, Reject, build_index
+from omni.data.index import ManifestError, Reject, build_index, span_of
 from omni.model.hub import SourceError
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
@@ -122,7 +122,7 @@ def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterat
 
 
 def evaluate(
-    transcriber: Transcriber, manifest: str
+    transcriber: Transcriber, manifest: str, *, allow_absolute: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a manifest: the summary, and one row per utterance.
 
@@ -130,7 +130,7 @@ def evaluate(
     counted, and are not part of the error rates.
     """
     try:
-        index = build_index([manifest], prompt=transcriber.prompt)
+        index = build_index([manifest], prompt=transcriber.prompt, allow_absolute=allow_absolute)
     except ManifestError as error:
         raise ConfigError(f"--data: {error}") from None
     rows: list[dict[str, Any]] = []
@@ -163,8 +163,7 @@ def _held(
     held, bad = [], []
     for number, row in enumerate(rows, start=first):
         try:
-            span = AudioSpan(row["start"], row["duration"])
-            audio = fit(decode(Path(row["uri"]), span), row["samples"])
+            audio = fit(decode(Path(row["uri"]), span_of(row)), row["samples"])
         except AudioError as error:
             bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
             continue

@@ -40,7 +40,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _command(job: str, corpus: Path, storage: Path, *overrides: str) -> list[str]:
-    settings = ["--data.train", str(corpus), "--data.dev", "embedded:dev", "--run.storage"]
+    settings = ["--data.train", str(corpus), "--data.dev", "embedded:dev"]
+    settings += ["--data.allow_absolute", "true", "--run.storage"]
     return [sys.executable, "-m", f"jobs.{job}", *settings, str(storage), *overrides]
 
 

@@ -75,7 +75,7 @@ def _recording(folder: Path, minutes: int) -> Path:
         while at < minutes * 60 * 16_000:
             audio, text = clips[len(spans) % len(clips)]
             span = {"offset": at / 16_000, "duration": len(audio) / 16_000}
-            spans.append({"id": str(len(spans)), "audio": str(path), "text": text, **span})
+            spans.append({"id": str(len(spans)), "audio": path.name, "text": text, **span})
             for part in (audio, GAP):
                 file.write(part)
                 at += len(part)

@@ -14,7 +14,7 @@ from omni.bench.measure import Ceiling, Result, alternate, describe_machine, med
 from omni.config import Config
 from omni.data.audio import AudioSpan, decode
 from omni.data.codec import DTYPES
-from omni.data.index import build_index
+from omni.data.index import build_index, span_of
 from omni.model.hub import read_whisper_files, whisper_folder
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.whisper import WhisperEncoder
@@ -45,12 +45,13 @@ def bench_encode(config: Config) -> Result:
 
 def typical_clips(config: Config, count: int = _CLIPS) -> list[tuple[Path, AudioSpan]]:
     """Clips of data.train at even quantiles of length: the corpus's distribution, in small."""
-    table = build_index(config.data.train, cache_dir=config.cache_dir).table
+    table = build_index(
+        config.data.train, cache_dir=config.cache_dir, allow_absolute=config.data.allow_absolute
+    ).table
     order = np.argsort(table["samples"].to_numpy(), kind="stable")
     count = min(count, len(order))
     chosen = order[((np.arange(count) + 0.5) / count * len(order)).astype(int)]
-    rows = table.take(chosen).select(["uri", "start", "duration"]).to_pylist()
-    return [(Path(r["uri"]), AudioSpan(r["start"], r["duration"])) for r in rows]
+    return [(Path(r["uri"]), span_of(r)) for r in table.take(chosen).to_pylist()]
 
 
 def encoder_flops(config: dict[str, Any], frames: int) -> float:

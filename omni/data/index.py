@@ -20,9 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.data.audio import AudioError, AudioSpan, measure
+from omni.data.tar import TarError, read_tar
 from omni.model.hub import ASSETS
 
 _EDGE = 64 * 1024  # bytes hashed at each end of a file
+_LONGEST_SECONDS = 1e8  # three years
 _TYPES: dict[str, tuple[type, ...]] = {
     "audio": (str,),
     "text": (str,),
@@ -38,6 +40,8 @@ SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("uri", pa.string()),
+        ("offset", pa.int64()),  # of the recording in an archive, in bytes; null: the whole file
+        ("length", pa.int64()),
         ("start", pa.float64()),  # seconds into the file
         ("duration", pa.float64()),  # seconds; null: to the end of the file
         ("samples", pa.int64()),  # at 16 kHz, from the header
@@ -102,10 +106,18 @@ def manifest_path(spec: str) -> Path:
 
 
 def build_index(
-    specs: Sequence[str], *, prompt: str = "", cache_dir: Path | None = None, threads: int = 8
+    specs: Sequence[str],
+    *,
+    prompt: str = "",
+    cache_dir: Path | None = None,
+    threads: int = 8,
+    allow_absolute: bool = False,
 ) -> Index:
-    """Index the manifests, in order. Rows with bad audio or no text become rejects.
+    """Index the manifests (JSON lines, or tar shards), in order. Rows with bad audio or no text
+    become rejects.
 
+    A manifest may only name files in its own folder, unless `allow_absolute`: who writes a manifest
+    is not always who may read this machine's files.
     Raises ManifestError where a manifest is missing or a row is not what a manifest row must be,
     where no row is left, or where ids repeat.
     """
@@ -113,7 +125,7 @@ def build_index(
     rejects: list[Reject] = []
     for spec in specs:
         path = manifest_path(spec)
-        parsed = list(_read_manifest(path, prompt))
+        parsed = list(_read_manifest(path, prompt, allow_absolute))
         if not parsed:
             raise ManifestError(f"{spec}: the manifest has no rows")
         good, bad = _measure_all(parsed, path, cache_dir, threads)
@@ -133,50 +145,82 @@ def build_index(
     return Index(pa.Table.from_pylist(rows, SCHEMA), rejects)
 
 
-def _read_manifest(path: Path, prompt: str) -> Iterator[dict[str, Any]]:
+def _read_manifest(path: Path, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:
     """Rows with absolute `uri`, checked types and defaults, without audio measurements."""
+    tar = path.suffix == ".tar"
+    for place, row in _tar_rows(path) if tar else _json_rows(path):
+        _check_row(place, row)
+        if not tar and not allow_absolute and _leaves(row["audio"]):
+            raise ManifestError(
+                f"{place}: field 'audio': {row['audio']!r} lies outside the manifest's folder; "
+                "data.allow_absolute (--allow_absolute) admits such files"
+            )
+        spans, identity = row.get("offset") is not None, row.get("id")
+        offset, length = row["bytes"] if tar else (None, None)
+        yield {
+            "id": place.replace(str(path), f"{path.parent.name}/{path.stem}")
+            if identity is None
+            else str(identity),
+            "uri": str(path if tar else path.parent / row["audio"]),
+            "offset": offset,
+            "length": length,
+            "start": float(row.get("offset") or 0.0),
+            # Without an offset the utterance is the whole file, however long it really is.
+            "duration": float(row["duration"])
+            if spans and row.get("duration") is not None
+            else None,
+            "text": row["text"].strip(),
+            "prompt": row.get("prompt") or prompt,
+            "language": row.get("language"),
+            "speaker": row.get("speaker"),
+        }
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            place = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise ManifestError(f"{path}:{number}: not JSON: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise ManifestError(f"{place}: not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ManifestError(f"{path}:{number}: expected an object, got {line[:40]!r}")
-            for name in ("audio", "text"):
-                if name not in row:
-                    raise ManifestError(f"{path}:{number}: field {name!r} is missing")
-            for name, types in _TYPES.items():
-                value = row.get(name)
-                if not _storable(value):
-                    raise ManifestError(
-                        f"{path}:{number}: field {name!r}: {value!r} is no finite number or text"
-                    )
-                if value is None and name not in ("audio", "text"):
-                    continue
-                if not isinstance(value, types) or isinstance(value, bool):
-                    expected = " or ".join(t.__name__ for t in types)
-                    raise ManifestError(
-                        f"{path}:{number}: field {name!r}: expected {expected}, got {value!r}"
-                    )
-            spans, identity = row.get("offset") is not None, row.get("id")
-            yield {
-                "id": f"{path.parent.name}/{path.stem}:{number}"
-                if identity is None
-                else str(identity),
-                "uri": str(path.parent / row["audio"]),
-                "start": float(row.get("offset") or 0.0),
-                # Without an offset the utterance is the whole file, however long it really is.
-                "duration": float(row["duration"])
-                if spans and row.get("duration") is not None
-                else None,
-                "text": row["text"].strip(),
-                "prompt": row.get("prompt") or prompt,
-                "language": row.get("language"),
-                "speaker": row.get("speaker"),
-            }
+                raise ManifestError(f"{place}: expected an object, got {line[:40]!r}")
+            yield place, row
+
+
+def _tar_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        for row in read_tar(path):
+            yield f"{path}:{row['audio']}", row
+    except TarError as error:
+        raise ManifestError(str(error)) from None
+
+
+def _leaves(name: str) -> bool:
+    """Whether a path leads out of the folder that it is relative to, by its words alone: a link in
+    that folder is its owner's doing."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+
+
+def _check_row(place: str, row: dict[str, Any]) -> None:
+    """Raises ManifestError naming the field and what was expected."""
+    for name in ("audio", "text"):
+        if name not in row:
+            raise ManifestError(f"{place}: field {name!r} is missing")
+    for name, types in _TYPES.items():
+        value = row.get(name)
+        if not _storable(value):
+            raise ManifestError(f"{place}: field {name!r}: {value!r} is no finite number or text")
+        if value is None and name not in ("audio", "text"):
+            continue
+        if not isinstance(value, types) or isinstance(value, bool):
+            expected = " or ".join(t.__name__ for t in types)
+            raise ManifestError(f"{place}: field {name!r}: expected {expected}, got {value!r}")
+        if isinstance(value, (int, float)) and name != "id" and abs(value) > _LONGEST_SECONDS:
+            raise ManifestError(f"{place}: field {name!r}: {value!r} seconds are no recording's")
 
 
 def _storable(value: Any) -> bool:
@@ -211,11 +255,13 @@ def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
         status = os.stat(row["uri"])
     except OSError:
         return AudioError("missing", f"no such file: {row['uri']}")
+    span = span_of(row)
     name = [row["uri"], row["start"], row["duration"], status.st_size, status.st_mtime_ns]
+    name += [span.bytes] if span.bytes else []
     if (found := known.get(repr(name))) is not None:
         return found
     try:
-        samples = measure(row["uri"], AudioSpan(row["start"], row["duration"]))
+        samples = measure(row["uri"], span)
     except AudioError as error:
         return error
     result = {"samples": samples, "key": _content_key(row, status.st_size)}
@@ -224,14 +270,22 @@ def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
 
 
 def _content_key(row: dict[str, Any], size: int) -> str:
-    """Hash of the file's size and both ends (all of a small file) and of the span in it."""
+    """Hash of the recording's size and both ends (all of a small one) and of the span in it."""
+    first, size = (0, size) if row["length"] is None else (row["offset"], row["length"])
     digest = hashlib.blake2b(f"{size} {row['start']} {row['duration']}".encode(), digest_size=16)
     with open(row["uri"], "rb") as file:
-        digest.update(file.read(_EDGE))
+        file.seek(first)
+        digest.update(file.read(min(_EDGE, size)))
         if size > _EDGE:
-            file.seek(max(_EDGE, size - _EDGE))
-            digest.update(file.read(_EDGE))
+            file.seek(first + max(_EDGE, size - _EDGE))
+            digest.update(file.read(min(_EDGE, size - _EDGE)))
     return digest.hexdigest()
+
+
+def span_of(row: dict[str, Any]) -> AudioSpan:
+    """Where the utterance of an index row lies in its file."""
+    inside = None if row["length"] is None else (row["offset"], row["length"])
+    return AudioSpan(row["start"], row["duration"], inside)
 
 
 class _Measurements:

@@ -5,6 +5,7 @@ load_bin (cache lookup, decode, log-mel) -> EncodeStage (frozen Whisper, cache)
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,18 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from omni.config import Config
-from omni.data.audio import AudioError, AudioSpan, decode, fit
+from omni.data.audio import AudioError, decode_patiently, fit
 from omni.data.blocks import ENCODED_SCHEMA
 from omni.data.codec import FeatureCodec, tensor_bytes, tensor_from
 from omni.data.features import FeatureCache
+from omni.data.index import span_of
 from omni.data.plan import Split
 from omni.model.whisper import WhisperEncoder
 from omni.model.windows import clip_mel
+from omni.retry import patiently
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,14 @@ def load_bin(
     features: list[bytes | None] = []
     mels: list[bytes | None] = []
     errors: list[str | None] = []
-    for row in table.select(["uri", "start", "duration", "samples", "key"]).to_pylist():
+    columns = ["uri", "offset", "length", "start", "duration", "samples", "key"]
+    for row in table.select(columns).to_pylist():
         known = cached.get(row["key"])
         mel = error = None
         if known is None:
             try:
                 audio = fit(
-                    decode(Path(row["uri"]), AudioSpan(row["start"], row["duration"])),
+                    decode_patiently(Path(row["uri"]), span_of(row)),
                     row["samples"],
                 )
                 mel = clip_mel(audio, settings.n_mels, encoder.mode, encoder.margin_seconds)
@@ -149,11 +154,24 @@ class EncodeStage:
                 tensor_from(mel, encoder.dtype).view(encoder.n_mels, -1)
                 for mel, _ in fresh.values()
             ]
-            features = encoder.encode_mels(mels, [count for _, count in fresh.values()])
+            features = self._features(mels, [count for _, count in fresh.values()])
             made = {key: codec.encode(f) for key, f in zip(fresh, features, strict=True)}
             if self._cache is not None:
                 self._cache.put(made)
                 if not self._settings.keep_features:  # a row that is counted is on disk
-                    self._cache.flush()
+                    patiently(functools.partial(self._cache.flush, strict=True))
             found = {**found, **made}
         return found, sum(count for _, count in fresh.values())
+
+    def _features(self, mels: list[Tensor], samples: list[int]) -> list[Tensor]:
+        """Encode; a batch that the device's memory cannot hold is halved until it can."""
+        try:
+            return self._encoder.encode_mels(mels, samples)
+        except (torch.OutOfMemoryError, MemoryError):
+            if len(mels) == 1:
+                raise
+        if self._settings.config.encoder.gpus:
+            torch.cuda.empty_cache()
+        half = len(mels) // 2
+        first = self._features(mels[:half], samples[:half])
+        return first + self._features(mels[half:], samples[half:])

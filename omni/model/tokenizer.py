@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from omni.model.tiktoken_pickle import load_tiktoken_pickle
+
 SPECIAL_TOKENS = (
     "<|bos|>",
     "<|user_start|>",
@@ -67,6 +69,9 @@ class SpeechTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> SpeechTokenizer:
+        """A tokenizer.json, or nanochat's tokenizer.pkl."""
+        if Path(path).suffix == ".pkl":
+            return cls(load_tiktoken_pickle(Path(path)))
         return cls(Tokenizer.from_file(str(path)))
 
     def save(self, path: str | Path) -> None:

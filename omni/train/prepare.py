@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+import yaml
+from safetensors import safe_open
 
-from omni.config import Config, ConfigError
+from omni.config import Config, ConfigError, without_secrets
 from omni.data.collate import sequence_positions
 from omni.data.index import Index, ManifestError, Reject, build_index
 from omni.data.plan import Split, make_plan
 from omni.data.storage import join, open_folder
 from omni.model.gpt import GPTConfig
 from omni.model.hub import SourceError
-from omni.model.omni import OmniConfig
+from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.whisper import WhisperEncoder
 from omni.model.windows import encoder_frames
@@ -38,6 +41,7 @@ class Prepared:
     tokenizer: SpeechTokenizer
     model: OmniConfig
     encoder: dict[str, Any]  # see encoder_facts
+    lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
     fingerprints: dict[str, str]
     resume: Path | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
@@ -57,10 +61,10 @@ def prepare(config: Config) -> Prepared:
             raise ConfigError(f"data.{name}: expected at least one manifest")
     indexes = build_indexes(config)
     encoder = encoder_facts(config, indexes["train"])
-    tokenizer = _tokenizer(config, run, resume, indexes["train"])
+    tokenizer = _tokenizer(config, resume, indexes["train"])
     model = _model_config(config, tokenizer, encoder)
     splits: dict[str, Split] = {}
-    filled = 0.0
+    filled, planned = 0.0, np.zeros(0, dtype=np.int64)
     rejects: list[Reject] = []
     for name, index in indexes.items():
         table, lengths, too_long = _with_tokens(index, tokenizer, config)
@@ -88,6 +92,7 @@ def prepare(config: Config) -> Prepared:
             raise ConfigError(f"data.{name}: {error} (optim.bin_positions)") from None
         splits[name] = Split(name, table, plan)
         if name == "train":
+            planned = lengths
             filled = float(lengths[plan.members].sum()) / (plan.bins * config.optim.bin_positions)
     notes += _overlap(indexes)
     fingerprints = {
@@ -100,7 +105,17 @@ def prepare(config: Config) -> Prepared:
         "encoder": " ".join(_identity(encoder)),
     }
     return Prepared(
-        config, splits, rejects, tokenizer, model, encoder, fingerprints, resume, notes, filled
+        config,
+        splits,
+        rejects,
+        tokenizer,
+        model,
+        encoder,
+        planned,
+        fingerprints,
+        resume,
+        notes,
+        filled,
     )
 
 
@@ -110,10 +125,16 @@ def build_indexes(config: Config) -> dict[str, Index]:
         if config.cache is not None:
             open_folder(join(config.cache, "encoder"))
     except (OSError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"data.cache: expected a folder or a URI: {error}") from None
+        reason = without_secrets(str(error))
+        raise ConfigError(f"data.cache: expected a folder or a URI: {reason}") from None
     try:
         return {
-            name: build_index(specs, prompt=config.data.prompt, cache_dir=config.cache_dir)
+            name: build_index(
+                specs,
+                prompt=config.data.prompt,
+                cache_dir=config.cache_dir,
+                allow_absolute=config.data.allow_absolute,
+            )
             for name, specs in (
                 ("train", config.data.train),
                 ("dev", config.data.dev),
@@ -158,10 +179,14 @@ def _identity(encoder: dict[str, Any]) -> list[str]:
     return [str(encoder[name]) for name in names]
 
 
-def _tokenizer(config: Config, run: Path, resume: Path | None, train: Index) -> SpeechTokenizer:
-    """The run's own when it continues, else the given one, else one trained on the corpus."""
+def _tokenizer(config: Config, resume: Path | None, train: Index) -> SpeechTokenizer:
+    """The run's own when it continues with the same settings, else the given one, else one trained
+    on the corpus.
+    """
     if resume is not None:
-        return SpeechTokenizer.load(resume / "tokenizer.json")
+        before = yaml.safe_load((resume / "config.yaml").read_text()).get("tokenizer")
+        if before == config.tokenizer.model_dump(mode="json"):
+            return SpeechTokenizer.load(resume / "tokenizer.json")
     if config.tokenizer.path is not None:
         try:
             return SpeechTokenizer.load(config.tokenizer.path)
@@ -250,11 +275,34 @@ def _overlap(indexes: dict[str, Index]) -> list[str]:
     return notes
 
 
-def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> None:
-    """Refuse to continue a run as something else. Raises ConfigError naming what changed."""
+def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
+    """Refuse to continue a run as something else: ConfigError naming what changed.
+
+    Returns what changed and is in `run.override_fingerprint`.
+    """
+    config = prepared.config
     changed = [name for name, value in prepared.fingerprints.items() if saved.get(name) != value]
-    if changed:
+    refused = [name for name in changed if name not in config.run.override_fingerprint]
+    if refused:
+        flags = " ".join(f"--run.override_fingerprint {name}" for name in refused)
         raise ConfigError(
-            f"run.name: {prepared.config.run_dir} was trained with another "
-            f"{', '.join(changed)}; choose another run.name, or remove that folder to start over"
+            f"run.name: {config.run_dir} was trained with another {', '.join(refused)}; choose "
+            f"another run.name, remove that folder to start over, or go on knowingly with {flags}"
         )
+    if "model" in changed and prepared.resume is not None:
+        _check_shapes(prepared.model, prepared.resume)
+    return changed
+
+
+def _check_shapes(model: OmniConfig, checkpoint: Path) -> None:
+    """Dropouts may change under way, shapes may not. Raises ConfigError naming a tensor."""
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in OmniModel(model).named_parameters()}
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name in sorted(wanted.keys() | held.keys()):
+        if wanted.get(name) != held.get(name):
+            raise ConfigError(
+                f"run.override_fingerprint model: {name} is {held.get(name, 'absent')} in "
+                f"{checkpoint} and {wanted.get(name, 'absent')} in this configuration"
+            )

@@ -48,6 +48,8 @@ def test_a_row_holds_what_the_manifest_says(record: Record, manifest: Manifest) 
     assert found == {
         "id": "u1",
         "uri": str(path),
+        "offset": None,
+        "length": None,
         "start": 0.0,
         "duration": None,
         "samples": 24_000,
@@ -79,7 +81,9 @@ def test_paths_are_relative_to_the_manifest(
     )
     (tmp_path / "corpus" / "clips").joinpath("deeper").mkdir()
     monkeypatch.chdir(tmp_path / "corpus" / "clips" / "deeper")
-    assert [row["uri"] for row in _rows(build_index(["../../train.jsonl"]))] == [
+    assert [
+        row["uri"] for row in _rows(build_index(["../../train.jsonl"], allow_absolute=True))
+    ] == [
         str(Path.cwd() / "../../clips/near.wav"),
         str(far),
     ]
@@ -443,3 +447,47 @@ def test_no_held_out_sentence_occurs_in_training(embedded: dict[str, Index], nam
 def test_an_embedded_name_that_does_not_exist() -> None:
     with pytest.raises(ManifestError, match="expected embedded:train, embedded:dev or embedded:te"):
         manifest_path("embedded:nope")
+
+
+@pytest.mark.parametrize("field", ["offset", "duration"])
+@pytest.mark.parametrize("value", ["1e308", "-1e308", "1" + "0" * 400])
+def test_spans_of_no_recording_are_named(
+    manifest: Manifest, record: Record, field: str, value: str
+) -> None:
+    record("one.wav")
+    row = '{"audio": "one.wav", "text": "a", "offset": 0, "duration": 1}'
+    line = row.replace(f'"{field}": {0 if field == "offset" else 1}', f'"{field}": {value}')
+    with pytest.raises(ManifestError, match=f"corpus.jsonl:1: field '{field}'"):
+        build_index([manifest(line)])
+
+
+# -- files of others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "clips/../../secret.wav", "..", "./../x.wav"]
+)
+def test_a_manifest_cannot_read_outside_its_folder(
+    manifest: Manifest, record: Record, name: str
+) -> None:
+    record("one.wav")
+    spec = manifest({"audio": "one.wav", "text": "a"}, {"audio": name, "text": "b"})
+    with pytest.raises(ManifestError) as caught:
+        build_index([spec])
+    said = str(caught.value)
+    assert f"{spec}:2: field 'audio': {name!r} lies outside" in said
+    assert "data.allow_absolute" in said
+
+
+def test_paths_that_come_back_and_links_of_the_owner_stay_inside(
+    manifest: Manifest, record: Record, tmp_path: Path
+) -> None:
+    record("corpus/clips/one.wav")
+    record("elsewhere/two.wav")
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    spec = manifest(
+        {"audio": "clips/../clips/one.wav", "text": "a"},
+        {"audio": "link/two.wav", "text": "b"},
+        name="corpus/train.jsonl",
+    )
+    assert len(build_index([spec])) == 2

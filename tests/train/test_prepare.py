@@ -45,6 +45,7 @@ def _configure(
         "data": {
             "train": _write(folder / "train.jsonl", rows),
             "dev": _write(folder / "dev.jsonl", held),
+            "allow_absolute": True,
         },
         "tokenizer": {"vocab_size": 300},
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
@@ -282,7 +283,10 @@ def _changed(prepared: Prepared, saved: Prepared) -> str:
     begin, _, rest = str(caught.value).partition(" was trained with another ")
     assert begin == f"run.name: {prepared.config.run_dir}"
     names, _, advice = rest.partition("; ")
-    assert advice == "choose another run.name, or remove that folder to start over"
+    flags = "".join(f" --run.override_fingerprint {name}" for name in names.split(", "))
+    assert advice == (
+        "choose another run.name, remove that folder to start over, or go on knowingly with" + flags
+    )
     return names
 
 
