@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from omni.model.logmel import SAMPLING_RATE
 _TEST_UTTERANCES = 20
 _REJECT_EXAMPLES = 5
 _EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
+_EVENTS = 100  # the last ones
+_FAULTS = {"failure", "stalled", "skipped", "recomputed", "checkpoint failed", "damaged checkpoint"}
 _EMBED_SECONDS = 60  # of decoded audio: an hour of WAV would make a page of 150 MB
 _OGG, _WAV = "audio/ogg", "audio/wav"
 _MIME = {".opus": _OGG, ".ogg": _OGG, ".mp3": "audio/mpeg", ".flac": "audio/flac", ".wav": _WAV}
@@ -66,7 +69,7 @@ def write_report(run: Path) -> Path:
 <h2>Learning</h2><p class="quiet">Numbers are the last logged. A long curve is drawn pale under its
 running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}
 <h2>Throughput</h2>{curves(SPEED, "small")}{_stages(figures)}{_notes(metrics)}
-<h2>Test utterances</h2>{_test_utterances(run)}
+{_faults(run)}<h2>Test utterances</h2>{_test_utterances(run)}
 <h2>Last evaluation</h2>{_examples(evals)}
 <h2>Rejected utterances</h2>{_rejects(run, figures.get("rejects"))}
 <h2>Configuration</h2><details><summary>config.yaml</summary>
@@ -217,6 +220,37 @@ def _notes(metrics: list[Row]) -> str:
     """What the run had to say: how encoders were chosen, that the cache is full."""
     texts = [str(row.get("text", "")) for row in metrics if row.get("kind") == "note"]
     return "".join(f'<p class="quiet">{escape(text)}</p>' for text in dict.fromkeys(texts) if text)
+
+
+def _faults(run: Path) -> str:
+    """What befell the run, where anything did: attempts, restarts, skipped steps."""
+    events, _ = _rows(run / "events.jsonl")
+    if sum(event.get("event") == "attempt" for event in events) < 2 and not any(
+        event.get("event") in _FAULTS for event in events
+    ):
+        return ""
+    rows = [
+        (
+            _moment(event.get("time")),
+            count(event.get("step")),
+            str(event.get("event")),
+            str(event.get("reason") or event.get("why") or _workers(event)),
+        )
+        for event in events
+    ]
+    shown = _table(("Time (UTC)", "Step", "Event", "Detail"), rows[-_EVENTS:])
+    return f"<h2>Attempts and faults</h2>{shown}"
+
+
+def _moment(seconds: object) -> str:
+    if not finite(seconds):
+        return "–"
+    return datetime.fromtimestamp(float(str(seconds)), timezone.utc).strftime("%m-%d %H:%M:%S")
+
+
+def _workers(event: Row) -> str:
+    found = {"workers": event.get("workers"), "steps done again": event.get("redone")}
+    return ", ".join(f"{value} {what}" for what, value in found.items() if value)
 
 
 def _rejects(run: Path, counted: object) -> str:

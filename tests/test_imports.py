@@ -16,6 +16,7 @@ import omni
 PACKAGE = Path(omni.__file__).parent
 WITH_RAY = {
     "omni.data.stream",
+    "omni.train.attempts",
     "omni.train.auto",
     "omni.train.trainer",
     "omni.encode",

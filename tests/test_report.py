@@ -212,6 +212,7 @@ def test_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
     write_rows(run / "metrics.jsonl", [eval_row(1, 0.5) | {"examples": [example]}])
     reject = dict.fromkeys(("id", "uri", "reason", "detail"), HOSTILE)
     write_rows(run / "rejects.jsonl", [reject])
+    write_rows(run / "events.jsonl", [{"time": 0, "event": "failure", "reason": HOSTILE}] * 2)
     (run / "config.yaml").write_text(f"name: {HOSTILE}\n</pre>")
     (run / "summary.json").write_text(json.dumps(dict.fromkeys(SUMMARY, HOSTILE)))
     page = Page(write_report(run))

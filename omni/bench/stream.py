@@ -62,7 +62,7 @@ def _alone(config: Config) -> dict[str, float]:
     return {
         "loader": sample.load_rate,
         "encoder": sample.encode_rate * _actors(config),
-        "trainer": trainer.rate(5.0) * config.train.workers,
+        "trainer": trainer.rate(5.0) * config.train.most,
     }
 
 
@@ -81,7 +81,7 @@ def _shares(
     work = (
         1 / alone["loader"]
         + _actors(config) * config.encoder.threads / alone["encoder"]
-        + config.train.workers * config.train.threads / alone["trainer"]
+        + config.train.most * config.train.threads / alone["trainer"]
     )
     cores = (os.cpu_count() or 1) / work
     ideal = first["audio_seconds"] / bound[0] + second["audio_seconds"] / bound[1]

@@ -24,8 +24,9 @@ from omni.data.blocks import LOADED_SCHEMA
 from omni.data.features import FeatureCache
 from omni.data.plan import Split
 from omni.data.stages import EncodeStage, StreamSettings, load_bin
+from omni.watchdog import limited
 
-_PAUSE_SECONDS = 0.05
+_PAUSES = (0.002, 0.05)  # seconds: after the first idle round, and at most
 _LOADER_CPUS = 1.0  # Ray's default: the load stage fuses with the read of the row numbers
 
 
@@ -61,7 +62,7 @@ def make_stream(
             num_cpus=_LOADER_CPUS,
         )
         .map_batches(
-            EncodeStage,
+            _EncodeActor,
             fn_constructor_kwargs={"settings": settings},
             batch_size=per_block,
             batch_format="pyarrow",
@@ -73,19 +74,23 @@ def make_stream(
 
 
 class _Pause(ExecutionCallback):
-    """A breath after a round of Ray Data's scheduler that moved nothing.
+    """A breath after a round of Ray Data's scheduler that moved nothing, longer each time.
 
     While every stage waits for the trainer no task is active, and the scheduler (2.60) then goes
     round without waiting: 40 % of a core that two-core machines need for training.
     """
 
     _moved = -1
+    _pause = _PAUSES[0]
 
     def on_execution_step(self, executor: Any) -> None:
         metrics = [operator.metrics for operator in executor._topology]
         moved = sum(m.num_tasks_submitted + m.num_outputs_of_finished_tasks for m in metrics)
         if moved == self._moved:
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(self._pause)
+            self._pause = min(2 * self._pause, _PAUSES[1])
+        else:
+            self._pause = _PAUSES[0]
         self._moved = moved
 
 
@@ -109,12 +114,26 @@ class _LoadStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         torch.set_num_threads(1)
         split_of, bin_of = ray.get(self._refs["order"])
-        cache = _shared_cache(self._settings)
         rows = []
-        for number in batch["id"].tolist():
-            split: Split = ray.get(self._refs["splits"][split_of[number]])
-            rows.append(load_bin(split, int(bin_of[number]), self._settings, cache))
+        with limited(_patience(self._settings)):
+            cache = _shared_cache(self._settings)
+            for number in batch["id"].tolist():
+                split: Split = ray.get(self._refs["splits"][split_of[number]])
+                rows.append(load_bin(split, int(bin_of[number]), self._settings, cache))
         return pa.Table.from_pylist(rows, LOADED_SCHEMA)
+
+
+class _EncodeActor(EncodeStage):
+    """An encoder that ends when it hangs; Ray Data starts another, which gets the block again."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        with limited(_patience(self._settings)):
+            return super().__call__(table)
+
+
+def _patience(settings: StreamSettings) -> float:
+    """Seconds for one block: less than a rank waits, or the whole group would start again."""
+    return settings.config.train.timeout_seconds / 2
 
 
 _CACHES: dict[str, FeatureCache] = {}

@@ -210,7 +210,7 @@ class GPT(nn.Module):
         self.lm_head.weight.normal_(0.0, 0.001, generator=generator)
         for table in self.value_embeds.parameters():
             table.uniform_(-bound, bound, generator=generator)
-        for block in self._blocks():
+        for block in self.blocks():
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 linear.weight.uniform_(-bound, bound, generator=generator)
             block.mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
@@ -225,7 +225,7 @@ class GPT(nn.Module):
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
 
-    def _blocks(self) -> list[Block]:
+    def blocks(self) -> list[Block]:
         return [block for block in self.transformer.h if isinstance(block, Block)]
 
     def embed(self, idx_BT: Tensor) -> Tensor:
@@ -257,9 +257,7 @@ class GPT(nn.Module):
 
         cos_sin = self._rotary(layout.positions_BT, x)
         x0, middle = x, x
-        for i, (block, window) in enumerate(
-            zip(self._blocks(), self.config.windows(), strict=True)
-        ):
+        for i, (block, window) in enumerate(zip(self.blocks(), self.config.windows(), strict=True)):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self._value(i, idx_BT, value_mask_BT)
             x = x + self._drop(block.attn(rms(x), value, cos_sin, layout, window, cache))

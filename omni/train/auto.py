@@ -31,10 +31,10 @@ def sized(prepared: Prepared) -> Prepared:
     on_gpu = encoder.gpus > 0
     total = ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0.0)
     if on_gpu:
-        spare, each, unit = total - workers.workers * workers.gpus, encoder.gpus, "GPUs"
+        spare, each, unit = total - workers.most * workers.gpus, encoder.gpus, "GPUs"
     else:
         cores = float(os.cpu_count() or 1) if len(ray.nodes()) == 1 else total
-        spare, each, unit = cores - workers.workers * workers.threads, encoder.threads, "cores"
+        spare, each, unit = cores - workers.most * workers.threads, encoder.threads, "cores"
     missing = _missing(prepared)
     encoder_rate = trainer_rate = 1.0
     if missing:
@@ -48,7 +48,7 @@ def sized(prepared: Prepared) -> Prepared:
     sizing = choose_actors(
         encoder_rate=encoder_rate,
         trainer_rate=trainer_rate,
-        workers=workers.workers,
+        workers=workers.most,
         missing=missing,
         spare=spare,
         each=each,

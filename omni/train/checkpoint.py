@@ -13,17 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
+from omni.retry import patiently
 
 _FORMAT = 1
 
@@ -43,6 +46,10 @@ class TrainState:
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    mean_norm: float = 0.0  # of the gradients of `updates` updates, with a memory of about 50
+    updates: int = 0
+    skipped: int = 0  # steps without an update
+    skipped_in_row: int = 0
     fingerprints: dict[str, str] = field(default_factory=dict)  # of index, plan, tokenizer, ...
     rejects: dict[str, int] = field(default_factory=dict)
 
@@ -58,19 +65,16 @@ def save_checkpoint(
     config_yaml: str,
     tokenizer_json: str,
 ) -> Path:
-    """Write folder/step-NNNNNN under a temporary name, then rename it and move `last`."""
+    """Write folder/step-NNNNNN under a temporary name, then rename it and move `last`.
+
+    Raises OSError, and leaves nothing behind that could be taken for a checkpoint.
+    """
     final = folder / f"step-{state.step:06d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(
-        {n: t.detach().contiguous().cpu() for n, t in weights.items()},
-        temporary / "model.safetensors",
-    )
-    save_file(
-        {n: t.detach().contiguous().cpu() for n, t in optimizer.items()},
-        temporary / "optimizer.safetensors",
-    )
+    _save_tensors(weights, temporary / "model.safetensors")
+    _save_tensors(optimizer, temporary / "optimizer.safetensors")
     (temporary / "config.yaml").write_text(config_yaml)
     (temporary / "tokenizer.json").write_text(tokenizer_json)
     files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
@@ -92,6 +96,16 @@ def save_checkpoint(
     return final
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, path)
+    except SafetensorError as error:  # what the disk said stands in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
 def point(link: Path, target: Path) -> None:
     """Make `link` name a checkpoint beside it, atomically."""
     temporary = link.with_name(f".{link.name}.tmp")
@@ -100,16 +114,43 @@ def point(link: Path, target: Path) -> None:
     os.replace(temporary, link)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a line on stderr."""
+def newest_checkpoint(folder: Path, damaged: list[str] | None = None) -> Path | None:
+    """The newest checkpoint that is whole; what is wrong with newer ones goes to `damaged`, or to
+    stderr.
+    """
     for path in reversed(_by_step(folder)):
         try:
             read_state(path, verify=True)
         except CheckpointError as error:
-            print(f"omni: passing over {error}", file=sys.stderr, flush=True)
+            if damaged is None:
+                print(f"omni: passing over {error}", file=sys.stderr, flush=True)
+            else:
+                damaged.append(str(error))
             continue
         return path
     return None
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, unverified; 0 without one."""
+    found = _by_step(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def resume_point(run_dir: Path, damaged: list[str] | None = None) -> Path | None:
+    """The checkpoint that an attempt at an existing run begins from.
+
+    Waits for storage that is away, and raises OSError in the end: taking it for an empty folder
+    would begin the run anew.
+    """
+
+    def look() -> Path | None:
+        os.stat(run_dir / "config.yaml")
+        path = newest_checkpoint(run_dir / "checkpoints", damaged)
+        os.stat(run_dir / "config.yaml")
+        return path
+
+    return patiently(look)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -140,13 +181,23 @@ class Checkpoint:
         return model
 
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self.path / "model.safetensors")
+        return self._tensors("model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.path / "optimizer.safetensors")
+        return self._tensors("optimizer.safetensors")
 
     def tokenizer(self) -> SpeechTokenizer:
-        return SpeechTokenizer.load(self.path / "tokenizer.json")
+        path = self.path / "tokenizer.json"
+        try:
+            return SpeechTokenizer.load(path)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise CheckpointError(f"{path}: damaged ({error})") from None
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / name}: damaged ({error})") from None
 
 
 def read_state(path: Path, *, verify: bool = False) -> Checkpoint:
@@ -156,7 +207,7 @@ def read_state(path: Path, *, verify: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: no such checkpoint folder")
     path = path.resolve()
     try:
-        document = json.loads((path / "state.json").read_text())
+        document = json.loads((path / "state.json").read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: state.json is missing or damaged ({error})") from None
     if not isinstance(document, dict):

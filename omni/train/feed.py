@@ -19,6 +19,7 @@ from omni.data.codec import FeatureCodec
 from omni.data.collate import Utterance
 from omni.data.plan import EMPTY, padded_step
 from omni.model.batch import Batch
+from omni.retry import patiently
 from omni.train.evaluation import HeldOut, Layout, all_gather
 from omni.train.job import Job
 from omni.train.metrics import append_json, keep_lines, read_json_lines
@@ -67,9 +68,11 @@ class Feed:
     _rejected: set[str] = field(default_factory=set)
     _new_rejects: list[dict[str, Any]] = field(default_factory=list)
     _consumed: list[dict[str, Any]] = field(default_factory=list)
+    _ids: dict[int, list[str]] = field(default_factory=dict)  # of this step's bins
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         """This rank's blocks of a step (counted from 0), in order."""
+        self._ids.clear()
         optim = self.job.config.optim
         rows = padded_step(optim.bins_per_step, self.world, optim.bins_per_block)
         for number in range(rows // (self.world * optim.bins_per_block)):
@@ -98,23 +101,37 @@ class Feed:
                 ]
         return HeldOut(held, self.layout, self.device)
 
-    def rewind(self, step: int, counts: dict[str, int]) -> None:
-        """Forget what an earlier attempt wrote about steps after `step`, its checkpoint."""
+    def rewind(self, step: int, counts: dict[str, int]) -> int:
+        """Forget what an earlier attempt wrote about steps after `step`, its checkpoint; rank 0 is
+        told how many these were.
+        """
         run_dir = self.job.config.run_dir
+        latest = step
         if self.rank == 0:
             keep_lines(run_dir / "rejects.jsonl", lambda row: row.get("step", 0) <= step)
             for ledger in (run_dir / "ledger").glob("rank-*.jsonl"):
-                keep_lines(ledger, lambda row: row["step"] <= step)
+                latest = max([latest, *(row.get("step", 0) for row in read_json_lines(ledger))])
+                keep_lines(ledger, lambda row: row.get("step", 0) <= step)
         self.reject_counts = dict(counts)
+        return latest - step
 
     def recall_rejects(self) -> None:
         """Read the rejects of earlier attempts, once rank 0 has rewound them."""
         path = self.job.config.run_dir / "rejects.jsonl"
         self._rejected = {row["id"] for row in read_json_lines(path) if "step" in row}
 
+    def skip(self, step: int, reason: str) -> list[dict[str, Any]]:
+        """Mark the step's bins as consumed without an update; returns those of all ranks, with the
+        ids of their utterances. A collective call.
+        """
+        rows = [row for row in self._consumed if row["step"] == step]
+        for row in rows:
+            row["skipped"] = reason
+        return all_gather([{"bin": row["bin"], "ids": self._ids[row["bin"]]} for row in rows])
+
     def write_ledger(self) -> None:
         folder = self.job.config.run_dir / "ledger"
-        folder.mkdir(exist_ok=True)
+        patiently(lambda: folder.mkdir(exist_ok=True))
         append_json(folder / f"rank-{self.rank:04d}.jsonl", self._consumed)
         self._consumed = []
 
@@ -155,6 +172,7 @@ class Feed:
             count += len(used)
             samples += sum(row["samples"][n] for n in used)
             if row["bin"] != EMPTY:
+                self._ids[row["bin"]] = [row["ids"][n] for n in used]
                 self._consumed.append(
                     {
                         "step": step + 1,

@@ -28,7 +28,8 @@ class Job:
     epoch_ends: list[int]  # bins up to the end of each epoch
 
 
-def make_job(prepared: Prepared) -> Job:
+def make_job(prepared: Prepared, workers: int = 1) -> Job:
+    """The job of one attempt, with so many workers."""
     train = prepared.splits["train"]
     return Job(
         config=prepared.config,
@@ -37,7 +38,7 @@ def make_job(prepared: Prepared) -> Job:
         tokenizer_json=prepared.tokenizer.to_json(),
         fingerprints=prepared.fingerprints,
         held_rows={
-            name: len(held_bins(split, prepared.config))
+            name: len(held_bins(split, prepared.config, workers))
             for name, split in prepared.splits.items()
             if name != "train"
         },
@@ -65,9 +66,9 @@ def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
     )
 
 
-def held_bins(split: Split, config: Config) -> np.ndarray:
+def held_bins(split: Split, config: Config, workers: int) -> np.ndarray:
     """A held-out split's bins, filled up so that all ranks take equally many blocks."""
-    unit = config.train.workers * config.optim.bins_per_block
+    unit = workers * config.optim.bins_per_block
     bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
     bins[: split.plan.bins] = np.arange(split.plan.bins)
     return bins

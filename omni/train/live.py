@@ -12,17 +12,19 @@ from rich.console import Console
 from rich.table import Table
 
 from omni.train.checkpoint import TrainState
-from omni.train.metrics import read_json_lines
+from omni.train.metrics import read_events, read_json_lines
 from omni.train.prepare import Prepared
 
 _POLL_SECONDS = 0.5
 
 
 class LiveView:
-    """Follows metrics.jsonl, which rank 0 writes, and prints each new line of it."""
+    """Follows metrics.jsonl and events.jsonl of a run, and prints what is new in them."""
 
     def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
         self._path = run_dir / "metrics.jsonl"
+        self._events_shown = 0
         self._console = Console(highlight=False, soft_wrap=True)
         self._stop = threading.Event()
         self._shown = 0
@@ -53,9 +55,13 @@ class LiveView:
         if state is not None:
             self._resumed_step, self._resumed_seconds = state.step, state.seconds
             say(f"  continuing from step {state.step}")
+        self._events_shown = len(read_events(self._run_dir))
         self._shown = sum(
             1 for row in read_json_lines(self._path) if row["step"] <= self._resumed_step
         )
+
+    def say(self, text: str) -> None:
+        self._console.print(text)
 
     def complete(self, run_dir: Path) -> None:
         self._console.print(f"  complete; remove {run_dir} to train it again")
@@ -105,6 +111,11 @@ class LiveView:
                 self._console.print(f"         [dim]said[/]  {_plain(example['reference'])}")
                 self._console.print(f"         [dim]wrote[/] {_plain(example['hypothesis'])}")
         self._shown = len(rows)
+        events = read_events(self._run_dir)
+        for event in events[self._events_shown :]:
+            if (text := describe_event(event)) is not None:
+                self._console.print(f"{event['step'] or 0:>7} [yellow]{_plain(text)}[/]")
+        self._events_shown = max(self._events_shown, len(events))
 
     def _line(self, row: dict[str, Any]) -> str:
         if row["kind"] == "note":
@@ -124,6 +135,26 @@ class LiveView:
             f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%}  "
             f"ETA {_clock(pace * (total - done))}"
         )
+
+
+def describe_event(event: dict[str, Any]) -> str | None:
+    """One line for a person; None for what is no news."""
+    kind, reason = event["event"], str(event.get("reason", ""))
+    if kind == "attempt":
+        workers = event.get("workers")
+        start = f"continuing from step {event['step']}" if event.get("step") else "starting"
+        return f"{start} with {workers} worker{'s' * (workers != 1)}"
+    told = {
+        "failure": "an attempt failed",
+        "stalled": "no progress",
+        "moving": "starting again elsewhere",
+        "recomputed": "computing the step again",
+        "skipped": "no update in this step",
+        "checkpoint failed": "the checkpoint could not be written, training goes on",
+        "damaged checkpoint": "a damaged checkpoint was passed over",
+        "override": "going on in spite of other fingerprints",
+    }
+    return f"{told[kind]}: {reason or event.get('fields')}" if kind in told else None
 
 
 def _plain(text: str) -> str:

@@ -7,65 +7,63 @@ step), so the curve does not depend on the world size, and a resumed run repeats
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import functools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from omni.data.features import more_room
 from omni.data.plan import epochs_done
-from omni.model.omni import LossSums, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
     TrainState,
-    newest_checkpoint,
     point,
-    prune,
     read_state,
+    resume_point,
     save_checkpoint,
 )
-from omni.train.evaluation import HeldOut, Layout, all_sum
-from omni.train.feed import Feed, Microbatch
+from omni.train.evaluation import HeldOut, Layout, all_gather
+from omni.train.feed import Feed
 from omni.train.job import Job
-from omni.train.metrics import append_json, keep_lines, read_json_lines, write_json
-from omni.train.optim import (
-    WeightAverage,
-    load_optimizer_tensors,
-    make_optimizers,
-    optimizer_tensors,
-    schedule,
-    set_rates,
-    trainable,
+from omni.train.metrics import (
+    append_json,
+    keep_lines,
+    read_json_lines,
+    write_event,
+    write_json,
 )
+from omni.train.rows import Window, eval_row, summary_of, train_row
+from omni.train.saving import Saver
+from omni.train.step import REJECTED, STOP, TOKENS, Steps
+from omni.train.stopping import StopRequest
+from omni.train.trained import Trained
+from omni.watchdog import Watchdog
 
-
-@dataclass
-class Window:
-    """Sums over the steps since the last log line, over all ranks."""
-
-    sums: Tensor = field(default_factory=lambda: torch.zeros(9, dtype=torch.float64))
-    busy: float = 0.0  # seconds of steps; evaluation and checkpoints are not counted
-    wait: float = 0.0  # seconds of them without a block
-
-
-# Fields of the sums that ranks add up at each step.
-LOSS, TOKENS, CORRECT, CTC, UTTERANCES, SAMPLES, ENCODE_SECONDS, ENCODED, REJECTED = range(9)
+_FIRST_BLOCK_PATIENCE = 3.0  # the stream starts, actors load the encoder
 
 
 class TrainLoop:
+    """blocks: this rank's share of the stream. node: where the rank runs, for the books."""
+
     def __init__(
-        self, job: Job, blocks: Iterator[pa.Table], rank: int, world: int, device: torch.device
+        self,
+        job: Job,
+        blocks: Iterator[pa.Table],
+        rank: int,
+        world: int,
+        device: torch.device,
+        node: str = "",
     ) -> None:
         self.job, self.config = job, job.config
-        self.rank, self.world, self.device = rank, world, device
+        self.rank, self.world = rank, world
         self.run_dir = job.config.run_dir
         self.checkpoints = self.run_dir / "checkpoints"
         self.tokenizer = SpeechTokenizer.from_json(job.tokenizer_json)
@@ -77,137 +75,90 @@ class TrainLoop:
             self.tokenizer.end,
         )
         self.feed = Feed(job, blocks, layout, rank, world, device)
-        self.model = OmniModel(job.model)
-        self.model.init_weights(job.config.run.seed)
-        for part in ("projector", "lm"):
-            getattr(self.model, part).requires_grad_(part in job.config.model.train)
-        self.model.to(device)
-        self.optimizers = make_optimizers(self.model, job.config.optim)
-        self.average = (
-            WeightAverage(self.model, job.config.optim.ema) if job.config.optim.ema else None
-        )
+        self.trained = Trained(job.config, job.model, device, world)
         self.state = TrainState(fingerprints=job.fingerprints)
         self.last_norm = 0.0
-        self._said_full = False
         self.last_train: dict[str, Any] = {}
-        self._resume()
-        self.wrapped: nn.Module = self.model
-        if world > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+        self._said_full = False
+        self._stop = StopRequest(self.run_dir)
+        self._stopping = False
+        self.steps = Steps(job.config, self.trained, self.feed, self._asked_to_stop, self._event)
+        self._resume(node)
         self.window = Window()
         self.totals = Window()
 
     # -- the run, top down ---------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end of the plan (or until patience runs out); returns the summary."""
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end of the plan (or until patience runs out); returns the summary.
+
+        None when it was asked to stop: then the newest checkpoint is of this very step.
+        """
+        config = self.config
+        self._watchdog = Watchdog(config.train.timeout_seconds, self._stalled, self._hurry)
+        self._saver = Saver(self.checkpoints, config.train.keep_checkpoints, self._unsaved)
+        try:
+            return self._run()
+        finally:
+            self._watchdog.close()
+            self._saver.close()
+
+    def _run(self) -> dict[str, Any] | None:
+        config = self.config
+        self._watchdog.beat("waiting for the first block", _FIRST_BLOCK_PATIENCE)
         held = {name: self.feed.hold(name, rows) for name, rows in self.job.held_rows.items()}
         dev = held["dev"]
         self.feed.share_rejects()
-        config = self.config
         evaluated = -1
-        self.model.train()
+        self.trained.model.train()
         while self.state.step < config.optim.steps and not self._out_of_patience():
+            self._watchdog.beat(f"training step {self.state.step + 1}")
             self.step()
             step, last = self.state.step, self.state.step == config.optim.steps
-            if step % config.train.log_every == 0 or last:
+            if step % config.train.log_every == 0 or last or self._stopping:
                 self._log()
             best = False
             if step % config.eval.every == 0 or last:
                 best = self._evaluate(dev)
                 evaluated = step
-            if best or step % config.train.checkpoint_every == 0 or last or self._out_of_patience():
+            due = step % config.train.checkpoint_every == 0 or last or self._out_of_patience()
+            if best or due or self._stopping:
                 self._save(best)
+            if self._stopping and not last and not self._out_of_patience():
+                self._finish_saving()
+                self._event("stopped", why=self._stop.why() if self.rank == 0 else "")
+                return None
         if evaluated < 0 and self.state.best_step is None:
             self._save(self._evaluate(dev))
-        return self._finish(held)
+        with self._watchdog.off():
+            return self._finish(held)
 
     def step(self) -> None:
         """One optimizer step over all blocks of the plan's next step."""
         began, waited = time.perf_counter(), self.feed.waited
-        step = self.state.step
-        micro = list(self.feed.microbatches(step))
-        sums = torch.zeros(9, dtype=torch.float64)
-        measured = []  # stays on the device: reading it there would wait for every microbatch
-        for number, part in enumerate(micro):
-            torch.manual_seed(_mix(self.config.run.seed, step, part.place))
-            last = number == len(micro) - 1
-            sync = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()  # type: ignore[operator]
-            with sync:
-                measured.append(self._backward(part))
-            sums[UTTERANCES:] += torch.tensor(part.counts, dtype=torch.float64)
-        sums[:UTTERANCES] = torch.stack(measured).sum(dim=0).cpu()
-        sums = all_sum(sums)
-        self._apply(float(sums[TOKENS]))
+        done = self.steps.take(self.state)
+        self.last_norm = done.norm
+        self._stopping = self._stopping or bool(done.sums[STOP])
         self.state.step += 1
         self.state.bins_consumed = self.state.step * self.config.optim.bins_per_step
         self.state.epoch = epochs_done(self.job.epoch_ends, self.state.bins_consumed)
         spent = time.perf_counter() - began
         self.state.seconds += spent
         for window in (self.window, self.totals):
-            window.sums += sums
             window.busy += spent
             window.wait += self.feed.waited - waited
-        if sums[REJECTED]:
+            if done.updated:
+                window.sums += done.sums
+        if done.sums[REJECTED]:
             self.feed.share_rejects()
-
-    def _backward(self, part: Microbatch) -> Tensor:
-        """Forward and backward of one microbatch; gradients of sums, divided later."""
-        with self._autocast():
-            out: LossSums = self.wrapped(part.batch)
-            (out.loss + self.config.optim.ctc_weight * out.ctc).backward()
-        sums = (out.loss, out.tokens, out.correct, out.ctc)
-        return torch.stack([x.detach().double() for x in sums])
-
-    def _apply(self, tokens: float) -> None:
-        """Divide the summed gradients by the global token count, clip, and update."""
-        set_rates(self.optimizers, schedule(self.state.step, self.config.optim))
-        parameters = list(trainable(self.model).values())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        # DDP averages over ranks; the loss is a sum over all of them.
-        torch._foreach_mul_(gradients, self.world / max(tokens, 1.0))
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
-        self.last_norm = float(norm)
-        if not math.isfinite(self.last_norm):
-            raise FloatingPointError(
-                f"step {self.state.step}: the gradient norm is {self.last_norm}; "
-                "try a lower optim.lr or a longer optim.warmup_steps"
-            )
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.model, self.state.step)
 
     # -- what is written -----------------------------------------------------------------------
 
     def _log(self) -> None:
-        window, state = self.window, self.state
-        sums = window.sums.tolist()
-        rate = next(iter(self.optimizers.values())).param_groups[0]["lr"]
-        self.last_train = {
-            "kind": "train",
-            "step": state.step,
-            "steps": self.config.optim.steps,
-            "epoch": round(state.epoch, 4),
-            "seconds": round(state.seconds, 2),
-            "loss": sums[LOSS] / max(sums[TOKENS], 1),
-            "accuracy": sums[CORRECT] / max(sums[TOKENS], 1),
-            "ctc": sums[CTC] / max(sums[TOKENS], 1),
-            "lr": rate,
-            "grad_norm": self.last_norm,
-            "bins": state.bins_consumed,
-            "utterances": int(sums[UTTERANCES]),
-            "audio_seconds_per_second": sums[SAMPLES] / 16_000 / window.busy,
-            "tokens_per_second": sums[TOKENS] / window.busy,
-            "data_wait_fraction": min(1.0, window.wait / window.busy),
-            "encode_seconds": sums[ENCODE_SECONDS],  # of all actors, for the audio of these steps
-            "encoded_audio_seconds": sums[ENCODED] / 16_000,
-            "step_seconds": window.busy,
-        }
-        if self.rank == 0:
+        self.last_train = train_row(
+            self.state, self.window, self.config.optim.steps, self.trained.rate, self.last_norm
+        )
+        if self.rank == 0 and self.window.sums[TOKENS]:  # else every step was skipped
             append_json(self.run_dir / "metrics.jsonl", [self.last_train])
         self._note_full_cache()
         self.feed.write_ledger()
@@ -226,45 +177,21 @@ class TrainLoop:
         row = {"kind": "note", "step": self.state.step, "text": note}
         append_json(self.run_dir / "metrics.jsonl", [row])
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Averaged weights, eval mode, autocast."""
-        self.model.eval()
-        if self.average is not None:
-            self.average.swap(self.model)
-        try:
-            with self._autocast():
-                yield
-        finally:
-            if self.average is not None:
-                self.average.swap(self.model)
-            self.model.train()
-
     def _evaluate(self, dev: HeldOut) -> bool:
         """Measure on dev and log it; True when it is the best so far."""
         settings, state = self.config.eval, self.state
-        with self._evaluating():
-            losses = dev.loss(self.model)
-            errors, rows = dev.transcribe(self.model, self.tokenizer, settings.wer_utterances)
-        entry: dict[str, Any] = {
-            "kind": "eval",
-            "step": state.step,
-            "epoch": round(state.epoch, 4),
-            "seconds": round(state.seconds, 2),
-            "dev_loss": losses["loss"],
-            "dev_accuracy": losses["accuracy"],
-            "shuffled_audio_gap": losses["gap"],
-            "dev_wer": errors["all"].wer,
-            "dev_cer": errors["all"].cer,
-            "examples": [
-                {name: row[name] for name in ("id", "reference", "hypothesis")}
-                for row in rows[: settings.examples]
-            ],
-        }
+        with self._watchdog.off(), self.trained.evaluating() as model:
+            losses = dev.loss(model)
+            errors, rows = dev.transcribe(model, self.tokenizer, settings.wer_utterances)
+        entry = eval_row(state, losses, errors["all"], rows[: settings.examples])
         if self.rank == 0:
             append_json(self.run_dir / "metrics.jsonl", [entry])
         value = entry[settings.best]
-        if value is None or (state.best_value is not None and value >= state.best_value):
+        if (
+            value is None
+            or not math.isfinite(value)
+            or (state.best_value is not None and value >= state.best_value)
+        ):
             state.evaluations_since_best += 1
             return False
         state.best_value, state.best_step = value, state.step
@@ -276,18 +203,19 @@ class TrainLoop:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _save(self, best: bool) -> None:
+        """Copy everything a checkpoint holds, and have it written while training goes on."""
         self.feed.write_ledger()
         self.state.rejects = self.feed.reject_counts
+        # Gathers shards, and meets all ranks: their ledgers are on disk before a checkpoint says
+        # that these steps are done.
+        weights, optimizer = self.trained.snapshot(keep=self.rank == 0)
+        _barrier()
         if self.rank:
             return
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        optimizer = dict(optimizer_tensors(self.optimizers, self.model))
-        if self.average is not None:
-            optimizer |= {f"raw/{name}": weights[name] for name in self.average.weights}
-            weights |= self.average.weights
-        path = save_checkpoint(
+        write = functools.partial(
+            save_checkpoint,
             self.checkpoints,
-            state=self.state,
+            state=copy.deepcopy(self.state),
             model=self.job.model,
             encoder=self.job.encoder,
             weights=weights,
@@ -295,51 +223,84 @@ class TrainLoop:
             config_yaml=self.config.to_yaml(),
             tokenizer_json=self.job.tokenizer_json,
         )
-        if best:
-            point(self.checkpoints / "best", path)
-        prune(self.checkpoints, self.config.train.keep_checkpoints)
+        self._saver.save(self.state.step, write, best)
 
-    def _resume(self) -> None:
+    def _finish_saving(self) -> None:
+        """Until what was saved lies in storage, for all ranks."""
+        with self._watchdog.off():
+            if self.rank == 0:
+                self._saver.wait()
+            _barrier()
+
+    def _event(self, event: str, step: int | None = None, **facts: Any) -> None:
+        if self.rank == 0:
+            write_event(self.run_dir, event, self.state.step if step is None else step, **facts)
+
+    def _asked_to_stop(self) -> bool:
+        """Rank 0 looks, the sums of the step tell all."""
+        return self.rank == 0 and self._stop.asked()
+
+    def _hurry(self) -> float | None:
+        """A rank that was asked to stop, and gets no block to finish its step, does not wait."""
+        return self.config.run.grace_seconds if self._stop.exists() else None
+
+    def _stalled(self, doing: str, seconds: float) -> None:
+        why = f"rank {self.rank} made no progress for {seconds:.0f} s: {doing}"
+        write_event(self.run_dir, "stalled", self.state.step, reason=why)
+
+    def _unsaved(self, step: int, reason: str) -> None:
+        write_event(self.run_dir, "checkpoint failed", step, reason=reason)
+
+    def _resume(self, node: str) -> None:
         """Continue from the newest whole checkpoint, and forget what was logged after it."""
-        path = newest_checkpoint(self.checkpoints)
+        damaged: list[str] = []
+        path = resume_point(self.run_dir, damaged)
         if path is not None:
             found = read_state(path)
             self.state = found.state
-            tensors = found.optimizer()
-            weights = found.weights()
-            if self.average is not None:
-                for name in self.average.weights:
-                    self.average.weights[name].copy_(weights[name])
-                    weights[name] = tensors.pop(f"raw/{name}")
-            self._load(weights)
-            load_optimizer_tensors(self.optimizers, self.model, tensors)
+            self.state.fingerprints = self.job.fingerprints
+            self.trained.load(found)
         step = self.state.step
         if self.rank == 0:
-            keep_lines(self.run_dir / "metrics.jsonl", lambda row: row["step"] <= step)
+            for reason in damaged:
+                self._event("damaged checkpoint", reason=reason)
+            metrics = self.run_dir / "metrics.jsonl"
+            keep_lines(metrics, lambda row: row.get("step", 0) <= step)
             # A kill may have come between a checkpoint and its name.
             best = self.checkpoints / f"step-{self.state.best_step or 0:06d}"
             if best.is_dir():
                 point(self.checkpoints / "best", best)
-        self.feed.rewind(step, self.state.rejects)
-        if dist.is_initialized():
-            dist.barrier()
+        redone = self.feed.rewind(step, self.state.rejects)
+        nodes = all_gather([node])
+        plan = self.job.fingerprints.get("plan")
+        self._event("attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone)
+        _barrier()
         self.feed.recall_rejects()
         for row in read_json_lines(self.run_dir / "metrics.jsonl"):
-            if row["kind"] == "train":
+            if row.get("kind") == "train":
                 self.last_train = row
+
+    def _best(self) -> Checkpoint:
+        """The best checkpoint, or the newest where the best has been damaged since."""
+        try:
+            return read_state(self.checkpoints / "best", verify=True)
+        except CheckpointError as error:
+            self._event("damaged checkpoint", reason=str(error))
+        newest = resume_point(self.run_dir)
+        if newest is None:
+            raise CheckpointError(f"{self.checkpoints}: no checkpoint is whole")
+        return read_state(newest)
 
     def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""
-        if dist.is_initialized():
-            dist.barrier()  # rank 0 has written the best checkpoint
-        best = read_state(self.checkpoints / "best")
-        self.average = None
-        self._load(best.weights())
+        self._finish_saving()
+        best = self._best()
+        self.trained.load_best(best.weights())
         results: dict[str, Any] = {}
-        with self._evaluating():
-            losses = held["dev"].loss(self.model)
+        with self.trained.evaluating() as model:
+            losses = held["dev"].loss(model)
             for name, split in held.items():
-                errors, rows = split.transcribe(self.model, self.tokenizer)
+                errors, rows = split.transcribe(model, self.tokenizer)
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer
                 results[f"{name}_cer"] = errors["all"].cer
@@ -348,46 +309,30 @@ class TrainLoop:
                     path = self.run_dir / f"transcripts-{name}.jsonl"
                     path.unlink(missing_ok=True)
                     append_json(path, lines)
-        totals = self.totals.sums.tolist()
-        busy, encode = max(self.totals.busy, 1e-9), totals[ENCODE_SECONDS]
-        summary = {
-            "steps": self.state.step,
-            "best_step": best.state.step,
-            "epochs": round(self.state.epoch, 3),
-            "train_loss": self.last_train.get("loss"),
-            "dev_loss": losses["loss"],
-            "dev_accuracy": losses["accuracy"],
-            "shuffled_audio_gap": losses["gap"],
-            "test_wer": None,
-            **results,
-            "audio_seconds_per_second": totals[SAMPLES] / 16_000 / busy,
-            "tokens_per_second": totals[TOKENS] / busy,
-            "data_wait_fraction": min(1.0, self.totals.wait / busy),
-            "encoder_audio_seconds_per_second": (
-                totals[ENCODED] / 16_000 / encode if totals[ENCODED] else None
-            ),
-            "cached_fraction": 1 - totals[ENCODED] / totals[SAMPLES] if totals[SAMPLES] else None,
-            "train_seconds": round(self.state.seconds, 1),
-            "rejects": self.feed.reject_counts,
-            "workers": self.world,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-        }
+        summary = summary_of(
+            self.state,
+            self.totals,
+            {
+                "best_step": best.state.step,
+                "train_loss": self.last_train.get("loss"),
+                "dev_loss": losses["loss"],
+                "dev_accuracy": losses["accuracy"],
+                "shuffled_audio_gap": losses["gap"],
+                "test_wer": None,
+                **results,
+            },
+            {
+                "rejects": self.feed.reject_counts,
+                "workers": self.world,
+                "parameters": sum(p.numel() for p in self.trained.model.parameters()),
+            },
+        )
         if self.rank == 0:
             write_json(self.run_dir / "summary.json", summary)
+        self._event("finished")
         return summary
 
-    @torch.no_grad()
-    def _load(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(weights[name])
 
-    # -- small things --------------------------------------------------------------------------
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import OptimConfig
+from omni.train.sharding import like
 
 Optimizers = dict[str, torch.optim.Optimizer]
 
@@ -115,4 +116,4 @@ def load_optimizer_tensors(
     for key, value in tensors.items():
         kind, name, field = key.split("/")
         parameter = parameters[name]
-        optimizers[kind].state[parameter][field] = value.to(parameter.device)
+        optimizers[kind].state[parameter][field] = like(value, parameter)

@@ -87,9 +87,10 @@ class Trainer:
         run = job.config.run.model_copy(update={"storage": self._folder.name})
         config: Config = job.config.model_copy(update={"run": run})
         config.run_dir.mkdir()
+        (config.run_dir / "config.yaml").write_text(config.to_yaml())
         job = replace(job, config=config)
         self._loop = TrainLoop(job, self._cycle(), 0, 1, device)
-        self._loop.model.train()
+        self._loop.trained.model.train()
 
     def _cycle(self) -> Iterator[pa.Table]:
         while True:

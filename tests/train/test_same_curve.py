@@ -13,9 +13,10 @@ from omni.config import load_config
 from omni.data.features import FeatureCache
 from omni.data.stages import EncodeStage, StreamSettings, load_bin
 from omni.train.job import encoder_settings, make_job
-from omni.train.loop import LOSS, TOKENS, Window
 from omni.train.prepare import Prepared, prepare
 from omni.train.rates import Trainer, encoder_rate, loaded_blocks, without_cache
+from omni.train.rows import Window
+from omni.train.step import LOSS, TOKENS
 
 STEPS, BINS = 50, 10
 

@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,99 +21,8 @@ import pytest
 import soundfile
 from safetensors.torch import load_file
 
-import omni
 from jobs import evaluate, train, transcribe
-
-ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
-ROOT = Path(omni.__file__).parents[1]
-
-TINY = """
-data: {train: [TRAIN], dev: [DEV], test: [], loaders: 1}
-tokenizer: {vocab_size: 300}
-model: {n_layer: 2, n_head: 2, n_embd: 64, stack: 4, dropout: 0.1, audio_dropout: 0.1}
-optim: {bin_positions: 256, bins_per_step: 4, steps: 50, lr: 2.0e-3, warmup_steps: 5,
-        ctc_weight: 0.5, ema: 0.9}
-train: {log_every: 1, checkpoint_every: 7, precision: fp32, max_failures: 0}
-eval: {every: 25, wer_utterances: 2}
-"""
-
-
-def _manifest(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "manifest.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def _embedded(split: str, count: int) -> list[dict[str, Any]]:
-    """Short rows of the embedded corpus, with absolute audio paths."""
-    rows = [json.loads(line) for line in (ASSETS / f"{split}.jsonl").read_text().splitlines()]
-    short = [row for row in rows if row["duration"] < 4][:count]
-    return [{**row, "audio": str(ASSETS / row["audio"])} for row in short]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration that trains a very small model on 60 real prompts in seconds."""
-    folder = tmp_path_factory.mktemp("tiny")
-    train_data = _manifest(folder / "train", _embedded("train", 60))
-    dev_data = _manifest(folder / "dev", _embedded("dev", 8))
-    text = TINY.replace("TRAIN", str(train_data)).replace("DEV", str(dev_data))
-    config = folder / "tiny.yaml"
-    config.write_text(text)
-    return config
-
-
-def _command(config: Path, storage: Path, *overrides: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "jobs.train",
-        "--config",
-        str(config),
-        "--run.name",
-        "run",
-        "--run.storage",
-        str(storage),
-        *overrides,
-    ]
-
-
-def _run(config: Path, storage: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        _command(config, storage, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _curve(run: Path) -> dict[int, float]:
-    rows = _lines(run / "metrics.jsonl")
-    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
-    assert len(losses) == sum(row["kind"] == "train" for row in rows), "a step was logged twice"
-    return losses
-
-
-def _ledger(run: Path) -> dict[int, tuple[Counter[int], Counter[int]]]:
-    """Bins and utterances of each step, over all ranks."""
-    steps: dict[int, tuple[Counter[int], Counter[int]]] = {}
-    for path in (run / "ledger").glob("rank-*.jsonl"):
-        for row in _lines(path):
-            bins, utterances = steps.setdefault(row["step"], (Counter(), Counter()))
-            bins[row["bin"]] += 1
-            utterances.update(row["utterances"])
-    return steps
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    storage = tmp_path_factory.mktemp("undisturbed")
-    _run(tiny, storage)
-    return storage / "run"
+from runs import ROOT, command, curve, embedded, ledger, lines, run_job, write_manifest
 
 
 def test_a_run_leaves_what_a_person_reads(undisturbed: Path) -> None:
@@ -127,15 +35,15 @@ def test_a_run_leaves_what_a_person_reads(undisturbed: Path) -> None:
     assert promised <= summary.keys()
     assert summary["steps"] == 50
     assert summary["rejects"] == {}
-    curve = _curve(undisturbed)
-    assert sorted(curve) == list(range(1, 51))
-    assert curve[50] < curve[1] - 1
+    losses = curve(undisturbed)
+    assert sorted(losses) == list(range(1, 51))
+    assert losses[50] < losses[1] - 1
     assert "<html" in (undisturbed / "report.html").read_text()
     assert (undisturbed / "checkpoints" / "last").resolve().name == "step-000050"
     # Every bin of the plan was trained once, and with the first epoch's bins every utterance.
-    bins = sum((bins for bins, _ in _ledger(undisturbed).values()), Counter())
+    bins = sum((bins for bins, _ in ledger(undisturbed).values()), Counter())
     assert bins == Counter(range(200))
-    seen = sum((utterances for _, utterances in _ledger(undisturbed).values()), Counter())
+    seen = sum((utterances for _, utterances in ledger(undisturbed).values()), Counter())
     assert sorted(seen) == list(range(60))
     assert max(seen.values()) - min(seen.values()) <= 1
 
@@ -146,7 +54,7 @@ def test_killed_and_continued_is_bit_for_bit_the_undisturbed_run(
     target = random.SystemRandom().randint(2, 45)
     print(f"killing at step {target}")
     process = subprocess.Popen(
-        _command(tiny, tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(tiny, tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
@@ -163,14 +71,14 @@ def test_killed_and_continued_is_bit_for_bit_the_undisturbed_run(
     process.wait()
     assert not (tmp_path / "run" / "summary.json").exists()
 
-    _run(tiny, tmp_path)
+    run_job(tiny, tmp_path)
     expected = load_file(undisturbed / "checkpoints" / "last" / "model.safetensors")
     found = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
     assert expected.keys() == found.keys()
     for name in expected:
         assert expected[name].numpy().tobytes() == found[name].numpy().tobytes(), name
-    assert _curve(tmp_path / "run") == _curve(undisturbed)
-    assert _ledger(tmp_path / "run") == _ledger(undisturbed)
+    assert curve(tmp_path / "run") == curve(undisturbed)
+    assert ledger(tmp_path / "run") == ledger(undisturbed)
 
 
 def test_two_workers_on_two_nodes_train_what_one_worker_trains(
@@ -183,7 +91,7 @@ def test_two_workers_on_two_nodes_train_what_one_worker_trains(
     try:
         environment = {**os.environ, "RAY_ADDRESS": cluster.address}
         done = subprocess.run(
-            _command(tiny, tmp_path, "--train.workers", "2"),
+            command(tiny, tmp_path, "--train.workers", "2"),
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -194,8 +102,8 @@ def test_two_workers_on_two_nodes_train_what_one_worker_trains(
     finally:
         cluster.shutdown()
     run = tmp_path / "run"
-    assert _ledger(run) == _ledger(undisturbed)
-    one, two = _curve(undisturbed), _curve(run)
+    assert ledger(run) == ledger(undisturbed)
+    one, two = curve(undisturbed), curve(run)
     assert one.keys() == two.keys()
     assert max(abs(one[step] - two[step]) for step in one) < 1e-3
     assert json.loads((run / "summary.json").read_text())["workers"] == 2
@@ -208,15 +116,17 @@ def test_the_finished_run_scores_and_transcribes(
     manifest = tiny.parent / "dev" / "manifest.jsonl"
     out = tmp_path / "rows.jsonl"
     arguments = ["--checkpoint", str(checkpoint), "--data", str(manifest), "--out", str(out)]
-    assert evaluate.main(arguments) == 0
+    assert evaluate.main(arguments) == 2, "its recordings lie elsewhere"
+    assert "data.allow_absolute" in capsys.readouterr().err
+    assert evaluate.main([*arguments, "--allow_absolute"]) == 0
     scored = json.loads(capsys.readouterr().out)
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert scored["wer"] == summary["dev_wer"]
     assert scored["cer"] == summary["dev_cer"]
-    assert [row["id"] for row in _lines(out)] == [row["id"] for row in _lines(manifest)]
+    assert [row["id"] for row in lines(out)] == [row["id"] for row in lines(manifest)]
 
     stereo = tmp_path / "stereo-96k.wav"
-    clip, rate = soundfile.read(_lines(manifest)[0]["audio"], dtype="float32")
+    clip, rate = soundfile.read(lines(manifest)[0]["audio"], dtype="float32")
     long = np.tile(clip, 20)
     soundfile.write(stereo, np.stack([long, long], axis=1), rate)
     files = [str(stereo), str(tmp_path / "none.wav")]
@@ -230,7 +140,7 @@ def test_the_finished_run_scores_and_transcribes(
 
 def test_a_finished_run_is_shown_and_left_as_it_is(tiny: Path, undisturbed: Path) -> None:
     before = (undisturbed / "summary.json").read_text()
-    done = _run(tiny, undisturbed.parent)
+    done = run_job(tiny, undisturbed.parent)
     assert "complete" in done.stdout
     assert (undisturbed / "summary.json").read_text() == before
 
@@ -275,7 +185,7 @@ def test_a_wrong_setting_exits_2_before_ray_starts(
 def _bad_recordings(folder: Path) -> dict[str, tuple[dict[str, Any], str | None]]:
     """Rows by what is wrong with them, with the reason that must be counted (None: usable)."""
     folder.mkdir(parents=True, exist_ok=True)
-    clip, rate = soundfile.read(_embedded("train", 1)[0]["audio"], dtype="float32")
+    clip, rate = soundfile.read(embedded("train", 1)[0]["audio"], dtype="float32")
     rows: dict[str, tuple[dict[str, Any], str | None]] = {}
 
     def add(name: str, reason: str | None, text: str = "A recording.", file: str = "") -> Path:
@@ -306,15 +216,15 @@ def _bad_recordings(folder: Path) -> dict[str, tuple[dict[str, Any], str | None]
 
 def test_bad_recordings_are_counted_and_the_run_goes_on(tiny: Path, tmp_path: Path) -> None:
     bad = _bad_recordings(tmp_path / "bad")
-    rows = [row for row, _ in bad.values()] + _embedded("train", 30)
-    manifest = _manifest(tmp_path / "mixed", rows)
-    _run(
+    rows = [row for row, _ in bad.values()] + embedded("train", 30)
+    manifest = write_manifest(tmp_path / "mixed", rows)
+    run_job(
         tiny,
         tmp_path,
         *("--data.train", str(manifest), "--data.max_rejects", "0.5", "--optim.steps", "6"),
     )
     run = tmp_path / "run"
-    rejects = _lines(run / "rejects.jsonl")
+    rejects = lines(run / "rejects.jsonl")
     reasons = {row["id"]: row["reason"] for row in rejects}
     assert reasons == {name: reason for name, (_, reason) in bad.items() if reason is not None}
     # Half a file and NaN samples show only when the recording is decoded.
@@ -325,27 +235,27 @@ def test_bad_recordings_are_counted_and_the_run_goes_on(tiny: Path, tmp_path: Pa
     # The ledger counts rows of the index: those that it accepted, whether a bin held them or not.
     early = {r["id"] for r in rejects if "step" not in r and r["reason"] != "longer than a bin"}
     ids = [row["id"] for row in rows if row["id"] not in early]
-    trained = {ids[number] for _, utterances in _ledger(run).values() for number in utterances}
+    trained = {ids[number] for _, utterances in ledger(run).values() for number in utterances}
     assert not trained & reasons.keys()
     assert {name for name, (_, reason) in bad.items() if reason is None} <= trained
 
 
 def test_too_many_unreadable_recordings_stop_the_run(tiny: Path, tmp_path: Path) -> None:
-    rows = _embedded("train", 10)
+    rows = embedded("train", 10)
     clip, rate = soundfile.read(rows[0]["audio"], dtype="float32")
     clip[10] = np.nan
     for number in range(10):
         path = tmp_path / f"nan-{number}.wav"
         soundfile.write(path, clip, rate, subtype="FLOAT")
         rows.append({"id": f"nan-{number}", "audio": str(path), "text": "No."})
-    manifest = _manifest(tmp_path / "mixed", rows)
+    manifest = write_manifest(tmp_path / "mixed", rows)
     overrides = ("--data.train", str(manifest), "--data.max_rejects", "0.2")
     done = subprocess.run(
-        _command(tiny, tmp_path, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=400
+        command(tiny, tmp_path, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 1
     assert "data.max_rejects" in done.stderr.splitlines()[-1]
-    assert len(_lines(tmp_path / "run" / "rejects.jsonl")) > 4
+    assert len(lines(tmp_path / "run" / "rejects.jsonl")) > 4
 
 
 def test_a_full_cache_is_said_and_training_goes_on_with_compact_features(
@@ -353,12 +263,12 @@ def test_a_full_cache_is_said_and_training_goes_on_with_compact_features(
 ) -> None:
     """The limit holds, what it leaves out is encoded again, and the encoders' number is chosen."""
     limits = ["--data.cache_gb", "0.001", "--encoder.format", "int8", "--encoder.actors", "auto"]
-    done = _run(tiny, tmp_path, *limits, "--optim.steps", "12")
+    done = run_job(tiny, tmp_path, *limits, "--optim.steps", "12")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 12 and 0 < summary["cached_fraction"] < 1
     stored = sum(path.stat().st_size for path in tmp_path.glob("cache/*-int8/*.bin"))
     assert 500_000 < stored <= 1_000_000
-    notes = [r["text"] for r in _lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "note"]
+    notes = [r["text"] for r in lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "note"]
     assert len(notes) == 2
     assert notes[0].startswith("encoder.actors auto: 1 encoder actor: 1 worker train ")
     assert "limit of 0.001 GB" in notes[1] and "raise data.cache_gb" in notes[1]

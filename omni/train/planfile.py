@@ -1,0 +1,72 @@
+"""What a plan was made of, kept in the run's directory: enough to make it again without the corpus.
+
+plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from omni.data.plan import Plan, make_plan
+from omni.train.prepare import Prepared
+
+_KEY = b"omni.plan"
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    ids: list[str]
+    lengths: np.ndarray  # (n,) positions
+    index_fingerprint: str
+    seed: int
+    bin_positions: int
+    bins_per_step: int
+
+    def plan(self, steps: int) -> Plan:
+        """The plan's first `steps` steps."""
+        return make_plan(
+            self.lengths,
+            index_fingerprint=self.index_fingerprint,
+            seed=self.seed,
+            bin_positions=self.bin_positions,
+            bins_per_step=self.bins_per_step,
+            max_steps=steps,
+        )
+
+
+def plan_path(run_dir: Path, fingerprint: str) -> Path:
+    return run_dir / "plan" / f"{fingerprint}.parquet"
+
+
+def write_plan_file(prepared: Prepared) -> None:
+    config, split = prepared.config, prepared.splits["train"]
+    path = plan_path(config.run_dir, split.plan.fingerprint)
+    if path.is_file():
+        return
+    facts = {
+        "index_fingerprint": prepared.fingerprints["data.train"],
+        "seed": config.run.seed,
+        "bin_positions": config.optim.bin_positions,
+        "bins_per_step": config.optim.bins_per_step,
+    }
+    table = pa.table({"id": split.table["id"], "positions": pa.array(prepared.lengths, pa.int32())})
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), temporary)
+    os.replace(temporary, path)
+
+
+def read_plan_file(path: Path) -> PlanFile:
+    """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
+    table = pq.read_table(path)
+    facts = json.loads((table.schema.metadata or {})[_KEY])
+    return PlanFile(
+        table["id"].to_pylist(), table["positions"].to_numpy().astype(np.int64), **facts
+    )

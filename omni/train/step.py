@@ -1,0 +1,140 @@
+"""One optimizer step: gradients of the plan's next bins, and whether they may be applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.config import Config
+from omni.model.omni import LossSums
+from omni.train.checkpoint import TrainState
+from omni.train.evaluation import all_sum
+from omni.train.feed import Feed, Microbatch
+from omni.train.trained import Trained
+
+# Fields of the sums that ranks add up at each step.
+LOSS, TOKENS, CORRECT, CTC, UTTERANCES, SAMPLES, ENCODE_SECONDS, ENCODED, REJECTED, STOP = range(10)
+SUMS = STOP + 1
+_SPIKE_AFTER = 100  # updates before a gradient norm can be called unusual
+_NORM_MEMORY = 50  # updates
+
+
+class Event(Protocol):
+    def __call__(self, event: str, step: int | None = None, **facts: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did: sums over all ranks, the gradient norm, whether there was an update."""
+
+    sums: Tensor
+    norm: float
+    updated: bool
+
+
+class Steps:
+    """asked_to_stop: whether this rank knows of a wish to stop. event: writes events.jsonl."""
+
+    def __init__(
+        self,
+        config: Config,
+        trained: Trained,
+        feed: Feed,
+        asked_to_stop: Callable[[], bool],
+        event: Event,
+    ) -> None:
+        self.config, self._trained, self._feed = config, trained, feed
+        self._asked_to_stop, self._event = asked_to_stop, event
+
+    def take(self, state: TrainState) -> Step:
+        """Train the bins of step `state.step` (from 0), or skip them.
+
+        Raises FloatingPointError after `optim.max_skips` steps in a row without an update.
+        """
+        micro = list(self._feed.microbatches(state.step))
+        sums, norm = self._gradients(micro, state.step)
+        problem = self._problem(sums, norm, state)
+        if problem is not None:
+            # A flipped bit or a glitch of a device does not come twice; bad data does.
+            self._event("recomputed", state.step + 1, reason=problem)
+            self._trained.forget_gradients()
+            sums, norm = self._gradients(micro, state.step)
+            problem = self._problem(sums, norm, state)
+        if problem is None:
+            self._trained.update(state.step)
+            _remember(norm, state)
+        else:
+            self._skip(micro, problem, state)
+        return Step(sums, norm, problem is None)
+
+    def _gradients(self, micro: list[Microbatch], step: int) -> tuple[Tensor, float]:
+        """Forward and backward of a step's blocks: sums over all ranks, and the gradient norm."""
+        sums = torch.zeros(SUMS, dtype=torch.float64)
+        sums[STOP] = float(self._asked_to_stop())
+        measured = []  # stays on the device: reading it there would wait for every microbatch
+        for number, part in enumerate(micro):
+            torch.manual_seed(_mix(self.config.run.seed, step, part.place))
+            with self._trained.accumulating(last=number == len(micro) - 1):
+                measured.append(self._backward(part))
+            sums[UTTERANCES:STOP] += torch.tensor(part.counts, dtype=torch.float64)
+        sums[:UTTERANCES] = torch.stack(measured).sum(dim=0).cpu()
+        sums = all_sum(sums)
+        return sums, self._trained.gradient_norm(float(sums[TOKENS]))
+
+    def _backward(self, part: Microbatch) -> Tensor:
+        """Forward and backward of one microbatch; gradients of sums, divided later."""
+        with self._trained.autocast():
+            out: LossSums = self._trained.wrapped(part.batch)
+            (out.loss + self.config.optim.ctc_weight * out.ctc).backward()
+        sums = (out.loss, out.tokens, out.correct, out.ctc)
+        return torch.stack([x.detach().double() for x in sums])
+
+    # -- steps that must not count -------------------------------------------------------------
+
+    def _problem(self, sums: Tensor, norm: float, state: TrainState) -> str | None:
+        """Why these gradients must not be applied; the same answer on all ranks."""
+        spike, mean = self.config.optim.spike, state.mean_norm
+        loss = float(sums[LOSS])
+        reason = None
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            reason = f"the loss is {loss / max(float(sums[TOKENS]), 1):.4g}, gradient norm {norm:g}"
+        elif spike is not None and state.updates >= _SPIKE_AFTER and norm > spike * mean:
+            reason = f"the gradient norm is {norm:.4g}, {norm / mean:.0f} times the usual"
+        if all_sum(torch.tensor([float(reason is not None)]))[0]:
+            return reason or "another rank's gradients are not finite"
+        return None
+
+    def _skip(self, micro: list[Microbatch], problem: str, state: TrainState) -> None:
+        """No update. The bins count as consumed, and the ledger says that they taught nothing."""
+        self._trained.forget_gradients()
+        state.skipped += 1
+        state.skipped_in_row += 1
+        culprits = self._feed.skip(state.step + 1, problem)
+        bins = sorted(row["bin"] for row in culprits)
+        self._event("skipped", state.step + 1, reason=problem, bins=bins)
+        if state.skipped_in_row > self.config.optim.max_skips:
+            ids = [i for row in culprits for i in row["ids"]]
+            raise FloatingPointError(
+                f"step {state.step + 1}: {state.skipped_in_row} steps in a row without usable "
+                f"gradients ({problem}); the last one's bins: {', '.join(map(str, bins))}, "
+                f"utterances: {', '.join(ids[:20])}{', ...' if len(ids) > 20 else ''}; "
+                "try a lower optim.lr or a longer optim.warmup_steps"
+            )
+
+
+def _remember(norm: float, state: TrainState) -> None:
+    """The usual gradient norm, with a memory of some updates."""
+    state.updates += 1
+    state.mean_norm += (norm - state.mean_norm) / min(state.updates, _NORM_MEMORY)
+    state.skipped_in_row = 0
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
