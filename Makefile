@@ -26,8 +26,10 @@ lint: $(STAMP)
 test: lint  ## everything that takes seconds to a minute
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint  ## also what takes minutes
+test-all: lint  ## also what takes minutes: about an hour
 	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.fuzz --inputs 1000
+	$(BIN)/python -m tests.chaos --faults 30
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,203 @@
+"""What is fed with damaged input, and what counts as an answer.
+
+Each target takes a folder and a seed, and returns one word: "refused" (exit 2, with a message),
+"rejected" (the run goes on and says what it left out), or "accepted" (the damage does not matter).
+Anything else that happens is a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import omni
+from jobs import cli
+from omni.config import ConfigError, load_config
+from omni.data.features import FeatureCache
+from omni.model.omni import OmniConfig, OmniModel
+from omni.train.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
+from omni.train.prepare import prepare
+from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
+
+ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
+ROOT = Path(omni.__file__).parents[1]
+ROWS = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()][:8]
+
+Target = Callable[[Path, random.Random], str]
+
+
+def manifest(folder: Path, rng: random.Random) -> str:
+    """Manifest rows and bytes, through everything that happens before a run starts."""
+    corpus = folder / "corpus"
+    if not corpus.exists():
+        corpus.mkdir()
+        for row in ROWS:
+            (corpus / Path(row["audio"]).name).symlink_to(ASSETS / row["audio"])
+    rows: list[Any] = [{**row, "audio": Path(row["audio"]).name} for row in ROWS]
+    at = rng.randrange(len(rows))
+    if rng.random() < 0.6:
+        rows[at] = mutate_value({**rows[at], "offset": 0.1, "duration": 0.5}, rng)
+        data = b"".join(as_json(row) + b"\n" for row in rows)
+    else:
+        data = mutate_bytes(b"".join(as_json(row) + b"\n" for row in rows), rng)
+    path = corpus / "manifest.jsonl"
+    path.write_bytes(data)
+    config = ["--data.train", str(path), "--data.max_rejects", "1", "--data.cache", "null"]
+    return _prepared([*config, "--optim.steps", "4", "--tokenizer.vocab_size", "300"], path)
+
+
+def _prepared(overrides: list[str], manifest: Path) -> str:
+    said = io.StringIO()
+    prepared = None
+
+    def job() -> None:
+        nonlocal prepared
+        prepared = prepare(load_config(None, overrides))
+
+    with contextlib.redirect_stderr(said):
+        code = cli.run(job)
+    if code == 2:
+        assert said.getvalue().startswith("error: "), said.getvalue()
+        return "refused"
+    assert code == 0 and prepared is not None
+    lines = sum(bool(line.strip()) for line in manifest.read_bytes().split(b"\n"))
+    left_out = [r for r in prepared.rejects if r.reason != "longer than a bin"]
+    assert prepared.splits["train"].table.num_rows + len(left_out) >= lines, "a row got lost"
+    return "rejected" if prepared.rejects else "accepted"
+
+
+def config(folder: Path, rng: random.Random) -> str:
+    """Configuration files, as values and as bytes."""
+    source = rng.choice(sorted((ROOT / "configs").glob("*.yaml")))
+    path = folder / "config.yaml"
+    if rng.random() < 0.7:
+        values = yaml.safe_load(source.read_text())
+        for _ in range(rng.randint(1, 3)):
+            values = mutate_value(values, rng)
+        path.write_text(yaml.safe_dump(values))
+    else:
+        path.write_bytes(mutate_bytes(source.read_bytes(), rng))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.run(lambda: _load(path))
+    assert code in (0, 2), f"exit code {code}: {said.getvalue()}"
+    assert code == 0 or said.getvalue().startswith("error: ")
+    return "refused" if code else "accepted"
+
+
+def _load(path: Path) -> None:
+    assert load_config(path).to_yaml()
+
+
+def cache(folder: Path, rng: random.Random) -> str:
+    """Shards of the feature cache: what comes back is what was put there, or nothing."""
+    location = folder / "cache"
+    if not location.exists():
+        for shard in range(3):
+            store = FeatureCache(location)
+            store.put({f"{shard}-{n}": _feature(shard, n) for n in range(8)})
+            store.flush()
+    path = rng.choice(sorted(location.iterdir()))
+    whole = path.read_bytes()
+    path.write_bytes(mutate_bytes(whole, rng))
+    try:
+        store = FeatureCache(location)
+        found = store.get([f"{shard}-{n}" for shard in range(3) for n in range(8)])
+        for key, data in found.items():
+            shard, n = map(int, key.split("-"))
+            assert data == _feature(shard, n), f"{key} came back as something else"
+        store.put({"new": b"new"})
+        store.flush()
+        assert FeatureCache(location).get(["new"]) == {"new": b"new"}
+        return "rejected" if len(found) < 24 else "accepted"
+    finally:
+        for extra in location.iterdir():
+            if extra != path and extra.stat().st_size < 1000 and b"new" in extra.read_bytes():
+                extra.unlink()
+        path.write_bytes(whole)
+
+
+def _feature(shard: int, n: int) -> bytes:
+    return random.Random(shard * 100 + n).randbytes(300 + 50 * n)
+
+
+def checkpoint(folder: Path, rng: random.Random) -> str:
+    """Checkpoints: damage is found, the one before is used, and nothing is unpickled."""
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.exists():
+        for step in (1, 2):
+            _checkpoint(checkpoints, step)
+    newest = checkpoints / "step-000002"
+    path = rng.choice(sorted(newest.iterdir()))
+    whole = path.read_bytes()
+    damaged = mutate_bytes(whole, rng)
+    path.write_bytes(damaged)
+    try:
+        said: list[str] = []
+        found = newest_checkpoint(checkpoints, said)
+        if damaged == whole or path.suffix == ".json" and _says_the_same(damaged, whole):
+            assert found == newest
+            return "accepted"
+        assert found == checkpoints / "step-000001", f"{path.name} was taken for whole"
+        assert len(said) == 1 and "step-000002" in said[0]
+        read_state(found).load_model()
+        with contextlib.suppress(ConfigError, RuntimeError):  # jobs say either in one line
+            read_state(newest).load_model()
+        return "rejected"
+    finally:
+        path.write_bytes(whole)
+
+
+def _says_the_same(one: bytes, other: bytes) -> bool:
+    """Whether only blanks between the words of a JSON text differ."""
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+def _checkpoint(folder: Path, step: int) -> None:
+    values = {"sequence_len": 32, "vocab_size": 300, "n_layer": 1, "n_head": 1, "n_kv_head": 1}
+    shape = OmniConfig.from_dict({"gpt": {**values, "n_embd": 24}, "feature_dim": 4})
+    model = OmniModel(shape)
+    model.init_weights(0)
+    save_checkpoint(
+        folder,
+        state=TrainState(step=step),
+        model=shape,
+        encoder={"source": "embedded"},
+        weights={name: p.detach() for name, p in model.named_parameters()},
+        optimizer={"adamw/x/step": torch.tensor(1.0)},
+        config_yaml="data: {prompt: ''}\n",
+        tokenizer_json="{}",
+    )
+
+
+TARGETS: dict[str, Target] = {
+    "manifest": manifest,
+    "config": config,
+    "cache shard": cache,
+    "checkpoint": checkpoint,
+}
+
+
+def answer(pipe: Connection, folder: Path) -> None:
+    """A process that answers one input after another: (target, seed) in, (word, detail) out."""
+    while True:
+        kind, seed = pipe.recv()
+        home = folder / kind.replace(" ", "-")
+        home.mkdir(exist_ok=True)
+        try:
+            pipe.send((TARGETS[kind](home, random.Random(seed)), ""))
+        except BaseException:
+            pipe.send(("CRASH", traceback.format_exc()))
