@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from runs import TINY, embedded, run_job, write_manifest
+from whole_runs import TINY, embedded, run_job, write_manifest
 
 
 @pytest.fixture(scope="session")

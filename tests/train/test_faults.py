@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
+from whole_runs import ROOT, command, curve, ledger, lines, run_job
 
 from jobs import audit, train
-from runs import ROOT, command, curve, ledger, lines, run_job
 
 
 def _wait(

@@ -20,9 +20,9 @@ import psutil
 import pytest
 import soundfile
 from safetensors.torch import load_file
+from whole_runs import ROOT, command, curve, embedded, ledger, lines, run_job, write_manifest
 
 from jobs import evaluate, train, transcribe
-from runs import ROOT, command, curve, embedded, ledger, lines, run_job, write_manifest
 
 
 def test_a_run_leaves_what_a_person_reads(undisturbed: Path) -> None:
