@@ -63,6 +63,7 @@ class Feed:
     world: int
     device: torch.device
     waited: float = 0.0  # seconds without a block
+    waiting_since: float | None = None  # perf_counter, while there is none
     cache_full: str | None = None  # why features are no longer kept
     reject_counts: dict[str, int] = field(default_factory=dict)
     _rejected: set[str] = field(default_factory=set)
@@ -154,8 +155,9 @@ class Feed:
             )
 
     def _next(self) -> pa.Table:
-        began = time.perf_counter()
+        self.waiting_since = began = time.perf_counter()
         table = next(self.blocks)
+        self.waiting_since = None
         self.waited += time.perf_counter() - began
         return table
 

@@ -241,8 +241,13 @@ class TrainLoop:
         return self.rank == 0 and self._stop.asked()
 
     def _hurry(self) -> float | None:
-        """A rank that was asked to stop, and gets no block to finish its step, does not wait."""
-        return self.config.run.grace_seconds if self._stop.exists() else None
+        """A rank that was asked to stop, and gets no block to finish its step, does not wait; one
+        that is at work on a long step is left alone.
+        """
+        since, grace = self.feed.waiting_since, self.config.run.grace_seconds
+        if since is None or time.perf_counter() - since <= grace:
+            return None
+        return grace if self._stop.exists() else None
 
     def _stalled(self, doing: str, seconds: float) -> None:
         why = f"rank {self.rank} made no progress for {seconds:.0f} s: {doing}"

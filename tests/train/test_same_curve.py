@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,15 @@ def test_attention_and_loss_change_rounding_only(
     blocks = _blocks(prepared)
     monkeypatch.setattr(f"omni.model.{name}", value)
     assert float((_curve(prepared, blocks) - reference).abs().max()) < 1e-3
+
+
+def test_only_a_rank_that_waits_for_a_block_is_hurried(prepared: Prepared) -> None:
+    """Asked to stop, a rank at work on a long step finishes it; one without blocks gives up."""
+    loop = Trainer(make_job(prepared), _blocks(prepared), torch.device("cpu"))._loop
+    long_ago = time.perf_counter() - 2 * loop.config.run.grace_seconds
+    loop.feed.waiting_since = long_ago
+    assert loop._hurry() is None, "nobody asked"
+    (loop.run_dir / ".stop").write_text("SIGTERM")
+    assert loop._hurry() == loop.config.run.grace_seconds
+    loop.feed.waiting_since = None
+    assert loop._hurry() is None
