@@ -18,6 +18,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators import actor_pool_map_operator
 
 from omni.config import Config
 from omni.data.blocks import LOADED_SCHEMA
@@ -42,8 +43,8 @@ def make_stream(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if _Pause not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(_Pause)
+    if _Steward not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(_Steward)
     config, per_block = settings.config, settings.bins_per_block
     numbers = np.concatenate([np.full(len(bins), split) for split, bins in rows])
     bins = np.concatenate([bins for _, bins in rows])
@@ -73,17 +74,27 @@ def make_stream(
     )
 
 
-class _Pause(ExecutionCallback):
-    """A breath after a round of Ray Data's scheduler that moved nothing, longer each time.
-
-    While every stage waits for the trainer no task is active, and the scheduler (2.60) then goes
-    round without waiting: 40 % of a core that two-core machines need for training.
-    """
+class _Steward(ExecutionCallback):
+    """What Ray Data's scheduler (2.60) has no settings for."""
 
     _moved = -1
     _pause = _PAUSES[0]
 
+    def before_execution_starts(self, executor: Any) -> None:
+        """Let encoders work on a node that is about to go.
+
+        Ray Data gives them nothing more to do. Where they are the only ones, the trainers never get
+        the blocks that end their step, and there is no checkpoint when the node goes.
+        """
+        if hasattr(actor_pool_map_operator, "get_draining_nodes"):  # Ray has no setting for it
+            actor_pool_map_operator.get_draining_nodes = dict
+
     def on_execution_step(self, executor: Any) -> None:
+        """A breath after a round that moved nothing, longer each time.
+
+        While every stage waits for the trainer no task is active, and the scheduler then goes round
+        without waiting: 40 % of a core that two-core machines need for training.
+        """
         metrics = [operator.metrics for operator in executor._topology]
         moved = sum(m.num_tasks_submitted + m.num_outputs_of_finished_tasks for m in metrics)
         if moved == self._moved:
