@@ -6,12 +6,16 @@ The unpickler admits that one constructor, and puts a class that can do nothing 
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+if TYPE_CHECKING:
+    import tiktoken
 
 
 class _Encoding:
@@ -46,7 +50,32 @@ def load_tiktoken_pickle(path: Path) -> Tokenizer:
     state = getattr(found, "state", None)
     if not isinstance(found, _Encoding) or state is None or not _is_state(state):
         raise ValueError(f"{path}: expected a pickled tiktoken Encoding with its ranks")
-    return _convert(path, state)
+    try:
+        return _convert(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def to_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    """A byte-level BPE as nanochat pickles it. Raises ValueError for any other tokenizer."""
+    import tiktoken
+
+    document = json.loads(tokenizer.to_str())
+    specials = {token["content"]: token["id"] for token in document["added_tokens"]}
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    try:
+        split, _ = document["pre_tokenizer"]["pretokenizers"]
+        pattern = split["pattern"]["Regex"]
+        ranks = {
+            bytes(byte_of[letter] for letter in token): rank
+            for token, rank in document["model"]["vocab"].items()
+            if token not in specials
+        }
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("expected a byte-level BPE with nanochat's kind of text split") from None
+    return tiktoken.Encoding(
+        "rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+    )
 
 
 def _is_state(state: Any) -> bool:
@@ -64,7 +93,7 @@ def _is_state(state: Any) -> bool:
     )
 
 
-def _convert(path: Path, state: dict[str, Any]) -> Tokenizer:
+def _convert(state: dict[str, Any]) -> Tokenizer:
     ranks: dict[bytes, int] = state["mergeable_ranks"]
     letters = bytes_to_unicode()
 
@@ -88,9 +117,9 @@ def _convert(path: Path, state: dict[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     specials = sorted(state["special_tokens"].items(), key=lambda item: item[1])
     if known := [name for name, _ in specials if name in vocab]:
-        raise ValueError(f"{path}: {known} are both ordinary and special tokens")
+        raise ValueError(f"{known} are both ordinary and special tokens")
     if [number for _, number in specials] != list(range(len(ranks), len(ranks) + len(specials))):
-        raise ValueError(f"{path}: expected the special tokens right after the others")
+        raise ValueError("expected the special tokens right after the others")
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name, _ in specials])
     return tokenizer
 
