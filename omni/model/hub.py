@@ -1,32 +1,87 @@
-"""Where Whisper's weights come from: ModelScope, Hugging Face, a folder, or omni's own assets."""
+"""Where weights come from: ModelScope, Hugging Face, a folder, or omni's own assets.
+
+A node downloads a model once: processes that want the same one wait for each other. What a hub
+serves is compared with the hash that it names before it is used.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from omni.model.ct2 import read_ct2_encoder
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED_WHISPER = ASSETS / "whisper-tiny.en"
 DEFAULT_HF_ID = "openai/whisper-base"
 
 _SMALL = ["config.json", "preprocessor_config.json"]
-_SAFETENSORS = [*_SMALL, "model.safetensors", "model-*.safetensors", "*.safetensors.index.json"]
-_TORCH_BIN = [*_SMALL, "pytorch_model.bin"]
+_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "*.safetensors.index.json"]
+_TORCH_BIN = ["pytorch_model.bin"]
+_CT2 = ["model.bin"]
 
 
 class SourceError(RuntimeError):
     """No source could serve the weights; the message names each with its reason."""
 
 
+@dataclass(frozen=True)
+class HubModel:
+    """A model on a hub; without a revision its newest one."""
+
+    hub: Literal["ModelScope", "Hugging Face"]
+    id: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, hub: Literal["ModelScope", "Hugging Face"], name: str) -> HubModel:
+        """ID or ID@REVISION."""
+        model_id, _, revision = name.partition("@")
+        return cls(hub, model_id, revision or None)
+
+    def __str__(self) -> str:
+        return f"{self.hub} {self.id}" + (f"@{self.revision}" if self.revision else "")
+
+    def download(self, patterns: Sequence[str]) -> Path:
+        """The folder with what matches; the clients resume what was interrupted.
+
+        Without a network it is what was downloaded before.
+        """
+        arguments: dict[str, Any] = {"allow_patterns": list(patterns)}
+        if self.revision:
+            arguments["revision"] = self.revision
+        if self.hub == "Hugging Face":
+            from huggingface_hub import snapshot_download as hf_download
+
+            return Path(hf_download(self.id, **arguments))
+        from modelscope import snapshot_download
+
+        try:
+            return Path(snapshot_download(self.id, **arguments))
+        except Exception:
+            with contextlib.suppress(Exception):  # its client does not look there by itself
+                held = Path(snapshot_download(self.id, local_files_only=True, **arguments))
+                if any(any(held.glob(p)) for p in patterns if not p.endswith(".json")):
+                    return held
+            raise
+
+
 def whisper_folder(source: str | None = None) -> Path:
-    """Resolve `source` to a local folder in transformers layout, downloading if needed."""
+    """Resolve `source` to a local folder in transformers or CTranslate2 layout, downloading if
+    needed. None: the hubs, see `omni.model.whisper.load_whisper`.
+    """
     if source == "embedded":
         return EMBEDDED_WHISPER
     if source is not None:
@@ -34,45 +89,81 @@ def whisper_folder(source: str | None = None) -> Path:
         if not (folder / "config.json").is_file():
             raise SourceError(f"encoder weights {source!r}: expected a folder with config.json")
         return folder
-    attempts: list[tuple[str, Callable[[list[str]], str]]] = []
+    models = []
     if ms_id := os.environ.get("WHISPER_MS_ID"):
-        attempts.append((f"ModelScope {ms_id}", lambda files: _from_modelscope(ms_id, files)))
+        models.append(HubModel.parse("ModelScope", ms_id))
     hf_id = os.environ.get("WHISPER_HF_ID") or DEFAULT_HF_ID
-    attempts.append((f"Hugging Face {hf_id}", lambda files: _from_hugging_face(hf_id, files)))
+    models.append(HubModel.parse("Hugging Face", hf_id))
+    return fetch(models, _SMALL, (_SAFETENSORS, _TORCH_BIN, _CT2))
+
+
+def fetch(
+    models: Sequence[HubModel], small: Sequence[str], weights: Sequence[Sequence[str]]
+) -> Path:
+    """The folder of the first model that a hub serves.
+
+    small: patterns of the files beside the weights. weights: patterns by preference; the first that
+    the repository has are fetched. Raises SourceError with a line for each model.
+    """
     reasons = []
-    for name, fetch in attempts:
+    for model in models:
         try:
-            folder = Path(fetch(_SAFETENSORS))
-            if not list(folder.glob("model*.safetensors")):
-                folder = Path(fetch(_TORCH_BIN))
-            if not (folder / "config.json").is_file():
-                raise FileNotFoundError("the repository holds no config.json")
-            if not [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model.bin")]:
-                raise FileNotFoundError("no model*.safetensors and no pytorch_model.bin in it")
-            return folder
+            with _once_per_node(model):
+                return _fetch_one(model, small, weights)
         except Exception as error:  # every hub client has its own family of errors
-            reasons.append(f"  {name}: {type(error).__name__}: {_first_line(error)}")
-    raise SourceError("no source served the Whisper weights:\n" + "\n".join(reasons))
+            reasons.append(f"  {model}: {type(error).__name__}: {first_line(error)}")
+    raise SourceError("no source served the weights:\n" + "\n".join(reasons))
 
 
-def _from_modelscope(model_id: str, files: list[str]) -> str:
-    from modelscope import snapshot_download
+def _fetch_one(model: HubModel, small: Sequence[str], weights: Sequence[Sequence[str]]) -> Path:
+    for patterns in weights:
+        folder = model.download([*small, *patterns])
+        found = [path for pattern in patterns for path in folder.glob(pattern)]
+        if any(path.suffix != ".json" for path in found):
+            break
+    else:
+        wanted = ", ".join(pattern for patterns in weights for pattern in patterns)
+        raise FileNotFoundError(f"no weights in it ({wanted})")
+    if "config.json" in small and not (folder / "config.json").is_file():
+        raise FileNotFoundError("the repository holds no config.json")
+    for path in found:
+        _check_hash(path)
+    return folder
 
-    return snapshot_download(model_id, allow_patterns=files)
+
+def _check_hash(path: Path) -> None:
+    """Hugging Face keeps large files under their SHA-256, but does not look whether it is theirs;
+    ModelScope's client does."""
+    name = path.resolve().name
+    if len(name) != 64 or set(name) - set("0123456789abcdef"):
+        return
+    mark = path.resolve().with_name(f"{name}.checked")
+    if mark.is_file():
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    if digest.hexdigest() != name:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path.name}: what was downloaded has another hash than the hub names")
+    mark.touch()
 
 
-def _from_hugging_face(model_id: str, files: list[str]) -> str:
-    from huggingface_hub import snapshot_download
+def _once_per_node(model: HubModel) -> FileLock:
+    name = hashlib.blake2b(str(model).encode(), digest_size=8).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"omni-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return FileLock(folder / f"{name}.lock")
 
-    return snapshot_download(model_id, allow_patterns=files)
 
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def read_whisper_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the encoder's tensors of a transformers folder; decoder tensors stay on disk.
+    """config.json and the encoder's tensors of a folder; decoder tensors stay on disk.
 
     Tensor names lose their prefix (`model.encoder.`, `encoder.`). Raises `SourceError` naming the
     folder when weights are missing, or are not Whisper's.
@@ -80,10 +171,12 @@ def read_whisper_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     try:
         return _read(folder)
     except (OSError, ValueError, SafetensorError) as error:
-        raise SourceError(f"{folder}: damaged: {_first_line(error)}") from None
+        raise SourceError(f"{folder}: damaged: {first_line(error)}") from None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if (folder / "model.bin").is_file():
+        return read_ct2_encoder(folder)
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") != "whisper":
         raise SourceError(f"{folder}: model_type is {config.get('model_type')!r}, expected whisper")

@@ -12,15 +12,19 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from hf_folders import save_folder
 from loopback_hub import closed_port, serve
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni.model.hub import EMBEDDED_WHISPER, SourceError, read_whisper_files, whisper_folder
+from omni.model.pretrained import find_pretrained
 from omni.model.whisper import WhisperEncoder, load_whisper
 
 LOAD = """
@@ -33,8 +37,22 @@ except SourceError as error:
 """
 
 
-def load_elsewhere(home: Path, **environment: str) -> str:
-    """What `load_whisper()` says in a fresh process with empty caches and no other settings."""
+LOAD_LM = """
+import sys
+from omni.model.hub import SourceError
+from omni.model.omni import OmniConfig
+from omni.model.pretrained import find_pretrained, load_lm
+try:
+    found = find_pretrained(sys.argv[1])
+    lm = load_lm(OmniConfig(found.shape, 8, source=found.source))
+    print("loaded", found.source.fingerprint, lm.width, found.tokenizer.vocab_size)
+except SourceError as error:
+    print("SourceError", error)
+"""
+
+
+def load_elsewhere(home: Path, *arguments: str, script: str = LOAD, **environment: str) -> str:
+    """What a fresh process with empty caches and no other settings says; LOAD: `load_whisper()`."""
     ours = ("WHISPER_", "HF_", "MODELSCOPE_")
     clean = {
         name: value
@@ -49,7 +67,7 @@ def load_elsewhere(home: Path, **environment: str) -> str:
         "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",  # a hub that is down is asked once
     }
     done = subprocess.run(
-        [sys.executable, "-c", LOAD],
+        [sys.executable, "-c", script, *arguments],
         env={**clean, **caches, **environment},
         capture_output=True,
         text=True,
@@ -167,7 +185,7 @@ def test_when_every_hub_is_down_one_error_names_each_with_its_reason(tmp_path: P
         MODELSCOPE_ENDPOINT=closed_port(),
     )
     first, modelscope, hugging_face = said.splitlines()
-    assert first == "SourceError no source served the Whisper weights:"
+    assert first == "SourceError no source served the weights:"
     assert modelscope.startswith("  ModelScope someone/on-modelscope: ")
     assert hugging_face.startswith("  Hugging Face someone/on-hugging-face: ")
     for line in (modelscope, hugging_face):
@@ -181,6 +199,119 @@ def test_a_hub_may_hold_pytorch_model_bin_only(embedded: str, tmp_path: Path) ->
         said = load_elsewhere(tmp_path, HF_ENDPOINT=hub.url)
     assert "pytorch_model.bin" in fetched(hub.hugging_face)
     assert said == f"loaded {embedded}"
+
+
+# --- what goes wrong on the way ------------------------------------------------------------------
+
+
+def by_hugging_face(url: str) -> dict[str, str]:
+    return {"WHISPER_HF_ID": "someone/whisper", "HF_ENDPOINT": url}
+
+
+def by_modelscope(url: str) -> dict[str, str]:
+    """The second source is down: what is loaded came from ModelScope."""
+    return {
+        "WHISPER_MS_ID": "someone/whisper",
+        "MODELSCOPE_ENDPOINT": url,
+        "HF_ENDPOINT": closed_port(),
+    }
+
+
+HUBS = [by_hugging_face, by_modelscope]
+Environment = Callable[[str], dict[str, str]]
+
+
+@pytest.mark.parametrize("environment", HUBS)
+def test_without_a_network_the_cache_serves(
+    environment: Environment, repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    with serve("someone/whisper", repository) as hub:
+        assert load_elsewhere(tmp_path, **environment(hub.url)) == f"loaded {embedded}"
+    assert load_elsewhere(tmp_path, **environment(closed_port())) == f"loaded {embedded}"
+
+
+@pytest.mark.parametrize("environment", HUBS)
+def test_an_interrupted_download_goes_on_where_it_was(
+    environment: Environment, repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    with serve("someone/whisper", repository) as hub:
+        hub.break_after = 12_000_000  # more than one chunk of the clients
+        assert load_elsewhere(tmp_path, **environment(hub.url)) == f"loaded {embedded}"
+    assert any(not given.startswith("bytes=0-") for given in hub.ranges), hub.ranges
+
+
+@pytest.mark.parametrize("environment", HUBS)
+def test_weights_with_another_hash_than_the_hub_names_are_refused(
+    environment: Environment, repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    with serve("someone/whisper", repository) as hub:
+        hub.spoil = True
+        said = load_elsewhere(tmp_path, **environment(hub.url))
+        assert said.startswith("SourceError no source served the weights:")
+        assert "another hash" in said or "FileDownloadError" in said
+        hub.spoil = False
+        assert load_elsewhere(tmp_path, **environment(hub.url)) == f"loaded {embedded}"
+
+
+@pytest.mark.parametrize("environment", HUBS)
+def test_a_revision_is_pinned(
+    environment: Environment, repository: Path, embedded: str, tmp_path: Path
+) -> None:
+    name = "WHISPER_MS_ID" if environment is by_modelscope else "WHISPER_HF_ID"
+    with serve("someone/whisper", repository, revision="v1.2") as hub:
+        pinned = environment(hub.url) | {name: "someone/whisper@v1.2"}
+        assert load_elsewhere(tmp_path, **pinned) == f"loaded {embedded}"
+    asked = hub.modelscope if environment is by_modelscope else hub.hugging_face
+    assert any("v1.2" in path for path in asked)
+    assert not any("main" in path or "master" in path for path in asked)
+
+
+def test_processes_of_a_node_download_once(repository: Path, embedded: str, tmp_path: Path) -> None:
+    with (
+        serve("someone/whisper", repository) as hub,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        settings = by_hugging_face(hub.url)
+        said = list(pool.map(lambda _: load_elsewhere(tmp_path, **settings), range(3)))
+    assert said == [f"loaded {embedded}"] * 3
+    bodies = [path for path in hub.gets if path.endswith("model.safetensors")]
+    assert len(bodies) == 1
+
+
+# --- language models -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("lm"))
+
+
+@pytest.mark.parametrize("hub_kind", ["hf", "ms"])
+def test_a_language_model_comes_from_either_hub(
+    hub_kind: str, language_model: Path, tmp_path: Path
+) -> None:
+    (language_model / "training_args.bin").write_bytes(b"not wanted")
+    with serve("someone/lm", language_model) as hub:
+        uri = f"{hub_kind}:someone/lm"
+        settings = {"HF_ENDPOINT": hub.url, "MODELSCOPE_ENDPOINT": hub.url}
+        said = load_elsewhere(tmp_path, uri, script=LOAD_LM, **settings)
+    local = find_pretrained(f"hf:{language_model}")
+    assert local.tokenizer is not None
+    assert said.split() == [
+        "loaded",
+        local.source.fingerprint,
+        "64",
+        str(local.tokenizer.vocab_size),
+    ]
+    assert "training_args.bin" not in fetched(hub.hugging_face + hub.modelscope)
+    assert bool(hub.modelscope) == (hub_kind == "ms")
+
+
+def test_a_language_model_that_no_hub_has_is_named(tmp_path: Path) -> None:
+    said = load_elsewhere(tmp_path, "hf:someone/lm@v2", script=LOAD_LM, HF_ENDPOINT=closed_port())
+    first, second = said.splitlines()
+    assert first == "SourceError no source served the weights:"
+    assert second.startswith("  Hugging Face someone/lm@v2: ")
 
 
 # --- folders -------------------------------------------------------------------------------------
