@@ -11,19 +11,18 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from omni.data.audio import AudioError, AudioSpan, measure
+from omni.data.conversations import answer_of, parse_messages, to_column
+from omni.data.measure import Reject, measure_all
 from omni.data.tar import TarError, read_tar
+from omni.model.conversation import Message
 from omni.model.hub import ASSETS
 
-_EDGE = 64 * 1024  # bytes hashed at each end of a file
 _LONGEST_SECONDS = 1e8  # three years
 _TYPES: dict[str, tuple[type, ...]] = {
     "audio": (str,),
@@ -34,41 +33,36 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "language": (str,),
     "speaker": (str,),
     "prompt": (str,),
+    "task": (str,),
 }
+_PLACE = [
+    ("uri", pa.string()),
+    ("offset", pa.int64()),  # of the recording in an archive, in bytes; null: the whole file
+    ("length", pa.int64()),
+    ("start", pa.float64()),  # seconds into the file
+    ("duration", pa.float64()),  # seconds; null: to the end of the file
+    ("samples", pa.int64()),  # at 16 kHz, from the header
+    ("key", pa.string()),  # content hash: names the recording in the feature cache
+]
 
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("uri", pa.string()),
-        ("offset", pa.int64()),  # of the recording in an archive, in bytes; null: the whole file
-        ("length", pa.int64()),
-        ("start", pa.float64()),  # seconds into the file
-        ("duration", pa.float64()),  # seconds; null: to the end of the file
-        ("samples", pa.int64()),  # at 16 kHz, from the header
-        ("key", pa.string()),  # content hash: names the utterance in the feature cache
+        *_PLACE,
         ("text", pa.string()),
         ("prompt", pa.string()),
         ("language", pa.string()),
         ("speaker", pa.string()),
+        ("task", pa.string()),
+        # Of a conversation only; then samples is their sum, key one for all, text the last answer.
+        ("messages", pa.string()),  # JSON, see omni.data.conversations
+        ("audios", pa.list_(pa.struct([*_PLACE, ("text", pa.string())]))),
     ]
 )
 
 
 class ManifestError(ValueError):
     """A manifest cannot be used; the message names file, line, field and what was expected."""
-
-
-@dataclass(frozen=True)
-class Reject:
-    """An utterance that is left out, with a reason of a few words."""
-
-    id: str
-    uri: str
-    reason: str
-    detail: str
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -87,8 +81,10 @@ class Index:
     def fingerprint(self) -> str:
         """Changes with the content, length, text or order of any utterance; not with paths."""
         digest = hashlib.blake2b(digest_size=12)
-        for name in ("key", "samples", "text", "prompt"):
-            digest.update(repr(self.table[name].to_pylist()).encode())
+        for name in ("key", "samples", "text", "prompt", "task", "messages"):
+            values = self.table[name].to_pylist()
+            if name not in ("task", "messages") or any(value is not None for value in values):
+                digest.update(repr(values).encode())
         return digest.hexdigest()
 
 
@@ -128,7 +124,7 @@ def build_index(
         parsed = list(_read_manifest(path, prompt, allow_absolute))
         if not parsed:
             raise ManifestError(f"{spec}: the manifest has no rows")
-        good, bad = _measure_all(parsed, path, cache_dir, threads)
+        good, bad = measure_all(parsed, path, cache_dir, threads)
         rows += good
         rejects += bad
     if not rows:
@@ -149,31 +145,58 @@ def _read_manifest(path: Path, prompt: str, allow_absolute: bool) -> Iterator[di
     """Rows with absolute `uri`, checked types and defaults, without audio measurements."""
     tar = path.suffix == ".tar"
     for place, row in _tar_rows(path) if tar else _json_rows(path):
+        conversation = _conversation(place, row) if "messages" in row and not tar else None
+        messages, spoken = conversation or (None, [row])
+        if messages is not None:
+            row = {**row, "audio": spoken[0]["audio"], "text": answer_of(messages)}
         _check_row(place, row)
-        if not tar and not allow_absolute and _leaves(row["audio"]):
-            raise ManifestError(
-                f"{place}: field 'audio': {row['audio']!r} lies outside the manifest's folder; "
-                "data.allow_absolute (--allow_absolute) admits such files"
-            )
-        spans, identity = row.get("offset") is not None, row.get("id")
-        offset, length = row["bytes"] if tar else (None, None)
+        for part in spoken:
+            _check_row(place, {**part, "text": part.get("text") or ""})
+            if not tar and not allow_absolute and _leaves(part["audio"]):
+                raise ManifestError(
+                    f"{place}: field 'audio': {part['audio']!r} lies outside the manifest's "
+                    "folder; data.allow_absolute (--allow_absolute) admits such files"
+                )
+        places = [_place(path, part, tar) for part in spoken]
+        identity = row.get("id")
         yield {
             "id": place.replace(str(path), f"{path.parent.name}/{path.stem}")
             if identity is None
             else str(identity),
-            "uri": str(path if tar else path.parent / row["audio"]),
-            "offset": offset,
-            "length": length,
-            "start": float(row.get("offset") or 0.0),
-            # Without an offset the utterance is the whole file, however long it really is.
-            "duration": float(row["duration"])
-            if spans and row.get("duration") is not None
-            else None,
+            **places[0],
             "text": row["text"].strip(),
             "prompt": row.get("prompt") or prompt,
             "language": row.get("language"),
             "speaker": row.get("speaker"),
+            "task": row.get("task"),
+            "messages": None if messages is None else to_column(messages),
+            "audios": None
+            if messages is None
+            else [{**p, "text": s.get("text")} for p, s in zip(places, spoken, strict=True)],
         }
+
+
+def _conversation(place: str, row: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
+    if not _storable(json.dumps(row["messages"], ensure_ascii=False)):
+        raise ManifestError(f"{place}: field 'messages': it holds what is no text")
+    try:
+        return parse_messages(row)
+    except ValueError as error:
+        raise ManifestError(f"{place}: field 'messages': {error}") from None
+
+
+def _place(path: Path, row: dict[str, Any], tar: bool) -> dict[str, Any]:
+    """Where a recording lies."""
+    offset, length = row["bytes"] if tar else (None, None)
+    spans = row.get("offset") is not None and row.get("duration") is not None
+    return {
+        "uri": str(path if tar else path.parent / row["audio"]),
+        "offset": offset,
+        "length": length,
+        "start": float(row.get("offset") or 0.0),
+        # Without an offset the utterance is the whole file, however long it really is.
+        "duration": float(row["duration"]) if spans else None,
+    }
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -230,93 +253,6 @@ def _storable(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _measure_all(
-    rows: list[dict[str, Any]], manifest: Path, cache_dir: Path | None, threads: int
-) -> tuple[list[dict[str, Any]], list[Reject]]:
-    """Add `samples` and `key` to rows; unchanged files are not opened again."""
-    known = _Measurements(manifest, cache_dir)
-    with ThreadPoolExecutor(threads) as pool:
-        results = list(pool.map(lambda row: _measure_one(row, known), rows))
-    good: list[dict[str, Any]] = []
-    rejects: list[Reject] = []
-    for row, result in zip(rows, results, strict=True):
-        if isinstance(result, AudioError):
-            rejects.append(Reject(row["id"], row["uri"], result.reason, result.detail))
-        elif not row["text"]:
-            rejects.append(Reject(row["id"], row["uri"], "empty text", "nothing to learn from"))
-        else:
-            good.append({**row, **result})
-    known.save()
-    return good, rejects
-
-
-def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
-    try:
-        status = os.stat(row["uri"])
-    except OSError:
-        return AudioError("missing", f"no such file: {row['uri']}")
-    span = span_of(row)
-    name = [row["uri"], row["start"], row["duration"], status.st_size, status.st_mtime_ns]
-    name += [span.bytes] if span.bytes else []
-    if (found := known.get(repr(name))) is not None:
-        return found
-    try:
-        samples = measure(row["uri"], span)
-    except AudioError as error:
-        return error
-    result = {"samples": samples, "key": _content_key(row, status.st_size)}
-    known.put(repr(name), result)
-    return result
-
-
-def _content_key(row: dict[str, Any], size: int) -> str:
-    """Hash of the recording's size and both ends (all of a small one) and of the span in it."""
-    first, size = (0, size) if row["length"] is None else (row["offset"], row["length"])
-    digest = hashlib.blake2b(f"{size} {row['start']} {row['duration']}".encode(), digest_size=16)
-    with open(row["uri"], "rb") as file:
-        file.seek(first)
-        digest.update(file.read(min(_EDGE, size)))
-        if size > _EDGE:
-            file.seek(first + max(_EDGE, size - _EDGE))
-            digest.update(file.read(min(_EDGE, size - _EDGE)))
-    return digest.hexdigest()
-
-
-def span_of(row: dict[str, Any]) -> AudioSpan:
-    """Where the utterance of an index row lies in its file."""
-    inside = None if row["length"] is None else (row["offset"], row["length"])
-    return AudioSpan(row["start"], row["duration"], inside)
-
-
-class _Measurements:
-    """What earlier runs measured of one manifest's files, kept as Parquet."""
-
-    def __init__(self, manifest: Path, cache_dir: Path | None) -> None:
-        self._values: dict[str, dict[str, Any]] = {}
-        self._fresh = False
-        self._path: Path | None = None
-        if cache_dir is None:
-            return
-        name = hashlib.blake2b(str(manifest).encode(), digest_size=8).hexdigest()
-        self._path = cache_dir / f"index-{name}.parquet"
-        try:
-            for row in pq.read_table(self._path).to_pylist():
-                self._values[row.pop("file")] = row
-        except (OSError, pa.ArrowException, KeyError):
-            self._values = {}  # absent or damaged: measure again
-
-    def get(self, name: str) -> dict[str, Any] | None:
-        return self._values.get(name)
-
-    def put(self, name: str, value: dict[str, Any]) -> None:
-        self._values[name] = value
-        self._fresh = True
-
-    def save(self) -> None:
-        if self._path is None or not self._fresh:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"file": name, **value} for name, value in self._values.items()]
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
-        os.replace(temporary, self._path)
+def recordings(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recordings of an index row: itself, or those of its conversation."""
+    return row["audios"] or [row]

@@ -1,0 +1,137 @@
+"""Lengths and content keys of recordings, from their headers and edges, kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from omni.data.audio import AudioError, AudioSpan, measure
+
+_EDGE = 64 * 1024  # bytes hashed at each end of a file
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An utterance that is left out, with a reason of a few words."""
+
+    id: str
+    uri: str
+    reason: str
+    detail: str
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def measure_all(
+    rows: list[dict[str, Any]], manifest: Path, cache_dir: Path | None, threads: int
+) -> tuple[list[dict[str, Any]], list[Reject]]:
+    """Add `samples` and `key` to rows; unchanged files are not opened again."""
+    known = _Measurements(manifest, cache_dir)
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(lambda row: _measure_row(row, known), rows))
+    good: list[dict[str, Any]] = []
+    rejects: list[Reject] = []
+    for row, result in zip(rows, results, strict=True):
+        if isinstance(result, AudioError):
+            rejects.append(Reject(row["id"], row["uri"], result.reason, result.detail))
+        elif not row["text"]:
+            rejects.append(Reject(row["id"], row["uri"], "empty text", "nothing to learn from"))
+        else:
+            good.append({**row, **result})
+    known.save()
+    return good, rejects
+
+
+def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
+    """What a row's recordings measure; the first error of several."""
+    if row["audios"] is None:
+        return _measure_one(row, known)
+    measured = []
+    for place in row["audios"]:
+        found = _measure_one(place, known)
+        if isinstance(found, AudioError):
+            return found
+        measured.append({**place, **found})
+    joined = hashlib.blake2b(" ".join(m["key"] for m in measured).encode(), digest_size=16)
+    samples = sum(m["samples"] for m in measured)
+    return {"samples": samples, "key": joined.hexdigest(), "audios": measured}
+
+
+def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
+    try:
+        status = os.stat(row["uri"])
+    except OSError:
+        return AudioError("missing", f"no such file: {row['uri']}")
+    span = span_of(row)
+    name = [row["uri"], row["start"], row["duration"], status.st_size, status.st_mtime_ns]
+    name += [span.bytes] if span.bytes else []
+    if (found := known.get(repr(name))) is not None:
+        return found
+    try:
+        samples = measure(row["uri"], span)
+    except AudioError as error:
+        return error
+    result = {"samples": samples, "key": _content_key(row, status.st_size)}
+    known.put(repr(name), result)
+    return result
+
+
+def _content_key(row: dict[str, Any], size: int) -> str:
+    """Hash of the recording's size and both ends (all of a small one) and of the span in it."""
+    first, size = (0, size) if row["length"] is None else (row["offset"], row["length"])
+    digest = hashlib.blake2b(f"{size} {row['start']} {row['duration']}".encode(), digest_size=16)
+    with open(row["uri"], "rb") as file:
+        file.seek(first)
+        digest.update(file.read(min(_EDGE, size)))
+        if size > _EDGE:
+            file.seek(first + max(_EDGE, size - _EDGE))
+            digest.update(file.read(min(_EDGE, size - _EDGE)))
+    return digest.hexdigest()
+
+
+def span_of(row: dict[str, Any]) -> AudioSpan:
+    """Where the utterance of an index row lies in its file."""
+    inside = None if row["length"] is None else (row["offset"], row["length"])
+    return AudioSpan(row["start"], row["duration"], inside)
+
+
+class _Measurements:
+    """What earlier runs measured of one manifest's files, kept as Parquet."""
+
+    def __init__(self, manifest: Path, cache_dir: Path | None) -> None:
+        self._values: dict[str, dict[str, Any]] = {}
+        self._fresh = False
+        self._path: Path | None = None
+        if cache_dir is None:
+            return
+        name = hashlib.blake2b(str(manifest).encode(), digest_size=8).hexdigest()
+        self._path = cache_dir / f"index-{name}.parquet"
+        try:
+            for row in pq.read_table(self._path).to_pylist():
+                self._values[row.pop("file")] = row
+        except (OSError, pa.ArrowException, KeyError):
+            self._values = {}  # absent or damaged: measure again
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        return self._values.get(name)
+
+    def put(self, name: str, value: dict[str, Any]) -> None:
+        self._values[name] = value
+        self._fresh = True
+
+    def save(self) -> None:
+        if self._path is None or not self._fresh:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"file": name, **value} for name, value in self._values.items()]
+        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+        os.replace(temporary, self._path)
