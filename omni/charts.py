@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, TypeGuard
 
 Row = dict[str, Any]
@@ -18,7 +19,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 424, 16, 196  # of the plot inside
 
 @dataclass(frozen=True)
 class Chart:
-    """Values over steps: `curves` pairs a label with a key of metrics.jsonl."""
+    """Values over steps: `curves` pairs a label with a key of metrics.jsonl.
+
+    A key with colons leads into objects: dev_tasks:emotion:loss.
+    """
 
     title: str
     unit: str
@@ -50,8 +54,27 @@ class Chart:
 {axes.draw(best)}{svg}<path class="cursor"/></svg></figure>"""
 
     def _points(self, rows: list[Row], key: str) -> list[Point]:
-        values = [(row["step"], row.get(key)) for row in rows]
+        values = [(row["step"], _find(row, key)) for row in rows]
         return [(step, self.scale * v) for step, v in values if isinstance(v, int | float)]
+
+
+def _find(row: Row, key: str) -> Any:
+    value: Any = row
+    for name in key.split(":"):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def bars(title: str, unit: str, values: dict[str, float]) -> str:
+    """A figure of horizontal bars, the largest as wide as the page allows."""
+    largest = max(values.values(), default=0.0) or 1.0
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="bar"><i style="width:{100 * v / largest:.1f}%"></i>'
+        f"</td><td>{short(v)}</td></tr>"
+        for name, v in values.items()
+    )
+    caption = f"<figcaption><b>{title}</b> <span>{unit}</span></figcaption>"
+    return f"<figure>{caption}<table>{rows}</table></figure>"
 
 
 _LOSS = [("train", "loss"), ("dev", "dev_loss")]
@@ -66,7 +89,9 @@ LEARNING_SMALL = [
     Chart("Learning rate", "", [("", "lr")]),
     Chart("Gradient norm", "", [("", "grad_norm")]),
 ]
-CTC = Chart("CTC loss", "", [("", "ctc")])  # of runs that have one
+# Of runs that have one:
+CTC = Chart("CTC loss", "", [("", "ctc")])
+KL = Chart("Divergence from the reader", "nats per token", [("train", "kl"), ("dev", "dev_kl")])
 SPEED = [
     Chart("Trainer, audio", "audio s/s", [("", "audio_seconds_per_second")]),
     Chart("Trainer, tokens", "tokens/s", [("", "tokens_per_second")]),

@@ -46,6 +46,23 @@ def _workers(value: Any) -> Any:
     return given[0] if len(given) == 1 else tuple(given)
 
 
+def _distinct(value: Any) -> Any:
+    if isinstance(value, list) and (not value or len(set(map(str, value))) < len(value)):
+        raise ValueError("expected last, all, or different numbers of layers")
+    return value
+
+
+def _lm(value: str) -> str:
+    kind, _, name = value.partition(":")
+    if value != "scratch" and (kind not in ("nanochat", "hf", "ms") or not name):
+        raise ValueError("expected scratch, nanochat:DIR, hf:ID_OR_DIR or ms:ID")
+    # Workers have another working directory than the command that started the run.
+    if kind == "nanochat" or (kind == "hf" and Path(name).expanduser().is_dir()):
+        return f"{kind}:{_absolute(name)}"
+    return value
+
+
+_SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len", "window_pattern")
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -68,13 +85,22 @@ class RunConfig(Section):
     grace_seconds: Annotated[float, Field(gt=0)] = 25  # after SIGTERM or Ctrl-C, for a checkpoint
 
 
+class TaskConfig(Section):
+    """One kind of thing that is asked for; rows name theirs in the field `task`."""
+
+    prompt: str = ""  # where a row has none
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of its tokens in the loss
+
+
 class DataConfig(Section):
     """Manifests (JSON lines), or embedded:train, embedded:dev, embedded:test."""
 
     train: Paths = ["embedded:train"]
     dev: Paths = ["embedded:dev"]
     test: Paths = []
-    prompt: str = ""  # text between the audio and the transcript, where a row has none
+    prompt: str = ""  # asks for the transcript; the audio comes first, or where it has <|audio|>
+    tasks: dict[str, TaskConfig] = {}  # by name; none: the rows' own names, all alike
+    template: Literal["auto", "plain", "chat"] = "auto"  # auto: chat for a chat model of hf: or ms:
     allow_absolute: bool = False  # manifests may name files outside their own folder
     max_rejects: Share = 0.05  # of the utterances seen; more stop the run
     cache: str | None = "auto"  # encoder features: a folder or URI; auto: <run.storage>/cache
@@ -87,6 +113,9 @@ class EncoderConfig(Section):
     """The frozen Whisper encoder and the actors that run it."""
 
     weights: str = "embedded"  # embedded, hub (WHISPER_MS_ID, WHISPER_HF_ID), or a folder
+    layers: Annotated[
+        Literal["last", "all"] | list[Annotated[int, Field(ge=0)]], BeforeValidator(_distinct)
+    ] = "last"  # several are mixed by learnt weights; 0 is the input of the first
     mode: Literal["trim", "full"] = "trim"
     margin_seconds: Annotated[float, Field(ge=0, le=30)] = 0.5
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -104,8 +133,13 @@ class TokenizerConfig(Section):
 
 
 class ModelConfig(Section):
-    """Projector and GPT. Names are nanochat's where it has one."""
+    """Projector and language model. Names are nanochat's where it has one.
 
+    lm: scratch builds the GPT that n_layer to window_pattern describe; nanochat:DIR[@STEP],
+    hf:ID_OR_DIR[@REVISION] and ms:ID[@REVISION] load one, which has a shape of its own.
+    """
+
+    lm: Annotated[str, AfterValidator(_lm)] = "scratch"
     n_layer: Positive = 6
     n_head: Positive = 4
     n_kv_head: Positive | None = None  # null: n_head
@@ -113,16 +147,29 @@ class ModelConfig(Section):
     sequence_len: Positive = 2048
     window_pattern: str = "L"
     stack: Positive = 4  # encoder frames per soft token (50 frames/s)
-    projector_hidden: Positive | None = None  # null: n_embd
+    projector: Literal["mlp", "swiglu", "conv"] | None = None  # null: mlp for a GPT, else swiglu
+    projector_hidden: Positive | None = None  # null: the language model's width
     dropout: Rate = 0.0
     token_dropout: Rate = 0.0  # share of text inputs hidden in training
     audio_dropout: Rate = 0.0  # share of soft tokens hidden in training
-    train: list[Literal["projector", "lm"]] = ["projector", "lm"]  # the rest is frozen
+    train: list[Literal["projector", "lm", "lora"]] = ["projector", "lm"]  # the rest is frozen
+    lora_rank: Positive = 16  # of the adapters that `lora` puts into the language model
+    lora_alpha: Positive | None = None  # null: twice the rank
+    lora_targets: list[str] = []  # names of linear layers; none: all
 
     @model_validator(mode="after")
-    def _something_trains(self) -> ModelConfig:
+    def _consistent(self) -> ModelConfig:
         if not self.train:
-            raise ValueError("train: expected at least one of projector, lm")
+            raise ValueError("train: expected at least one of projector, lm, lora")
+        if {"lm", "lora"} <= set(self.train):
+            raise ValueError("train: lora leaves the language model's own weights frozen: drop lm")
+        if self.lm == "scratch":
+            if "lora" in self.train:
+                raise ValueError("train: lora adapts a language model that is trained: set lm")
+            return self
+        for name in _SHAPE:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: {self.lm} has its own; leave it out")
         return self
 
 
@@ -139,6 +186,7 @@ class OptimConfig(Section):
     steps: Positive = 1000
     lr: Annotated[float, Field(gt=0)] = 1e-3  # AdamW: embeddings, scalars, and matrices w/o Muon
     projector_lr: Annotated[float, Field(gt=0)] | None = None  # null: lr
+    lora_lr: Annotated[float, Field(gt=0)] | None = None  # null: lr
     muon_lr: Annotated[float, Field(gt=0)] | None = None  # Muon for the GPT's matrices; null: AdamW
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -147,8 +195,19 @@ class OptimConfig(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     spike: Annotated[float, Field(gt=1)] | None = 100.0  # x the mean gradient norm: skip the step
     max_skips: Positive = 5  # steps in a row without a usable gradient; more stop the run
+    ce_weight: Annotated[float, Field(ge=0)] = 1.0  # cross-entropy of the answers
     ctc_weight: Annotated[float, Field(ge=0)] = 0.0  # auxiliary CTC on the soft tokens
+    listen_steps: Annotated[int, Field(ge=0)] = 0  # first ones, CTC alone: the LM is not run
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0  # divergence from the LM that reads the text
+    kl_temperature: Annotated[float, Field(gt=0)] = 2.0
+    kl_end_weight: Annotated[float, Field(gt=0)] = 2.0  # of the token that ends an answer
     ema: Rate = 0.0  # decay of the averaged weights that are evaluated and saved; 0: off
+
+    @model_validator(mode="after")
+    def _listens(self) -> OptimConfig:
+        if self.listen_steps and not self.ctc_weight:
+            raise ValueError("listen_steps: these steps train by CTC alone; expected a ctc_weight")
+        return self
 
 
 class TrainConfig(Section):
@@ -159,6 +218,7 @@ class TrainConfig(Section):
     cpus: Annotated[float, Field(gt=0)] = 1  # logical CPUs per worker
     threads: Positive = 1  # torch threads per worker
     precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: bool = False  # keep layers' inputs only: less memory, a third more time
     max_failures: Annotated[int, Field(ge=-1)] = 3  # in a row without a checkpoint; -1: no limit
     timeout_seconds: Annotated[float, Field(gt=0)] = 600  # without progress: restart what hangs
     log_every: Positive = 10

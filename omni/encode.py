@@ -19,7 +19,7 @@ import torch
 
 from omni.config import Config, ConfigError
 from omni.data.features import FeatureCache
-from omni.data.index import Index
+from omni.data.index import Index, recordings
 from omni.data.plan import Plan, Split
 from omni.data.stages import StreamSettings
 from omni.data.storage import join
@@ -72,12 +72,16 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
 
 
 def _distinct(indexes: dict[str, Index]) -> pa.Table:
-    """Rows of all splits, one for each content key, with the columns that the stream expects."""
+    """Recordings of all splits, one for each content key, with the columns of the stream."""
     table = pa.concat_tables([index.table for index in indexes.values()])
+    if table["audios"].null_count < len(table):
+        rows = [{**row, **r, "audios": None} for row in table.to_pylist() for r in recordings(row)]
+        table = pa.Table.from_pylist(rows, table.schema)
     _, first = np.unique(np.asarray(table["key"].to_pylist()), return_index=True)
     table = table.take(pa.array(np.sort(first)))
-    nothing = pa.nulls(len(table), pa.list_(pa.int32()))
-    return table.append_column("prompt_ids", nothing).append_column("text_ids", nothing)
+    for name in ("tokens", "supervised", "heard", "task_number"):
+        table = table.append_column(name, pa.nulls(len(table)))
+    return table
 
 
 def _split(table: pa.Table, missing: np.ndarray, frames: int) -> Split:
@@ -126,7 +130,7 @@ def _follow(
             ) from error
         for row in rows:
             done += len(row["frames"])
-            result["encoded"] += sum(frames > 0 for frames in row["frames"])
+            result["encoded"] += sum(map(bool, row["frames"]))
             result["audio_seconds"] += row["encoded_samples"] / SAMPLING_RATE
             result["full"] = result["full"] or row["cache_full"]
             rejects.update(e.partition("\n")[0] for e in row["errors"] if e is not None)

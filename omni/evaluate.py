@@ -17,11 +17,13 @@ from omni.config import ConfigError
 from omni.data.audio import AudioError, decode, decode_blocks, fit
 from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.collate import Utterance
-from omni.data.index import ManifestError, Reject, build_index, span_of
+from omni.data.conversations import messages_of
+from omni.data.index import ManifestError, build_index, recordings
+from omni.data.measure import Reject, span_of
+from omni.model.conversation import Message, Template, make_template, transcription
 from omni.model.hub import SourceError
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
-from omni.model.tokenizer import SpeechTokenizer
 from omni.model.whisper import WhisperEncoder
 from omni.train.checkpoint import CheckpointError, read_state
 from omni.transcribe import HeldUtterance, summarize, transcribe
@@ -36,7 +38,7 @@ class Transcriber:
     encoder: WhisperEncoder
     codec: FeatureCodec
     model: OmniModel
-    tokenizer: SpeechTokenizer
+    template: Template
     prompt: str
     bf16: bool
     longest_seconds: float  # what nearly all training utterances stay under
@@ -51,6 +53,7 @@ class Transcriber:
                 None if facts["source"] == "hub" else facts["source"],
                 mode=facts["mode"],
                 margin_seconds=facts["margin_seconds"],
+                layers=facts.get("layers") or "last",
                 dtype=DTYPES[facts["dtype"]],
                 device=device,
             )
@@ -59,17 +62,19 @@ class Transcriber:
                     f"{checkpoint}: trained on features of other encoder weights than "
                     f"{facts['source']!r} now holds"
                 )
-            model = found.load_model().to(device).eval()
             config = yaml.safe_load((found.path / "config.yaml").read_text())
-        except (CheckpointError, SourceError) as error:
+            bf16 = config["train"]["precision"] == "bf16"
+            model = found.load_model(torch.bfloat16 if bf16 else None).to(device).eval()
+            template = make_template(found.tokenizer(), config["data"].get("template", "auto"))
+        except (CheckpointError, SourceError, ValueError) as error:
             raise ConfigError(f"--checkpoint: {error}") from None
         return cls(
             encoder,
             FeatureCodec.of(facts),
             model,
-            found.tokenizer(),
+            template,
             config["data"]["prompt"],
-            config["train"]["precision"] == "bf16",
+            bf16,
             facts["longest_seconds"],
         )
 
@@ -77,11 +82,19 @@ class Transcriber:
         """Features (T, d_model) as training saw them, of (S,) fp32 mono at 16 kHz."""
         return self.codec.as_travelled(self.encoder.encode([audio])[0])
 
+    def utterance(
+        self, spoken: Sequence[np.ndarray], messages: Sequence[Message], number: int
+    ) -> Utterance:
+        """What the model is given of a conversation with these recordings."""
+        features = [self.features_of(audio) for audio in spoken]
+        rendered = self.template.render([messages])[0]
+        return Utterance(features, rendered.ids, rendered.supervised, number)
+
     def write(self, held: Sequence[HeldUtterance]) -> list[dict[str, Any]]:
         """Transcript rows of utterances that have features."""
         device = self.encoder.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return transcribe(self.model, self.tokenizer, held)
+            return transcribe(self.model, self.template, held)
 
     def text_of(self, blocks: Iterable[np.ndarray]) -> str:
         """What is said in a recording of any length: blocks of (S,) fp32 mono at 16 kHz.
@@ -90,11 +103,12 @@ class Transcriber:
         in memory at a time.
         """
         pieces = cut_at_quiet(blocks, max(self.longest_seconds, 2.0))
-        prompt = self.tokenizer.encode(self.prompt)
         written: list[str] = []
         while group := list(itertools.islice(pieces, _ENCODE_BATCH)):
             held = [
-                HeldUtterance(Utterance(self.features_of(piece), prompt, (), i), "", "", "")
+                HeldUtterance(
+                    self.utterance([piece], transcription(self.prompt, ""), i), "", "", ""
+                )
                 for i, piece in enumerate(group)
             ]
             rows = sorted(self.write(held), key=lambda row: row["number"])
@@ -163,15 +177,15 @@ def _held(
     held, bad = [], []
     for number, row in enumerate(rows, start=first):
         try:
-            audio = fit(decode(Path(row["uri"]), span_of(row)), row["samples"])
+            spoken = [
+                fit(decode(Path(r["uri"]), span_of(r)), r["samples"]) for r in recordings(row)
+            ]
         except AudioError as error:
             bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
             continue
-        features = transcriber.features_of(audio)
-        prompt = transcriber.tokenizer.encode(row["prompt"])
         held.append(
             HeldUtterance(
-                Utterance(features, prompt, (), number),
+                transcriber.utterance(spoken, messages_of(row), number),
                 row["id"],
                 row["uri"],
                 row["text"],

@@ -17,11 +17,13 @@ import soundfile
 
 from omni.charts import (
     CTC,
+    KL,
     LEARNING_SMALL,
     LEARNING_WIDE,
     SPEED,
     Chart,
     Row,
+    bars,
     clock,
     count,
     finite,
@@ -60,6 +62,7 @@ def write_report(run: Path) -> Path:
         return f'<div class="{layout}">{"".join(drawn)}</div>'
 
     small = LEARNING_SMALL + [CTC] * any(row.get("ctc") for row in train)
+    small += [KL] * any(row.get("kl") for row in train) + _by_task(evals)
     style, script = (_text(ASSETS / name) for name in ("report.css", "report.js"))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name} · omni</title>
@@ -67,7 +70,7 @@ def write_report(run: Path) -> Path:
 <link rel="icon" href="data:,"><style>{style}</style></head><body><main>
 <h1>{name}</h1>{_status(summary, broken)}{_figures(figures)}
 <h2>Learning</h2><p class="quiet">Numbers are the last logged. A long curve is drawn pale under its
-running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}
+running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}{_layers(evals)}
 <h2>Throughput</h2>{curves(SPEED, "small")}{_stages(figures)}{_notes(metrics)}
 {_faults(run)}<h2>Test utterances</h2>{_test_utterances(run)}
 <h2>Last evaluation</h2>{_examples(evals)}
@@ -134,6 +137,21 @@ interrupted or is still going. Figures are the last logged. {skipped}</p>"""
     }
     known = [f"{value} {what}" for what, value in facts.items() if value != "–"]
     return f'<p class="quiet">{" · ".join(["Finished", *known])}. {skipped}</p>'
+
+
+def _by_task(evals: list[Row]) -> list[Chart]:
+    """Dev loss of each task, of runs that have several."""
+    names = sorted({name for row in evals for name in row.get("dev_tasks") or {}})
+    curves = [(escape(name), f"dev_tasks:{name}:loss") for name in names if ":" not in name]
+    return [Chart("Dev loss by task", "nats per token", curves)] if curves else []
+
+
+def _layers(evals: list[Row]) -> str:
+    """What the last evaluation weighed the encoder's layers with, of runs that mix them."""
+    mixed = [row["layers"] for row in evals if isinstance(row.get("layers"), dict)]
+    weights: Row = mixed[-1] if mixed else {}
+    values = {f"layer {name}": w for name, w in weights.items() if finite(w)}
+    return f'<div class="small">{bars("Encoder layers", "share", values)}</div>' if values else ""
 
 
 def _figures(s: Row) -> str:

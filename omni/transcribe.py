@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni.data.collate import Utterance
+from omni.model.conversation import Template
 from omni.model.generate import generate
 from omni.model.omni import OmniModel
-from omni.model.tokenizer import SpeechTokenizer
 from omni.score import Errors, count_errors, total
 
 _DECODE_BATCH = 32
@@ -28,47 +28,46 @@ class HeldUtterance:
 
 
 def transcribe(
-    model: OmniModel, tokenizer: SpeechTokenizer, held: Sequence[HeldUtterance]
+    model: OmniModel, template: Template, held: Sequence[HeldUtterance]
 ) -> list[dict[str, Any]]:
     """Decode utterances, similar lengths together; one transcript row each, shortest first."""
-    usable = [h for h in held if h.utterance.features_TF is not None]
+    usable = [h for h in held if h.utterance.features is not None]
     usable.sort(key=_length)
     rows: list[dict[str, Any]] = []
     for first in range(0, len(usable), _DECODE_BATCH):
-        rows += _transcribe_group(model, tokenizer, usable[first : first + _DECODE_BATCH])
+        rows += _transcribe_group(model, template, usable[first : first + _DECODE_BATCH])
     return rows
 
 
 def _length(held: HeldUtterance) -> tuple[int, int]:
-    features = held.utterance.features_TF
-    return (0 if features is None else len(features), held.utterance.number)
+    return sum(map(len, held.utterance.features or ())), held.utterance.number
 
 
 def _transcribe_group(
-    model: OmniModel, tokenizer: SpeechTokenizer, group: list[HeldUtterance]
+    model: OmniModel, template: Template, group: list[HeldUtterance]
 ) -> list[dict[str, Any]]:
-    """Decode utterances with the same prompt together; one transcript row each."""
-    by_prompt: dict[tuple[int, ...], list[HeldUtterance]] = {}
-    for held in group:
-        by_prompt.setdefault(tuple(held.utterance.prompt_ids), []).append(held)
+    """Decode utterances together; one transcript row each."""
+    answers = generate(
+        model,
+        [held.utterance.prompt for held in group],
+        [held.utterance.features or () for held in group],
+        end=template.end,
+    )
     rows = []
-    for prompt, members in by_prompt.items():
-        features = [m.utterance.features_TF for m in members if m.utterance.features_TF is not None]
-        answers = generate(model, features, bos=tokenizer.bos, end=tokenizer.end, prompt_ids=prompt)
-        for member, ids in zip(members, answers, strict=True):
-            hypothesis = tokenizer.decode(ids).strip()
-            errors = count_errors(member.text, hypothesis, member.language)
-            rows.append(
-                {
-                    "number": member.utterance.number,
-                    "id": member.id,
-                    "audio": member.uri,
-                    "reference": member.text,
-                    "hypothesis": hypothesis,
-                    "wer": errors.wer,
-                    "errors": errors,
-                }
-            )
+    for held, ids in zip(group, answers, strict=True):
+        hypothesis = template.tokenizer.decode(ids).strip()
+        errors = count_errors(held.text, hypothesis, held.language)
+        rows.append(
+            {
+                "number": held.utterance.number,
+                "id": held.id,
+                "audio": held.uri,
+                "reference": held.text,
+                "hypothesis": hypothesis,
+                "wer": errors.wer,
+                "errors": errors,
+            }
+        )
     return rows
 
 

@@ -26,6 +26,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=6,
 )
+ROW_FIELDS = ["audio", "text", "id", "offset", "duration", "messages", "task"]
 QUIET = settings(
     max_examples=150,
     deadline=None,
@@ -61,7 +62,7 @@ def test_any_command_line_is_taken_or_refused(arguments: list[str]) -> None:
 
 
 @QUIET
-@given(row=st.dictionaries(st.sampled_from(["audio", "text", "id", "offset", "duration"]), VALUES))
+@given(row=st.dictionaries(st.sampled_from(ROW_FIELDS), VALUES))
 def test_any_manifest_row_is_a_reject_or_a_named_error(tmp_path: Path, row: object) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text(json.dumps(row) + "\n")

@@ -25,6 +25,7 @@ import torch
 from omni.data.audio import decode_blocks
 from omni.data.codec import FeatureCodec
 from omni.evaluate import Transcriber
+from omni.model.conversation import Template
 from omni.model.gpt import GPTConfig
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
@@ -32,10 +33,10 @@ from omni.model.whisper import WhisperEncoder
 torch.set_num_threads(1)
 tokenizer = SpeechTokenizer.train(["you are entering conference number seven"], 300)
 gpt = GPTConfig(256, tokenizer.vocab_size, 1, 1, 1, 64, "L")
-model = OmniModel(OmniConfig(gpt, 384, 8)).eval()
+model = OmniModel(OmniConfig(gpt, 384, stack=8)).eval()
 model.init_weights(0)
 encoder = WhisperEncoder("embedded", mode="trim", dtype=torch.bfloat16)
-speech = Transcriber(encoder, FeatureCodec(384), model, tokenizer, "", False, 4.0)
+speech = Transcriber(encoder, FeatureCodec(384), model, Template(tokenizer), "", False, 4.0)
 words = len(speech.text_of(decode_blocks(sys.argv[1])))
 assert words > 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -14,7 +14,8 @@ from omni.bench.measure import Ceiling, Result, alternate, describe_machine, med
 from omni.config import Config
 from omni.data.audio import AudioSpan, decode
 from omni.data.codec import DTYPES
-from omni.data.index import build_index, span_of
+from omni.data.index import build_index
+from omni.data.measure import span_of
 from omni.model.hub import read_whisper_files, whisper_folder
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.whisper import WhisperEncoder

@@ -158,11 +158,10 @@ class Peer:
 
     def _collate(self, rows: list[dict[str, Any]], features: list[Tensor], packed: bool) -> Batch:
         members = [
-            Utterance(f, row["prompt_ids"] or (), row["text_ids"])
+            Utterance([f], row["tokens"], row["supervised"])
             for f, row in zip(features, rows, strict=True)
         ]
-        model, tokenizer = self._prepared.model, self._prepared.tokenizer
-        layout = Layout(0, model.stack, model.feature_dim, tokenizer.bos, tokenizer.end)
+        layout = Layout.of(self._config, self._prepared.model)
         lengths = [layout.length(member) for member in members]
         positions = sum(lengths) if packed else max(lengths)
         rows_of = [members] if packed else [[member] for member in members]

@@ -38,9 +38,7 @@ class Sample:
 
     @property
     def layout(self) -> Layout:
-        tokenizer, model = self.prepared.tokenizer, self.prepared.model
-        positions = self.prepared.config.optim.bin_positions
-        return Layout(positions, model.stack, model.feature_dim, tokenizer.bos, tokenizer.end)
+        return Layout.of(self.prepared.config, self.prepared.model)
 
     def bins(self) -> list[list[Utterance]]:
         rows = [row for block in self.encoded for row in block.to_pylist()]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from omni.bench.measure import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.bench.prepared import Sample, in_temporary_storage, progress, take_sample
-from omni.config import Config
+from omni.config import Config, ConfigError
 from omni.data.collate import Utterance
 from omni.model.batch import Batch
+from omni.model.gpt import GPT, GPTConfig
 from omni.model.omni import OmniConfig, OmniModel
 from omni.train.optim import make_optimizers, trainable
 
@@ -33,15 +34,17 @@ def bench_train_step(config: Config) -> Result:
     packed = [sample.layout.batch([bin]) for bin in bins]
     padded = _padded(sample, [u for bin in bins for u in bin])
     _describe(packed, padded, result)
-    base = sample.prepared.model
-    own = (base.gpt.n_layer, base.gpt.n_embd, base.gpt.n_head)
+    base, lm = sample.prepared.model, sample.prepared.model.lm
+    if not isinstance(lm, GPTConfig) or base.source is not None:
+        raise ConfigError("model.lm: this suite makes its models from a seed; expected scratch")
+    own = (lm.n_layer, lm.n_embd, lm.n_head)
     for name, shape in {"config": own, **_SIZES}.items():
         if name != "config" and shape == own:
             continue
         progress(f"model {name}: {shape[0]} layers of {shape[1]}")
         layers, width, heads = shape
-        gpt = replace(base.gpt, n_layer=layers, n_embd=width, n_head=heads, n_kv_head=heads)
-        model = replace(base, gpt=gpt, projector_hidden=None)
+        gpt = replace(lm, n_layer=layers, n_embd=width, n_head=heads, n_kv_head=heads)
+        model = replace(base, lm=gpt, projector_hidden=None)
         _compare(name, model, config, packed, padded, device, result)
     return result
 
@@ -141,6 +144,7 @@ class _Step:
     @property
     def layer_parameters(self) -> int:
         """What every position is multiplied with: no embeddings, projector or vocabulary."""
+        assert isinstance(self._model.lm, GPT)
         return sum(p.numel() for p in self._model.lm.transformer.h.parameters())
 
     def __call__(self, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -9,7 +10,8 @@ import pyarrow as pa
 from omni.data.codec import FeatureCodec
 from omni.data.collate import Utterance
 
-# One row is one bin; lists have one entry per utterance of the bin.
+# One row is one bin; lists have one entry per utterance of the bin, and lists in them one per
+# recording of the utterance.
 _COMMON = [
     ("split", pa.string()),
     ("bin", pa.int64()),
@@ -18,23 +20,26 @@ _COMMON = [
     ("uris", pa.list_(pa.string())),
     ("texts", pa.list_(pa.string())),
     ("languages", pa.list_(pa.string())),
-    ("samples", pa.list_(pa.int64())),  # at 16 kHz
-    ("prompt_ids", pa.list_(pa.list_(pa.int32()))),
-    ("text_ids", pa.list_(pa.list_(pa.int32()))),
+    ("samples", pa.list_(pa.int64())),  # at 16 kHz, of all its recordings
+    ("tokens", pa.list_(pa.list_(pa.int32()))),  # with AUDIO for each recording
+    ("supervised", pa.list_(pa.list_(pa.bool_()))),
+    ("heard", pa.list_(pa.list_(pa.list_(pa.int32())))),  # ids of what is said, or null
+    ("tasks", pa.list_(pa.int32())),
     ("errors", pa.list_(pa.string())),  # "reason\ndetail" of an unusable recording, else null
 ]
 LOADED_SCHEMA = pa.schema(
     [
         *_COMMON,
-        ("keys", pa.list_(pa.string())),
-        ("features", pa.list_(pa.large_binary())),  # from the cache, else null
-        ("mels", pa.list_(pa.large_binary())),  # (n_mels, T_mel) of what must be encoded
+        ("keys", pa.list_(pa.list_(pa.string()))),
+        ("lengths", pa.list_(pa.list_(pa.int64()))),  # samples at 16 kHz
+        ("features", pa.list_(pa.list_(pa.large_binary()))),  # from the cache, else null
+        ("mels", pa.list_(pa.list_(pa.large_binary()))),  # (n_mels, T_mel) of what must be encoded
     ]
 )
 ENCODED_SCHEMA = pa.schema(
     [
         *_COMMON,
-        ("frames", pa.list_(pa.int64())),  # 0: rejected
+        ("frames", pa.list_(pa.list_(pa.int64()))),  # none: rejected
         ("features", pa.large_binary()),  # all utterances', one after another
         ("encode_seconds", pa.float64()),
         ("encoded_samples", pa.int64()),
@@ -45,14 +50,15 @@ ENCODED_SCHEMA = pa.schema(
 
 def utterances(row: dict[str, Any], codec: FeatureCodec) -> list[Utterance]:
     """The utterances of one encoded row; rejected ones have no features."""
-    features = codec.decode(row["features"])
-    parts = features.split(row["frames"]) if row["frames"] else ()
+    parts = iter(codec.decode(row["features"]).split(list(chain(*row["frames"]))))
     return [
         Utterance(
-            features_TF=part if frames else None,
-            prompt_ids=row["prompt_ids"][i] or (),
-            text_ids=row["text_ids"][i],
+            features=list(islice(parts, len(frames))) if frames else None,
+            ids=row["tokens"][i],
+            supervised=row["supervised"][i],
             number=row["numbers"][i],
+            task=row["tasks"][i] or 0,
+            heard=row["heard"][i],
         )
-        for i, (part, frames) in enumerate(zip(parts, row["frames"], strict=True))
+        for i, frames in enumerate(row["frames"])
     ]

@@ -33,7 +33,8 @@ class FeatureCodec:
     @classmethod
     def of(cls, encoder: dict[str, Any]) -> FeatureCodec:
         """The codec of a run, from the facts about its encoder that every checkpoint keeps."""
-        return cls(encoder["d_model"], DTYPES[encoder["dtype"]], encoder.get("format", "exact"))
+        width = encoder["d_model"] * max(1, len(encoder.get("layers") or ()))
+        return cls(width, DTYPES[encoder["dtype"]], encoder.get("format", "exact"))
 
     @property
     def frame_bytes(self) -> int:

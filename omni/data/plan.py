@@ -144,7 +144,7 @@ class Split:
     """One corpus, ready for the stream: the index with token ids, and its bins."""
 
     name: str
-    table: pa.Table  # index.SCHEMA and list columns prompt_ids, text_ids
+    table: pa.Table  # index.SCHEMA and tokens, supervised, heard, task_number
     plan: Plan
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from omni.data.audio import AudioError, decode_patiently, fit
 from omni.data.blocks import ENCODED_SCHEMA
 from omni.data.codec import FeatureCodec, tensor_bytes, tensor_from
 from omni.data.features import FeatureCache
-from omni.data.index import span_of
+from omni.data.index import recordings
+from omni.data.measure import span_of
 from omni.data.plan import Split
 from omni.model.whisper import WhisperEncoder
 from omni.model.windows import clip_mel
@@ -38,6 +40,7 @@ class StreamSettings:
     encoder: dict[str, Any]  # arguments of WhisperEncoder
     keep_features: bool = True  # False: only the cache gets them, the stream's rows have none
     bins_per_block: int = 1
+    fingerprint: str = ""  # of the encoder's weights
 
     def open_cache(self) -> FeatureCache | None:
         if self.cache is None:
@@ -50,47 +53,62 @@ def load_bin(
     split: Split, number: int, settings: StreamSettings, cache: FeatureCache | None
 ) -> dict[str, Any]:
     """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
-    encoder = settings.config.encoder
     members = split.plan.bin(number).tolist()
-    table = split.table.take(pa.array(members, pa.int64()))
-    keys = table["key"].to_pylist()
-    cached = cache.get(keys) if cache is not None else {}
-    features: list[bytes | None] = []
-    mels: list[bytes | None] = []
+    rows = split.table.take(pa.array(members, pa.int64())).to_pylist()
+    spoken = [recordings(row) for row in rows]
+    keys = [[recording["key"] for recording in of_row] for of_row in spoken]
+    cached = cache.get(list(chain(*keys))) if cache is not None else {}
+    mels: list[list[bytes | None]] = []
     errors: list[str | None] = []
-    columns = ["uri", "offset", "length", "start", "duration", "samples", "key"]
-    for row in table.select(columns).to_pylist():
-        known = cached.get(row["key"])
-        mel = error = None
-        if known is None:
-            try:
-                audio = fit(
-                    decode_patiently(Path(row["uri"]), span_of(row)),
-                    row["samples"],
-                )
-                mel = clip_mel(audio, settings.n_mels, encoder.mode, encoder.margin_seconds)
-            except AudioError as problem:
-                error = f"{problem.reason}\n{problem.detail}"
-        features.append(known)
-        # The encoder would round it anyway; in bf16 it is half the traffic.
-        mels.append(None if mel is None else tensor_bytes(mel.to(settings.encoder["dtype"])))
+    for of_row in spoken:
+        error = None
+        made: list[bytes | None] = []
+        for recording in of_row:
+            mel = None
+            if recording["key"] not in cached and error is None:
+                try:
+                    mel = _log_mel(recording, settings)
+                except AudioError as problem:
+                    error = f"{problem.reason}\n{problem.detail}"
+            made.append(mel)
+        mels.append(made)
         errors.append(error)
+    columns = {
+        name: [row[column] for row in rows]
+        for name, column in (
+            ("ids", "id"),
+            ("uris", "uri"),
+            ("texts", "text"),
+            ("languages", "language"),
+            ("samples", "samples"),
+            ("tokens", "tokens"),
+            ("supervised", "supervised"),
+            ("heard", "heard"),
+            ("tasks", "task_number"),
+        )
+    }
     return {
         "split": split.name,
         "bin": number,
         "numbers": members,
-        "ids": table["id"].to_pylist(),
-        "uris": table["uri"].to_pylist(),
-        "texts": table["text"].to_pylist(),
-        "languages": table["language"].to_pylist(),
-        "samples": table["samples"].to_pylist(),
-        "prompt_ids": table["prompt_ids"].to_pylist(),
-        "text_ids": table["text_ids"].to_pylist(),
+        **columns,
         "keys": keys,
+        "lengths": [[recording["samples"] for recording in of_row] for of_row in spoken],
         "errors": errors,
-        "features": features,
+        "features": [[cached.get(key) for key in of_row] for of_row in keys],
         "mels": mels,
     }
+
+
+def _log_mel(recording: dict[str, Any], settings: StreamSettings) -> bytes:
+    """Bytes of a recording's log-mel in the encoder's dtype: it would round it anyway, and bf16 is
+    half the traffic. Raises AudioError.
+    """
+    encoder = settings.config.encoder
+    audio = decode_patiently(Path(recording["uri"]), span_of(recording))
+    audio = fit(audio, recording["samples"])
+    mel = clip_mel(audio, settings.n_mels, encoder.mode, encoder.margin_seconds)
+    return tensor_bytes(mel.to(settings.encoder["dtype"]))
 
 
 class EncodeStage:
@@ -103,6 +121,11 @@ class EncodeStage:
             arguments["device"] = "cuda"
         self._settings = settings
         self._encoder = WhisperEncoder(**arguments)
+        if settings.fingerprint and self._encoder.fingerprint != settings.fingerprint:
+            raise RuntimeError(
+                "this node's encoder weights are not those that the run was planned with; "
+                "WHISPER_MS_ID and WHISPER_HF_ID take ID@REVISION"
+            )
         self._cache = settings.open_cache()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -114,14 +137,21 @@ class EncodeStage:
         done = []
         for row in rows:
             parts = [
-                known if known is not None else encoded.get(key)
-                for known, key in zip(row["features"], row["keys"], strict=True)
+                [
+                    known if known is not None else encoded.get(key)
+                    for known, key in zip(features, keys, strict=True)
+                ]
+                for features, keys in zip(row["features"], row["keys"], strict=True)
             ]
-            kept = [p for p in parts if p is not None] if self._settings.keep_features else []
+            # An utterance is used whole or not at all.
+            whole = [
+                [p for p in of_row if p is not None and None not in of_row] for of_row in parts
+            ]
+            kept = list(chain(*whole)) if self._settings.keep_features else []
             done.append(
                 {
                     **{name: row[name] for name in ENCODED_SCHEMA.names if name in row},
-                    "frames": [0 if part is None else codec.frames(part) for part in parts],
+                    "frames": [[codec.frames(part) for part in of_row] for of_row in whole],
                     "features": b"".join(kept),
                     "encode_seconds": seconds / len(rows),
                     "encoded_samples": samples // len(rows),
@@ -140,7 +170,8 @@ class EncodeStage:
         """Features by key of what the rows lack, and how many samples of audio were encoded."""
         missing: dict[str, tuple[bytes, int]] = {}
         for row in rows:
-            for key, mel, samples in zip(row["keys"], row["mels"], row["samples"], strict=True):
+            columns = (chain(*row[name]) for name in ("keys", "mels", "lengths"))
+            for key, mel, samples in zip(*columns, strict=True):
                 if mel is not None:
                     missing[key] = (mel, samples)
         if not missing:

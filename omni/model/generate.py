@@ -1,4 +1,4 @@
-"""Greedy decoding of many utterances at once, with a KV cache."""
+"""Greedy decoding of many utterances at once."""
 
 from __future__ import annotations
 
@@ -7,57 +7,95 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omni.model.gpt import SMEAR_GATE_CHANNELS, KVCache
+from omni.model.conversation import AUDIO
+from omni.model.gpt import GPT, SMEAR_GATE_CHANNELS, KVCache
 from omni.model.omni import OmniModel
 from omni.model.packing import SegmentLayout
 from omni.model.projector import stack_frames
+
+FRAMES_PER_SECOND = 50
 
 
 @torch.inference_mode()
 def generate(
     model: OmniModel,
-    features: Sequence[Tensor],
+    prompts: Sequence[Sequence[int]],
+    features: Sequence[Sequence[Tensor]],
     *,
-    bos: int,
     end: int,
-    prompt_ids: Sequence[int] = (),
     max_tokens: int = 200,
     tokens_per_second: float = 12.0,
 ) -> list[list[int]]:
-    """Token ids that the model writes after each recording, without the end token.
+    """Token ids that the model writes after each prompt, without the end token.
 
-    features: one (T, d_model) tensor per utterance at 50 frames/s.
+    prompts: ids with AUDIO where a recording stands. features: for each prompt, a (T, d) tensor at
+    50 frames/s for each of its recordings.
     An answer ends with the end token, or after `tokens_per_second` of its audio (at least 16,
     at most `max_tokens`): nobody speaks faster, and a model that loops is stopped.
     """
-    if not features:
+    if not prompts:
         return []
-    device = model.lm.lm_head.weight.device
-    soft = [model.project(stack_frames(f.to(device), model.config.stack)) for f in features]
-    limits = [min(max_tokens, max(16, int(len(f) / 50 * tokens_per_second))) for f in features]
-    text = model.lm.embed(torch.tensor([[bos, *prompt_ids]], device=device))[0]
-    lengths = torch.tensor([len(s) + len(text) for s in soft], device=device)
-    rows, longest = len(soft), int(lengths.max())
+    rows, ids = [], []
+    for prompt, spoken in zip(prompts, features, strict=True):
+        row, row_ids = _embedded(model, prompt, spoken)
+        rows.append(row)
+        ids.append(row_ids)
+    seconds = [sum(map(len, spoken)) / FRAMES_PER_SECOND for spoken in features]
+    limits = [min(max_tokens, max(16, int(s * tokens_per_second))) for s in seconds]
+    if isinstance(model.lm, GPT):
+        return _write(model.lm, rows, ids, limits, end)
+    return model.lm.write(rows, limits, end)
 
-    x = torch.zeros(rows, longest, text.shape[-1], dtype=text.dtype, device=device)
-    ids = torch.full((rows, longest), bos, device=device)
-    has_id = torch.zeros(rows, longest, dtype=torch.bool, device=device)
-    for row, tokens in enumerate(soft):
-        stop = len(tokens) + len(text)
-        x[row, : len(tokens)] = tokens.to(x.dtype)
-        x[row, len(tokens) : stop] = text
-        ids[row, len(tokens) : stop] = torch.tensor([bos, *prompt_ids], device=device)
-        has_id[row, len(tokens) : stop] = True
 
+def _embedded(
+    model: OmniModel, prompt: Sequence[int], spoken: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (T, C) of a prompt with its soft tokens, and its ids, AUDIO for each of those."""
+    device = next(model.projector.parameters()).device
+    recordings = iter(spoken)
+    parts: list[Tensor] = []
+    ids: list[Tensor] = []
+    text: list[int] = []
+
+    def flush() -> None:
+        if text:
+            given = torch.tensor(text, device=device)
+            parts.append(model.lm.embed(given[None])[0])
+            ids.append(given)
+            text.clear()
+
+    for token in prompt:
+        if token != AUDIO:
+            text.append(token)
+            continue
+        flush()
+        soft = model.project(stack_frames(next(recordings).to(device), model.config.stack))
+        parts.append(soft)
+        ids.append(torch.full((len(soft),), AUDIO, device=device))
+    flush()
+    like = model.lm.embed(torch.zeros(1, 1, dtype=torch.long, device=device))
+    return torch.cat([part.to(like.dtype) for part in parts]), torch.cat(ids)
+
+
+def _write(
+    lm: GPT, embedded: list[Tensor], ids: list[Tensor], limits: list[int], end: int
+) -> list[list[int]]:
+    """Greedy continuations with a KV cache; rows that end early wait for the others."""
+    device = embedded[0].device
+    lengths = torch.tensor([len(row) for row in embedded], device=device)
+    rows, longest = len(embedded), int(lengths.max())
+    x = torch.nn.utils.rnn.pad_sequence(embedded, batch_first=True)
+    ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    has_id = ids_BT != AUDIO
     # Values have the dtype of the activations: autocast's where it is on.
-    probe = model.lm.smear_gate(x[:1, :1, :SMEAR_GATE_CHANNELS])
-    cache = KVCache(model.lm.config, rows, longest + max(limits), probe)
+    probe = lm.smear_gate(x[:1, :1, :SMEAR_GATE_CHANNELS])
+    cache = KVCache(lm.config, rows, longest + max(limits), probe)
     layout = SegmentLayout.plain((rows, longest), device, lengths_B=lengths)
-    hidden = layout.last(model.lm.trunk(x, ids, layout, has_id, cache))
+    hidden = layout.last(lm.trunk(x, ids_BT.clamp(min=0), layout, has_id, cache))
     answers: list[list[int]] = [[] for _ in range(rows)]
     open_rows = set(range(rows))
     while open_rows:
-        chosen = model.lm.logits(hidden).argmax(-1)
+        chosen = lm.logits(hidden).argmax(-1)
         for row, token in enumerate(chosen.tolist()):
             if row not in open_rows:
                 continue
@@ -70,5 +108,5 @@ def generate(
         if open_rows:
             step = chosen[:, None]
             layout = SegmentLayout.plain((rows, 1), device, cache.lengths_B)
-            hidden = model.lm.trunk(model.lm.embed(step), step, layout, None, cache)[:, 0]
+            hidden = lm.trunk(lm.embed(step), step, layout, None, cache)[:, 0]
     return answers

@@ -1,8 +1,13 @@
-"""From Whisper features to the language model's residual stream."""
+"""From encoder frames to the language model's residual stream.
+
+A projector takes `stack` frames for one soft token. A new one is one class with this constructor
+and `forward`, and one name in `PROJECTORS`.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +45,137 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        bound = math.sqrt(3.0 / self.fc1.in_features)
-        self.fc1.weight.uniform_(-bound, bound, generator=generator)
+        _uniform(self.fc1, generator)
         self.fc2.weight.zero_()
 
+    def forward(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor:
+        return _linear(F.gelu(_linear(x, self.fc1)), self.fc2)
+
+
+class SwiGLUProjector(nn.Module):
+    """RMSNorm, a gated MLP, RMSNorm: soft tokens of unit size from the first step on.
+
+    norm(x) -> silu(gate) * up -> out, each (..., in_dim) to (..., out_dim). A language model that
+    was trained on text expects embeddings of a certain size; what it gets is that times a constant.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None) -> None:
+        super().__init__()
+        hidden_dim = hidden_dim or out_dim
+        self.norm_in = nn.RMSNorm(in_dim, eps=1e-6)
+        self.gate = nn.Linear(in_dim, hidden_dim, bias=False)
+        self.up = nn.Linear(in_dim, hidden_dim, bias=False)
+        self.out = nn.Linear(hidden_dim, out_dim, bias=False)
+        self.norm_out = nn.RMSNorm(out_dim, eps=1e-6)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        for linear in (self.gate, self.up, self.out):
+            _uniform(linear, generator)
+        self.norm_in.weight.fill_(1.0)
+        self.norm_out.weight.fill_(1.0)
+
+    def forward(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor:
+        normed = self.norm_in(x.to(self.norm_in.weight.dtype))
+        hidden = F.silu(self.gate(normed)) * self.up(normed)
+        return self.norm_out(self.out(hidden).to(self.norm_out.weight.dtype))
+
+
+class ConvProjector(nn.Module):
+    """Convolutions of kernel 3 and stride 2, one for each halving of the frame rate, then an MLP.
+
+    Neighbouring soft tokens share frames at their edges, which stacking does not give them. What
+    lies before the first and after the last frame of a recording is zero, whoever its neighbours
+    are. in_dim must be a power of two times the width of a frame.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, hidden_dim: int | None = None, *, stack: int = 4
+    ) -> None:
+        super().__init__()
+        if stack & (stack - 1) or in_dim % stack:
+            raise ValueError(f"the conv projector halves the frame rate: stack {stack} is no power")
+        hidden_dim = hidden_dim or out_dim
+        self.stack, self.frame = stack, in_dim // stack
+        widths = [self.frame] + [hidden_dim] * (stack.bit_length() - 1)
+        self.norm_in = nn.RMSNorm(self.frame, eps=1e-6)
+        self.convs = nn.ModuleList(
+            nn.Linear(3 * a, b, bias=False) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.out = nn.Linear(widths[-1], out_dim, bias=False)
+        self.norm_out = nn.RMSNorm(out_dim, eps=1e-6)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        for linear in [*self.convs, self.out]:
+            _uniform(linear, generator)
+        self.norm_in.weight.fill_(1.0)
+        self.norm_out.weight.fill_(1.0)
+
+    def forward(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor:
+        """x: (N, stack * d). starts_N: True where a recording begins; None: only at the first."""
+        if starts_N is None:
+            starts_N = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            starts_N[:1] = True
+        h = x.reshape(-1, self.frame).to(self.norm_in.weight.dtype)
+        h = self.norm_in(h)
+        starts = torch.zeros(len(h), dtype=torch.bool, device=x.device)
+        starts[:: self.stack] = starts_N
+        for conv in self.convs:
+            before = F.pad(h, (0, 0, 1, 0))[:-1] * ~starts[:, None]
+            ends = F.pad(starts[1:], (0, 1), value=True)
+            after = F.pad(h, (0, 0, 0, 1))[1:] * ~ends[:, None]
+            window = torch.cat((before, h, after), dim=-1)[::2]
+            h, starts = F.gelu(conv(window)), starts[::2]
+        return self.norm_out(self.out(h).to(self.norm_out.weight.dtype))
+
+
+class LayerMix(nn.Module):
+    """A weighted sum of encoder layers, with weights that are learnt: softmax(logits).
+
+    The encoder has normalised each. (N, stack * layers * d) to (N, stack * d).
+    """
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers, self.width = layers, width
+        self.logits = nn.Parameter(torch.zeros(layers))
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(F.linear(x, self.fc1.weight.to(x.dtype)))
-        return F.linear(hidden, self.fc2.weight.to(hidden.dtype))
+        split = x.view(len(x), -1, self.layers, self.width).to(self.logits.dtype)
+        return torch.einsum("nsld,l->nsd", split, self.logits.softmax(0)).flatten(1)
+
+
+class AnyProjector(Protocol):
+    """(N, in_dim) stacked frames to (N, out_dim) soft tokens; starts_N as in `Batch`."""
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None: ...
+
+    def __call__(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor: ...
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "mlp": Projector,
+    "swiglu": SwiGLUProjector,
+    "conv": ConvProjector,
+}
+
+
+def make_projector(
+    kind: str, stack: int, frame: int, out_dim: int, hidden_dim: int | None
+) -> nn.Module:
+    """The projector called `kind`, for `stack` frames of width `frame`. Raises ValueError."""
+    own = {"stack": stack} if kind == "conv" else {}
+    return PROJECTORS[kind](stack * frame, out_dim, hidden_dim, **own)
+
+
+def _uniform(linear: nn.Linear, generator: torch.Generator | None) -> None:
+    """Unit-variance input gives unit-variance output."""
+    bound = math.sqrt(3.0 / linear.in_features)
+    linear.weight.uniform_(-bound, bound, generator=generator)
+
+
+def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    return F.linear(x, linear.weight.to(x.dtype))

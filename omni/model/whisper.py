@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -122,6 +122,11 @@ class WhisperEncoder(nn.Module):
     """Whisper's audio encoder with frozen parameters, in eval mode from `__init__` on.
 
     source: None (the hubs, see `omni.model.hub`), "embedded", or a folder in transformers layout.
+    layers: whose outputs are features. "last" is the usual one, after the final LayerNorm. A list
+        (0 is the first layer's input, n the n-th layer's output, as transformers numbers
+        hidden states) or "all" puts them side by side, each normalised (LayerNorm without
+        weights), since their sizes differ by orders of magnitude: `feature_dim` is
+        len(layers) * d_model.
     dtype: fp32 or bf16, for weights, activations and features.
     frame_budget: encoder frames per batch in `encode`; a longer window is a batch of its own. None:
         1,500 (30 s) on CPU, 48,000 on an accelerator.
@@ -134,6 +139,7 @@ class WhisperEncoder(nn.Module):
         *,
         mode: Mode = "full",
         margin_seconds: float = 0.5,
+        layers: Literal["last", "all"] | Sequence[int] = "last",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         frame_budget: int | None = None,
@@ -159,6 +165,8 @@ class WhisperEncoder(nn.Module):
                 EncoderLayer(self.d_model, heads, ffn) for _ in range(config["encoder_layers"])
             )
             self.layer_norm = nn.LayerNorm(self.d_model)
+        self.layer_ids = _layer_ids(layers, config["encoder_layers"])
+        self.feature_dim = max(1, len(self.layer_ids)) * self.d_model
         self.load_state_dict(state, assign=True)
         self.fingerprint = _fingerprint(state)
         self.to(device=device, dtype=dtype)
@@ -209,7 +217,9 @@ class WhisperEncoder(nn.Module):
         lengths = [total] * len(input_features) if mel_lengths is None else list(mel_lengths)
         mels = [mel[:, :length] for mel, length in zip(input_features, lengths, strict=True)]
         rows = self._encode_packed(mels)
-        out = torch.zeros(len(mels), total // 2, self.d_model, dtype=self.dtype, device=self.device)
+        out = torch.zeros(
+            len(mels), total // 2, self.feature_dim, dtype=self.dtype, device=self.device
+        )
         for number, row in enumerate(rows):
             out[number, : len(row)] = row
         return out
@@ -261,9 +271,16 @@ class WhisperEncoder(nn.Module):
         lengths = [mel.shape[1] // 2 for mel in mels]
         packing = _Packing(lengths, self.device, self.padded)
         x = self._stem_padded(mels) if self.padded else self._stem_each(mels)
+        hidden = [x]
         for layer in self.layers:
             x = layer(x, packing)
-        return list(self.layer_norm(x).split(lengths))
+            if self.layer_ids:
+                hidden.append(x)
+        x = self.layer_norm(x)
+        if self.layer_ids:
+            hidden[-1] = x
+            x = torch.cat([F.layer_norm(hidden[n], (self.d_model,)) for n in self.layer_ids], -1)
+        return list(x.split(lengths))
 
     def _stem_each(self, mels: Sequence[Tensor]) -> Tensor:
         """Convolutions and positions, window after window: (N, d_model)."""
@@ -293,6 +310,17 @@ def load_whisper(source: str | None = None, **kwargs: Any) -> WhisperEncoder:
     lists each source with its reason when none serves.
     """
     return WhisperEncoder(source, **kwargs)
+
+
+def _layer_ids(layers: Literal["last", "all"] | Sequence[int], count: int) -> list[int]:
+    """The chosen layers in order; none for "last". Raises ValueError."""
+    if layers == "last":
+        return []
+    if layers == "all":
+        return list(range(count + 1))
+    if not layers or any(not isinstance(n, int) or not 0 <= n <= count for n in layers):
+        raise ValueError(f"layers {layers}: expected last, all, or numbers from 0 to {count}")
+    return sorted(layers)
 
 
 def _pad(mels: Sequence[Tensor]) -> Tensor:

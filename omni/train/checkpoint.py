@@ -20,11 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from omni.model.lora import is_adapter
 from omni.model.omni import OmniConfig, OmniModel
+from omni.model.pretrained import load_lm
 from omni.model.tokenizer import SpeechTokenizer
 from omni.retry import patiently
 
@@ -172,10 +175,20 @@ class Checkpoint:
     model: OmniConfig
     encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint
 
-    def load_model(self) -> OmniModel:
-        """The trained model on CPU in fp32."""
-        model = OmniModel(self.model)
-        missing, unexpected = model.load_state_dict(self.weights(), strict=False)
+    def load_model(self, frozen: torch.dtype | None = None) -> OmniModel:
+        """The trained model on CPU in fp32, and in `frozen` what it has by reference.
+
+        Raises SourceError where a pretrained language model cannot be had.
+        """
+        weights = self.weights()
+        whole = any(name.startswith("lm.") and not is_adapter(name) for name in weights)
+        model = OmniModel(self.model, None if whole else load_lm(self.model, frozen))
+        _, unexpected = model.load_state_dict(weights, strict=False)
+        missing = [
+            name
+            for name, _ in model.named_parameters()
+            if name not in weights and (whole or not name.startswith("lm.") or is_adapter(name))
+        ]
         if missing or unexpected:
             raise CheckpointError(f"{self.path}: tensors missing {missing}, unknown {unexpected}")
         return model

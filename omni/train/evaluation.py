@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from omni.config import Config
 from omni.data.collate import Utterance, collate, sequence_positions
 from omni.data.plan import pack
 from omni.model.batch import Batch
-from omni.model.omni import OmniModel
-from omni.model.tokenizer import SpeechTokenizer
+from omni.model.conversation import Template
+from omni.model.omni import OmniConfig, OmniModel
 from omni.score import Errors
 from omni.transcribe import HeldUtterance, summarize, transcribe
 
@@ -29,25 +30,27 @@ class Layout:
 
     positions: int
     stack: int
-    feature_dim: int
-    bos: int
-    end: int
+    frame_dim: int
+    teacher: bool = False
+
+    @classmethod
+    def of(cls, config: Config, model: OmniConfig) -> Layout:
+        teacher = config.optim.kl_weight > 0
+        return cls(config.optim.bin_positions, model.stack, model.frame_dim, teacher)
 
     def batch(self, bins: list[list[Utterance]]) -> Batch:
         return collate(
             bins,
             positions=self.positions,
             stack=self.stack,
-            feature_dim=self.feature_dim,
-            bos=self.bos,
-            end=self.end,
+            frame_dim=self.frame_dim,
+            teacher=self.teacher,
         )
 
     def length(self, utterance: Utterance) -> int:
         """Positions that an utterance takes."""
-        u = utterance
-        frames = 0 if u.features_TF is None else len(u.features_TF)
-        return sequence_positions(frames, len(u.prompt_ids), len(u.text_ids), self.stack)
+        frames = [len(part) for part in utterance.features or ()]
+        return sequence_positions(frames, len(utterance.ids), self.stack)
 
     def pack(self, utterances: list[Utterance]) -> list[Batch]:
         """One-bin batches of whole utterances; those that no bin holds are left out."""
@@ -67,33 +70,40 @@ class HeldOut:
         self._batches = layout.pack(usable)
         # Everyone gets the audio of the next utterance: what the text alone would cost.
         exchanged = [
-            replace(u, features_TF=other.features_TF)
+            replace(u, features=_audio_for(u, other))
             for u, other in zip(usable, usable[1:] + usable[:1], strict=True)
         ]
         self._exchanged = layout.pack(exchanged) if len(usable) > 1 else []
 
-    def loss(self, model: OmniModel) -> dict[str, float]:
-        """Summed over ranks and divided: loss and accuracy per token, and the gap in nats."""
+    def loss(self, model: OmniModel) -> dict[str, Any]:
+        """Summed over ranks and divided: loss, divergence and accuracy per token, the gap in nats,
+        and (tasks, 3) sums of tasks, see `LossSums`.
+        """
+        tasks = model.tasks
         true, exchanged = self._sums(model, self._batches), self._sums(model, self._exchanged)
-        sums = all_sum(torch.cat((true, exchanged)))
-        loss, tokens, correct, other_loss, other_tokens, _ = sums.tolist()
-        tokens, other_tokens = max(tokens, 1.0), max(other_tokens, 1.0)
+        sums, other = all_sum(torch.stack((true, exchanged))).split(1)
+        loss, tokens, correct, kl = sums[0, :4].tolist()
+        tokens, other_tokens = max(tokens, 1e-9), max(float(other[0, 1]), 1e-9)
+        by_task = sums[0, 4:].view(tasks, 3)
         return {
             "loss": loss / tokens,
-            "accuracy": correct / tokens,
-            "gap": other_loss / other_tokens - loss / tokens,
+            "accuracy": correct / max(float(by_task[:, 1].sum()), 1.0),
+            "gap": float(other[0, 0]) / other_tokens - loss / tokens,
+            "kl": kl / tokens,
+            "tasks": by_task,
         }
 
     def _sums(self, model: OmniModel, batches: list[Batch]) -> Tensor:
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4 + 3 * model.tasks, dtype=torch.float64)
         with torch.inference_mode():
             for batch in batches:
                 out = model(batch.to(self._device))
-                sums += torch.stack((out.loss, out.tokens, out.correct)).double().cpu()
+                totals = torch.stack((out.loss, out.tokens, out.correct, out.kl)).double()
+                sums += torch.cat((totals, out.tasks.double().flatten())).cpu()
         return sums
 
     def transcribe(
-        self, model: OmniModel, tokenizer: SpeechTokenizer, limit: int | None = None
+        self, model: OmniModel, template: Template, limit: int | None = None
     ) -> tuple[dict[str, Errors], list[dict[str, Any]]]:
         """Greedy transcripts of index rows below `limit`, on all ranks.
 
@@ -101,9 +111,15 @@ class HeldOut:
         in the order of the index.
         """
         chosen = [h for h in self.held if limit is None or h.utterance.number < limit]
-        rows = transcribe(model, tokenizer, chosen)
+        rows = transcribe(model, template, chosen)
         rows = sorted(all_gather(rows), key=lambda row: row["number"])
         return summarize(rows), rows
+
+
+def _audio_for(utterance: Utterance, other: Utterance) -> list[Tensor]:
+    """As many recordings as `utterance` has, but of `other`."""
+    given = other.features or ()
+    return [given[i % len(given)] for i in range(len(utterance.features or ()))]
 
 
 def all_sum(values: Tensor) -> Tensor:

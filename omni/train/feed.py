@@ -98,7 +98,7 @@ class Feed:
                         row["languages"][i] or "en",
                     )
                     for i, member in enumerate(self._utterances(row))
-                    if member.features_TF is not None
+                    if member.features is not None
                 ]
         return HeldOut(held, self.layout, self.device)
 
@@ -189,7 +189,7 @@ class Feed:
             samples,
             sum(row["encode_seconds"] for row in rows),
             sum(row["encoded_samples"] for row in rows),
-            sum(frames == 0 for row in rows for frames in row["frames"]),
+            sum(not frames for row in rows for frames in row["frames"]),
         )
 
     def _utterances(self, row: dict[str, Any]) -> list[Utterance]:

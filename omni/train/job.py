@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,8 @@ class Job:
     model: OmniConfig
     encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint, d_model, ...
     tokenizer_json: str
+    template: Literal["plain", "chat"]
+    tasks: list[str]
     fingerprints: dict[str, str]
     held_rows: dict[str, int]  # rows of dev and test that lead the stream
     train_rows: int  # utterances of the training index
@@ -36,6 +38,8 @@ def make_job(prepared: Prepared, workers: int = 1) -> Job:
         model=prepared.model,
         encoder=prepared.encoder,
         tokenizer_json=prepared.tokenizer.to_json(),
+        template=prepared.template,
+        tasks=prepared.tasks,
         fingerprints=prepared.fingerprints,
         held_rows={
             name: len(held_bins(split, prepared.config, workers))
@@ -59,10 +63,12 @@ def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
             "source": None if encoder.weights == "hub" else encoder.weights,
             "mode": encoder.mode,
             "margin_seconds": encoder.margin_seconds,
+            "layers": encoder.layers,
             "dtype": DTYPES[encoder.dtype],
             "frame_budget": encoder.frame_budget,
         },
         bins_per_block=config.optim.bins_per_block,
+        fingerprint=facts["fingerprint"],
     )
 
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from omni.data.features import more_room
 from omni.data.plan import epochs_done
+from omni.model.conversation import Template
+from omni.model.omni import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.train.checkpoint import (
     Checkpoint,
@@ -66,16 +68,12 @@ class TrainLoop:
         self.rank, self.world = rank, world
         self.run_dir = job.config.run_dir
         self.checkpoints = self.run_dir / "checkpoints"
-        self.tokenizer = SpeechTokenizer.from_json(job.tokenizer_json)
-        layout = Layout(
-            job.config.optim.bin_positions,
-            job.model.stack,
-            job.model.feature_dim,
-            self.tokenizer.bos,
-            self.tokenizer.end,
-        )
+        self.template = Template(SpeechTokenizer.from_json(job.tokenizer_json), job.template)
+        layout = Layout.of(job.config, job.model)
         self.feed = Feed(job, blocks, layout, rank, world, device)
-        self.trained = Trained(job.config, job.model, device, world)
+        self.trained = Trained(
+            job.config, job.model, device, world, tasks=job.tasks, end=self.template.end
+        )
         self.state = TrainState(fingerprints=job.fingerprints)
         self.last_norm = 0.0
         self.last_train: dict[str, Any] = {}
@@ -84,8 +82,8 @@ class TrainLoop:
         self._stopping = False
         self.steps = Steps(job.config, self.trained, self.feed, self._asked_to_stop, self._event)
         self._resume(node)
-        self.window = Window()
-        self.totals = Window()
+        self.window = Window.of(len(job.tasks))
+        self.totals = Window.of(len(job.tasks))
 
     # -- the run, top down ---------------------------------------------------------------------
 
@@ -156,13 +154,18 @@ class TrainLoop:
 
     def _log(self) -> None:
         self.last_train = train_row(
-            self.state, self.window, self.config.optim.steps, self.trained.rate, self.last_norm
+            self.state,
+            self.window,
+            self.config.optim.steps,
+            self.trained.rate,
+            self.last_norm,
+            self.job.tasks,
         )
         if self.rank == 0 and self.window.sums[TOKENS]:  # else every step was skipped
             append_json(self.run_dir / "metrics.jsonl", [self.last_train])
         self._note_full_cache()
         self.feed.write_ledger()
-        self.window = Window()
+        self.window = Window.of(len(self.job.tasks))
 
     def _note_full_cache(self) -> None:
         """Say once that later epochs will encode again."""
@@ -182,8 +185,10 @@ class TrainLoop:
         settings, state = self.config.eval, self.state
         with self._watchdog.off(), self.trained.evaluating() as model:
             losses = dev.loss(model)
-            errors, rows = dev.transcribe(model, self.tokenizer, settings.wer_utterances)
-        entry = eval_row(state, losses, errors["all"], rows[: settings.examples])
+            errors, rows = dev.transcribe(model, self.template, settings.wer_utterances)
+            layers = self._layer_weights(model)
+        shown = rows[: settings.examples]
+        entry = eval_row(state, losses, errors["all"], shown, self.job.tasks, layers)
         if self.rank == 0:
             append_json(self.run_dir / "metrics.jsonl", [entry])
         value = entry[settings.best]
@@ -197,6 +202,13 @@ class TrainLoop:
         state.best_value, state.best_step = value, state.step
         state.evaluations_since_best = 0
         return True
+
+    def _layer_weights(self, model: OmniModel) -> dict[str, float]:
+        """What the encoder's layers are mixed with; nothing where there is one."""
+        if model.mix is None:
+            return {}
+        weights = model.mix.logits.detach().float().softmax(0).tolist()
+        return dict(zip(map(str, self.job.encoder["layers"]), weights, strict=True))
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
@@ -305,7 +317,7 @@ class TrainLoop:
         with self.trained.evaluating() as model:
             losses = held["dev"].loss(model)
             for name, split in held.items():
-                errors, rows = split.transcribe(model, self.tokenizer)
+                errors, rows = split.transcribe(model, self.template)
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer
                 results[f"{name}_cer"] = errors["all"].cer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import OptimConfig
+from omni.model.lora import is_adapter
 from omni.train.sharding import like
 
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -29,9 +30,8 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
         if config.muon_lr is not None and name.startswith("lm.transformer.h.") and _is_matrix(name):
             matrices.append(parameter)
             continue
-        projector = name.startswith("projector.")
-        rate = config.projector_lr if projector and config.projector_lr else config.lr
         decay = config.weight_decay if parameter.ndim >= 2 and _is_matrix(name) else 0.0
+        rate = _rate(name, config)
         groups.setdefault((rate, decay), []).append(parameter)
     optimizers: Optimizers = {}
     if groups:
@@ -51,6 +51,14 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _rate(name: str, config: OptimConfig) -> float:
+    if name.startswith(("projector.", "mix.")) and config.projector_lr is not None:
+        return config.projector_lr
+    if is_adapter(name) and config.lora_lr is not None:
+        return config.lora_lr
+    return config.lr
 
 
 def _is_matrix(name: str) -> bool:

@@ -10,27 +10,25 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
-import yaml
 from safetensors import safe_open
 
 from omni.config import Config, ConfigError, without_secrets
-from omni.data.collate import sequence_positions
-from omni.data.index import Index, ManifestError, Reject, build_index
+from omni.data.index import Index, ManifestError, build_index
+from omni.data.measure import Reject
 from omni.data.plan import Split, make_plan
 from omni.data.storage import join, open_folder
-from omni.model.gpt import GPTConfig
 from omni.model.hub import SourceError
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.whisper import WhisperEncoder
-from omni.model.windows import encoder_frames
 from omni.score import normalize
 from omni.train.checkpoint import newest_checkpoint
+from omni.train.rendering import beyond_ctc, task_names, with_tokens
+from omni.train.shape import model_of, pretrained_of, template_of, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class Prepared:
     splits: dict[str, Split]  # train, dev and, where given, test
     rejects: list[Reject]  # rows that never reach the stream
     tokenizer: SpeechTokenizer
+    template: Literal["plain", "chat"]
+    tasks: list[str]  # their numbers are those of the batches
     model: OmniConfig
     encoder: dict[str, Any]  # see encoder_facts
     lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
@@ -61,13 +61,16 @@ def prepare(config: Config) -> Prepared:
             raise ConfigError(f"data.{name}: expected at least one manifest")
     indexes = build_indexes(config)
     encoder = encoder_facts(config, indexes["train"])
-    tokenizer = _tokenizer(config, resume, indexes["train"])
-    model = _model_config(config, tokenizer, encoder)
+    lm = pretrained_of(config)
+    tokenizer = tokenizer_of(config, resume, indexes["train"], lm)
+    model = model_of(config, tokenizer, encoder, lm)
+    template = template_of(config, tokenizer)
+    tasks = task_names(config, indexes)
     splits: dict[str, Split] = {}
     filled, planned = 0.0, np.zeros(0, dtype=np.int64)
     rejects: list[Reject] = []
     for name, index in indexes.items():
-        table, lengths, too_long = _with_tokens(index, tokenizer, config)
+        table, lengths, too_long = with_tokens(index, template, tasks, config)
         rejects += [*index.rejects, *too_long]
         bad, rows = len(index.rejects) + len(too_long), len(index) + len(index.rejects)
         if name == "train" and bad > config.data.max_rejects * rows:
@@ -93,6 +96,12 @@ def prepare(config: Config) -> Prepared:
         splits[name] = Split(name, table, plan)
         if name == "train":
             planned = lengths
+            beyond = beyond_ctc(table, lengths) if config.optim.ctc_weight else 0
+            if beyond:
+                notes.append(
+                    f"CTC learns nothing from {beyond} of {len(index)} utterances: they have more "
+                    "tokens than soft tokens (model.stack)"
+                )
             filled = float(lengths[plan.members].sum()) / (plan.bins * config.optim.bin_positions)
     notes += _overlap(indexes)
     fingerprints = {
@@ -109,6 +118,8 @@ def prepare(config: Config) -> Prepared:
         splits,
         rejects,
         tokenizer,
+        template.kind,
+        tasks,
         model,
         encoder,
         planned,
@@ -151,8 +162,13 @@ def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
     settings = config.encoder
     source = None if settings.weights == "hub" else settings.weights
     try:
-        encoder = WhisperEncoder(source, mode=settings.mode, margin_seconds=settings.margin_seconds)
-    except SourceError as error:
+        encoder = WhisperEncoder(
+            source,
+            mode=settings.mode,
+            margin_seconds=settings.margin_seconds,
+            layers=settings.layers,
+        )
+    except (SourceError, ValueError) as error:
         raise ConfigError(f"encoder.weights: {error}") from None
     return {
         "source": settings.weights,
@@ -162,6 +178,7 @@ def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
         "format": settings.format,
         "fingerprint": encoder.fingerprint,
         "d_model": encoder.d_model,
+        "layers": encoder.layer_ids,
         "n_mels": encoder.n_mels,
         "longest_seconds": float(np.quantile(train.table["samples"].to_numpy(), 0.99)) / 16_000,
     }
@@ -176,82 +193,9 @@ def _identity(encoder: dict[str, Any]) -> list[str]:
     """What two encoders must share to make the same features."""
     names = ["fingerprint", "mode", "margin_seconds", "dtype"]
     names += ["format"] if encoder["format"] != "exact" else []
-    return [str(encoder[name]) for name in names]
-
-
-def _tokenizer(config: Config, resume: Path | None, train: Index) -> SpeechTokenizer:
-    """The run's own when it continues with the same settings, else the given one, else one trained
-    on the corpus.
-    """
-    if resume is not None:
-        before = yaml.safe_load((resume / "config.yaml").read_text()).get("tokenizer")
-        if before == config.tokenizer.model_dump(mode="json"):
-            return SpeechTokenizer.load(resume / "tokenizer.json")
-    if config.tokenizer.path is not None:
-        try:
-            return SpeechTokenizer.load(config.tokenizer.path)
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from None
-    texts = train.table["text"].to_pylist() + train.table["prompt"].to_pylist()
-    return SpeechTokenizer.train(texts, config.tokenizer.vocab_size)
-
-
-def _model_config(
-    config: Config, tokenizer: SpeechTokenizer, encoder: dict[str, Any]
-) -> OmniConfig:
-    m = config.model
-    try:
-        gpt = GPTConfig(
-            sequence_len=m.sequence_len,
-            vocab_size=tokenizer.vocab_size,
-            n_layer=m.n_layer,
-            n_head=m.n_head,
-            n_kv_head=m.n_kv_head or m.n_head,
-            n_embd=m.n_embd,
-            window_pattern=m.window_pattern,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
-    return OmniConfig(
-        gpt=gpt,
-        feature_dim=encoder["d_model"],
-        stack=m.stack,
-        projector_hidden=m.projector_hidden,
-        dropout=m.dropout,
-        token_dropout=m.token_dropout,
-        audio_dropout=m.audio_dropout,
-        ctc=config.optim.ctc_weight > 0,
-    )
-
-
-def _with_tokens(
-    index: Index, tokenizer: SpeechTokenizer, config: Config
-) -> tuple[pa.Table, np.ndarray, list[Reject]]:
-    """The index with token ids, positions per utterance (0: does not fit a bin), and rejects."""
-    table = index.table
-    prompts = tokenizer.encode_batch(table["prompt"].to_pylist())
-    texts = tokenizer.encode_batch(table["text"].to_pylist())
-    capacity = config.optim.bin_positions
-    lengths = np.zeros(len(table), dtype=np.int64)
-    rejects = []
-    for i, samples in enumerate(table["samples"].to_pylist()):
-        frames = encoder_frames(samples, config.encoder.mode)
-        need = sequence_positions(frames, len(prompts[i]), len(texts[i]), config.model.stack)
-        if need <= capacity:
-            lengths[i] = need
-            continue
-        rejects.append(
-            Reject(
-                table["id"][i].as_py(),
-                table["uri"][i].as_py(),
-                "longer than a bin",
-                f"{need} positions ({samples / 16_000:.1f} s, {len(texts[i])} tokens); "
-                f"optim.bin_positions is {capacity}",
-            )
-        )
-    ids = pa.list_(pa.int32())
-    table = table.append_column("prompt_ids", pa.array(prompts, ids))
-    return table.append_column("text_ids", pa.array(texts, ids)), lengths, rejects
+    identity = [str(encoder[name]) for name in names]
+    layers = encoder.get("layers")
+    return identity + (["layers" + ".".join(map(str, layers))] if layers else [])
 
 
 def _overlap(indexes: dict[str, Index]) -> list[str]:
@@ -290,14 +234,20 @@ def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
             f"another run.name, remove that folder to start over, or go on knowingly with {flags}"
         )
     if "model" in changed and prepared.resume is not None:
-        _check_shapes(prepared.model, prepared.resume)
+        _check_shapes(prepared, prepared.resume)
     return changed
 
 
-def _check_shapes(model: OmniConfig, checkpoint: Path) -> None:
+def _check_shapes(prepared: Prepared, checkpoint: Path) -> None:
     """Dropouts may change under way, shapes may not. Raises ConfigError naming a tensor."""
     with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in OmniModel(model).named_parameters()}
+        whole = OmniModel(prepared.model)
+    whole.train_parts(prepared.config.model.train)
+    wanted = {
+        name: tuple(p.shape)
+        for name, p in whole.named_parameters()
+        if not whole.kept_by_reference(name)
+    }
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     for name in sorted(wanted.keys() | held.keys()):

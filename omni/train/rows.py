@@ -17,6 +17,7 @@ from omni.train.step import (
     CTC,
     ENCODE_SECONDS,
     ENCODED,
+    KL,
     LOSS,
     SAMPLES,
     SUMS,
@@ -29,17 +30,40 @@ from omni.train.step import (
 class Window:
     """Sums over the steps since the last log line, over all ranks."""
 
-    sums: Tensor = field(default_factory=lambda: torch.zeros(SUMS, dtype=torch.float64))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(SUMS + 3, dtype=torch.float64))
     busy: float = 0.0  # seconds of steps; evaluation and checkpoints are not counted
     wait: float = 0.0  # seconds of them without a block
 
+    @classmethod
+    def of(cls, tasks: int) -> Window:
+        return cls(torch.zeros(SUMS + 3 * tasks, dtype=torch.float64))
+
+
+def by_task(key: str, names: Sequence[str], sums: Tensor) -> dict[str, Any]:
+    """Loss and accuracy of each task, where there are several. sums: (tasks, 3), see `LossSums`."""
+    if len(names) < 2:
+        return {}
+    return {
+        key: {
+            name: {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
+            for name, (loss, tokens, right) in zip(names, sums.tolist(), strict=True)
+            if tokens
+        }
+    }
+
 
 def train_row(
-    state: TrainState, window: Window, steps: int, rate: float, norm: float
+    state: TrainState,
+    window: Window,
+    steps: int,
+    rate: float,
+    norm: float,
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A logged step: means over the window, rates per second of its steps."""
     sums, busy = window.sums.tolist(), window.busy
-    tokens = max(sums[TOKENS], 1)
+    tokens = max(sums[TOKENS], 1e-9)
+    counted = float(window.sums[SUMS + 1 :: 3].sum())
     return {
         "kind": "train",
         "step": state.step,
@@ -47,14 +71,16 @@ def train_row(
         "epoch": round(state.epoch, 4),
         "seconds": round(state.seconds, 2),
         "loss": sums[LOSS] / tokens,
-        "accuracy": sums[CORRECT] / tokens,
+        "accuracy": sums[CORRECT] / max(counted, 1),
         "ctc": sums[CTC] / tokens,
+        **({"kl": sums[KL] / tokens} if sums[KL] else {}),
+        **by_task("tasks", names, window.sums[SUMS:].view(-1, 3)),
         "lr": rate,
         "grad_norm": norm,
         "bins": state.bins_consumed,
         "utterances": int(sums[UTTERANCES]),
         "audio_seconds_per_second": sums[SAMPLES] / SAMPLING_RATE / busy,
-        "tokens_per_second": sums[TOKENS] / busy,
+        "tokens_per_second": counted / busy,
         "data_wait_fraction": min(1.0, window.wait / busy),
         "encode_seconds": sums[ENCODE_SECONDS],  # of all actors, for the audio of these steps
         "encoded_audio_seconds": sums[ENCODED] / SAMPLING_RATE,
@@ -64,9 +90,14 @@ def train_row(
 
 
 def eval_row(
-    state: TrainState, losses: dict[str, float], errors: Errors, examples: Sequence[dict[str, Any]]
+    state: TrainState,
+    losses: dict[str, Any],
+    errors: Errors,
+    examples: Sequence[dict[str, Any]],
+    names: Sequence[str] = (),
+    layers: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """An evaluation on dev."""
+    """An evaluation on dev. names: of the tasks; layers: weights of the encoder's."""
     return {
         "kind": "eval",
         "step": state.step,
@@ -75,6 +106,9 @@ def eval_row(
         "dev_loss": losses["loss"],
         "dev_accuracy": losses["accuracy"],
         "shuffled_audio_gap": losses["gap"],
+        **({"dev_kl": losses["kl"]} if losses["kl"] else {}),
+        **by_task("dev_tasks", names, losses["tasks"]),
+        **({"layers": layers} if layers else {}),
         "dev_wer": errors.wer,
         "dev_cer": errors.cer,
         "examples": [
@@ -94,7 +128,7 @@ def summary_of(
         "epochs": round(state.epoch, 3),
         **results,
         "audio_seconds_per_second": sums[SAMPLES] / SAMPLING_RATE / busy,
-        "tokens_per_second": sums[TOKENS] / busy,
+        "tokens_per_second": float(totals.sums[SUMS + 1 :: 3].sum()) / busy,
         "data_wait_fraction": min(1.0, totals.wait / busy),
         "encoder_audio_seconds_per_second": (
             sums[ENCODED] / SAMPLING_RATE / encode if sums[ENCODED] else None

@@ -19,8 +19,9 @@ from omni.train.feed import Feed, Microbatch
 from omni.train.trained import Trained
 
 # Fields of the sums that ranks add up at each step.
-LOSS, TOKENS, CORRECT, CTC, UTTERANCES, SAMPLES, ENCODE_SECONDS, ENCODED, REJECTED, STOP = range(10)
-SUMS = STOP + 1
+LOSS, TOKENS, CORRECT, CTC, KL, UTTERANCES, SAMPLES, ENCODE_SECONDS, ENCODED, REJECTED = range(10)
+STOP = 10
+SUMS = STOP + 1  # behind them (tasks, 3): cross-entropy, tokens, correct ones of each task
 _SPIKE_AFTER = 100  # updates before a gradient norm can be called unusual
 _NORM_MEMORY = 50  # updates
 
@@ -75,25 +76,32 @@ class Steps:
 
     def _gradients(self, micro: list[Microbatch], step: int) -> tuple[Tensor, float]:
         """Forward and backward of a step's blocks: sums over all ranks, and the gradient norm."""
-        sums = torch.zeros(SUMS, dtype=torch.float64)
+        sums = torch.zeros(SUMS + 3 * self._trained.model.tasks, dtype=torch.float64)
         sums[STOP] = float(self._asked_to_stop())
         measured = []  # stays on the device: reading it there would wait for every microbatch
         for number, part in enumerate(micro):
             torch.manual_seed(_mix(self.config.run.seed, step, part.place))
             with self._trained.accumulating(last=number == len(micro) - 1):
-                measured.append(self._backward(part))
+                measured.append(self._backward(part, step < self.config.optim.listen_steps))
             sums[UTTERANCES:STOP] += torch.tensor(part.counts, dtype=torch.float64)
-        sums[:UTTERANCES] = torch.stack(measured).sum(dim=0).cpu()
+        total = torch.stack(measured).sum(dim=0).cpu()
+        sums[:UTTERANCES], sums[SUMS:] = total[:UTTERANCES], total[UTTERANCES:]
         sums = all_sum(sums)
         return sums, self._trained.gradient_norm(float(sums[TOKENS]))
 
-    def _backward(self, part: Microbatch) -> Tensor:
+    def _backward(self, part: Microbatch, listen_only: bool) -> Tensor:
         """Forward and backward of one microbatch; gradients of sums, divided later."""
         with self._trained.autocast():
-            out: LossSums = self._trained.wrapped(part.batch)
-            (out.loss + self.config.optim.ctc_weight * out.ctc).backward()
-        sums = (out.loss, out.tokens, out.correct, out.ctc)
-        return torch.stack([x.detach().double() for x in sums])
+            out: LossSums = self._trained.wrapped(part.batch, listen_only)
+            optim = self.config.optim
+            total = out.loss if optim.ce_weight == 1 else optim.ce_weight * out.loss
+            total = total + optim.ctc_weight * out.ctc
+            if optim.kl_weight:
+                total = total + optim.kl_weight * out.kl
+            total.backward()
+        sums = (out.loss, out.tokens, out.correct, out.ctc, out.kl)
+        columns = torch.stack([x.detach().double() for x in sums])
+        return torch.cat((columns, out.tasks.detach().double().flatten()))
 
     # -- steps that must not count -------------------------------------------------------------
 

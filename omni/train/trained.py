@@ -7,7 +7,7 @@ optimizer state and averages are split over the ranks. Checkpoints are the same:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from omni.config import Config
+from omni.model.distill import Distillation
 from omni.model.omni import OmniConfig, OmniModel
+from omni.model.pretrained import load_lm
 from omni.train.checkpoint import Checkpoint, CheckpointError
 from omni.train.optim import (
     WeightAverage,
@@ -30,19 +32,39 @@ from omni.train.sharding import like, whole
 
 
 class Trained:
-    def __init__(self, config: Config, shape: OmniConfig, device: torch.device, world: int) -> None:
+    """Raises SourceError where a pretrained language model cannot be had."""
+
+    def __init__(
+        self,
+        config: Config,
+        shape: OmniConfig,
+        device: torch.device,
+        world: int,
+        *,
+        tasks: Sequence[str] = ("transcribe",),
+        end: int = -1,
+    ) -> None:
+        """tasks: their names, by number. end: the id that ends an answer."""
         self.config, self.device, self.world = config, device, world
-        self.model = OmniModel(shape)
+        lm = load_lm(shape, None if "lm" in config.model.train else self._dtype)
+        self.model = OmniModel(shape, lm, config.run.seed)
         self.model.init_weights(config.run.seed)
-        for part in ("projector", "lm"):
-            getattr(self.model, part).requires_grad_(part in config.model.train)
+        self.model.train_parts(config.model.train)
+        if len(tasks) > 1:
+            known = config.data.tasks
+            weights = [known[name].weight if name in known else 1.0 for name in tasks]
+            self.model.task_weights = torch.tensor(weights)
+        optim = config.optim
+        if optim.kl_weight:
+            self.model.distillation = Distillation(optim.kl_temperature, end, optim.kl_end_weight)
+        if config.train.recompute:
+            self.model.lm.recompute()
         self.model.to(device)
         self.sharded = config.train.strategy == "fsdp" and world > 1
         if self.sharded:
             mesh = init_device_mesh(device.type, (world,))
-            for block in self.model.lm.blocks():
-                fully_shard(block.attn, mesh=mesh)  # the trunk calls one after the other
-                fully_shard(block.mlp, mesh=mesh)
+            for part in self.model.lm.shards():
+                fully_shard(part, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
         self.optimizers = make_optimizers(self.model, config.optim)
         self.average = WeightAverage(self.model, config.optim.ema) if config.optim.ema else None
@@ -55,8 +77,12 @@ class Trained:
 
     # -- a step --------------------------------------------------------------------------------
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+
     def autocast(self) -> torch.autocast:
-        enabled = self.config.train.precision == "bf16"
+        enabled = self._dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -115,6 +141,8 @@ class Trained:
         meet in collectives, would wait for each other for ever."""
         if self._whole is None:
             self._whole = OmniModel(self.model.config).to(self.device)
+            self._whole.task_weights = self.model.task_weights
+            self._whole.distillation = self.model.distillation
         averaged = {} if self.average is None else self.average.weights
         with torch.no_grad():
             target = dict(self._whole.named_parameters())
@@ -125,9 +153,14 @@ class Trained:
     def snapshot(self, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies on CPU for a checkpoint: weights (averaged ones), and the rest by name.
 
-        A collective call; only ranks that `keep` it get the copies.
+        Frozen weights of a pretrained model stay where they came from. A collective call; only
+        ranks that `keep` it get the copies.
         """
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        weights = {
+            name: p.detach()
+            for name, p in self.model.named_parameters()
+            if not self.model.kept_by_reference(name)
+        }
         rest = dict(optimizer_tensors(self.optimizers, self.model))
         if self.average is not None:
             rest |= {f"raw/{name}": weights[name] for name in self.average.weights}
@@ -155,7 +188,8 @@ class Trained:
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            _copy(parameter, weights[name])
+            if not self.model.kept_by_reference(name):
+                _copy(parameter, weights[name])
 
     def load_best(self, weights: dict[str, Tensor]) -> None:
         """Final weights, to be evaluated as they are."""

@@ -55,7 +55,7 @@ def embedded_lengths() -> np.ndarray:
     ids = SpeechTokenizer.train(texts, 512).encode_batch(texts)
     return np.array(
         [
-            sequence_positions(encoder_frames(samples, "trim"), 0, len(text), 4)
+            sequence_positions([encoder_frames(samples, "trim")], len(text) + 3, 4)
             for samples, text in zip(table["samples"].to_pylist(), ids, strict=True)
         ]
     )

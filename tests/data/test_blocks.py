@@ -11,6 +11,7 @@ from torch import Tensor
 
 from omni.data.blocks import ENCODED_SCHEMA, LOADED_SCHEMA, utterances
 from omni.data.codec import FeatureCodec
+from omni.model.conversation import AUDIO
 
 WIDTH = 6
 CODEC = FeatureCodec(WIDTH)
@@ -38,10 +39,12 @@ def _row(features: list[Tensor | None], **changes: Any) -> dict[str, Any]:
         "texts": [f"text {n}" for n in numbers],
         "languages": [None for _ in numbers],
         "samples": [16_000 for _ in numbers],
-        "prompt_ids": [[1, n] for n in numbers],
-        "text_ids": [[n, n + 1] for n in numbers],
+        "tokens": [[AUDIO, 1, n] for n in numbers],
+        "supervised": [[False, False, True] for _ in numbers],
+        "heard": [None for _ in numbers],
+        "tasks": [n % 2 for n in numbers],
         "errors": [None if f is not None else "missing\nno such file" for f in features],
-        "frames": [0 if f is None else len(f) for f in features],
+        "frames": [[] if f is None else [len(f)] for f in features],
         "features": b"".join(CODEC.encode(f) for f in features if f is not None),
         "encode_seconds": 0.5,
         "encoded_samples": 16_000 * count,
@@ -57,11 +60,12 @@ def test_a_row_gives_back_its_utterances(dtype: torch.dtype) -> None:
     features: list[Tensor | None] = [_features(n, dtype, seed=n) for n in (3, 1, 7)]
     members = utterances(_row(features), FeatureCodec(WIDTH, dtype))
     assert [m.number for m in members] == [100, 101, 102]
-    assert [list(m.prompt_ids) for m in members] == [[1, 100], [1, 101], [1, 102]]
-    assert [list(m.text_ids) for m in members] == [[100, 101], [101, 102], [102, 103]]
+    assert [list(m.ids) for m in members] == [[AUDIO, 1, 100], [AUDIO, 1, 101], [AUDIO, 1, 102]]
+    assert [list(m.supervised) for m in members] == [[False, False, True]] * 3
+    assert [m.task for m in members] == [0, 1, 0]
     for member, expected in zip(members, features, strict=True):
-        assert member.features_TF is not None and expected is not None
-        assert _bits(member.features_TF) == _bits(expected)
+        assert member.features is not None and expected is not None
+        assert [_bits(part) for part in member.features] == [_bits(expected)]
 
 
 @pytest.mark.parametrize("rejected", [0, 1, 2])
@@ -72,21 +76,27 @@ def test_a_rejected_utterance_keeps_its_place_without_features(rejected: int) ->
     assert [m.number for m in members] == [100, 101, 102]
     for member, expected in zip(members, features, strict=True):
         if expected is None:
-            assert member.features_TF is None
+            assert member.features is None
         else:
-            assert member.features_TF is not None
-            assert _bits(member.features_TF) == _bits(expected)
+            assert member.features is not None
+            assert [_bits(part) for part in member.features] == [_bits(expected)]
+
+
+def test_recordings_of_a_conversation_stay_together() -> None:
+    parts = [_features(n, torch.bfloat16, seed=n) for n in (3, 1, 7)]
+    row = _row([parts[0], None, parts[2]])
+    row |= {"frames": [[3, 1], [], [7]], "features": b"".join(CODEC.encode(p) for p in parts)}
+    first, rejected, last = utterances(row, CODEC)
+    assert first.features is not None and last.features is not None
+    assert [_bits(p) for p in first.features] == [_bits(p) for p in parts[:2]]
+    assert rejected.features is None
+    assert [_bits(p) for p in last.features] == [_bits(parts[2])]
 
 
 def test_a_row_may_hold_only_rejected_utterances_or_none() -> None:
     members = utterances(_row([None, None]), CODEC)
-    assert [m.features_TF for m in members] == [None, None]
+    assert [m.features for m in members] == [None, None]
     assert utterances(_row([]), CODEC) == []
-
-
-def test_a_missing_prompt_is_an_empty_one() -> None:
-    row = _row([_features(2, torch.bfloat16)], prompt_ids=[None])
-    assert list(utterances(row, CODEC)[0].prompt_ids) == []
 
 
 def test_both_stages_speak_of_utterances_alike() -> None:
@@ -96,4 +106,4 @@ def test_both_stages_speak_of_utterances_alike() -> None:
     assert [LOADED_SCHEMA.field(n) for n in handed_on] == [
         ENCODED_SCHEMA.field(n) for n in handed_on
     ]
-    assert {"numbers", "texts", "errors", "prompt_ids", "text_ids"} <= set(handed_on)
+    assert {"numbers", "texts", "errors", "tokens", "supervised", "heard"} <= set(handed_on)

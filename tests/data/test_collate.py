@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from utterances import spoken
 
 from omni.data.collate import Utterance, collate, sequence_positions
 from omni.model.batch import IGNORED, Batch
@@ -12,18 +15,18 @@ from omni.model.batch import IGNORED, Batch
 BOS, END = 50, 51
 FRAMES = torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]])
 # Three frames, stacked by two: two soft tokens, the second half padding.
-LONG = Utterance(FRAMES, prompt_ids=[7], text_ids=[8, 9])
-SHORT = Utterance(-FRAMES[:1], prompt_ids=(), text_ids=[5])
-REJECTED = Utterance(None, prompt_ids=[7], text_ids=[8, 9])
+LONG = spoken(FRAMES, [7], [8, 9], bos=BOS, end=END)
+SHORT = spoken(-FRAMES[:1], (), [5], bos=BOS, end=END)
+REJECTED = replace(LONG, features=None)
 
 
 def _collate(*bins: list[Utterance], positions: int = 10) -> Batch:
-    return collate(bins, positions=positions, stack=2, feature_dim=2, bos=BOS, end=END)
+    return collate(bins, positions=positions, stack=2, frame_dim=2)
 
 
 def test_soft_tokens_bos_prompt_text_and_the_next_utterance() -> None:
     batch = _collate([LONG, SHORT])
-    x, pad = IGNORED, BOS  # audio and padding positions hold <|bos|>; nobody reads it there
+    x, pad = IGNORED, 0  # what audio and padding positions hold is read by nobody
     assert batch.tokens_BT.tolist() == [[pad, pad, BOS, 7, 8, 9, pad, BOS, 5, pad]]
     assert batch.targets_BT.tolist() == [[x, x, x, 8, 9, END, x, 5, END, x]]
     assert batch.segments_BT.tolist() == [[1, 1, 1, 1, 1, 1, 2, 2, 2, 0]]
@@ -40,7 +43,7 @@ def test_types_are_those_of_the_contract() -> None:
     assert batch.tokens_BT.dtype == batch.targets_BT.dtype == batch.segments_BT.dtype == torch.int64
     assert batch.audio_mask_BT.dtype == torch.bool
     assert batch.audio_NF.dtype == torch.float32
-    half = Utterance(FRAMES.bfloat16(), (), [5])
+    half = spoken(FRAMES.bfloat16(), (), [5], bos=BOS, end=END)
     assert _collate([half]).audio_NF.dtype == torch.bfloat16
 
 
@@ -85,9 +88,9 @@ def test_a_bin_may_be_full_but_not_too_full() -> None:
 def test_the_plan_counts_the_positions_that_are_used(stack: int) -> None:
     random = np.random.default_rng(stack)
     for frames, prompt, text in random.integers([1, 0, 0], [40, 5, 30], (50, 3)).tolist():
-        utterance = Utterance(torch.zeros(frames, 3), [1] * prompt, [2] * text)
-        need = sequence_positions(frames, prompt, text, stack)
-        batch = collate([[utterance]], positions=need, stack=stack, feature_dim=3, bos=0, end=3)
+        utterance = spoken(torch.zeros(frames, 3), [1] * prompt, [2] * text, bos=0, end=3)
+        need = sequence_positions([frames], len(utterance.ids), stack)
+        batch = collate([[utterance]], positions=need, stack=stack, frame_dim=3)
         assert (batch.segments_BT == 1).all()
         with pytest.raises(ValueError, match=f"holds {need} positions"):
-            collate([[utterance]], positions=need - 1, stack=stack, feature_dim=3, bos=0, end=3)
+            collate([[utterance]], positions=need - 1, stack=stack, frame_dim=3)

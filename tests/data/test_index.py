@@ -40,6 +40,7 @@ def test_a_row_holds_what_the_manifest_says(record: Record, manifest: Manifest) 
         "prompt": "Write:",
         "language": "en",
         "speaker": "Ann",
+        "task": "dictation",
     }
     index = build_index([manifest(row)], prompt="unused where a row has its own")
     assert index.table.schema == SCHEMA and index.rejects == []
@@ -57,6 +58,9 @@ def test_a_row_holds_what_the_manifest_says(record: Record, manifest: Manifest) 
         "prompt": "Write:",
         "language": "en",
         "speaker": "Ann",
+        "task": "dictation",
+        "messages": None,
+        "audios": None,
     }
 
 

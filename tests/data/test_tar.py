@@ -15,7 +15,8 @@ import soundfile
 import omni
 from jobs import train
 from omni.data.audio import decode
-from omni.data.index import ManifestError, build_index, span_of
+from omni.data.index import ManifestError, build_index
+from omni.data.measure import span_of
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROWS = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()][:12]

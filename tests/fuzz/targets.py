@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,18 +20,23 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import omni
 from jobs import cli
 from omni.config import ConfigError, load_config
 from omni.data.features import FeatureCache
+from omni.model.hub import SourceError
+from omni.model.nanochat import load_nanochat
 from omni.model.omni import OmniConfig, OmniModel
+from omni.model.pretrained import find_pretrained
 from omni.train.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
 from omni.train.prepare import prepare
 from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROOT = Path(omni.__file__).parents[1]
+NANOCHAT = ROOT / "tests" / "data" / "nanochat"
 ROWS = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()][:8]
 
 Target = Callable[[Path, random.Random], str]
@@ -45,6 +51,8 @@ def manifest(folder: Path, rng: random.Random) -> str:
             (corpus / Path(row["audio"]).name).symlink_to(ASSETS / row["audio"])
     rows: list[Any] = [{**row, "audio": Path(row["audio"]).name} for row in ROWS]
     at = rng.randrange(len(rows))
+    if rng.random() < 0.3:
+        rows[at] = _conversation(rows[at])
     if rng.random() < 0.6:
         rows[at] = mutate_value({**rows[at], "offset": 0.1, "duration": 0.5}, rng)
         data = b"".join(as_json(row) + b"\n" for row in rows)
@@ -54,6 +62,18 @@ def manifest(folder: Path, rng: random.Random) -> str:
     path.write_bytes(data)
     config = ["--data.train", str(path), "--data.max_rejects", "1", "--data.cache", "null"]
     return _prepared([*config, "--optim.steps", "4", "--tokenizer.vocab_size", "300"], path)
+
+
+def _conversation(row: dict[str, Any]) -> dict[str, Any]:
+    spoken = [{"audio": row["audio"], "offset": 0.1, "duration": 0.5}, {"text": "What is it?"}]
+    return {
+        "id": row["id"],
+        "messages": [
+            {"role": "system", "content": "Listen."},
+            {"role": "user", "content": spoken},
+            {"role": "assistant", "content": row["text"]},
+        ],
+    }
 
 
 def _prepared(overrides: list[str], manifest: Path) -> str:
@@ -166,6 +186,28 @@ def _says_the_same(one: bytes, other: bytes) -> bool:
         return False
 
 
+def nanochat(folder: Path, rng: random.Random) -> str:
+    """A language model's folder: weights, their description, and a pickled tokenizer."""
+    home = folder / "base"
+    if not home.exists():
+        home.mkdir()
+        for name in ("meta_000010.json", "tokenizer.pkl"):
+            shutil.copy(NANOCHAT / name, home)
+        torch.save(load_file(NANOCHAT / "model_000010.safetensors"), home / "model_000010.pt")
+    path = rng.choice(sorted(home.iterdir()))
+    whole = path.read_bytes()
+    path.write_bytes(mutate_bytes(whole, rng))
+    try:
+        find_pretrained(f"nanochat:{home}")
+        load_nanochat(home)
+    except SourceError as error:
+        assert str(home) in str(error)
+        return "refused"
+    finally:
+        path.write_bytes(whole)
+    return "accepted"  # a number of the weights, or a token's bytes
+
+
 def _checkpoint(folder: Path, step: int) -> None:
     values = {"sequence_len": 32, "vocab_size": 300, "n_layer": 1, "n_head": 1, "n_kv_head": 1}
     shape = OmniConfig.from_dict({"gpt": {**values, "n_embd": 24}, "feature_dim": 4})
@@ -188,6 +230,7 @@ TARGETS: dict[str, Target] = {
     "config": config,
     "cache shard": cache,
     "checkpoint": checkpoint,
+    "nanochat": nanochat,
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_helpers import SMALL, awaken
 from torch import Tensor
+from utterances import spoken
 
 from omni.data.collate import Utterance, collate
 from omni.model.batch import IGNORED, Batch
@@ -19,7 +20,7 @@ from omni.model.projector import stack_frames
 from omni.model.whisper import WhisperEncoder
 
 BOS, END = 90, 94
-CONFIG = OmniConfig(gpt=SMALL, feature_dim=384, ctc=True)
+CONFIG = OmniConfig(SMALL, feature_dim=384, ctc=True)
 TEXTS = [[5, 6, 7], [8, 8, 9, 10], [11], [12, 13, 14, 15, 16]]
 PROMPTS = [[], [20, 21], [], [22]]
 
@@ -28,13 +29,13 @@ PROMPTS = [[], [20, 21], [], [22]]
 def utterances(trim: WhisperEncoder, clips: list[np.ndarray]) -> list[Utterance]:
     """Four real recordings with arbitrary transcripts."""
     return [
-        Utterance(features, prompt, text)
+        spoken(features, prompt, text, bos=BOS, end=END)
         for features, prompt, text in zip(trim.encode(clips[:4]), PROMPTS, TEXTS, strict=True)
     ]
 
 
 def lay_out(*bins: Sequence[Utterance], positions: int = 160) -> Batch:
-    return collate(bins, positions=positions, stack=4, feature_dim=384, bos=BOS, end=END)
+    return collate(bins, positions=positions, stack=4, frame_dim=384)
 
 
 def awake(config: OmniConfig = CONFIG, seed: int = 0) -> OmniModel:
@@ -70,11 +71,11 @@ def test_the_loss_is_the_cross_entropy_of_the_text_after_the_audio(
     utterances: list[Utterance],
 ) -> None:
     model = awake()
-    for utterance in utterances:
-        assert utterance.features_TF is not None
-        soft = model.project(stack_frames(utterance.features_TF, 4))[None]
-        text = [*utterance.text_ids, END]
-        idx = torch.tensor([[BOS, *utterance.prompt_ids, *utterance.text_ids]])
+    for utterance, prompt, answer in zip(utterances, PROMPTS, TEXTS, strict=True):
+        assert utterance.features is not None
+        soft = model.project(stack_frames(utterance.features[0], 4))[None]
+        text = [*answer, END]
+        idx = torch.tensor([[BOS, *prompt, *answer]])
         logits = model.lm(idx, audio_features=soft)[0, -len(text) :]
         wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(text), reduction="sum")
         sums = model(lay_out([utterance]))
@@ -98,12 +99,12 @@ def test_correct_counts_the_tokens_that_are_guessed(utterances: list[Utterance])
 def test_a_rejected_utterance_leaves_padding(utterances: list[Utterance]) -> None:
     model = awake()
     a, b, c, _ = utterances
-    rejected = replace(b, features_TF=None)
+    rejected = replace(b, features=None)
     with_gap, without = lay_out([a, rejected, c]), lay_out([a, c])
     assert_adds_up(model(with_gap), [model(without)])
     spared = int((lay_out([a, b, c]).segments_BT > 0).sum() - (with_gap.segments_BT > 0).sum())
-    assert b.features_TF is not None
-    assert spared == -(-len(b.features_TF) // 4) + 1 + len(b.prompt_ids) + len(b.text_ids)
+    assert b.features is not None
+    assert spared == -(-len(b.features[0]) // 4) + 1 + len(PROMPTS[1]) + len(TEXTS[1])
     padding = with_gap.segments_BT == 0
     assert bool((with_gap.targets_BT[padding] == IGNORED).all())
     assert not with_gap.audio_mask_BT[padding].any()
@@ -112,7 +113,7 @@ def test_a_rejected_utterance_leaves_padding(utterances: list[Utterance]) -> Non
 def test_a_batch_without_audio_gives_zero_loss_and_zero_gradients(
     utterances: list[Utterance],
 ) -> None:
-    rejected = [replace(utterance, features_TF=None) for utterance in utterances]
+    rejected = [replace(utterance, features=None) for utterance in utterances]
     for batch in (lay_out([]), lay_out([], []), lay_out(rejected)):
         assert batch.audio_NF.shape == (0, 4 * 384)
         model = awake().train()
@@ -200,12 +201,13 @@ def test_ctc_reads_each_transcript_off_its_own_audio(utterances: list[Utterance]
     model = awake()
     assert model.ctc_head is not None
     total = 0.0
-    for utterance in utterances:
-        assert utterance.features_TF is not None
-        soft = model.project(stack_frames(utterance.features_TF, 4))
-        log_probs = model.ctc_head(torch.nn.functional.rms_norm(soft, (48,))).log_softmax(-1)
+    for utterance, text in zip(utterances, TEXTS, strict=True):
+        assert utterance.features is not None
+        soft = model.project(stack_frames(utterance.features[0], 4))
+        normed = torch.nn.functional.rms_norm(soft, (48,))
+        log_probs = model.ctc_head(normed, model.lm).log_softmax(-1)
         assert log_probs.shape[-1] == SMALL.vocab_size + 1
-        total += -np.logaddexp.reduce(ctc_paths(log_probs, list(utterance.text_ids), blank=100))
+        total += -np.logaddexp.reduce(ctc_paths(log_probs, text, blank=100))
     assert float(model(lay_out(utterances)).ctc) == pytest.approx(total, rel=1e-4)
 
 
@@ -234,7 +236,8 @@ def test_a_transcript_that_does_not_fit_its_audio_has_no_ctc_loss(
 ) -> None:
     model = awake()
     a, b, *_ = utterances
-    impossible = replace(b, text_ids=[30] * 40)
+    assert b.features is not None
+    impossible = spoken(b.features[0], [], [30] * 40, bos=BOS, end=END)
     sums = model(lay_out([a, impossible], positions=300))
     assert sums.ctc.item() == pytest.approx(model(lay_out([a])).ctc.item(), rel=1e-4)
     sums.ctc.backward()
@@ -257,7 +260,7 @@ def test_a_config_survives_json_and_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         config.stack = 2  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):
-        config.gpt.n_layer = 2  # type: ignore[misc]
+        config.lm.n_layer = 2  # type: ignore[misc]
 
 
 def test_a_seed_decides_all_weights_whatever_was_drawn_before() -> None:
@@ -283,5 +286,6 @@ def test_an_untrained_model_is_as_good_as_guessing(utterances: list[Utterance]) 
 def test_a_batch_moves_as_a_whole(utterances: list[Utterance]) -> None:
     batch = lay_out(utterances)
     moved = batch.to(torch.device("meta"))
-    assert {value.device.type for value in vars(moved).values()} == {"meta"}
+    tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
+    assert len(tensors) == 7 and {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.audio_NF.shape == batch.audio_NF.shape

@@ -6,8 +6,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from omni.model.projector import Projector, soft_tokens, stack_frames
+from omni.model.projector import (
+    PROJECTORS,
+    LayerMix,
+    Projector,
+    make_projector,
+    soft_tokens,
+    stack_frames,
+)
 
 
 def fresh(*shape: int) -> Projector:
@@ -81,3 +90,101 @@ def test_a_stack_of_one_is_the_identity() -> None:
 @pytest.mark.parametrize("frames", [0, 1, 4, 5, 39])
 def test_soft_tokens_counts_the_rows_that_stacking_makes(frames: int, stack: int) -> None:
     assert soft_tokens(frames, stack) == len(stack_frames(torch.zeros(frames, 3), stack))
+
+
+# --- all kinds -----------------------------------------------------------------------------------
+
+STACK, FRAME, WIDTH = 4, 12, 16
+
+
+def a_projector(kind: str) -> nn.Module:
+    projector = make_projector(kind, STACK, FRAME, WIDTH, None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    return projector
+
+
+def frames_of(*lengths: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(length, FRAME, generator=generator) for length in lengths]
+
+
+def side_by_side(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stacked frames of recordings one after another, and where each begins."""
+    stacked = [stack_frames(f, STACK) for f in features]
+    starts = torch.zeros(sum(map(len, stacked)), dtype=torch.bool)
+    at = 0
+    for part in stacked:
+        starts[at] = True
+        at += len(part)
+    return torch.cat(stacked), starts
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+@torch.no_grad()
+def test_soft_tokens_do_not_depend_on_the_neighbours(kind: str) -> None:
+    projector = a_projector(kind)
+    features = frames_of(9, 4, 30, 1)
+    together = projector(*side_by_side(features))
+    alone = torch.cat([projector(*side_by_side([f])) for f in features])
+    assert together.shape == (3 + 1 + 8 + 1, WIDTH)
+    torch.testing.assert_close(together, alone)
+    assert projector(*side_by_side(features[:1])).abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_every_weight_learns(kind: str) -> None:
+    projector = a_projector(kind)
+    projector(*side_by_side(frames_of(9, 30))).square().sum().backward()
+    for name, parameter in projector.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+@torch.no_grad()
+def test_silence_of_a_batch_without_audio(kind: str) -> None:
+    empty = torch.zeros(0, STACK * FRAME), torch.zeros(0, dtype=torch.bool)
+    assert a_projector(kind)(*empty).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "conv"])
+@torch.no_grad()
+def test_projectors_for_trained_language_models_begin_with_unit_size(kind: str) -> None:
+    projector = make_projector(kind, STACK, FRAME, WIDTH, None)
+    soft = projector(*side_by_side([f * 50 for f in frames_of(400)]))
+    assert float(soft.square().mean()) == pytest.approx(1.0, rel=0.05)
+
+
+@torch.no_grad()
+def test_the_conv_projector_is_torchs_convolution() -> None:
+    projector = a_projector("conv")
+    (features,) = frames_of(16)
+    x = projector.norm_in(features).T[None]
+    for conv in projector.convs:
+        kernel = conv.weight.view(WIDTH, 3, -1).transpose(1, 2)
+        x = F.gelu(F.conv1d(x, kernel, stride=2, padding=1))
+    wanted = projector.norm_out(projector.out(x[0].T))
+    torch.testing.assert_close(projector(*side_by_side([features])), wanted)
+
+
+def test_the_conv_projector_needs_a_power_of_two() -> None:
+    with pytest.raises(ValueError, match="stack 5 is no power"):
+        make_projector("conv", 5, FRAME, WIDTH, None)
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def test_layers_are_mixed_by_learnt_weights() -> None:
+    mix = LayerMix(3, FRAME)
+    layers = torch.randn(3, 7, FRAME, generator=torch.Generator().manual_seed(2))
+    frames = layers.transpose(0, 1).flatten(1)  # as they travel: side by side in a frame
+    stacked = stack_frames(frames, STACK)
+    torch.testing.assert_close(mix(stacked), stack_frames(layers.mean(0), STACK))
+    with torch.no_grad():
+        mix.logits.copy_(torch.tensor([0.0, 50.0, 0.0]))
+    torch.testing.assert_close(mix(stacked), stack_frames(layers[1], STACK))
+    mix(stacked).square().sum().backward()
+    assert mix.logits.grad is not None

@@ -237,7 +237,7 @@ def test_features_carry_no_gradient(trim: WhisperEncoder, clips: list[np.ndarray
 def test_no_weight_of_the_encoder_reaches_an_optimizer(
     trim: WhisperEncoder, muon_lr: float | None
 ) -> None:
-    model = OmniModel(OmniConfig(gpt=SMALL, feature_dim=trim.d_model, ctc=True))
+    model = OmniModel(OmniConfig(SMALL, feature_dim=trim.d_model, ctc=True))
     system = nn.ModuleDict({"encoder": trim, "omni": model})
     held = [
         parameter

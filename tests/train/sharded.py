@@ -11,7 +11,10 @@ import torch.distributed as dist
 from omni.config import parse_config
 from omni.data.collate import Utterance
 from omni.model.batch import Batch
+from omni.model.conversation import AUDIO
+from omni.model.lora import LoraShape
 from omni.model.omni import OmniConfig
+from omni.model.pretrained import find_pretrained
 from omni.train.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
 from omni.train.evaluation import Layout, all_sum
 from omni.train.trained import Trained
@@ -25,12 +28,16 @@ SHAPE = OmniConfig.from_dict(
         "ctc": True,
     }
 )
+ADAPTED = ["projector", "lora"]
 
 
 def work(
-    rank: int, world: int, strategy: str, steps: int, folder: str, port: int, muon: bool
+    rank: int, world: int, strategy: str, steps: int, folder: str, port: int, kind: str
 ) -> None:
-    """Train to step `steps` from the newest checkpoint in `folder`, and write one."""
+    """Train to step `steps` from the newest checkpoint in `folder`, and write one.
+
+    kind: "gpt", "muon", or the folder of a transformers model that gets adapters.
+    """
     torch.set_num_threads(1)
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -39,10 +46,13 @@ def work(
         {
             "train": {"workers": world, "strategy": strategy, "precision": "fp32"},
             "optim": {"ema": 0.9, "lr": 1e-3, "warmup_steps": 0, "steps": 100}
-            | ({"muon_lr": 1e-3} if muon else {}),
+            | ({"muon_lr": 1e-3} if kind == "muon" else {})
+            | ({"kl_weight": 0.5} if kind not in ("gpt", "muon") else {}),
         }
+        | ({} if kind in ("gpt", "muon") else {"model": {"lm": kind, "train": ADAPTED}})
     )
-    trained = Trained(config, SHAPE, torch.device("cpu"), world)
+    shape = SHAPE if kind in ("gpt", "muon") else adapted(kind)
+    trained = Trained(config, shape, torch.device("cpu"), world)
     assert trained.sharded == (strategy == "fsdp" and world > 1)
     path, first = newest_checkpoint(Path(folder)), 0
     if path is not None:
@@ -60,7 +70,7 @@ def work(
         save_checkpoint(
             Path(folder),
             state=state,
-            model=SHAPE,
+            model=shape,
             encoder={},
             weights=weights,
             optimizer=rest,
@@ -77,16 +87,24 @@ def _step(trained: Trained, step: int, rank: int, world: int) -> None:
     tokens = torch.zeros(1, dtype=torch.float64)
     for place in mine:
         with trained.accumulating(last=place == mine[-1]):
-            out = trained.wrapped(_batch(step, place))
-            (out.loss + 0.5 * out.ctc).backward()
+            out = trained.wrapped(_batch(step, place, trained.model.distillation is not None))
+            (out.loss + 0.5 * out.ctc + 0.5 * out.kl).backward()
         tokens += out.tokens
     trained.gradient_norm(float(all_sum(tokens)))
     trained.update(step)
 
 
-def _batch(step: int, place: int) -> Batch:
+def adapted(lm: str) -> OmniConfig:
+    """The same around a language model that is trained already."""
+    found = find_pretrained(lm, with_tokenizer=False)
+    return OmniConfig(found.shape, 8, source=found.source, lora=LoraShape(4, 8), ctc=True)
+
+
+def _batch(step: int, place: int, teacher: bool = False) -> Batch:
     numbers = torch.Generator().manual_seed(step * BLOCKS + place)
     frames = torch.randn(60, 8, generator=numbers)
     text = torch.randint(0, 250, (6 + place,), generator=numbers).tolist()
-    layout = Layout(64, SHAPE.stack, 8, 290, 291)
-    return layout.batch([[Utterance(frames, [], text, 0)]])
+    ids = [AUDIO, 290, *text, 291]
+    flags = [False, False] + [True] * (len(text) + 1)
+    utterance = Utterance([frames], ids, flags, heard=[text])
+    return Layout(64, SHAPE.stack, 8, teacher).batch([[utterance]])

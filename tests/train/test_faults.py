@@ -143,6 +143,7 @@ def test_sharded_and_whole_training_continue_each_others_checkpoints(
     assert audit.main([str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_gradients_that_stay_nan_stop_the_run_and_name_the_bins(tiny: Path, tmp_path: Path) -> None:
     hopeless = ["--optim.lr", "1e30", "--optim.warmup_steps", "0", "--optim.max_skips", "2"]
     done = subprocess.run(

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from utterances import spoken
 
 from omni.config import OptimConfig
-from omni.data.collate import Utterance, collate
+from omni.data.collate import collate
 from omni.model.batch import Batch
 from omni.model.gpt import GPTConfig
 from omni.model.omni import OmniConfig, OmniModel
@@ -40,8 +41,11 @@ def _batch(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(8, 8, generator=generator)
     text = torch.randint(0, 50, (4,), generator=generator).tolist()
-    members = [Utterance(features, [3], text), Utterance(features[:5] * 2, [], text[:3])]
-    return collate([members], positions=24, stack=2, feature_dim=8, bos=50, end=51)
+    members = [
+        spoken(features, [3], text, bos=50, end=51),
+        spoken(features[:5] * 2, [], text[:3], bos=50, end=51),
+    ]
+    return collate([members], positions=24, stack=2, frame_dim=8)
 
 
 def _train(model: OmniModel, optimizers: Optimizers, steps: range) -> None:

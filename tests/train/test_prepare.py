@@ -15,6 +15,7 @@ import pytest
 import omni
 from omni.config import Config, ConfigError, parse_config
 from omni.data.collate import sequence_positions
+from omni.model.conversation import AUDIO
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.windows import encoder_frames
 from omni.train.checkpoint import TrainState, save_checkpoint
@@ -83,10 +84,12 @@ def test_a_run_is_decided_before_it_starts(configure: Configure) -> None:
     assert train.plan.steps == 3 and train.plan.bins_per_step == 2
     assert prepared.splits["dev"].plan.epoch_ends.tolist() == [prepared.splits["dev"].plan.bins]
     row = train.table.to_pylist()[0]
-    assert row["text_ids"] == prepared.tokenizer.encode(row["text"])
-    assert row["prompt_ids"] == prepared.tokenizer.encode("Write:")
-    assert train.table.schema.field("text_ids").type == pa.list_(pa.int32())
-    assert prepared.model.gpt.vocab_size == prepared.tokenizer.vocab_size <= 300
+    prompt, text = prepared.tokenizer.encode_batch(["Write:", row["text"]])
+    assert row["tokens"] == [AUDIO, prepared.tokenizer.bos, *prompt, *text, prepared.tokenizer.end]
+    assert row["supervised"] == [False] * (2 + len(prompt)) + [True] * (len(text) + 1)
+    assert train.table.schema.field("tokens").type == pa.list_(pa.int32())
+    assert prepared.tasks == ["transcribe"] and row["task_number"] == 0
+    assert prepared.model.lm.vocab_size == prepared.tokenizer.vocab_size <= 300
     assert prepared.model.feature_dim == prepared.encoder["d_model"] == 384
     assert prepared.encoder["longest_seconds"] == pytest.approx(2.0, abs=0.5)
 
@@ -94,9 +97,7 @@ def test_a_run_is_decided_before_it_starts(configure: Configure) -> None:
 def _needs(prepared: Prepared) -> list[int]:
     """Positions of each training utterance."""
     return [
-        sequence_positions(
-            encoder_frames(row["samples"], "trim"), len(row["prompt_ids"]), len(row["text_ids"]), 4
-        )
+        sequence_positions([encoder_frames(row["samples"], "trim")], len(row["tokens"]), 4)
         for row in prepared.splits["train"].table.to_pylist()
     ]
 
@@ -127,7 +128,7 @@ def test_a_given_tokenizer_is_used(configure: Configure, tmp_path: Path) -> None
     SpeechTokenizer.train(["another corpus"] * 3, 270).save(tmp_path / "tokenizer.json")
     config = configure(tokenizer={"path": str(tmp_path / "tokenizer.json"), "vocab_size": 999})
     prepared = prepare(config)
-    assert prepared.tokenizer.vocab_size == prepared.model.gpt.vocab_size == 270
+    assert prepared.tokenizer.vocab_size == prepared.model.lm.vocab_size == 270
 
 
 # -- rejects -----------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_a_tokenizer_without_the_special_tokens(configure: Configure, tmp_path: 
     document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] != "<|bos|>"]
     path.write_text(json.dumps(document))
     message = _error(configure(tokenizer={"path": str(path)}))
-    assert message.startswith("tokenizer.path: ") and message.endswith("special tokens: <|bos|>")
+    assert message.startswith("tokenizer.path: ") and message.endswith("the special token <|bos|>")
 
 
 def test_an_encoder_folder_that_holds_none(configure: Configure, tmp_path: Path) -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from hf_folders import save_folder
 from sharded import work
 
+from omni.model.lora import is_adapter
 from omni.train.checkpoint import Checkpoint, newest_checkpoint, read_state
 
 
-def _train(folder: Path, world: int, strategy: str, steps: int, muon: bool = False) -> Checkpoint:
+def _train(folder: Path, world: int, strategy: str, steps: int, kind: str = "gpt") -> Checkpoint:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(
-        work, (world, strategy, steps, str(folder), port, muon), nprocs=world
+        work, (world, strategy, steps, str(folder), port, kind), nprocs=world
     )
     path = newest_checkpoint(folder)
     assert path is not None and path.name == f"step-{steps:06d}"
@@ -50,10 +52,28 @@ def test_any_strategy_continues_any_other(
 
 def test_muon_is_sharded_too(tmp_path: Path) -> None:
     """Its orthogonalisation runs in bf16: sums over ranks show in the fourth digit."""
-    whole = _train(tmp_path / "whole", 1, "ddp", 4, muon=True)
-    found = _train(tmp_path / "sharded", 2, "fsdp", 4, muon=True)
+    whole = _train(tmp_path / "whole", 1, "ddp", 4, "muon")
+    found = _train(tmp_path / "sharded", 2, "fsdp", 4, "muon")
     assert any(name.startswith("muon/") for name in found.optimizer())
     for name, expected in whole.weights().items():
         torch.testing.assert_close(
             found.weights()[name], expected, rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_adapters_are_sharded_beside_a_frozen_model_in_bf16(tmp_path: Path) -> None:
+    """With distillation, which runs the model a second time without them."""
+    lm = f"hf:{save_folder(tmp_path / 'lm', initializer_range=0.1)}"
+    whole = _train(tmp_path / "whole", 1, "ddp", 3, lm)
+    assert any(is_adapter(name) for name in whole.weights())
+    for strategy in ("fsdp", "ddp"):
+        found = _train(tmp_path / strategy, 2, strategy, 3, lm)
+        assert found.weights().keys() == whole.weights().keys()
+        for name, expected in whole.weights().items():
+            torch.testing.assert_close(
+                found.weights()[name],
+                expected,
+                rtol=1e-4,
+                atol=1e-4,
+                msg=lambda m, n=f"{strategy} {name}": f"{n}: {m}",
+            )

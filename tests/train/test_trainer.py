@@ -240,6 +240,7 @@ def test_bad_recordings_are_counted_and_the_run_goes_on(tiny: Path, tmp_path: Pa
     assert {name for name, (_, reason) in bad.items() if reason is None} <= trained
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_recordings_stop_the_run(tiny: Path, tmp_path: Path) -> None:
     rows = embedded("train", 10)
     clip, rate = soundfile.read(rows[0]["audio"], dtype="float32")
@@ -258,6 +259,7 @@ def test_too_many_unreadable_recordings_stop_the_run(tiny: Path, tmp_path: Path)
     assert len(lines(tmp_path / "run" / "rejects.jsonl")) > 4
 
 
+@pytest.mark.slow
 def test_a_full_cache_is_said_and_training_goes_on_with_compact_features(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,105 @@
+"""Rows of the index as sequences of ids: how long they are, and what a teacher reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from omni.config import Config, ConfigError
+from omni.data.collate import sequence_positions
+from omni.data.conversations import messages_of
+from omni.data.index import Index, recordings
+from omni.data.measure import Reject
+from omni.model.conversation import AUDIO, Template
+from omni.model.windows import encoder_frames
+
+DEFAULT_TASK = "transcribe"  # of rows that name none
+
+
+def task_names(config: Config, indexes: dict[str, Index]) -> list[str]:
+    """Names of the tasks, sorted. Raises ConfigError where a row has one that is not known."""
+    found: dict[str, str] = {}
+    for name, index in indexes.items():
+        for task in index.table["task"].unique().to_pylist():
+            found.setdefault(task or DEFAULT_TASK, name)
+    known = config.data.tasks
+    for task, split in found.items():
+        if known and task not in known:
+            raise ConfigError(
+                f"data.tasks: data.{split} has rows of the task {task!r}; expected one of: "
+                f"{', '.join(known)}"
+            )
+    return sorted(known or found)
+
+
+def with_tokens(
+    index: Index, template: Template, tasks: list[str], config: Config
+) -> tuple[pa.Table, np.ndarray, list[Reject]]:
+    """The index with token ids, positions per utterance (0: does not fit a bin), and rejects."""
+    rows = index.table.to_pylist()
+    names = [row["task"] or DEFAULT_TASK for row in rows]
+    for row, task in zip(rows, names, strict=True):
+        if not row["prompt"] and task in config.data.tasks:
+            row["prompt"] = config.data.tasks[task].prompt
+    rendered = template.render([messages_of(row) for row in rows])
+    capacity = config.optim.bin_positions
+    lengths = np.zeros(len(rows), dtype=np.int64)
+    rejects = []
+    for i, (row, sequence) in enumerate(zip(rows, rendered, strict=True)):
+        frames = [encoder_frames(r["samples"], config.encoder.mode) for r in recordings(row)]
+        need = sequence_positions(frames, len(sequence.ids), config.model.stack)
+        if need <= capacity:
+            lengths[i] = need
+            continue
+        rejects.append(
+            Reject(
+                row["id"],
+                row["uri"],
+                "longer than a bin",
+                f"{need} positions ({row['samples'] / 16_000:.1f} s, {len(sequence.ids)} tokens); "
+                f"optim.bin_positions is {capacity}",
+            )
+        )
+    heard = _heard(rows, template) if config.optim.kl_weight else [None] * len(rows)
+    columns = [
+        ("tokens", [r.ids for r in rendered], pa.list_(pa.int32())),
+        ("supervised", [r.supervised for r in rendered], pa.list_(pa.bool_())),
+        ("heard", heard, pa.list_(pa.list_(pa.int32()))),
+        ("task_number", [tasks.index(name) for name in names], pa.int32()),
+    ]
+    table = index.table
+    for name, values, kind in columns:
+        table = table.append_column(name, pa.array(values, kind))
+    return table, lengths, rejects
+
+
+def beyond_ctc(table: pa.Table, lengths: np.ndarray) -> int:
+    """How many utterances of the plan have more tokens to learn than soft tokens: CTC, which puts
+    one on each at most, learns nothing from them.
+    """
+    count = 0
+    columns = (table["tokens"].to_pylist(), table["supervised"].to_pylist(), lengths.tolist())
+    for tokens, supervised, length in zip(*columns, strict=True):
+        soft = length - (len(tokens) - tokens.count(AUDIO) - 1)
+        count += length > 0 and sum(supervised) - 1 > soft
+    return count
+
+
+def _heard(rows: list[dict[str, Any]], template: Template) -> list[list[list[int]]]:
+    """Ids of what is said in each recording of each row: what the teacher reads.
+
+    Raises ConfigError where a recording of a conversation has no transcript.
+    """
+    encode = template.tokenizer.encode_batch
+    heard = []
+    for row in rows:
+        said = [r["text"] for r in recordings(row)]
+        if None in said:
+            raise ConfigError(
+                f"optim.kl_weight: {row['id']}: distillation reads what is said, and a recording "
+                'has no transcript; expected {"audio": ..., "text": ...} in its message'
+            )
+        heard.append(encode(said))
+    return heard
