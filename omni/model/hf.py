@@ -67,7 +67,9 @@ def read_config(folder: Path) -> HFConfig:
 def load_pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The transformers model in a folder, its weights in `dtype`. Raises SourceError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # every rank would draw one
     extra = gguf_argument(folder)
     if extra:
         with contextlib.suppress(ImportError):  # before 5.20 there was no other way

@@ -37,6 +37,10 @@ class SourceError(RuntimeError):
     """No source could serve the weights; the message names each with its reason."""
 
 
+class HubError(SourceError):
+    """The hubs did not serve: not the fault of a setting, and worth another try."""
+
+
 @dataclass(frozen=True)
 class HubModel:
     """A model on a hub; without a revision its newest one."""
@@ -103,7 +107,7 @@ def fetch(
     """The folder of the first model that a hub serves.
 
     small: patterns of the files beside the weights. weights: patterns by preference; the first that
-    the repository has are fetched. Raises SourceError with a line for each model.
+    the repository has are fetched. Raises HubError with a line for each model.
     """
     reasons = []
     for model in models:
@@ -112,7 +116,7 @@ def fetch(
                 return _fetch_one(model, small, weights)
         except Exception as error:  # every hub client has its own family of errors
             reasons.append(f"  {model}: {type(error).__name__}: {first_line(error)}")
-    raise SourceError("no source served the weights:\n" + "\n".join(reasons))
+    raise HubError("no source served the weights:\n" + "\n".join(reasons))
 
 
 def _fetch_one(model: HubModel, small: Sequence[str], weights: Sequence[Sequence[str]]) -> Path:

@@ -21,7 +21,7 @@ from omni.data.index import Index, ManifestError, build_index
 from omni.data.measure import Reject
 from omni.data.plan import Split, make_plan
 from omni.data.storage import join, open_folder
-from omni.model.hub import SourceError
+from omni.model.hub import HubError, SourceError
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.whisper import WhisperEncoder
@@ -168,6 +168,8 @@ def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
             margin_seconds=settings.margin_seconds,
             layers=settings.layers,
         )
+    except HubError:
+        raise
     except (SourceError, ValueError) as error:
         raise ConfigError(f"encoder.weights: {error}") from None
     return {

@@ -12,7 +12,7 @@ from omni.data.index import Index
 from omni.model.conversation import Template, make_template
 from omni.model.gpt import GPTConfig
 from omni.model.hf import HFConfig
-from omni.model.hub import SourceError
+from omni.model.hub import HubError, SourceError
 from omni.model.lora import LoraShape
 from omni.model.omni import OmniConfig
 from omni.model.pretrained import Pretrained, find_pretrained
@@ -24,6 +24,8 @@ def pretrained_of(config: Config) -> Pretrained | None:
         return None
     try:
         return find_pretrained(config.model.lm, with_tokenizer=config.tokenizer.path is None)
+    except HubError:
+        raise
     except SourceError as error:
         raise ConfigError(f"model.lm: {error}") from None
 

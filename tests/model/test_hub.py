@@ -51,8 +51,10 @@ except SourceError as error:
 """
 
 
-def load_elsewhere(home: Path, *arguments: str, script: str = LOAD, **environment: str) -> str:
-    """What a fresh process with empty caches and no other settings says; LOAD: `load_whisper()`."""
+def run_elsewhere(
+    home: Path, *command: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Python in a fresh process with empty caches and no other settings."""
     ours = ("WHISPER_", "HF_", "MODELSCOPE_")
     clean = {
         name: value
@@ -66,13 +68,18 @@ def load_elsewhere(home: Path, *arguments: str, script: str = LOAD, **environmen
         "MODELSCOPE_HOME": str(home / "modelscope-home"),
         "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",  # a hub that is down is asked once
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+    return subprocess.run(
+        [sys.executable, *command],
         env={**clean, **caches, **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def load_elsewhere(home: Path, *arguments: str, script: str = LOAD, **environment: str) -> str:
+    """What a script says in a fresh process; LOAD: `load_whisper()`."""
+    done = run_elsewhere(home, "-c", script, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -190,6 +197,26 @@ def test_when_every_hub_is_down_one_error_names_each_with_its_reason(tmp_path: P
     assert hugging_face.startswith("  Hugging Face someone/on-hugging-face: ")
     for line in (modelscope, hugging_face):
         assert "refused" in line
+
+
+@pytest.mark.parametrize("setting", ["encoder.weights hub", "model.lm hf:someone/lm"])
+def test_a_run_without_its_weights_fails_in_one_error_and_leaves_nothing(
+    setting: str, tmp_path: Path
+) -> None:
+    storage = tmp_path / "runs"
+    done = run_elsewhere(
+        tmp_path,
+        *("-m", "jobs.train", "--run.storage", str(storage), *f"--{setting}".split()),
+        WHISPER_MS_ID="someone/on-modelscope",
+        HF_ENDPOINT=closed_port(),
+        MODELSCOPE_ENDPOINT=closed_port(),
+    )
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert "error: no source served the weights:" in lines
+    named = [line for line in lines if line.startswith(("  ModelScope ", "  Hugging Face "))]
+    assert len(named) == (2 if setting.startswith("encoder") else 1)
+    assert not (storage / "omni").exists()
 
 
 def test_a_hub_may_hold_pytorch_model_bin_only(embedded: str, tmp_path: Path) -> None:
