@@ -267,7 +267,11 @@ def _moment(seconds: object) -> str:
 
 
 def _workers(event: Row) -> str:
-    found = {"workers": event.get("workers"), "steps done again": event.get("redone")}
+    workers = event.get("workers")
+    found = {
+        "worker" if workers == 1 else "workers": workers,
+        "steps done again": event.get("redone"),
+    }
     return ", ".join(f"{value} {what}" for what, value in found.items() if value)
 
 

@@ -129,8 +129,10 @@ class LiveView:
             )
         done, total = row["step"], row["steps"]
         pace = (row["seconds"] - self._resumed_seconds) / max(1, done - self._resumed_step)
+        listening = row["loss"] is None  # the language model was left out
+        loss = f"ctc {row['ctc']:.3f}" if listening else f"loss {row['loss']:.3f}"
         return (
-            f"{done:>7}/{total} loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
+            f"{done:>7}/{total} {loss}  lr {row['lr']:.1e}  "
             f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
             f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%}  "
             f"ETA {_clock(pace * (total - done))}"

@@ -70,8 +70,9 @@ def train_row(
         "steps": steps,
         "epoch": round(state.epoch, 4),
         "seconds": round(state.seconds, 2),
-        "loss": sums[LOSS] / tokens,
-        "accuracy": sums[CORRECT] / max(counted, 1),
+        # Nothing was counted where the language model was left out (optim.listen_steps).
+        "loss": sums[LOSS] / tokens if counted else None,
+        "accuracy": sums[CORRECT] / counted if counted else None,
         "ctc": sums[CTC] / tokens,
         **({"kl": sums[KL] / tokens} if sums[KL] else {}),
         **by_task("tasks", names, window.sums[SUMS:].view(-1, 3)),

@@ -113,7 +113,7 @@ class Steps:
         if not (math.isfinite(norm) and math.isfinite(loss)):
             reason = f"the loss is {loss / max(float(sums[TOKENS]), 1):.4g}, gradient norm {norm:g}"
         elif spike is not None and state.updates >= _SPIKE_AFTER and norm > spike * mean:
-            reason = f"the gradient norm is {norm:.4g}, {norm / mean:.0f} times the usual"
+            reason = f"the gradient norm is {norm:.4g}, {norm / mean:.3g} times the usual"
         if all_sum(torch.tensor([float(reason is not None)]))[0]:
             return reason or "another rank's gradients are not finite"
         return None
