@@ -190,7 +190,9 @@ class HFLanguageModel(nn.Module):
             reason = _first_line(error)
             raise SourceError(f"{type(self.model).__name__} is not supported: {reason}") from None
         theirs = self.model(inputs_embeds=x, use_cache=False).logits.float()
-        if not torch.allclose(mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
+        # Rounding adds up over layers; a factor or a cap changes more than that.
+        allowed = 1e-3 if x.dtype == torch.float32 else 0.1
+        if float((mine - theirs).norm() / theirs.norm()) > allowed:
             raise SourceError(
                 f"{type(self.model).__name__}: its logits are not its head's alone; this "
                 "architecture is not supported"
