@@ -181,10 +181,10 @@ class OmniModel(nn.Module):
         has_id = ~batch.audio_mask_BT
         audio_NC = soft_NC
         if self.training and self.config.audio_dropout:
-            audio_NC = soft_NC * _keep(soft_NC, self.config.audio_dropout)
+            audio_NC = self._hide(soft_NC, _keep(soft_NC, self.config.audio_dropout))
         if self.training and self.config.token_dropout:
             kept = _keep(x, self.config.token_dropout).squeeze(-1).bool()
-            x = x * kept.unsqueeze(-1)
+            x = self._hide(x, kept.unsqueeze(-1))
             has_id = has_id & kept
         x = scatter_soft_tokens(x, audio_NC, batch.audio_mask_BT)
         layout = SegmentLayout.packed(batch.segments_BT)
@@ -208,6 +208,18 @@ class OmniModel(nn.Module):
             zero if batch.teacher is None else self._kl(hidden_SC, targets, batch.teacher),
             self._by_task(losses, right, tasks),
         )
+
+    def _hide(self, x: Tensor, kept: Tensor) -> Tensor:
+        """x where it is kept, else nothing: zero in a GPT, which mixes its input into every layer.
+
+        In other models a zero stays zero through all layers where no other position is seen, and
+        each norm on the way multiplies its gradient by 1/sqrt(eps): 30 layers overflow. There the
+        mean embedding stands for nothing.
+        """
+        if isinstance(self.lm, GPT):
+            return x * kept
+        nothing = self.lm.embedding_matrix().detach().float().mean(0)
+        return torch.where(kept.bool(), x, nothing.to(x.dtype))
 
     def _listen(self, soft_NC: Tensor, batch: Batch) -> LossSums:
         ctc = self._ctc(soft_NC, batch)

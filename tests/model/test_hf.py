@@ -251,3 +251,18 @@ def test_a_shape_survives_json(tmp_path: Path) -> None:
     save_folder(tmp_path)
     config = OmniConfig(read_config(tmp_path), 16, lora=LoraShape(4, 8, ("q_proj",)))
     assert OmniConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("kind", ["audio_dropout", "token_dropout"])
+def test_gradients_survive_hidden_positions_in_a_deep_model(
+    kind: str, utterances: list[Utterance]
+) -> None:
+    lm = wrapped(num_hidden_layers=30, initializer_range=0.3)
+    config = OmniConfig(lm.config, 16, projector="swiglu", lora=LoraShape(4, 8), **{kind: 0.9})
+    model = OmniModel(config, lm).train()
+    model.init_weights(0)
+    model.train_parts(["projector", "lora"])
+    torch.manual_seed(0)
+    model(lay_out(utterances)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
