@@ -1,4 +1,7 @@
-"""CTC heads: the transcript read off soft tokens alone, before the language model sees them."""
+"""CTC heads: the transcript read off soft tokens alone, before the language model sees them.
+
+(N, C) soft tokens of unit size to (N, V + 1) logits; the last is the blank's.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,7 @@ class _Embeds(Protocol):
     def embedding_matrix(self) -> Tensor: ...
 
 
-class CTCHead(nn.Module):
-    """(N, C) soft tokens of unit size to (N, V + 1) logits; the last is the blank's."""
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        raise NotImplementedError
-
-    def forward(self, soft_NC: Tensor, lm: _Embeds) -> Tensor:
-        raise NotImplementedError
-
-
-class LinearCTC(CTCHead):
+class LinearCTC(nn.Module):
     """A linear layer of its own, for a language model whose embeddings mean nothing yet."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
@@ -42,7 +35,7 @@ class LinearCTC(CTCHead):
         return F.linear(soft_NC, self.weight, self.bias)
 
 
-class TiedCTC(CTCHead):
+class TiedCTC(nn.Module):
     """Scores against the language model's own token embeddings, with a vector for the blank.
 
     A soft token that stands for a word comes to lie where that word's embedding lies, so that a
@@ -69,3 +62,6 @@ class TiedCTC(CTCHead):
         words = F.linear(soft_NC.to(rows.dtype), rows).float() * (scale / size)
         blank = (soft_NC.float() @ self.blank) * scale + self.blank_bias
         return torch.cat((words, blank[:, None]), dim=-1)
+
+
+CTCHead = LinearCTC | TiedCTC

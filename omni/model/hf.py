@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.model.hub import SourceError
+from omni.model.hub import SourceError, first_line
 from omni.model.loss import token_losses
 from omni.model.packing import SegmentLayout
 
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> HFConfig:
     try:
         found = AutoConfig.from_pretrained(folder, **gguf_argument(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: no language model: {_first_line(error)}") from None
+        raise SourceError(f"{folder}: no language model: {first_line(error)}") from None
     text = found.get_text_config()
     values: dict[str, Any] = json.loads(json.dumps(text.to_dict(), default=str))
     for name in ("quantization_config", "id2label", "label2id"):
@@ -79,7 +79,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SourceError(f"{folder}: cannot be loaded: {_first_line(error)}") from None
+        raise SourceError(f"{folder}: cannot be loaded: {first_line(error)}") from None
     model.config.quantization_config = None  # type: ignore[union-attr]
     return model
 
@@ -187,7 +187,7 @@ class HFLanguageModel(nn.Module):
         try:
             mine = self.logits(self.trunk(x, ids, layout))
         except (RuntimeError, TypeError, ValueError) as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             raise SourceError(f"{type(self.model).__name__} is not supported: {reason}") from None
         theirs = self.model(inputs_embeds=x, use_cache=False).logits.float()
         # Rounding adds up over layers; a factor or a cap changes more than that.
@@ -274,7 +274,3 @@ def gguf_argument(folder: Path) -> dict[str, Any]:
     if len(files) > 1:
         raise SourceError(f"{folder}: {len(files)} GGUF files; expected one")
     return {"gguf_file": files[0].name}
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -16,7 +16,7 @@ import torch
 
 from omni.model.gpt import GPT, GPTConfig
 from omni.model.hf import HFConfig, HFLanguageModel, gguf_argument, load_pretrained, read_config
-from omni.model.hub import HubModel, SourceError, fetch
+from omni.model.hub import HubModel, SourceError, fetch, first_line
 from omni.model.nanochat import find_nanochat, find_tokenizer, load_nanochat
 from omni.model.omni import LMSource, OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
@@ -77,8 +77,7 @@ def hf_tokenizer(folder: Path) -> SpeechTokenizer:
         found = AutoTokenizer.from_pretrained(folder, **gguf_argument(folder))
         inner = found.backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"{folder}: no fast tokenizer: {reason}") from None
+        raise SourceError(f"{folder}: no fast tokenizer: {first_line(error)}") from None
     if found.eos_token is None:
         raise SourceError(f"{folder}: its tokenizer has no end-of-sequence token")
     begins = found("x").input_ids[:1] == [found.bos_token_id]
