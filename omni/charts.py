@@ -90,7 +90,7 @@ LEARNING_SMALL = [
     Chart("Gradient norm", "", [("", "grad_norm")]),
 ]
 # Of runs that have one:
-CTC = Chart("CTC loss", "", [("", "ctc")])
+CTC = Chart("CTC loss", "nats per token", [("train", "ctc"), ("dev", "dev_ctc")])
 KL = Chart("Divergence from the reader", "nats per token", [("train", "kl"), ("dev", "dev_kl")])
 SPEED = [
     Chart("Trainer, audio", "audio s/s", [("", "audio_seconds_per_second")]),

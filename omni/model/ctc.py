@@ -5,11 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from omni.model.loss import LOGITS
+
+_SAMPLE = 4096  # rows that tell how large embeddings are
+_FEW = 4096  # classes: up to here, looking for those that occur saves nothing
 
 
 class _Embeds(Protocol):
@@ -23,6 +30,7 @@ class LinearCTC(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary + 1, width))
         self.bias = nn.Parameter(torch.empty(vocabulary + 1))
+        self.classes = vocabulary + 1
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
@@ -34,6 +42,11 @@ class LinearCTC(nn.Module):
     def forward(self, soft_NC: Tensor, lm: _Embeds) -> Tensor:
         return F.linear(soft_NC, self.weight, self.bias)
 
+    def split(self, soft_NC: Tensor, lm: _Embeds) -> tuple[Tensor, Tensor]:
+        """Logits of the tokens (N, V) and of the blank (N, 1)."""
+        logits = self(soft_NC, lm)
+        return logits[:, :-1], logits[:, -1:]
+
 
 class TiedCTC(nn.Module):
     """Scores against the language model's own token embeddings, with a vector for the blank.
@@ -44,6 +57,7 @@ class TiedCTC(nn.Module):
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
+        self.classes = vocabulary + 1
         self.blank = nn.Parameter(torch.empty(width))
         self.log_scale = nn.Parameter(torch.empty(1))
         self.blank_bias = nn.Parameter(torch.empty(1))
@@ -56,12 +70,57 @@ class TiedCTC(nn.Module):
         self.blank_bias.zero_()
 
     def forward(self, soft_NC: Tensor, lm: _Embeds) -> Tensor:
+        return torch.cat(self.split(soft_NC, lm), dim=-1)
+
+    def split(self, soft_NC: Tensor, lm: _Embeds) -> tuple[Tensor, Tensor]:
+        """As `LinearCTC.split`; the tokens' in the embeddings' dtype."""
         rows = lm.embedding_matrix()
-        size = rows.detach().float().square().mean().sqrt()
+        some = rows.detach()[:: max(1, len(rows) // _SAMPLE)].float()
         scale = self.log_scale.exp() * len(self.blank) ** -0.5
-        words = F.linear(soft_NC.to(rows.dtype), rows).float() * (scale / size)
+        scaled = soft_NC.float() * (scale / some.square().mean().sqrt())
+        words = F.linear(scaled.to(rows.dtype), rows)
         blank = (soft_NC.float() @ self.blank) * scale + self.blank_bias
-        return torch.cat((words, blank[:, None]), dim=-1)
+        return words, blank[:, None]
 
 
 CTCHead = LinearCTC | TiedCTC
+
+
+def ctc_losses(
+    head: CTCHead, soft_NC: Tensor, lm: _Embeds, lengths: Sequence[int], labels: Sequence[Tensor]
+) -> Tensor:
+    """(U,) CTC losses of utterances: lengths[u] soft tokens each, in order, and their labels[u].
+
+    Zero where a transcript does not fit into its soft tokens. Only labels that occur can lie on a
+    path, so all others of a large vocabulary are one class, whose probability is their sum: the
+    loss and its gradient are the same, and (N, V + 1) logits live for a chunk of rows only.
+    """
+    flat = torch.cat(list(labels))
+    if head.classes <= _FEW:
+        log_probs = F.log_softmax(head(soft_NC, lm).float(), dim=-1)
+        blank = head.classes - 1
+    else:
+        found, flat = flat.unique(return_inverse=True)
+        blank = len(found)
+
+        def part(soft: Tensor) -> Tensor:
+            words, blanks = head.split(soft, lm)
+            others = words.index_fill(1, found, -torch.inf).float().logsumexp(1, keepdim=True)
+            logits = torch.cat((words[:, found].float(), blanks.float(), others), 1)
+            return F.log_softmax(logits, dim=-1)
+
+        size = max(1, LOGITS // head.classes)
+        if len(soft_NC) <= size:
+            log_probs = part(soft_NC)
+        else:
+            pieces = soft_NC.split(size)
+            log_probs = torch.cat([checkpoint(part, p, use_reentrant=False) for p in pieces])
+    return F.ctc_loss(
+        nn.utils.rnn.pad_sequence(list(log_probs.split(list(lengths)))),
+        flat,
+        torch.tensor(lengths, device=flat.device),
+        torch.tensor([len(label) for label in labels], device=flat.device),
+        blank=blank,
+        reduction="none",
+        zero_infinity=True,
+    )

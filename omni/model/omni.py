@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.model.batch import IGNORED, Batch
-from omni.model.ctc import CTCHead, LinearCTC, TiedCTC
+from omni.model.ctc import CTCHead, LinearCTC, TiedCTC, ctc_losses
 from omni.model.distill import Distillation, kl_divergence
 from omni.model.gpt import GPT, GPTConfig, rms, scatter_soft_tokens
 from omni.model.hf import HFConfig, HFLanguageModel
@@ -252,29 +251,17 @@ class OmniModel(nn.Module):
     def _ctc(self, soft_NC: Tensor, batch: Batch) -> Tensor:
         """Summed CTC loss over the utterances whose transcript fits their soft tokens."""
         assert self.ctc_head is not None
-        blank = self.config.lm.vocab_size
-        log_probs = F.log_softmax(self.ctc_head(rms(soft_NC), self.lm).float(), dim=-1)
         rows = batch.segments_BT.shape[0]
         # One number per utterance over the whole batch, in the order of its soft tokens.
         keys = batch.segments_BT + torch.arange(rows, device=soft_NC.device)[:, None] * 1_000_000
-        audio_keys, input_lengths = keys[batch.audio_mask_BT].unique_consecutive(return_counts=True)
+        _, soft_lengths = keys[batch.audio_mask_BT].unique_consecutive(return_counts=True)
         supervised = batch.targets_BT != IGNORED
         _, answer_lengths = keys[supervised].unique_consecutive(return_counts=True)
-        if not len(audio_keys):
-            return log_probs.sum() * 0.0
-        chunks = log_probs.split(input_lengths.tolist())
+        if not len(soft_lengths):
+            return self.ctc_head(rms(soft_NC), self.lm).sum() * 0.0
         answers = batch.targets_BT[supervised].split(answer_lengths.tolist())
         labels = [answer[:-1] for answer in answers]  # without the end token
-        lengths = torch.tensor([len(label) for label in labels], device=soft_NC.device)
-        return F.ctc_loss(
-            nn.utils.rnn.pad_sequence(list(chunks)),
-            torch.cat(labels),
-            input_lengths,
-            lengths,
-            blank=blank,
-            reduction="sum",
-            zero_infinity=True,
-        )
+        return ctc_losses(self.ctc_head, rms(soft_NC), self.lm, soft_lengths.tolist(), labels).sum()
 
 
 def _keep(x: Tensor, rate: float) -> Tensor:

@@ -23,6 +23,8 @@ from omni.model.omni import OmniConfig, OmniModel
 from omni.score import Errors
 from omni.transcribe import HeldUtterance, summarize, transcribe
 
+_SUMS = 5  # loss, tokens, correct, ctc, kl; behind them those of each task
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -76,30 +78,31 @@ class HeldOut:
         self._exchanged = layout.pack(exchanged) if len(usable) > 1 else []
 
     def loss(self, model: OmniModel) -> dict[str, Any]:
-        """Summed over ranks and divided: loss, divergence and accuracy per token, the gap in nats,
+        """Summed over ranks and divided: losses and accuracy per token, the gap in nats,
         and (tasks, 3) sums of tasks, see `LossSums`.
         """
         tasks = model.tasks
         true, exchanged = self._sums(model, self._batches), self._sums(model, self._exchanged)
         sums, other = all_sum(torch.stack((true, exchanged))).split(1)
-        loss, tokens, correct, kl = sums[0, :4].tolist()
+        loss, tokens, correct, ctc, kl = sums[0, :_SUMS].tolist()
         tokens, other_tokens = max(tokens, 1e-9), max(float(other[0, 1]), 1e-9)
-        by_task = sums[0, 4:].view(tasks, 3)
+        by_task = sums[0, _SUMS:].view(tasks, 3)
         return {
             "loss": loss / tokens,
             "accuracy": correct / max(float(by_task[:, 1].sum()), 1.0),
             "gap": float(other[0, 0]) / other_tokens - loss / tokens,
+            "ctc": ctc / tokens,
             "kl": kl / tokens,
             "tasks": by_task,
         }
 
     def _sums(self, model: OmniModel, batches: list[Batch]) -> Tensor:
-        sums = torch.zeros(4 + 3 * model.tasks, dtype=torch.float64)
+        sums = torch.zeros(_SUMS + 3 * model.tasks, dtype=torch.float64)
         with torch.inference_mode():
             for batch in batches:
                 out = model(batch.to(self._device))
-                totals = torch.stack((out.loss, out.tokens, out.correct, out.kl)).double()
-                sums += torch.cat((totals, out.tasks.double().flatten())).cpu()
+                totals = torch.stack((out.loss, out.tokens, out.correct, out.ctc, out.kl))
+                sums += torch.cat((totals.double(), out.tasks.double().flatten())).cpu()
         return sums
 
     def transcribe(

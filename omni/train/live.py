@@ -108,8 +108,8 @@ class LiveView:
         for row in rows[self._shown :]:
             self._console.print(self._line(row))
             for example in row.get("examples", []):
-                self._console.print(f"         [dim]said[/]  {_plain(example['reference'])}")
-                self._console.print(f"         [dim]wrote[/] {_plain(example['hypothesis'])}")
+                self._console.print(f"         [dim]said[/]  {_one_line(example['reference'])}")
+                self._console.print(f"         [dim]wrote[/] {_one_line(example['hypothesis'])}")
         self._shown = len(rows)
         events = read_events(self._run_dir)
         for event in events[self._events_shown :]:
@@ -122,8 +122,9 @@ class LiveView:
             return f"{row['step']:>7} [yellow]note[/] {_plain(row['text'])}"
         if row["kind"] == "eval":
             wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
+            ctc = f"ctc {row['dev_ctc']:.3f}  " if "dev_ctc" in row else ""
             return (
-                f"[bold]{row['step']:>7}[/] dev loss {row['dev_loss']:.3f}  "
+                f"[bold]{row['step']:>7}[/] dev loss {row['dev_loss']:.3f}  {ctc}"
                 f"next token {row['dev_accuracy']:.1%}  shuffled-audio gap "
                 f"{row['shuffled_audio_gap']:.2f}  [bold]WER {wer}[/]"
             )
@@ -161,6 +162,11 @@ def describe_event(event: dict[str, Any]) -> str | None:
 
 def _plain(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+def _one_line(text: str) -> str:
+    """A model that has not learnt to stop writes pages."""
+    return _plain(" ".join(text.split()))
 
 
 def _clock(seconds: float) -> str:

@@ -107,6 +107,7 @@ def eval_row(
         "dev_loss": losses["loss"],
         "dev_accuracy": losses["accuracy"],
         "shuffled_audio_gap": losses["gap"],
+        **({"dev_ctc": losses["ctc"]} if losses["ctc"] else {}),
         **({"dev_kl": losses["kl"]} if losses["kl"] else {}),
         **by_task("dev_tasks", names, losses["tasks"]),
         **({"layers": layers} if layers else {}),
