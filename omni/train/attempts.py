@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from omni.data.plan import Split
 from omni.data.stages import StreamSettings
 from omni.data.stream import make_stream
+from omni.model.hub import HubError, SourceError
 from omni.train.checkpoint import newest_step, read_state, resume_point
 from omni.train.elastic import Node, workers_that_fit
 from omni.train.feed import TooManyRejects
@@ -251,6 +252,11 @@ def _work(arguments: dict[str, Any]) -> None:
         # Every rank fails alike and would again: leave word for the driver instead of a retry.
         if rank == 0:
             write_text(job.config.run_dir / FAILURE, str(error))
+    except SourceError as error:
+        # So with a language model that is refused; a hub that is down may come back.
+        if rank == 0 and not isinstance(error, HubError):
+            write_text(job.config.run_dir / FAILURE, str(error))
+        raise
 
 
 def _blocks(rows: int) -> Iterator[pa.Table]:

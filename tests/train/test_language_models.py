@@ -6,6 +6,7 @@ at the end.
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from hf_folders import save_folder
 from safetensors import safe_open
-from whole_runs import embedded, lines, run_job, write_manifest
+from whole_runs import ROOT, command, embedded, lines, run_job, write_manifest
 
 from jobs import evaluate
 from omni.config import Config, parse_config
@@ -175,3 +176,17 @@ def test_a_run_listens_first_and_keeps_the_language_model_by_reference(
         assert torch.equal(names[name], value), name
     (tmp_path / "lm" / "model.safetensors").unlink()
     assert evaluate.main(arguments) == 2
+
+
+@pytest.mark.slow
+def test_a_language_model_that_is_refused_is_refused_once(tmp_path: Path) -> None:
+    save_folder(tmp_path / "lm", kind="falcon")
+    config = _config(tmp_path, encoder={"layers": "last"}, train={"max_failures": 3})
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    done = subprocess.run(
+        command(file, tmp_path / "runs"), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr == "error: FalconForCausalLM takes no attention function from outside\n"
+    assert not (tmp_path / "runs" / "run" / "events.jsonl").exists(), "no attempt, and no second"
