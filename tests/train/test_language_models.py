@@ -139,6 +139,21 @@ def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
     assert all(torch.equal(names[name], value) for name, value in frozen.items())
 
 
+def test_gradients_of_the_language_model_are_usual_when_it_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omni.train.step._SPIKE_AFTER", 2)
+    config = _config(tmp_path, optim={"listen_steps": 2, "spike": 1.0001})
+    loop = _trainer(prepare(config))._loop
+    loop.steps.config = config
+    norms = []
+    for _ in range(3):
+        loop.step()
+        norms.append(loop.last_norm)
+    assert norms[2] > 2 * max(norms[:2]), "they are larger"
+    assert loop.state.skipped == 0 and loop.state.updates == 1
+
+
 def test_a_run_listens_first_and_keeps_the_language_model_by_reference(
     tmp_path: Path,
 ) -> None:
