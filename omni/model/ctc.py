@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from omni.model.loss import LOGITS
 
 _SAMPLE = 4096  # rows that tell how large embeddings are
-_FEW = 4096  # classes: up to here, looking for those that occur saves nothing
+_FEW = 4096  # classes: up to here the whole softmax is small
 
 
 class _Embeds(Protocol):
