@@ -107,6 +107,8 @@ class DataConfig(Section):
     cache_gb: Annotated[float, Field(gt=0)] | None = None  # limit of that folder; null: none
     buffer_mb: Positive | None = None  # object store for blocks under way; null: Ray's choice
     loaders: Positive = 2  # tasks that decode audio at a time, one logical CPU each
+    loader_rate: Annotated[float, Field(gt=0)] | None = None
+    # ^ audio seconds a second that each of them reads at most: spares storage that others use
 
 
 class EncoderConfig(Section):
@@ -125,6 +127,7 @@ class EncoderConfig(Section):
     gpus: Annotated[float, Field(ge=0)] = 0  # per actor; fractions share a GPU
     cpus: Annotated[float, Field(gt=0)] = 0.5  # logical CPUs per actor
     threads: Positive = 1  # torch threads per actor
+    labels: dict[str, str] = {}  # only on nodes with them, as `ray start --labels` gives them
 
 
 class TokenizerConfig(Section):
@@ -217,6 +220,7 @@ class TrainConfig(Section):
     gpus: Annotated[float, Field(ge=0, le=1)] = 0  # per worker: 1, or a share beside an encoder
     cpus: Annotated[float, Field(gt=0)] = 1  # logical CPUs per worker
     threads: Positive = 1  # torch threads per worker
+    labels: dict[str, str] = {}  # only on nodes with them; empty: anywhere
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: bool = False  # keep layers' inputs only: less memory, a third more time
     max_failures: Annotated[int, Field(ge=-1)] = 3  # in a row without a checkpoint; -1: no limit

@@ -71,7 +71,7 @@ def write_report(run: Path) -> Path:
 <h1>{name}</h1>{_status(summary, broken)}{_figures(figures)}
 <h2>Learning</h2><p class="quiet">Numbers are the last logged. A long curve is drawn pale under its
 running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}{_layers(evals)}
-<h2>Throughput</h2>{curves(SPEED, "small")}{_stages(figures)}{_notes(metrics)}
+<h2>Throughput</h2>{_verdict(figures)}{curves(SPEED, "small")}{_stages(figures)}{_notes(metrics)}
 {_faults(run)}<h2>Test utterances</h2>{_test_utterances(run)}
 <h2>Last evaluation</h2>{_examples(evals)}
 <h2>Rejected utterances</h2>{_rejects(run, figures.get("rejects"))}
@@ -176,6 +176,12 @@ def _figures(s: Row) -> str:
         for label, value, note in tiles
     ]
     return f'<dl class="figures">{"".join(cells)}</dl>'
+
+
+def _verdict(figures: Row) -> str:
+    """What limits the run, and what would change it."""
+    said, advice = (figures.get(f"throughput_{name}") for name in ("verdict", "advice"))
+    return f"<p><b>{escape(str(said))}.</b> {escape(str(advice))}.</p>" if said else ""
 
 
 def _stages(figures: Row) -> str:

@@ -25,6 +25,7 @@ _COMMON = [
     ("supervised", pa.list_(pa.list_(pa.bool_()))),
     ("heard", pa.list_(pa.list_(pa.list_(pa.int32())))),  # ids of what is said, or null
     ("tasks", pa.list_(pa.int32())),
+    ("load_seconds", pa.float64()),  # reading, decoding, log-mels
     ("errors", pa.list_(pa.string())),  # "reason\ndetail" of an unusable recording, else null
 ]
 LOADED_SCHEMA = pa.schema(

@@ -24,6 +24,7 @@ from omni.data.features import FeatureCache
 from omni.data.index import recordings
 from omni.data.measure import span_of
 from omni.data.plan import Split
+from omni.model.logmel import SAMPLING_RATE
 from omni.model.whisper import WhisperEncoder
 from omni.model.windows import clip_mel
 from omni.retry import patiently
@@ -53,6 +54,7 @@ def load_bin(
     split: Split, number: int, settings: StreamSettings, cache: FeatureCache | None
 ) -> dict[str, Any]:
     """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
+    began = time.perf_counter()
     members = split.plan.bin(number).tolist()
     rows = split.table.take(pa.array(members, pa.int64())).to_pylist()
     spoken = [recordings(row) for row in rows]
@@ -73,6 +75,13 @@ def load_bin(
             made.append(mel)
         mels.append(made)
         errors.append(error)
+    decoded = sum(
+        recording["samples"]
+        for of_row, made in zip(spoken, mels, strict=True)
+        for recording, mel in zip(of_row, made, strict=True)
+        if mel is not None
+    )
+    _hold_back(decoded / SAMPLING_RATE, time.perf_counter() - began, settings)
     columns = {
         name: [row[column] for row in rows]
         for name, column in (
@@ -97,7 +106,15 @@ def load_bin(
         "errors": errors,
         "features": [[cached.get(key) for key in of_row] for of_row in keys],
         "mels": mels,
+        "load_seconds": time.perf_counter() - began,
     }
+
+
+def _hold_back(audio: float, seconds: float, settings: StreamSettings) -> None:
+    """Wait until `audio` seconds of audio may have been read."""
+    rate = settings.config.data.loader_rate
+    if rate is not None:
+        time.sleep(max(0.0, audio / rate - seconds))
 
 
 def _log_mel(recording: dict[str, Any], settings: StreamSettings) -> bytes:

@@ -19,6 +19,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators import actor_pool_map_operator
+from ray.util.metrics import Histogram
 
 from omni.config import Config
 from omni.data.blocks import LOADED_SCHEMA
@@ -28,6 +29,7 @@ from omni.data.stages import EncodeStage, StreamSettings, load_bin
 from omni.watchdog import limited
 
 _PAUSES = (0.002, 0.05)  # seconds: after the first idle round, and at most
+_BOUNDARIES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]  # seconds
 _LOADER_CPUS = 1.0  # Ray's default: the load stage fuses with the read of the row numbers
 
 
@@ -69,6 +71,7 @@ def make_stream(
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=_actors(config), max_tasks_in_flight_per_actor=2),
             num_cpus=_unlike_loader(config.encoder.cpus),
+            label_selector=config.encoder.labels,
             num_gpus=config.encoder.gpus,  # a dead actor is restarted without limit, Ray's default
         )
     )
@@ -137,9 +140,20 @@ class _LoadStage:
 class _EncodeActor(EncodeStage):
     """An encoder that ends when it hangs; Ray Data starts another, which gets the block again."""
 
+    def __init__(self, settings: StreamSettings) -> None:
+        super().__init__(settings)
+        self._seconds = Histogram(
+            "omni_encoder_batch_seconds", "of one block in an encoder actor", _BOUNDARIES, ("run",)
+        )
+        self._seconds.set_default_tags({"run": settings.config.run.name})
+
     def __call__(self, table: pa.Table) -> pa.Table:
         with limited(_patience(self._settings)):
-            return super().__call__(table)
+            out = super().__call__(table)
+        seconds = sum(out["encode_seconds"].to_pylist())
+        if seconds:
+            self._seconds.observe(seconds)
+        return out
 
 
 def _patience(settings: StreamSettings) -> float:

@@ -23,6 +23,7 @@ from omni.retry import patiently
 from omni.train.evaluation import HeldOut, Layout, all_gather
 from omni.train.job import Job
 from omni.train.metrics import append_json, keep_lines, read_json_lines
+from omni.train.stopwatch import Stopwatch
 from omni.transcribe import HeldUtterance
 
 
@@ -38,6 +39,7 @@ class Microbatch:
     place: int
     utterances: int
     samples: int  # of audio at 16 kHz
+    load_seconds: float
     encode_seconds: float
     encoded_samples: int  # of them not from the cache
     rejected: int
@@ -48,6 +50,7 @@ class Microbatch:
         return [
             self.utterances,
             self.samples,
+            self.load_seconds,
             self.encode_seconds,
             self.encoded_samples,
             self.rejected,
@@ -62,6 +65,7 @@ class Feed:
     rank: int
     world: int
     device: torch.device
+    watch: Stopwatch
     waited: float = 0.0  # seconds without a block
     waiting_since: float | None = None  # perf_counter, while there is none
     cache_full: str | None = None  # why features are no longer kept
@@ -70,15 +74,22 @@ class Feed:
     _new_rejects: list[dict[str, Any]] = field(default_factory=list)
     _consumed: list[dict[str, Any]] = field(default_factory=list)
     _ids: dict[int, list[str]] = field(default_factory=dict)  # of this step's bins
+    _step: int = 0  # counted from 1
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         """This rank's blocks of a step (counted from 0), in order."""
         self._ids.clear()
+        self._step = step + 1
         optim = self.job.config.optim
         rows = padded_step(optim.bins_per_step, self.world, optim.bins_per_block)
         for number in range(rows // (self.world * optim.bins_per_block)):
             place = number * self.world + self.rank
             yield self._microbatch(self._next(), step, place)
+
+    def at_work(self) -> dict[str, Any]:
+        """The newest step of which there are blocks, its bins, and the ids of their utterances."""
+        ids = [name for of_bin in self._ids.values() for name in of_bin]
+        return {"step": self._step, "bins": list(self._ids), "ids": ids}
 
     def hold(self, name: str, rows: int) -> HeldOut:
         """Take a held-out split, which leads the stream, into memory."""
@@ -158,7 +169,9 @@ class Feed:
         self.waiting_since = began = time.perf_counter()
         table = next(self.blocks)
         self.waiting_since = None
-        self.waited += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.waited += seconds
+        self.watch.add("wait", seconds)
         return table
 
     def _microbatch(self, table: pa.Table, step: int, place: int) -> Microbatch:
@@ -166,6 +179,8 @@ class Feed:
         self._check(rows[0], step, place)
         self._note_rejects(rows, step + 1)
         batch = self.layout.batch([self._utterances(row) for row in rows])
+        with self.watch.phase("copy"):
+            batch = batch.to(self.device)
         samples = 0
         count = 0
         for row in rows:
@@ -183,10 +198,11 @@ class Feed:
                     }
                 )
         return Microbatch(
-            batch.to(self.device),
+            batch,
             place,
             count,
             samples,
+            sum(row["load_seconds"] for row in rows),
             sum(row["encode_seconds"] for row in rows),
             sum(row["encoded_samples"] for row in rows),
             sum(not frames for row in rows for frames in row["frames"]),

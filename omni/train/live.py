@@ -135,8 +135,8 @@ class LiveView:
         return (
             f"{done:>7}/{total} {loss}  lr {row['lr']:.1e}  "
             f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
-            f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%}  "
-            f"ETA {_clock(pace * (total - done))}"
+            f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%} "
+            f"({row['limit']}-bound)  ETA {_clock(pace * (total - done))}"
         )
 
 

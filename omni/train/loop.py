@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
@@ -38,22 +39,42 @@ from omni.train.job import Job
 from omni.train.metrics import (
     append_json,
     keep_lines,
+    last_line,
     read_json_lines,
     write_event,
     write_json,
 )
-from omni.train.rows import Window, eval_row, summary_of, train_row
+from omni.train.mfu import flops_per_position, peak_flops
+from omni.train.rows import Pools, Window, eval_row, summary_of, train_row
 from omni.train.saving import Saver
 from omni.train.step import REJECTED, STOP, TOKENS, Steps
 from omni.train.stopping import StopRequest
+from omni.train.stopwatch import Stopwatch
 from omni.train.trained import Trained
 from omni.watchdog import Watchdog
 
+_LAST_WORDS_SECONDS = 5.0
 _FIRST_BLOCK_PATIENCE = 3.0  # the stream starts, actors load the encoder
 
 
+class Publisher(Protocol):
+    """Who else hears what is logged: a dashboard."""
+
+    def phases(self, seconds: Mapping[str, float]) -> None: ...
+
+    def gpu_memory(self, peak: int) -> None: ...
+
+    def train_row(
+        self, row: Mapping[str, Any], rejects: Mapping[str, int], cache_full: bool
+    ) -> None: ...
+
+    def eval_row(self, row: Mapping[str, Any]) -> None: ...
+
+
 class TrainLoop:
-    """blocks: this rank's share of the stream. node: where the rank runs, for the books."""
+    """blocks: this rank's share of the stream. node: where the rank runs, for the books.
+    publisher: who else hears what is logged.
+    """
 
     def __init__(
         self,
@@ -63,6 +84,7 @@ class TrainLoop:
         world: int,
         device: torch.device,
         node: str = "",
+        publisher: Publisher | None = None,
     ) -> None:
         self.job, self.config = job, job.config
         self.rank, self.world = rank, world
@@ -70,7 +92,8 @@ class TrainLoop:
         self.checkpoints = self.run_dir / "checkpoints"
         self.template = Template(SpeechTokenizer.from_json(job.tokenizer_json), job.template)
         layout = Layout.of(job.config, job.model)
-        self.feed = Feed(job, blocks, layout, rank, world, device)
+        self._publisher, self.watch = publisher, Stopwatch(device)
+        self.feed = Feed(job, blocks, layout, rank, world, device, self.watch)
         self.trained = Trained(
             job.config, job.model, device, world, tasks=job.tasks, end=self.template.end
         )
@@ -80,8 +103,16 @@ class TrainLoop:
         self._said_full = False
         self._stop = StopRequest(self.run_dir)
         self._stopping = False
-        self.steps = Steps(job.config, self.trained, self.feed, self._asked_to_stop, self._event)
+        self.steps = Steps(
+            job.config, self.trained, self.feed, self._asked_to_stop, self._event, self.watch
+        )
         self._resume(node)
+        actors = job.config.encoder.actors
+        self._pools = Pools(1 if actors == "auto" else actors, job.config.data.loaders)
+        peak, optim = peak_flops(device), job.config.optim
+        positions = optim.bins_per_step * optim.bin_positions
+        per_step = positions * flops_per_position(self.trained.model.lm)
+        self._full_speed = None if peak is None else peak * world / per_step  # steps a second
         self.window = Window.of(len(job.tasks))
         self.totals = Window.of(len(job.tasks))
 
@@ -97,6 +128,9 @@ class TrainLoop:
         self._saver = Saver(self.checkpoints, config.train.keep_checkpoints, self._unsaved)
         try:
             return self._run()
+        except Exception as error:
+            self._failed(error)
+            raise
         finally:
             self._watchdog.close()
             self._saver.close()
@@ -144,6 +178,7 @@ class TrainLoop:
         self.state.seconds += spent
         for window in (self.window, self.totals):
             window.busy += spent
+            window.steps += 1
             window.wait += self.feed.waited - waited
             if done.updated:
                 window.sums += done.sums
@@ -159,8 +194,19 @@ class TrainLoop:
             self.config.optim.steps,
             self.trained.rate,
             self.last_norm,
+            self._pools,
             self.job.tasks,
+            self._full_speed,
         )
+        self.last_train["phases"] = phases = self.watch.take()  # of this rank
+        if self._publisher is not None:
+            self._publisher.phases(phases)
+            if self.rank == 0:
+                full = self.feed.cache_full is not None
+                self._publisher.train_row(self.last_train, self.feed.reject_counts, full)
+            if self.trained.device.type == "cuda":
+                memory = torch.cuda.max_memory_allocated(self.trained.device)
+                self._publisher.gpu_memory(memory)
         if self.rank == 0 and self.window.sums[TOKENS]:  # else every step was skipped
             append_json(self.run_dir / "metrics.jsonl", [self.last_train])
         self._note_full_cache()
@@ -183,7 +229,11 @@ class TrainLoop:
     def _evaluate(self, dev: HeldOut) -> bool:
         """Measure on dev and log it; True when it is the best so far."""
         settings, state = self.config.eval, self.state
-        with self._watchdog.off(), self.trained.evaluating() as model:
+        with (
+            self._watchdog.off(),
+            self.watch.phase("evaluate", on_device=False),
+            self.trained.evaluating() as model,
+        ):
             losses = dev.loss(model)
             errors, rows = dev.transcribe(model, self.template, settings.wer_utterances)
             layers = self._layer_weights(model)
@@ -191,6 +241,8 @@ class TrainLoop:
         entry = eval_row(state, losses, errors["all"], shown, self.job.tasks, layers)
         if self.rank == 0:
             append_json(self.run_dir / "metrics.jsonl", [entry])
+            if self._publisher is not None:
+                self._publisher.eval_row(entry)
         value = entry[settings.best]
         if (
             value is None
@@ -220,8 +272,9 @@ class TrainLoop:
         self.state.rejects = self.feed.reject_counts
         # Gathers shards, and meets all ranks: their ledgers are on disk before a checkpoint says
         # that these steps are done.
-        weights, optimizer = self.trained.snapshot(keep=self.rank == 0)
-        _barrier()
+        with self.watch.phase("checkpoint", on_device=False):
+            weights, optimizer = self.trained.snapshot(keep=self.rank == 0)
+            _barrier()
         if self.rank:
             return
         write = functools.partial(
@@ -246,7 +299,8 @@ class TrainLoop:
 
     def _event(self, event: str, step: int | None = None, **facts: Any) -> None:
         if self.rank == 0:
-            write_event(self.run_dir, event, self.state.step if step is None else step, **facts)
+            at = self.state.step if step is None else step
+            write_event(self.run_dir, event, at, rank=0, **facts)
 
     def _asked_to_stop(self) -> bool:
         """Rank 0 looks, the sums of the step tell all."""
@@ -263,10 +317,20 @@ class TrainLoop:
 
     def _stalled(self, doing: str, seconds: float) -> None:
         why = f"rank {self.rank} made no progress for {seconds:.0f} s: {doing}"
-        write_event(self.run_dir, "stalled", self.state.step, reason=why)
+        facts = {"rank": self.rank, "reason": why, **self.feed.at_work()}
+        write_event(self.run_dir, "stalled", **facts)
+
+    def _failed(self, error: Exception) -> None:
+        """What this rank was at when it failed; the storage may be the reason, so not for long."""
+        reason = f"{type(error).__name__}: {last_line(error)}"
+        facts = {"rank": self.rank, "reason": reason, **self.feed.at_work()}
+        write = functools.partial(write_event, self.run_dir, "rank failed", **facts)
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(_LAST_WORDS_SECONDS)
 
     def _unsaved(self, step: int, reason: str) -> None:
-        write_event(self.run_dir, "checkpoint failed", step, reason=reason)
+        write_event(self.run_dir, "checkpoint failed", step, rank=self.rank, reason=reason)
 
     def _resume(self, node: str) -> None:
         """Continue from the newest whole checkpoint, and forget what was logged after it."""
@@ -329,6 +393,7 @@ class TrainLoop:
         summary = summary_of(
             self.state,
             self.totals,
+            self._pools,
             {
                 "best_step": best.state.step,
                 "train_loss": self.last_train.get("loss"),

@@ -84,14 +84,23 @@ def write_json(path: Path, value: Any) -> None:
 EVENTS = "events.jsonl"
 
 
-def write_event(run_dir: Path, event: str, step: int | None = None, **facts: Any) -> None:
+def write_event(
+    run_dir: Path, event: str, step: int | None = None, rank: int | None = None, **facts: Any
+) -> None:
     """What befell a run, kept for its whole life: attempts, faults, skipped steps, its end.
 
-    Unlike metrics.jsonl it is never rewound: what was redone shows twice.
+    Unlike metrics.jsonl it is never rewound: what was redone shows twice. rank None: the driver.
     """
-    row = {"time": round(time.time(), 3), "event": event, "step": step, **facts}
+    about = {"time": round(time.time(), 3), "run": run_dir.name, "rank": rank}
+    row = {**about, "event": event, "step": step, **facts}
     append_json(run_dir / EVENTS, [row])
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     return list(read_json_lines(run_dir / EVENTS))
+
+
+def last_line(error: BaseException) -> str:
+    """Of its message, which may be a page of another process's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

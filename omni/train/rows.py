@@ -18,12 +18,22 @@ from omni.train.step import (
     ENCODE_SECONDS,
     ENCODED,
     KL,
+    LOAD_SECONDS,
     LOSS,
     SAMPLES,
     SUMS,
     TOKENS,
     UTTERANCES,
 )
+from omni.train.verdict import ADVICE, Verdict, judge
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many of each stage feed the trainers."""
+
+    encoders: int
+    loaders: int
 
 
 @dataclass
@@ -33,10 +43,21 @@ class Window:
     sums: Tensor = field(default_factory=lambda: torch.zeros(SUMS + 3, dtype=torch.float64))
     busy: float = 0.0  # seconds of steps; evaluation and checkpoints are not counted
     wait: float = 0.0  # seconds of them without a block
+    steps: int = 0
 
     @classmethod
     def of(cls, tasks: int) -> Window:
         return cls(torch.zeros(SUMS + 3 * tasks, dtype=torch.float64))
+
+    def verdict(self, pools: Pools) -> Verdict:
+        return judge(
+            self.busy,
+            waited=self.wait,
+            encode_seconds=float(self.sums[ENCODE_SECONDS]),
+            encoders=pools.encoders,
+            load_seconds=float(self.sums[LOAD_SECONDS]),
+            loaders=pools.loaders,
+        )
 
 
 def by_task(key: str, names: Sequence[str], sums: Tensor) -> dict[str, Any]:
@@ -58,10 +79,16 @@ def train_row(
     steps: int,
     rate: float,
     norm: float,
+    pools: Pools,
     names: Sequence[str] = (),
+    full_speed: float | None = None,
 ) -> dict[str, Any]:
-    """A logged step: means over the window, rates per second of its steps."""
+    """A logged step: means over the window, rates per second of its steps.
+
+    full_speed: steps a second if all devices did nothing but the model's products (omni/train/mfu).
+    """
     sums, busy = window.sums.tolist(), window.busy
+    verdict = window.verdict(pools)
     tokens = max(sums[TOKENS], 1e-9)
     counted = float(window.sums[SUMS + 1 :: 3].sum())
     return {
@@ -83,6 +110,14 @@ def train_row(
         "audio_seconds_per_second": sums[SAMPLES] / SAMPLING_RATE / busy,
         "tokens_per_second": counted / busy,
         "data_wait_fraction": min(1.0, window.wait / busy),
+        "mfu": window.steps / busy / full_speed if full_speed else None,
+        "limit": verdict.limit,
+        "busy": {
+            "trainer": verdict.trainer,
+            "encoder": verdict.encoder,
+            "decode": verdict.decode,
+        },
+        "load_seconds": sums[LOAD_SECONDS],  # of all loading tasks, the same
         "encode_seconds": sums[ENCODE_SECONDS],  # of all actors, for the audio of these steps
         "encoded_audio_seconds": sums[ENCODED] / SAMPLING_RATE,
         "step_seconds": busy,
@@ -120,10 +155,15 @@ def eval_row(
 
 
 def summary_of(
-    state: TrainState, totals: Window, results: dict[str, Any], facts: dict[str, Any]
+    state: TrainState,
+    totals: Window,
+    pools: Pools,
+    results: dict[str, Any],
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """summary.json: results, and rates over the steps of the last attempt."""
     sums, busy = totals.sums.tolist(), max(totals.busy, 1e-9)
+    verdict = totals.verdict(pools)
     encode = sums[ENCODE_SECONDS]
     return {
         "steps": state.step,
@@ -132,6 +172,9 @@ def summary_of(
         "audio_seconds_per_second": sums[SAMPLES] / SAMPLING_RATE / busy,
         "tokens_per_second": float(totals.sums[SUMS + 1 :: 3].sum()) / busy,
         "data_wait_fraction": min(1.0, totals.wait / busy),
+        "throughput_limit": verdict.limit,
+        "throughput_verdict": str(verdict),
+        "throughput_advice": ADVICE[verdict.limit],
         "encoder_audio_seconds_per_second": (
             sums[ENCODED] / SAMPLING_RATE / encode if sums[ENCODED] else None
         ),

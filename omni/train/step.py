@@ -16,11 +16,12 @@ from omni.model.omni import LossSums
 from omni.train.checkpoint import TrainState
 from omni.train.evaluation import all_sum
 from omni.train.feed import Feed, Microbatch
+from omni.train.stopwatch import Stopwatch
 from omni.train.trained import Trained
 
 # Fields of the sums that ranks add up at each step.
-LOSS, TOKENS, CORRECT, CTC, KL, UTTERANCES, SAMPLES, ENCODE_SECONDS, ENCODED, REJECTED = range(10)
-STOP = 10
+LOSS, TOKENS, CORRECT, CTC, KL, UTTERANCES, SAMPLES = range(7)
+LOAD_SECONDS, ENCODE_SECONDS, ENCODED, REJECTED, STOP = range(7, 12)
 SUMS = STOP + 1  # behind them (tasks, 3): cross-entropy, tokens, correct ones of each task
 _SPIKE_AFTER = 100  # updates before a gradient norm can be called unusual
 _NORM_MEMORY = 50  # updates
@@ -49,8 +50,10 @@ class Steps:
         feed: Feed,
         asked_to_stop: Callable[[], bool],
         event: Event,
+        watch: Stopwatch,
     ) -> None:
         self.config, self._trained, self._feed = config, trained, feed
+        self._watch = watch
         self._asked_to_stop, self._event = asked_to_stop, event
 
     def take(self, state: TrainState) -> Step:
@@ -70,7 +73,8 @@ class Steps:
             sums, norm = self._gradients(micro, state.step)
             problem = self._problem(sums, norm, state)
         if problem is None:
-            self._trained.update(state.step)
+            with self._watch.phase("optimizer"):
+                self._trained.update(state.step)
             _remember(norm, state)
         else:
             self._skip(micro, problem, state)
@@ -89,18 +93,22 @@ class Steps:
         total = torch.stack(measured).sum(dim=0).cpu()
         sums[:UTTERANCES], sums[SUMS:] = total[:UTTERANCES], total[UTTERANCES:]
         sums = all_sum(sums)
-        return sums, self._trained.gradient_norm(float(sums[TOKENS]))
+        with self._watch.phase("optimizer"):
+            norm = self._trained.gradient_norm(float(sums[TOKENS]))
+        return sums, norm
 
     def _backward(self, part: Microbatch, listen_only: bool) -> Tensor:
         """Forward and backward of one microbatch; gradients of sums, divided later."""
         with self._trained.autocast():
-            out: LossSums = self._trained.wrapped(part.batch, listen_only)
-            optim = self.config.optim
-            total = out.loss if optim.ce_weight == 1 else optim.ce_weight * out.loss
-            total = total + optim.ctc_weight * out.ctc
-            if optim.kl_weight:
-                total = total + optim.kl_weight * out.kl
-            total.backward()
+            with self._watch.phase("forward"):
+                out: LossSums = self._trained.wrapped(part.batch, listen_only)
+                optim = self.config.optim
+                total = out.loss if optim.ce_weight == 1 else optim.ce_weight * out.loss
+                total = total + optim.ctc_weight * out.ctc
+                if optim.kl_weight:
+                    total = total + optim.kl_weight * out.kl
+            with self._watch.phase("backward"):
+                total.backward()
         sums = (out.loss, out.tokens, out.correct, out.ctc, out.kl)
         columns = torch.stack([x.detach().double() for x in sums])
         return torch.cat((columns, out.tasks.detach().double().flatten()))

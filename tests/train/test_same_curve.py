@@ -115,3 +115,14 @@ def test_only_a_rank_that_waits_for_a_block_is_hurried(prepared: Prepared) -> No
     assert loop._hurry() == loop.config.run.grace_seconds
     loop.feed.waiting_since = None
     assert loop._hurry() is None
+
+
+def test_a_loader_that_is_held_back_reads_no_faster(prepared: Prepared) -> None:
+    config = prepared.config.model_copy(
+        update={"data": prepared.config.data.model_copy(update={"loader_rate": 100.0})}
+    )
+    settings = without_cache(encoder_settings(config, prepared.encoder))
+    blocks, seconds = loaded_blocks(prepared.splits["train"], range(2), settings)
+    audio = sum(sum(row) for block in blocks for row in block["samples"].to_pylist()) / 16_000
+    assert seconds >= audio / 100
+    assert sum(sum(block["load_seconds"].to_pylist()) for block in blocks) >= audio / 100
