@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from omni.config import Config, ConfigError, load_config
 
+EPILOG = (
+    "Every setting can be given as --section.field VALUE, e.g. --optim.lr 3e-4; lists by repeating "
+    "it. omni/config.py documents each one."
+)
 
-def parse_config(name: str, about: str, argv: list[str] | None) -> Config:
-    """--config FILE and dotted overrides."""
+
+def parse_config(
+    name: str, about: str, argv: list[str] | None, flags: Mapping[str, str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """--config FILE and dotted overrides, and a job's own flags with what they do."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
         description=about,
-        epilog="Every setting can be given as --section.field VALUE, e.g. --optim.lr 3e-4; lists "
-        "by repeating it. omni/config.py documents each one.",
+        epilog=EPILOG,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, see configs/")
+    for flag, help_text in (flags or {}).items():
+        parser.add_argument(f"--{flag}", action="store_true", help=help_text)
     known, overrides = parser.parse_known_args(argv)
-    return load_config(known.config, overrides)
+    return load_config(known.config, overrides), known
 
 
 def run(job: Callable[[], None]) -> int:

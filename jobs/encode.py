@@ -9,7 +9,7 @@ from jobs.cli import parse_config, run
 
 def main(argv: list[str] | None = None) -> int:
     def job() -> None:
-        config = parse_config("encode", __doc__ or "", argv)
+        config, _ = parse_config("encode", __doc__ or "", argv)
         from omni.data.features import more_room
         from omni.encode import fill_cache
 

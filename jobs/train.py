@@ -6,13 +6,19 @@ import sys
 
 from jobs.cli import parse_config, run
 
+FLAGS = {"dry_run": "check the plan against data and cluster, estimate its time, and stop there"}
+
 
 def main(argv: list[str] | None = None) -> int:
     def job() -> None:
-        config = parse_config("train", __doc__ or "", argv)
-        from omni.train.trainer import train  # Ray, only once the arguments are right
+        config, given = parse_config("train", __doc__ or "", argv, FLAGS)
+        # Ray, only once the arguments are right
+        from omni.train.trainer import dry_run, train
 
-        train(config)
+        if given.dry_run:
+            dry_run(config)
+        else:
+            train(config)
 
     return run(job)
 

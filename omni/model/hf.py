@@ -41,6 +41,12 @@ class HFConfig:
     def vocab_size(self) -> int:
         return int(self.architecture["vocab_size"])
 
+    @property
+    def sequence_len(self) -> int | None:
+        """Positions of the longest sequence it was made for; None where it says nothing."""
+        found = self.architecture.get("max_position_embeddings")
+        return found if isinstance(found, int) else None
+
 
 def read_config(folder: Path) -> HFConfig:
     """The configuration in a model's folder. Raises SourceError."""

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -29,18 +29,21 @@ from omni.data.stages import StreamSettings
 from omni.data.stream import make_stream
 from omni.model.hub import HubError, SourceError
 from omni.train.checkpoint import newest_step, read_state, resume_point
-from omni.train.elastic import Node, workers_that_fit
+from omni.train.cluster import nodes
+from omni.train.elastic import Demand, bundle, workers_that_fit
 from omni.train.feed import TooManyRejects
 from omni.train.job import Job, encoder_settings, held_bins, make_job
 from omni.train.loop import TrainLoop
-from omni.train.metrics import read_events, write_event, write_text
+from omni.train.metrics import last_line, read_events, write_event, write_text
 from omni.train.prepare import Prepared
+from omni.train.publish import RayPublisher
 from omni.train.stopping import Signals, StopRequest
 
 STREAM = "stream"
 FAILURE = "failure.txt"  # why a run stopped for good, written by rank 0
 _POLL_SECONDS = 0.2
 _CLUSTER_SECONDS = 2.0  # between two looks at the cluster's nodes
+_NAMED = 20  # utterances in a message; events.jsonl has all
 _CHANGED_LOOKS = 3  # in a row must show another room before the group is changed
 
 
@@ -81,7 +84,7 @@ class Attempts:
                 raise TrainingError((self._run_dir / FAILURE).read_text())
             if error is None:
                 continue  # another number of workers, or other nodes
-            reason = _root_cause(error)
+            reason = _root_cause(error, read_events(self._run_dir)[seen:])
             write_event(self._run_dir, "failure", self._step(), reason=reason)
             failures = 1 if self._step() > reached else failures + 1
             reached = self._step()
@@ -148,24 +151,14 @@ class Attempts:
         return max(train.least, self._room())
 
     def _room(self) -> int:
-        config, actors = self._config, self._config.encoder.actors
-        assert actors != "auto"  # the trainer has chosen by now
-        return workers_that_fit(
-            _nodes(),
-            least=config.train.least,
-            most=config.train.most,
-            worker=_bundle(config.train.cpus, config.train.gpus),
-            encoder=_bundle(config.encoder.cpus, config.encoder.gpus),
-            encoders=actors,
-            loader=_bundle(1, 0),
-            loaders=config.data.loaders,
-        )
+        train = self._config.train
+        return workers_that_fit(nodes(), Demand.of(self._config), train.least, train.most)
 
     def _should_move(self, workers: int, seen: int) -> str | None:
         """Why the group should stop with a checkpoint and start again elsewhere."""
         events = read_events(self._run_dir)[seen:]
         used = {node for row in events if row["event"] == "attempt" for node in row["nodes"]}
-        leaving = {node.id for node in _nodes() if node.leaving} & used
+        leaving = {node.id for node in nodes() if node.leaving} & used
         if leaving:
             return f"{len(leaving)} node(s) with workers will be taken away"
         train = self._config.train
@@ -191,10 +184,11 @@ class Attempts:
             _work,
             train_loop_config={"job": make_job(self._prepared, workers)},
             torch_config=TorchConfig(timeout_s=timeout),
-            scaling_config=ScalingConfig(
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees V1's
                 num_workers=workers,
                 use_gpu=config.train.gpus > 0,
-                resources_per_worker=_bundle(config.train.cpus, config.train.gpus),
+                resources_per_worker=bundle(config.train.cpus, config.train.gpus),
+                label_selector=config.train.labels or None,
             ),
             run_config=RunConfig(
                 name=f"attempt-{datetime.now(timezone.utc):%Y%m%dT%H%M%S%f}",
@@ -206,20 +200,6 @@ class Attempts:
             },
             dataset_config=DataConfig(execution_options=options),
         )
-
-
-def _bundle(cpus: float, gpus: float) -> dict[str, float]:
-    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-
-
-def _nodes() -> list[Node]:
-    """The cluster's living nodes; `leaving`: announced to be taken away."""
-    draining = ray._private.state.state.get_draining_nodes()
-    return [
-        Node(n["NodeID"], n["Resources"], n["NodeID"] in draining)
-        for n in ray.nodes()
-        if n["Alive"]
-    ]
 
 
 def _open_stream(
@@ -247,7 +227,8 @@ def _work(arguments: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if job.config.train.gpus else torch.device("cpu")
     blocks = _blocks(job.config.optim.bins_per_block)
     try:
-        TrainLoop(job, blocks, rank, context.get_world_size(), device, node).run()
+        publisher = RayPublisher(job.config.run.name, rank)
+        TrainLoop(job, blocks, rank, context.get_world_size(), device, node, publisher).run()
     except (TooManyRejects, FloatingPointError) as error:
         # Every rank fails alike and would again: leave word for the driver instead of a retry.
         if rank == 0:
@@ -269,17 +250,31 @@ def _is_cluster_lost(error: BaseException) -> bool:
     return isinstance(error, (SystemExit, ConnectionError, ray.exceptions.RaySystemError))
 
 
-def _root_cause(error: BaseException) -> str:
-    """The first failure of a worker, in one line with its rank."""
+def _root_cause(error: BaseException, events: Sequence[dict[str, Any]]) -> str:
+    """The first failure of a worker, in one line with its rank and what it was at.
+
+    events: of this attempt. Once a rank has failed, those that wait for it fail as well.
+    """
+    words = [row for row in events if row["event"] == "rank failed"]
+    if words:
+        first = min(words, key=lambda row: float(row["time"]))
+        return f"rank {first['rank']}: {first['reason']}{_at(first)}"
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     if not failures:
-        return f"{type(error).__name__}: {_last_line(error)}"
+        return f"{type(error).__name__}: {last_line(error)}"
     rank, cause = sorted(failures.items())[0]
     while (deeper := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = deeper
-    return f"rank {rank}: {type(cause).__name__}: {_last_line(cause)}"
+    return f"rank {rank}: {type(cause).__name__}: {last_line(cause)}"
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+def _at(row: dict[str, Any]) -> str:
+    """Step, bins and utterances of a rank's last words; nothing before the first block."""
+    bins, ids = row["bins"], row["ids"]
+    if not bins:
+        return ""
+    more = ", ..." if len(ids) > _NAMED else ""
+    return (
+        f" (step {row['step']}, bins {', '.join(map(str, bins))}, utterances "
+        f"{', '.join(ids[:_NAMED])}{more})"
+    )

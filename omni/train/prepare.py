@@ -21,6 +21,7 @@ from omni.data.index import Index, ManifestError, build_index
 from omni.data.measure import Reject
 from omni.data.plan import Split, make_plan
 from omni.data.storage import join, open_folder
+from omni.environment import differences
 from omni.model.hub import HubError, SourceError
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
@@ -55,7 +56,7 @@ def prepare(config: Config) -> Prepared:
     """
     run = config.run_dir
     resume = newest_checkpoint(run / "checkpoints")
-    notes: list[str] = []
+    notes = differences()
     for name in ("train", "dev"):
         if not getattr(config.data, name):
             raise ConfigError(f"data.{name}: expected at least one manifest")
@@ -138,6 +139,15 @@ def build_indexes(config: Config) -> dict[str, Index]:
     except (OSError, ValueError, NotImplementedError) as error:
         reason = without_secrets(str(error))
         raise ConfigError(f"data.cache: expected a folder or a URI: {reason}") from None
+    if config.cache_dir is not None:  # measured lengths go there
+        try:
+            config.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            within = Path(config.run.storage) in config.cache_dir.parents
+            setting, place = (
+                ("run.storage", config.run.storage) if within else ("data.cache", config.cache_dir)
+            )
+            raise ConfigError(f"{setting}: {place} cannot be written: {error.strerror}") from None
     try:
         return {
             name: build_index(

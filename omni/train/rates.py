@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import torch
@@ -69,6 +69,14 @@ def audio_seconds(block: pa.Table) -> float:
     return float(sum(sum(row) for row in block["samples"].to_pylist())) / SAMPLING_RATE
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of training: seconds of a block forward and backward, and of the update of a step."""
+
+    seconds: float
+    update_seconds: float
+
+
 class Trainer:
     """A training loop of one rank over the blocks of `first_rows`, again and again.
 
@@ -105,6 +113,18 @@ class Trainer:
         first = state.step * self.blocks_per_step
         self._loop.step()
         return sum(audio_seconds(b) for b in self._blocks[first : first + self.blocks_per_step])
+
+    def cost(self, seconds: float) -> Cost:
+        """What a step of one block costs, over `seconds`, after one that warms up."""
+        self.step()
+        self._loop.watch.take()
+        began, steps = time.perf_counter(), 0
+        while steps == 0 or time.perf_counter() - began < seconds:
+            self.step()
+            steps += 1
+        spent = self._loop.watch.take()
+        block = sum(spent[phase] for phase in ("copy", "forward", "backward"))
+        return Cost(block / steps, spent["optimizer"] / steps)
 
     def rate(self, seconds: float, least: int = 3) -> float:
         """Audio seconds per second over `seconds`, after two steps that warm up."""

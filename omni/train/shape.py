@@ -84,6 +84,14 @@ def model_of(
             f"tokenizer: it has {tokenizer.vocab_size} tokens, the language model "
             f"{config.model.lm} {shape.vocab_size}"
         )
+    context = shape.sequence_len
+    if context is not None and config.optim.bin_positions > context:
+        setting = "model.sequence_len" if lm is None else f"model.lm {config.model.lm}"
+        raise ConfigError(
+            f"optim.bin_positions: {config.optim.bin_positions}, and the model's context is "
+            f"{context} positions ({setting}); expected at most that, and optim.bins_per_block for "
+            "more at a time"
+        )
     gpt = isinstance(shape, GPTConfig)
     if m.dropout and not gpt:
         raise ConfigError("model.dropout: only a GPT has it; lora and projector take none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 import ray
 
 from omni.config import Config, ConfigError, without_secrets
+from omni.environment import PASSED_ON
 from omni.report import write_report
 from omni.train.attempts import Attempts
-from omni.train.auto import sized
 from omni.train.checkpoint import TrainState, newest_step, read_state
 from omni.train.live import LiveView
 from omni.train.metrics import append_json, read_json_lines, write_event, write_json, write_text
 from omni.train.planfile import write_plan_file
+from omni.train.preflight import preflight
 from omni.train.prepare import Prepared, check_fingerprints, prepare
 from omni.train.stopping import Signals
 
@@ -47,7 +49,7 @@ def train(config: Config) -> dict[str, Any]:
     start_ray(config)
     signals = Signals()
     with view.following():
-        prepared = sized(prepared)
+        prepared = preflight(prepared, view.say, trial=state is None)
         with signals:
             finished = Attempts(prepared, signals).run()
     if not finished:
@@ -57,15 +59,41 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _claim(prepared: Prepared) -> None:
-    """Make the run's directory say what it is. Raises ConfigError where it cannot be written."""
-    config = prepared.config
+def dry_run(config: Config) -> None:
+    """Everything up to the first step: what is wrong is said as `train` would say it, and what is
+    right is left as it was. Raises as `train` does.
+    """
+    prepared = prepare(config)
+    state, _ = _saved_state(prepared)
+    existed = config.run_dir.exists()
+    _make_folder(config)
+    view = LiveView(config.run_dir)
+    view.header(prepared, state)
+    start_ray(config)
+    try:
+        preflight(prepared, view.say, trial=True)
+    finally:
+        if not existed:
+            shutil.rmtree(config.run_dir, ignore_errors=True)
+    view.say("  dry run: nothing was trained")
+
+
+def _make_folder(config: Config) -> None:
+    """Raises ConfigError where the run's directory cannot be written."""
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").touch()
+        probe = config.run_dir / ".preflight"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         reason = f"cannot be written: {error.strerror}"
         raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
+
+
+def _claim(prepared: Prepared) -> None:
+    """Make the run's directory say what it is. Raises ConfigError where it cannot be written."""
+    config = prepared.config
+    _make_folder(config)
     write_text(config.run_dir / "config.yaml", config.to_yaml())
     prepared.tokenizer.save(config.run_dir / "tokenizer.json")
     write_plan_file(prepared)
@@ -103,9 +131,15 @@ def start_ray(config: Config) -> None:
     # Trainer processes print through our own files; Ray's copies would double each line.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A submitted job may have set the same variables; Ray would refuse to merge them.
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": runtime_environment()}
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "runtime_env": runtime_environment(),
+    }
     if not os.environ.get("RAY_ADDRESS"):
         # A stage is a process more, not a core more: no warning about their number.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
@@ -115,7 +149,6 @@ def start_ray(config: Config) -> None:
         options |= {
             "address": "local",  # not whatever cluster once ran on this machine
             "num_cpus": max(os.cpu_count() or 1, int(np.ceil(need))),
-            "log_to_driver": False,
             "include_dashboard": False,
         }
     ray.init(**options)
@@ -127,11 +160,12 @@ def runtime_environment() -> dict[str, Any]:
     Ray shows a runtime environment to everyone who sees its dashboard: a URL with credentials stays
     out of it (set it in the nodes' own environment).
     """
-    names = ("WHISPER_MS_ID", "WHISPER_HF_ID", "HF_ENDPOINT", "HF_HOME")
-    given = {name: os.environ[name] for name in names if name in os.environ}
+    given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     variables = {name: text for name, text in given.items() if without_secrets(text) == text}
     # A killed driver's claim on the cluster would halve the next one's share for three minutes.
     variables["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "30"
+    if os.environ.get("RAY_ADDRESS"):  # of several clusters on a machine, the one of this run
+        variables["RAY_ADDRESS"] = os.environ["RAY_ADDRESS"]
     return {"env_vars": variables}
 
 

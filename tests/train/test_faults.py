@@ -280,3 +280,18 @@ def test_a_run_without_its_books_is_an_error(
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     assert audit.main([str(copied)]) == 1
     assert missing.rstrip("s") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_last_line_says_which_rank_failed_and_over_what(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "metrics.jsonl").mkdir(parents=True)  # the first log line cannot be written
+    failed = subprocess.run(command(tiny, tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("error: rank 0: IsADirectoryError: ")
+    assert "(step 1, bins 0, 1, 2, 3, utterances " in last
+    [event] = [row for row in _events(run) if row["event"] == "rank failed"]
+    assert (event["run"], event["rank"], event["step"]) == ("run", 0, 1)
+    assert isinstance(event["ids"], list) and len(event["ids"]) > 4
+    assert event["ids"][0] in last

@@ -1,0 +1,50 @@
+"""Versions and variables that a job takes from the machine that submits it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+EXPECTED = "OMNI_EXPECTED_VERSIONS"
+PASSED_ON = ("WHISPER_MS_ID", "WHISPER_HF_ID", "HF_ENDPOINT", "HF_HOME", "MODELSCOPE_DOMAIN")
+_DISTRIBUTION = "nanochat-omni"
+
+
+def installed_versions() -> dict[str, str]:
+    """Of omni's own requirements, by name; without local labels such as +cpu."""
+    try:
+        lines = metadata.requires(_DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:  # the code lies there without having been installed
+        lines = ["ray", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers"]
+    versions = {}
+    for requirement in map(Requirement, lines):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            versions[requirement.name] = metadata.version(requirement.name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def expected_versions() -> str:
+    """What `differences` reads on the cluster."""
+    return json.dumps(installed_versions())
+
+
+def differences(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """One line for each package whose version is another than where the job was submitted."""
+    try:
+        expected = json.loads(environment.get(EXPECTED, "{}"))
+    except ValueError:
+        return []
+    here = installed_versions()
+    return [
+        f"{name} is {here.get(name, 'missing')} here and {version} where the job was submitted"
+        for name, version in expected.items()
+        if here.get(name) != version
+    ]
