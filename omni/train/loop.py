@@ -10,20 +10,19 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from omni.data.features import more_room
 from omni.data.plan import epochs_done
 from omni.model.conversation import Template
 from omni.model.omni import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
+from omni.train.books import Books, Publisher
 from omni.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -39,36 +38,15 @@ from omni.train.job import Job
 from omni.train.metrics import (
     append_json,
     keep_lines,
-    last_line,
-    read_json_lines,
-    write_event,
-    write_json,
 )
-from omni.train.mfu import flops_per_position, peak_flops
-from omni.train.rows import Pools, Window, eval_row, summary_of, train_row
+from omni.train.rows import eval_row
 from omni.train.saving import Saver
-from omni.train.step import REJECTED, STOP, TOKENS, Steps
+from omni.train.step import REJECTED, STOP, Steps
 from omni.train.stopping import StopRequest
-from omni.train.stopwatch import Stopwatch
 from omni.train.trained import Trained
 from omni.watchdog import Watchdog
 
-_LAST_WORDS_SECONDS = 5.0
 _FIRST_BLOCK_PATIENCE = 3.0  # the stream starts, actors load the encoder
-
-
-class Publisher(Protocol):
-    """Who else hears what is logged: a dashboard."""
-
-    def phases(self, seconds: Mapping[str, float]) -> None: ...
-
-    def gpu_memory(self, peak: int) -> None: ...
-
-    def train_row(
-        self, row: Mapping[str, Any], rejects: Mapping[str, int], cache_full: bool
-    ) -> None: ...
-
-    def eval_row(self, row: Mapping[str, Any]) -> None: ...
 
 
 class TrainLoop:
@@ -92,29 +70,19 @@ class TrainLoop:
         self.checkpoints = self.run_dir / "checkpoints"
         self.template = Template(SpeechTokenizer.from_json(job.tokenizer_json), job.template)
         layout = Layout.of(job.config, job.model)
-        self._publisher, self.watch = publisher, Stopwatch(device)
-        self.feed = Feed(job, blocks, layout, rank, world, device, self.watch)
+        self.books = Books(job, rank, world, device, publisher)
+        self.feed = Feed(job, blocks, layout, rank, world, device, self.books.watch)
         self.trained = Trained(
             job.config, job.model, device, world, tasks=job.tasks, end=self.template.end
         )
         self.state = TrainState(fingerprints=job.fingerprints)
         self.last_norm = 0.0
-        self.last_train: dict[str, Any] = {}
-        self._said_full = False
         self._stop = StopRequest(self.run_dir)
         self._stopping = False
         self.steps = Steps(
-            job.config, self.trained, self.feed, self._asked_to_stop, self._event, self.watch
+            job.config, self.trained, self.feed, self._asked_to_stop, self._event, self.books.watch
         )
         self._resume(node)
-        actors = job.config.encoder.actors
-        self._pools = Pools(1 if actors == "auto" else actors, job.config.data.loaders)
-        peak, optim = peak_flops(device), job.config.optim
-        positions = optim.bins_per_step * optim.bin_positions
-        per_step = positions * flops_per_position(self.trained.model.lm)
-        self._full_speed = None if peak is None else peak * world / per_step  # steps a second
-        self.window = Window.of(len(job.tasks))
-        self.totals = Window.of(len(job.tasks))
 
     # -- the run, top down ---------------------------------------------------------------------
 
@@ -129,7 +97,7 @@ class TrainLoop:
         try:
             return self._run()
         except Exception as error:
-            self._failed(error)
+            self.books.failed(error, self.feed)
             raise
         finally:
             self._watchdog.close()
@@ -148,7 +116,7 @@ class TrainLoop:
             self.step()
             step, last = self.state.step, self.state.step == config.optim.steps
             if step % config.train.log_every == 0 or last or self._stopping:
-                self._log()
+                self.books.log(self.state, self.last_norm, self.trained, self.feed)
             best = False
             if step % config.eval.every == 0 or last:
                 best = self._evaluate(dev)
@@ -176,62 +144,18 @@ class TrainLoop:
         self.state.epoch = epochs_done(self.job.epoch_ends, self.state.bins_consumed)
         spent = time.perf_counter() - began
         self.state.seconds += spent
-        for window in (self.window, self.totals):
-            window.busy += spent
-            window.steps += 1
-            window.wait += self.feed.waited - waited
-            if done.updated:
-                window.sums += done.sums
+        self.books.count(done, spent, self.feed.waited - waited)
         if done.sums[REJECTED]:
             self.feed.share_rejects()
 
-    # -- what is written -----------------------------------------------------------------------
-
-    def _log(self) -> None:
-        self.last_train = train_row(
-            self.state,
-            self.window,
-            self.config.optim.steps,
-            self.trained.rate,
-            self.last_norm,
-            self._pools,
-            self.job.tasks,
-            self._full_speed,
-        )
-        self.last_train["phases"] = phases = self.watch.take()  # of this rank
-        if self._publisher is not None:
-            self._publisher.phases(phases)
-            if self.rank == 0:
-                full = self.feed.cache_full is not None
-                self._publisher.train_row(self.last_train, self.feed.reject_counts, full)
-            if self.trained.device.type == "cuda":
-                memory = torch.cuda.max_memory_allocated(self.trained.device)
-                self._publisher.gpu_memory(memory)
-        if self.rank == 0 and self.window.sums[TOKENS]:  # else every step was skipped
-            append_json(self.run_dir / "metrics.jsonl", [self.last_train])
-        self._note_full_cache()
-        self.feed.write_ledger()
-        self.window = Window.of(len(self.job.tasks))
-
-    def _note_full_cache(self) -> None:
-        """Say once that later epochs will encode again."""
-        why = self.feed.cache_full
-        if why is None or self._said_full or self.rank:
-            return
-        self._said_full = True
-        note = (
-            f"the feature cache is full ({why}): what it lacks is encoded again in every epoch; "
-            f"{more_room(self.config.encoder.format)}"
-        )
-        row = {"kind": "note", "step": self.state.step, "text": note}
-        append_json(self.run_dir / "metrics.jsonl", [row])
+    # -- evaluations and checkpoints -----------------------------------------------------------
 
     def _evaluate(self, dev: HeldOut) -> bool:
         """Measure on dev and log it; True when it is the best so far."""
         settings, state = self.config.eval, self.state
         with (
             self._watchdog.off(),
-            self.watch.phase("evaluate", on_device=False),
+            self.books.watch.phase("evaluate", on_device=False),
             self.trained.evaluating() as model,
         ):
             losses = dev.loss(model)
@@ -239,10 +163,7 @@ class TrainLoop:
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
         entry = eval_row(state, losses, errors["all"], shown, self.job.tasks, layers)
-        if self.rank == 0:
-            append_json(self.run_dir / "metrics.jsonl", [entry])
-            if self._publisher is not None:
-                self._publisher.eval_row(entry)
+        self.books.evaluated(entry)
         value = entry[settings.best]
         if (
             value is None
@@ -272,7 +193,7 @@ class TrainLoop:
         self.state.rejects = self.feed.reject_counts
         # Gathers shards, and meets all ranks: their ledgers are on disk before a checkpoint says
         # that these steps are done.
-        with self.watch.phase("checkpoint", on_device=False):
+        with self.books.watch.phase("checkpoint", on_device=False):
             weights, optimizer = self.trained.snapshot(keep=self.rank == 0)
             _barrier()
         if self.rank:
@@ -298,9 +219,7 @@ class TrainLoop:
             _barrier()
 
     def _event(self, event: str, step: int | None = None, **facts: Any) -> None:
-        if self.rank == 0:
-            at = self.state.step if step is None else step
-            write_event(self.run_dir, event, at, rank=0, **facts)
+        self.books.event(event, self.state.step if step is None else step, **facts)
 
     def _asked_to_stop(self) -> bool:
         """Rank 0 looks, the sums of the step tell all."""
@@ -316,21 +235,10 @@ class TrainLoop:
         return grace if self._stop.exists() else None
 
     def _stalled(self, doing: str, seconds: float) -> None:
-        why = f"rank {self.rank} made no progress for {seconds:.0f} s: {doing}"
-        facts = {"rank": self.rank, "reason": why, **self.feed.at_work()}
-        write_event(self.run_dir, "stalled", **facts)
-
-    def _failed(self, error: Exception) -> None:
-        """What this rank was at when it failed; the storage may be the reason, so not for long."""
-        reason = f"{type(error).__name__}: {last_line(error)}"
-        facts = {"rank": self.rank, "reason": reason, **self.feed.at_work()}
-        write = functools.partial(write_event, self.run_dir, "rank failed", **facts)
-        thread = threading.Thread(target=write, daemon=True)
-        thread.start()
-        thread.join(_LAST_WORDS_SECONDS)
+        self.books.stalled(doing, seconds, self.feed)
 
     def _unsaved(self, step: int, reason: str) -> None:
-        write_event(self.run_dir, "checkpoint failed", step, rank=self.rank, reason=reason)
+        self.books.own_event("checkpoint failed", step, reason=reason)
 
     def _resume(self, node: str) -> None:
         """Continue from the newest whole checkpoint, and forget what was logged after it."""
@@ -357,9 +265,7 @@ class TrainLoop:
         self._event("attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone)
         _barrier()
         self.feed.recall_rejects()
-        for row in read_json_lines(self.run_dir / "metrics.jsonl"):
-            if row.get("kind") == "train":
-                self.last_train = row
+        self.books.recall()
 
     def _best(self) -> Checkpoint:
         """The best checkpoint, or the newest where the best has been damaged since."""
@@ -390,13 +296,10 @@ class TrainLoop:
                     path = self.run_dir / f"transcripts-{name}.jsonl"
                     path.unlink(missing_ok=True)
                     append_json(path, lines)
-        summary = summary_of(
+        summary = self.books.summarize(
             self.state,
-            self.totals,
-            self._pools,
             {
                 "best_step": best.state.step,
-                "train_loss": self.last_train.get("loss"),
                 "dev_loss": losses["loss"],
                 "dev_accuracy": losses["accuracy"],
                 "shuffled_audio_gap": losses["gap"],
@@ -409,8 +312,6 @@ class TrainLoop:
                 "parameters": sum(p.numel() for p in self.trained.model.parameters()),
             },
         )
-        if self.rank == 0:
-            write_json(self.run_dir / "summary.json", summary)
         self._event("finished")
         return summary
 

@@ -117,12 +117,12 @@ class Trainer:
     def cost(self, seconds: float) -> Cost:
         """What a step of one block costs, over `seconds`, after one that warms up."""
         self.step()
-        self._loop.watch.take()
+        self._loop.books.watch.take()
         began, steps = time.perf_counter(), 0
         while steps == 0 or time.perf_counter() - began < seconds:
             self.step()
             steps += 1
-        spent = self._loop.watch.take()
+        spent = self._loop.books.watch.take()
         block = sum(spent[phase] for phase in ("copy", "forward", "backward"))
         return Cost(block / steps, spent["optimizer"] / steps)
 

@@ -131,7 +131,7 @@ def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
     tokens = after["tasks"][:, 1]
     weighted = (2 * shout * tokens[0] + transcribe * tokens[1]) / (2 * tokens[0] + tokens[1])
     assert after["loss"] == pytest.approx(float(weighted), rel=1e-5)
-    sums = loop.window.sums[SUMS:].view(2, 3)
+    sums = loop.books.window.sums[SUMS:].view(2, 3)
     assert (sums[:, 1] > 0).all()
     weights = loop._layer_weights(model)
     assert sum(weights.values()) == pytest.approx(1) and max(weights.values()) > 0.34

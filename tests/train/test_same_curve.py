@@ -43,9 +43,9 @@ def _curve(prepared: Prepared, blocks: list[Any]) -> torch.Tensor:
     trainer = Trainer(make_job(prepared), blocks, torch.device("cpu"))
     losses = []
     for _ in range(STEPS):
-        trainer._loop.window = Window()
+        trainer._loop.books.window = Window()
         trainer.step()
-        sums = trainer._loop.window.sums
+        sums = trainer._loop.books.window.sums
         losses.append(float(sums[LOSS] / sums[TOKENS]))
     assert losses[-1] < losses[0] - 0.5, "it learns"
     return torch.tensor(losses, dtype=torch.float64)
