@@ -67,6 +67,7 @@ Paths = Annotated[list[str], BeforeValidator(_as_list)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Tracker = Literal["wandb", "mlflow", "swanlab"]
 Fingerprint = Literal["data.train", "tokenizer", "plan", "model", "encoder"]
 
 
@@ -83,6 +84,8 @@ class RunConfig(Section):
     override_fingerprint: Annotated[list[Fingerprint], BeforeValidator(_as_list)] = []
     # ^ what may differ from the run that is continued; anything else that differs is refused
     grace_seconds: Annotated[float, Field(gt=0)] = 25  # after SIGTERM or Ctrl-C, for a checkpoint
+    trackers: Annotated[list[Tracker], BeforeValidator(_as_list)] = []
+    # ^ besides TensorBoard, which is always written; their keys are in the driver's environment
 
 
 class TaskConfig(Section):

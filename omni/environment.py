@@ -10,7 +10,13 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 EXPECTED = "OMNI_EXPECTED_VERSIONS"
-PASSED_ON = ("WHISPER_MS_ID", "WHISPER_HF_ID", "HF_ENDPOINT", "HF_HOME", "MODELSCOPE_DOMAIN")
+PASSED_ON = (
+    *("WHISPER_MS_ID", "WHISPER_HF_ID", "HF_ENDPOINT", "HF_HOME", "MODELSCOPE_DOMAIN"),
+    # Where trackers write; never their keys, which everyone on the dashboard would see.
+    *("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "WANDB_BASE_URL"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
+    *("SWANLAB_PROJ_NAME", "SWANLAB_WORKSPACE", "SWANLAB_MODE"),
+)
 _DISTRIBUTION = "nanochat-omni"
 
 

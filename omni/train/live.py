@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from omni.train.checkpoint import TrainState
-from omni.train.metrics import read_events, read_json_lines
 from omni.train.prepare import Prepared
-
-_POLL_SECONDS = 0.5
 
 
 class LiveView:
-    """Follows metrics.jsonl and events.jsonl of a run, and prints what is new in them."""
+    """Prints what a `Follower` of the run finds in metrics.jsonl and events.jsonl."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._path = run_dir / "metrics.jsonl"
-        self._events_shown = 0
+    seen = sys.maxsize  # what an earlier driver showed is not shown again
+
+    def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
-        self._stop = threading.Event()
-        self._shown = 0
         self._resumed_seconds = 0.0
         self._resumed_step = 0
 
@@ -55,27 +48,15 @@ class LiveView:
         if state is not None:
             self._resumed_step, self._resumed_seconds = state.step, state.seconds
             say(f"  continuing from step {state.step}")
-        self._events_shown = len(read_events(self._run_dir))
-        self._shown = sum(
-            1 for row in read_json_lines(self._path) if row["step"] <= self._resumed_step
-        )
 
     def say(self, text: str) -> None:
         self._console.print(text)
 
+    def warn(self, text: str) -> None:
+        self._console.print(f"  [yellow]note[/] {_one_line(text)}")
+
     def complete(self, run_dir: Path) -> None:
         self._console.print(f"  complete; remove {run_dir} to train it again")
-
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            thread.join()
-            self._print_new()
 
     def footer(self, summary: dict[str, Any], report: Path) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -97,25 +78,20 @@ class LiveView:
         self._console.print(table)
         self._console.print(f"report: {report}")
 
-    def _follow(self) -> None:
-        while not self._stop.wait(_POLL_SECONDS):
-            self._print_new()
+    def rewound(self, rows: int, step: int) -> None:
+        """The attempt that is told of says it."""
 
-    def _print_new(self) -> None:
-        rows = list(read_json_lines(self._path))
-        if len(rows) < self._shown:  # a worker restart took lines back
-            self._shown = len(rows)
-        for row in rows[self._shown :]:
+    def rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        for row in rows:
             self._console.print(self._line(row))
             for example in row.get("examples", []):
                 self._console.print(f"         [dim]said[/]  {_one_line(example['reference'])}")
                 self._console.print(f"         [dim]wrote[/] {_one_line(example['hypothesis'])}")
-        self._shown = len(rows)
-        events = read_events(self._run_dir)
-        for event in events[self._events_shown :]:
+
+    def events(self, events: Sequence[dict[str, Any]]) -> None:
+        for event in events:
             if (text := describe_event(event)) is not None:
                 self._console.print(f"{event['step'] or 0:>7} [yellow]{_plain(text)}[/]")
-        self._events_shown = max(self._events_shown, len(events))
 
     def _line(self, row: dict[str, Any]) -> str:
         if row["kind"] == "note":

@@ -17,12 +17,22 @@ from omni.environment import PASSED_ON
 from omni.report import write_report
 from omni.train.attempts import Attempts
 from omni.train.checkpoint import TrainState, newest_step, read_state
+from omni.train.follow import METRICS, Follower
 from omni.train.live import LiveView
-from omni.train.metrics import append_json, read_json_lines, write_event, write_json, write_text
+from omni.train.metrics import (
+    append_json,
+    keep_lines,
+    read_json_lines,
+    write_event,
+    write_json,
+    write_text,
+)
 from omni.train.planfile import write_plan_file
 from omni.train.preflight import preflight
 from omni.train.prepare import Prepared, check_fingerprints, prepare
 from omni.train.stopping import Signals
+from omni.train.trackers import check_trackers
+from omni.train.tracking import Trackers
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -32,13 +42,14 @@ def train(config: Config) -> dict[str, Any]:
     for good. After SIGTERM, and a checkpoint, SystemExit(0); after Ctrl-C KeyboardInterrupt.
     """
     began = time.monotonic()
-    view = LiveView(config.run_dir)
+    view = LiveView()
+    check_trackers(config)
     prepared = prepare(config)
     state, overridden = _saved_state(prepared)
+    step = 0 if state is None else state.step
     _claim(prepared)
     view.header(prepared, state)
     if overridden:
-        step = 0 if state is None else state.step
         write_event(config.run_dir, "override", step, fields=overridden)
         view.say(f"  [yellow]going on with another {', '.join(overridden)}[/], as asked")
     done = _finished(config, state)
@@ -48,14 +59,18 @@ def train(config: Config) -> dict[str, Any]:
         return done
     start_ray(config)
     signals = Signals()
-    with view.following():
-        prepared = preflight(prepared, view.say, trial=state is None)
-        with signals:
-            finished = Attempts(prepared, signals).run()
-    if not finished:
-        _say_goodbye(view, config, signals)
-    summary = _close(prepared, time.monotonic() - began)
-    view.footer(summary, write_report(config.run_dir))
+    # What a killed driver saw of steps that are redone is to be shown once.
+    keep_lines(config.run_dir / METRICS, lambda row: row.get("step", 0) <= step)
+    with Trackers(config, view.warn) as trackers:
+        with Follower(config.run_dir, [view, trackers.tensorboard]):
+            prepared = preflight(prepared, view.say, trial=state is None)
+            with signals:
+                finished = Attempts(prepared, signals).run()
+        if not finished:
+            _say_goodbye(view, config, signals)
+        summary = _close(prepared, time.monotonic() - began)
+        view.footer(summary, write_report(config.run_dir))
+        trackers.complete(summary)
     return summary
 
 
@@ -63,11 +78,12 @@ def dry_run(config: Config) -> None:
     """Everything up to the first step: what is wrong is said as `train` would say it, and what is
     right is left as it was. Raises as `train` does.
     """
+    check_trackers(config)
     prepared = prepare(config)
     state, _ = _saved_state(prepared)
     existed = config.run_dir.exists()
     _make_folder(config)
-    view = LiveView(config.run_dir)
+    view = LiveView()
     view.header(prepared, state)
     start_ray(config)
     try:
