@@ -27,6 +27,7 @@ test: lint  ## everything that takes seconds to a minute
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: lint prometheus  ## also what takes minutes: about an hour
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trackers]'
 	$(BIN)/python -m pytest
 	$(BIN)/python -m tests.fuzz --inputs 1000
 	$(BIN)/python -m tests.chaos --faults 30
