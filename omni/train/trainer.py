@@ -34,6 +34,8 @@ from omni.train.stopping import Signals
 from omni.train.trackers import check_trackers
 from omni.train.tracking import Trackers
 
+_COPIES = "working_dir_files"  # where Ray unpacks the folders of jobs
+
 
 def train(config: Config) -> dict[str, Any]:
     """Run (or continue) the training that `config` describes; returns the summary.
@@ -44,6 +46,7 @@ def train(config: Config) -> dict[str, Any]:
     began = time.monotonic()
     view = LiveView()
     check_trackers(config)
+    _check_place(config)
     prepared = prepare(config)
     state, overridden = _saved_state(prepared)
     step = 0 if state is None else state.step
@@ -79,6 +82,7 @@ def dry_run(config: Config) -> None:
     right is left as it was. Raises as `train` does.
     """
     check_trackers(config)
+    _check_place(config)
     prepared = prepare(config)
     state, _ = _saved_state(prepared)
     existed = config.run_dir.exists()
@@ -92,6 +96,15 @@ def dry_run(config: Config) -> None:
         if not existed:
             shutil.rmtree(config.run_dir, ignore_errors=True)
     view.say("  dry run: nothing was trained")
+
+
+def _check_place(config: Config) -> None:
+    """Raises ConfigError for runs in the copy of a submitted job's folder: Ray deletes it."""
+    if _COPIES in config.run_dir.parts:
+        raise ConfigError(
+            f"run.storage: {config.run.storage} lies in Ray's own copy of the working directory, "
+            "which goes away with the job; expected an absolute path that every node sees"
+        )
 
 
 def _make_folder(config: Config) -> None:

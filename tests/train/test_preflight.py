@@ -56,6 +56,7 @@ STARVED += ["--encoder.gpus", "1", "--encoder.actors", "2"]
             "encoder.weights: encoder weights '/nowhere':",
         ),
         (["--model.sequence_len", "128"], "optim.bin_positions: 256, and the model's context is"),
+        (["--run.storage", "/tmp/working_dir_files/_ray_pkg_1/runs"], "run.storage: /tmp/working"),
         (["--run.storage", "/proc/1/runs"], "run.storage: /proc/1/runs cannot be written"),
     ],
 )
