@@ -33,6 +33,7 @@ from omni.charts import (
 from omni.data.audio import AudioError, AudioSpan, decode
 from omni.model.hub import ASSETS
 from omni.model.logmel import SAMPLING_RATE
+from omni.train.verdict import ADVICE
 
 _TEST_UTTERANCES = 20
 _REJECT_EXAMPLES = 5
@@ -179,9 +180,12 @@ def _figures(s: Row) -> str:
 
 
 def _verdict(figures: Row) -> str:
-    """What limits the run, and what would change it."""
-    said, advice = (figures.get(f"throughput_{name}") for name in ("verdict", "advice"))
-    return f"<p><b>{escape(str(said))}.</b> {escape(str(advice))}.</p>" if said else ""
+    """What limits the run, and what would change it; of an unfinished one, the last log line's."""
+    limit = str(figures.get("throughput_limit", figures.get("limit")))
+    if limit not in ADVICE:
+        return ""
+    said = figures.get("throughput_verdict", f"{limit}-bound at the last log line")
+    return f"<p><b>{escape(str(said))}.</b> What would change it: {escape(ADVICE[limit])}.</p>"
 
 
 def _stages(figures: Row) -> str:

@@ -185,6 +185,20 @@ def test_interrupted_run_says_so_and_shows_its_curves(run: Path) -> None:
     assert page.curve("Loss") == {step: 8 - step / 40 for step in range(0, 201, 10)}
 
 
+def test_what_limits_throughput_is_said_with_what_would_change_it(run: Path) -> None:
+    verdict = "decode-bound: loaders are busy 91% of the time, trainers wait 60%"
+    known = {"throughput_limit": "decode", "throughput_verdict": verdict}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | known))
+    page = write_report(run).read_text()
+    assert f"<b>{verdict}.</b> What would change it: more data.loaders, or faster" in page
+    (run / "summary.json").unlink()
+    write_rows(run / "metrics.jsonl", [train_row(1, 2.0) | {"limit": "encoder"}])
+    assert "<b>encoder-bound at the last log line.</b> What would" in write_report(run).read_text()
+    for strange in ([], {}, "nobody", None):
+        write_rows(run / "metrics.jsonl", [train_row(1, 2.0) | {"limit": strange}])
+        assert "What would change it" not in write_report(run).read_text()
+
+
 def test_a_directory_with_nothing_in_it_gives_a_page(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert "Not finished" in page.root.text and page.tile("Steps") == "–"
