@@ -114,8 +114,12 @@ def _told(nodes: Sequence[Node]) -> str:
 
 def _bundle_text(of: Mapping[str, float]) -> str:
     gpus, cpus = of.get("GPU", 0), of.get("CPU", 0)
-    parts = [f"{gpus:g} GPU{'s' * (gpus > 1)}"] if gpus or "GPU" in of else []
-    return " and ".join([*parts, f"{cpus:g} CPU{'s' * (cpus > 1)}"])
+    parts = [f"{gpus:g} GPU{_plural(gpus)}"] if gpus or "GPU" in of else []
+    return " and ".join([*parts, f"{cpus:g} CPU{_plural(cpus)}"])
+
+
+def _plural(count: float) -> str:
+    return "" if 0 < count <= 1 else "s"
 
 
 def _packs(free: Sequence[Node], bundles: Sequence[tuple[Bundle, Labels]]) -> bool:
