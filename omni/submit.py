@@ -77,11 +77,10 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, request: Request, say: Callable[[str], None]) -> str:
-    """Pack the working directory and start the job; returns its id. Raises ConfigError where the
-    settings could not work elsewhere, SubmitError where the server refuses.
+    """Pack the working directory and start the job; returns its id. Raises ConfigError where it
+    is too large, SubmitError where the server refuses.
     """
     config = request.config
-    check_settings(config)
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # how it packs, file by file
     runtime: dict[str, Any] = {"env_vars": environment(config)}

@@ -51,6 +51,7 @@ def _run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_path: Path) -> None:
     compact = ["--encoder.format", "int8"]
     job = subprocess.Popen(
