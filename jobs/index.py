@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _index(arguments: argparse.Namespace) -> None:
     from omni.config import ConfigError
+    from omni.data.built import summary_lines
     from omni.data.sources.base import COLUMNS, Options
-    from omni.index import make_index, summary_lines
+    from omni.index import make_index
 
     if arguments.rows_per_part < 1:
         raise ConfigError(f"--rows_per_part: expected 1 or more, got {arguments.rows_per_part}")

@@ -81,8 +81,6 @@ def row_of_cut(
     }
     check_row(place, row)
     total = recording.get("duration")
-    if where[1] is not None and kind == "MonoCut" and not start:
-        total = duration  # Shar stores what was cut
     whole = isinstance(total, (int, float)) and not start and abs(total - duration) < _ROUNDING
     return Row(
         id=name,
