@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 import omni
+from jobs import index
 from omni.data.index import build_index
 from omni.model.whisper import WhisperEncoder
+from tests.data.loopback_datasets import serve
 from tests.data.test_sources import SHAPES, audio_of, make_corpus, same
 
 ROOT = Path(omni.__file__).parents[1]
@@ -36,46 +40,55 @@ def job(out: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """The jobs in this process find Ray started."""
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     make_corpus(folder, 30)
     return folder
 
 
-def test_two_sources_one_index_and_nothing_is_done_twice(corpus: Path, tmp_path: Path) -> None:
+def test_two_sources_one_index_and_nothing_is_done_twice(
+    corpus: Path, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = (corpus / "clips" / "0000.flac").read_bytes()
     table = pa.table({"id": ["x", "y"], "audio": [good, b"noise"], "text": ["hi", "ho"]})
     pq.write_table(table, tmp_path / "more.parquet")
     sources = ["--source", corpus / "corpus.jsonl", "--source", tmp_path / "more.parquet"]
     settings = [*sources, "--rows_per_part", 10, "--language", "fr"]
-    done = job(tmp_path / "out", *settings)
-    assert done.returncode == 0, done.stderr
-    assert "4 of 4 parts made" in done.stdout and "4/4 parts, 31 utterances" in done.stdout
-    assert "languages   en 30, fr 1" in done.stdout and "left out    unreadable 1" in done.stdout
-    assert "speakers    3" in done.stdout
+    arguments = ["--out", str(tmp_path / "out"), *map(str, settings)]
+    assert index.main(arguments) == 0
+    done = capsys.readouterr().out
+    assert "4 of 4 parts made" in done and "4/4 parts, 31 utterances" in done
+    assert "languages   en 30, fr 1" in done and "left out    unreadable 1" in done
+    assert "speakers    3" in done
     found = build_index([str(tmp_path / "out")])
     assert found.table["id"].to_pylist() == [f"u{n:04}" for n in range(30)] + ["x"]
     assert [(r.id, r.reason) for r in found.rejects] == [("y", "unreadable")]
 
-    with (corpus / "corpus.jsonl").open() as file:
-        lines = file.readlines()
     os.utime(corpus / "corpus.jsonl")
     (tmp_path / "more.parquet").unlink()
     pq.write_table(table.slice(0, 1), tmp_path / "more.parquet")
-    again = job(tmp_path / "out", *settings)
-    assert again.returncode == 0, again.stderr
-    assert "1 of 4 parts made" in again.stdout, "the lines of the manifest are the same"
-    assert "left out    none" in again.stdout and len(lines) == 30
+    assert index.main(arguments) == 0
+    again = capsys.readouterr().out
+    assert "1 of 4 parts made" in again, "the lines of the manifest are the same"
+    assert "left out    none" in again
     assert len(list((tmp_path / "out" / "parts").iterdir())) == 4
 
 
-def test_wrong_input_exits_with_2_in_one_line(corpus: Path, tmp_path: Path) -> None:
+def test_wrong_input_exits_with_2_in_one_line(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"audio": "a.wav", "text": "a"}\n{"audio": "a.wav"}\n')
-    done = job(tmp_path / "out", "--source", manifest)
-    assert done.returncode == 2
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert f"{manifest}:2: field 'text' is missing" in line
+    assert index.main(["--out", str(tmp_path / "out"), "--source", str(manifest)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: --source") and f"{manifest}:2: field 'text' is missing" in line
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -117,6 +130,24 @@ def test_a_killed_job_goes_on_and_training_reads_its_index(tmp_path: Path) -> No
         cwd=ROOT, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hf", "ms"])
+def test_a_hub_is_a_source(kind: str, corpus: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (corpus / "corpus.jsonl").read_text().splitlines()]
+    SHAPES["hf parquet"][0](corpus, rows, tmp_path)
+    with serve("someone/speech", tmp_path / "hub") as (url, asked):
+        places = {"HF_HOME": str(tmp_path / "hf"), "MODELSCOPE_CACHE": str(tmp_path / "ms")}
+        done = subprocess.run(
+            command(tmp_path / "out", "--source", f"{kind}:someone/speech:train"),
+            cwd=ROOT, capture_output=True, text=True, timeout=400,
+            env={**os.environ, **places, "HF_ENDPOINT": url, "MODELSCOPE_ENDPOINT": url},
+        )  # fmt: skip
+    assert done.returncode == 0, f"{done.stderr}\n{asked}"
+    assert "3 of 3 parts made" in done.stdout
+    same(build_index([str(tmp_path / "out")]), build_index([str(corpus / "corpus.jsonl")]), True,
+         speakers=True)  # fmt: skip
 
 
 @pytest.mark.slow

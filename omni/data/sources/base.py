@@ -126,7 +126,8 @@ def explain_missing(name: str, columns: list[str], options: Options) -> str:
 
 def inside(place: str, folder: Path, name: str, options: Options) -> str:
     """A file's path as a corpus in `folder` names it. Raises ManifestError where it may not."""
-    if leaves(name) and not options.allow_absolute:
+    within = os.path.isabs(name) and Path(os.path.normpath(name)).is_relative_to(folder)
+    if leaves(name) and not within and not options.allow_absolute:
         raise ManifestError(
             f"{place}: {name!r} lies outside {folder}; --allow_absolute admits such files"
         )

@@ -58,14 +58,15 @@ class HubSource:
         count = stream.num_shards
         return [
             Part(f"{config}-{split}-{n:05}", digest(mark, n, count),
-                 (config, split, revision, n, count))
+                 (config, split, revision, n, count, folder))
             for n in range(count)
         ]  # fmt: skip
 
     def read(self, part: Part) -> Iterator[Row]:
-        config, split, revision, number, count = part.where
+        config, split, revision, number, count, folder = part.where
         try:
-            folder, _ = _locate(self.name, self.modelscope)
+            if self.modelscope and not Path(folder).is_dir():  # another node than the driver's
+                folder, _ = _locate(self.name, self.modelscope)
             stream = _stream(folder, config, split, revision).shard(count, number)
             tables = stream.with_format("arrow").iter(batch_size=BATCH)
             yield from self._rows(tables, folder, f"{split}-{number:05}")
