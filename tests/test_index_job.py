@@ -151,7 +151,7 @@ def test_a_hub_is_a_source(kind: str, corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_200_utterances_through_all_sources(tmp_path: Path) -> None:
+def test_200_utterances_through_all_sources(cluster: None, tmp_path: Path) -> None:
     make_corpus(tmp_path, 200)
     rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
     expected = build_index([str(tmp_path / "corpus.jsonl")])
@@ -160,8 +160,8 @@ def test_200_utterances_through_all_sources(tmp_path: Path) -> None:
     features = encoder.encode(wanted[::10])
     for shape, (write, bytes_too, speakers) in SHAPES.items():
         source = write(tmp_path, rows, _folder(tmp_path / "in"))
-        done = job(tmp_path / "out", "--source", source, "--allow_absolute")
-        assert done.returncode == 0, f"{shape}: {done.stderr}"
+        arguments = ["--source", source, "--out", str(tmp_path / "out"), "--allow_absolute"]
+        assert index.main(arguments) == 0, shape
         found = build_index([str(tmp_path / "out")])
         same(found, expected, bytes_too, speakers)
         audio = audio_of(found)
