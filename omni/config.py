@@ -96,7 +96,7 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    """Manifests (JSON lines), or embedded:train, embedded:dev, embedded:test."""
+    """Manifests (JSON lines), tar shards, folders of jobs.index, or embedded:train, :dev, :test."""
 
     train: Paths = ["embedded:train"]
     dev: Paths = ["embedded:dev"]

@@ -24,6 +24,7 @@ WITH_RAY = {
     "omni.train.trainer",
     "omni.train.trial",
     "omni.encode",
+    "omni.index",
     "omni.submit",
     "omni.bench.stream",
 }

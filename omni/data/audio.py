@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -15,6 +16,8 @@ import soxr
 
 from omni.model.logmel import FRAME, SAMPLING_RATE
 from omni.retry import patiently
+
+_WHOLE_BYTES = 4 << 20  # recordings in archives up to this size are read at once
 
 
 class AudioError(ValueError):
@@ -43,20 +46,23 @@ def resampled_length(frames: int, rate: int) -> int:
     return round(frames * SAMPLING_RATE / rate)
 
 
-def measure(path: str | Path, span: AudioSpan = AudioSpan()) -> int:
+def measure(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> int:
     """Samples at 16 kHz that `decode` will return, from the header alone.
+
+    data: a path, or the bytes of a file.
 
     Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`.
     """
-    if not Path(path).is_file():
+    path = "bytes" if isinstance(data, bytes) else str(data)
+    if not isinstance(data, bytes) and not Path(data).is_file():
         raise AudioError("missing", f"no such file: {path}")
     try:
-        info = soundfile.info(_source(path, span))
+        info = soundfile.info(_source(data, span))
     except (OSError, soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
         raise AudioError("unreadable", f"{path}: {error}") from None
     if info.frames <= 0:
         raise AudioError("empty", f"{path}: no samples")
-    first, count = _frames(span, info.frames, info.samplerate, str(path))
+    first, count = _frames(span, info.frames, info.samplerate, path)
     samples = resampled_length(count, info.samplerate)
     if samples == 0:
         raise AudioError("empty", f"{path}: {count} frames at {info.samplerate} Hz")
@@ -93,16 +99,54 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def _source(data: bytes | str | Path, span: AudioSpan) -> str | io.BytesIO:
+def _source(data: bytes | str | Path, span: AudioSpan) -> str | BinaryIO:
     """What soundfile opens: a file's name, or the bytes of a recording."""
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if span.bytes is None:
         return str(data)
     offset, length = span.bytes
+    if length > _WHOLE_BYTES:
+        return cast(BinaryIO, io.BufferedReader(ByteRange(str(data), offset, length)))
     with open(data, "rb") as file:
         file.seek(offset)
         return io.BytesIO(file.read(length))
+
+
+class ByteRange(io.RawIOBase):
+    """A range of a file's bytes as a file of its own, so that a long recording in an archive is
+    read where it is needed."""
+
+    def __init__(self, path: str, offset: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._first, self._place = offset, 0
+        self._length = min(length, max(0, os.fstat(self._file.fileno()).st_size - offset))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        count = min(len(view), max(0, self._length - self._place))
+        data = os.pread(self._file.fileno(), count, self._first + self._place)
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def decode_patiently(path: Path, span: AudioSpan = AudioSpan()) -> np.ndarray:

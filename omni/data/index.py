@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from omni.data.conversations import answer_of, parse_messages, to_column
 from omni.data.measure import Reject, measure_all
@@ -23,6 +25,8 @@ from omni.data.tar import TarError, read_tar
 from omni.model.conversation import Message
 from omni.model.hub import ASSETS
 
+INDEX_FILE = "index.json"  # of a folder that jobs.index made
+INDEX_VERSION = 1
 _LONGEST_SECONDS = 1e8  # three years
 _TYPES: dict[str, tuple[type, ...]] = {
     "audio": (str,),
@@ -96,6 +100,13 @@ def manifest_path(spec: str) -> Path:
             raise ManifestError(f"{spec}: expected embedded:train, embedded:dev or embedded:test")
         return path
     path = Path(spec).expanduser().absolute()
+    if path.is_dir():
+        if not (path / INDEX_FILE).is_file():
+            raise ManifestError(
+                f"{spec}: expected a manifest, or a folder that jobs.index has finished: "
+                f"no {INDEX_FILE} in it"
+            )
+        return path / INDEX_FILE
     if not path.is_file():
         raise ManifestError(f"{spec}: no such manifest")
     return path
@@ -117,63 +128,119 @@ def build_index(
     Raises ManifestError where a manifest is missing or a row is not what a manifest row must be,
     where no row is left, or where ids repeat.
     """
-    rows: list[dict[str, Any]] = []
+    tables: list[pa.Table] = []
     rejects: list[Reject] = []
     for spec in specs:
         path = manifest_path(spec)
+        if path.name == INDEX_FILE and Path(spec).expanduser().is_dir():
+            table, bad = _read_built(path.parent, prompt)
+            tables.append(table)
+            rejects += bad
+            continue
         parsed = list(_read_manifest(path, prompt, allow_absolute))
         if not parsed:
             raise ManifestError(f"{spec}: the manifest has no rows")
         good, bad = measure_all(parsed, path, cache_dir, threads)
-        rows += good
+        tables.append(pa.Table.from_pylist(good, SCHEMA))
         rejects += bad
-    if not rows:
+    table = pa.concat_tables(tables)
+    if not len(table):
         first = rejects[0]
         raise ManifestError(
             f"{', '.join(specs)}: all {len(rejects)} rows were rejected; "
             f"the first, {first.id}: {first.reason}: {first.detail}"
         )
-    seen: set[str] = set()
-    for row in rows:
-        if row["id"] in seen:
-            raise ManifestError(f"{', '.join(specs)}: the id {row['id']!r} occurs twice")
-        seen.add(row["id"])
-    return Index(pa.Table.from_pylist(rows, SCHEMA), rejects)
+    if (repeated := repeated_id(table["id"])) is not None:
+        raise ManifestError(f"{', '.join(specs)}: the id {repeated!r} occurs twice")
+    return Index(table, rejects)
+
+
+def repeated_id(ids: pa.ChunkedArray) -> str | None:
+    """The first of the ids that occurs more than once."""
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return None
+    counts = pc.value_counts(ids)
+    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    return str(twice[0])
+
+
+def _read_built(folder: Path, prompt: str) -> tuple[pa.Table, list[Reject]]:
+    """What jobs.index wrote: rows that are measured, paths made absolute, and the rejects."""
+    try:
+        about = json.loads((folder / INDEX_FILE).read_bytes())
+        if about["version"] != INDEX_VERSION:
+            raise ValueError(f"version {about['version']!r}, expected {INDEX_VERSION}")
+        files = [folder / "parts" / f"{Path(name).name}.parquet" for name in about["parts"]]
+        tables = [pq.read_table(file).select(SCHEMA.names).cast(SCHEMA) for file in files]
+        table = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
+        table.validate(full=True)
+        needed = ("id", "uri", "start", "samples", "key", "text", "prompt")
+        whole = not any(table[name].null_count for name in needed)
+        if not whole or not pc.all(pc.greater(table["samples"], 0)).as_py() and len(table):
+            raise ValueError("a row lacks its id, place, length or text")
+        if len(table) != about["utterances"]:
+            raise ValueError(f"{len(table)} rows, expected {about['utterances']}")
+        with (folder / "rejects.jsonl").open("rb") as lines:
+            rejects = [Reject(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ManifestError(f"{folder}: the index is damaged: {reason}") from None
+    uris, prompts = table["uri"], table["prompt"]
+    inside = pc.binary_join_element_wise(str(folder), uris, "/")
+    for name, values in (
+        ("uri", pc.if_else(pc.starts_with(uris, "/"), uris, inside)),
+        ("prompt", pc.if_else(pc.equal(prompts, ""), prompt, prompts)),
+    ):
+        column = SCHEMA.get_field_index(name)
+        table = table.set_column(column, SCHEMA.field(name), values)
+    return table, rejects
 
 
 def _read_manifest(path: Path, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:
     """Rows with absolute `uri`, checked types and defaults, without audio measurements."""
     tar = path.suffix == ".tar"
     for place, row in _tar_rows(path) if tar else _json_rows(path):
-        conversation = _conversation(place, row) if "messages" in row and not tar else None
-        messages, spoken = conversation or (None, [row])
-        if messages is not None:
-            row = {**row, "audio": spoken[0]["audio"], "text": answer_of(messages)}
-        _check_row(place, row)
-        for part in spoken:
-            _check_row(place, {**part, "text": part.get("text") or ""})
-            if not tar and not allow_absolute and _leaves(part["audio"]):
-                raise ManifestError(
-                    f"{place}: field 'audio': {part['audio']!r} lies outside the manifest's "
-                    "folder; data.allow_absolute (--allow_absolute) admits such files"
-                )
-        places = [_place(path, part, tar) for part in spoken]
-        identity = row.get("id")
-        yield {
-            "id": place.replace(str(path), f"{path.parent.name}/{path.stem}")
-            if identity is None
-            else str(identity),
-            **places[0],
-            "text": row["text"].strip(),
-            "prompt": row.get("prompt") or prompt,
-            "language": row.get("language"),
-            "speaker": row.get("speaker"),
-            "task": row.get("task"),
-            "messages": None if messages is None else to_column(messages),
-            "audios": None
-            if messages is None
-            else [{**p, "text": s.get("text")} for p, s in zip(places, spoken, strict=True)],
-        }
+        yield checked_row(path, place, row, prompt=prompt, allow_absolute=allow_absolute)
+
+
+def checked_row(
+    path: Path, place: str, row: dict[str, Any], *, prompt: str = "", allow_absolute: bool = False
+) -> dict[str, Any]:
+    """A row of the index without measurements, from one of the manifest at `path`.
+
+    row: with `bytes`, its recording is that range of the manifest itself. place: for messages.
+    Raises ManifestError.
+    """
+    tar = isinstance(row.get("bytes"), tuple)  # which no JSON can hold
+    conversation = _conversation(place, row) if "messages" in row and not tar else None
+    messages, spoken = conversation or (None, [row])
+    if messages is not None:
+        row = {**row, "audio": spoken[0]["audio"], "text": answer_of(messages)}
+    check_row(place, row)
+    for part in spoken:
+        check_row(place, {**part, "text": part.get("text") or ""})
+        if not tar and not allow_absolute and leaves(part["audio"]):
+            raise ManifestError(
+                f"{place}: field 'audio': {part['audio']!r} lies outside the manifest's "
+                "folder; data.allow_absolute (--allow_absolute) admits such files"
+            )
+    places = [_place(path, part, tar) for part in spoken]
+    identity = row.get("id")
+    return {
+        "id": place.replace(str(path), f"{path.parent.name}/{path.stem}")
+        if identity is None
+        else str(identity),
+        **places[0],
+        "text": row["text"].strip(),
+        "prompt": row.get("prompt") or prompt,
+        "language": row.get("language"),
+        "speaker": row.get("speaker"),
+        "task": row.get("task"),
+        "messages": None if messages is None else to_column(messages),
+        "audios": None
+        if messages is None
+        else [{**p, "text": s.get("text")} for p, s in zip(places, spoken, strict=True)],
+    }
 
 
 def _conversation(place: str, row: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
@@ -222,13 +289,13 @@ def _tar_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ManifestError(str(error)) from None
 
 
-def _leaves(name: str) -> bool:
+def leaves(name: str) -> bool:
     """Whether a path leads out of the folder that it is relative to, by its words alone: a link in
     that folder is its owner's doing."""
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
-def _check_row(place: str, row: dict[str, Any]) -> None:
+def check_row(place: str, row: dict[str, Any]) -> None:
     """Raises ManifestError naming the field and what was expected."""
     for name in ("audio", "text"):
         if name not in row:

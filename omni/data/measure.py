@@ -35,8 +35,7 @@ def measure_all(
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Add `samples` and `key` to rows; unchanged files are not opened again."""
     known = _Measurements(manifest, cache_dir)
-    with ThreadPoolExecutor(threads) as pool:
-        results = list(pool.map(lambda row: _measure_row(row, known), rows))
+    results = measure_rows(rows, known, threads)
     good: list[dict[str, Any]] = []
     rejects: list[Reject] = []
     for row, result in zip(rows, results, strict=True):
@@ -48,6 +47,15 @@ def measure_all(
             good.append({**row, **result})
     known.save()
     return good, rejects
+
+
+def measure_rows(
+    rows: list[dict[str, Any]], known: _Measurements | None = None, threads: int = 8
+) -> list[dict[str, Any] | AudioError]:
+    """`samples` and `key` of each row, or why it cannot be used."""
+    known = known or _Measurements(Path(), None)
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda row: _measure_row(row, known), rows))
 
 
 def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
@@ -84,16 +92,32 @@ def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
     return result
 
 
+def measure_data(data: bytes, start: float, duration: float | None) -> dict[str, Any]:
+    """`samples` and `key` of an encoded audio file in memory, as of the same file on disk.
+
+    Raises AudioError.
+    """
+    samples = measure(data, AudioSpan(start, duration))
+    ends = data[:_EDGE], data[max(_EDGE, len(data) - _EDGE) :]
+    return {"samples": samples, "key": _key(len(data), start, duration, *ends)}
+
+
 def _content_key(row: dict[str, Any], size: int) -> str:
-    """Hash of the recording's size and both ends (all of a small one) and of the span in it."""
     first, size = (0, size) if row["length"] is None else (row["offset"], row["length"])
-    digest = hashlib.blake2b(f"{size} {row['start']} {row['duration']}".encode(), digest_size=16)
     with open(row["uri"], "rb") as file:
         file.seek(first)
-        digest.update(file.read(min(_EDGE, size)))
+        head, tail = file.read(min(_EDGE, size)), b""
         if size > _EDGE:
             file.seek(first + max(_EDGE, size - _EDGE))
-            digest.update(file.read(min(_EDGE, size - _EDGE)))
+            tail = file.read(min(_EDGE, size - _EDGE))
+    return _key(size, row["start"], row["duration"], head, tail)
+
+
+def _key(size: int, start: float, duration: float | None, head: bytes, tail: bytes) -> str:
+    """Hash of the recording's size and both ends (all of a small one) and of the span in it."""
+    digest = hashlib.blake2b(f"{size} {start} {duration}".encode(), digest_size=16)
+    digest.update(head)
+    digest.update(tail)
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,9 +22,11 @@ class TarError(ValueError):
     """A shard cannot be used; the message names it, the member, and what was expected."""
 
 
-def read_tar(path: Path) -> Iterator[dict[str, Any]]:
+def read_tar(
+    path: Path, fields: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> Iterator[dict[str, Any]]:
     """Rows of a manifest, in the shard's order: `audio` is the member's name, `bytes` its (offset,
-    length) in the shard.
+    length) in the shard. fields: gives a row's own fields the names of a manifest.
 
     Raises TarError: not a tar, damaged, compressed, an unsafe member, or a row without its parts.
     """
@@ -32,17 +34,18 @@ def read_tar(path: Path) -> Iterator[dict[str, Any]]:
         with tarfile.open(path, "r:") as shard:
             parts: dict[str, dict[str, tarfile.TarInfo]] = {}
             for member in shard:
-                _refuse_unsafe(path, member)
+                refuse_unsafe(path, member)
                 if member.isfile():
                     key, suffix = _split(member.name)
                     parts.setdefault(key, {})[suffix] = member
             for key, files in parts.items():
-                yield _row(path, shard, key, files)
+                yield _row(path, shard, key, files, fields)
     except (tarfile.TarError, EOFError) as error:
         raise TarError(f"{path}: expected an uncompressed tar: {error}") from None
 
 
-def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
+def refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
+    """Raises TarError for a member that points elsewhere, or is no file or folder."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise TarError(f"{path}: the member {member.name!r} points outside the archive")
@@ -58,7 +61,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _row(
-    path: Path, shard: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo]
+    path: Path,
+    shard: tarfile.TarFile,
+    key: str,
+    files: dict[str, tarfile.TarInfo],
+    fields: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
     audio = [member for suffix, member in files.items() if suffix in AUDIO_SUFFIXES]
     if len(audio) != 1:
@@ -74,6 +81,7 @@ def _row(
             row["text"] = _read(shard, files["txt"]).decode()
     except ValueError as error:  # of which UnicodeDecodeError is one
         raise TarError(f"{path}: {key!r}: {error}") from None
+    row = fields(row)
     if "text" not in row:
         raise TarError(f"{path}: {key!r} has no text: expected {key}.txt, or text in {key}.json")
     return {**row, "audio": audio[0].name, "bytes": (audio[0].offset_data, audio[0].size)}

@@ -112,7 +112,7 @@ def fetch(
     reasons = []
     for model in models:
         try:
-            with _once_per_node(model):
+            with once_per_node(model):
                 return _fetch_one(model, small, weights)
         except Exception as error:  # every hub client has its own family of errors
             reasons.append(f"  {model}: {type(error).__name__}: {first_line(error)}")
@@ -155,7 +155,8 @@ def _check_hash(path: Path) -> None:
     mark.touch()
 
 
-def _once_per_node(model: HubModel) -> FileLock:
+def once_per_node(model: HubModel | str) -> FileLock:
+    """Held by whoever downloads it to this node."""
     name = hashlib.blake2b(str(model).encode(), digest_size=8).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"omni-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,0 +1,85 @@
+"""Tar shards, read in place by byte range: WebDataset's, and lhotse Shar's."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omni.data.index import ManifestError, checked_row
+from omni.data.sources.base import Options, Part, Row, canonical, file_fingerprint
+from omni.data.sources.cuts import row_of_cut
+from omni.data.sources.lines import json_objects
+from omni.data.tar import TarError, read_tar, refuse_unsafe
+
+
+class TarSource:
+    """WebDataset tars; a part is one of them. `0001.flac` with `0001.txt` or `0001.json`."""
+
+    def __init__(self, spec: str, paths: list[Path], options: Options) -> None:
+        self.spec, self.paths, self.options = spec, paths, options
+
+    def parts(self) -> list[Part]:
+        return [
+            Part(f"{path.name}-{n:05}", file_fingerprint(path), (n,))
+            for n, path in enumerate(self.paths)
+        ]
+
+    def read(self, part: Part) -> Iterator[Row]:
+        path = self.paths[part.where[0]]
+        try:
+            for found in read_tar(path, self._fields):
+                place = f"{path}:{found['audio']}"
+                yield Row(**checked_row(path, place, found))
+        except TarError as error:
+            raise ManifestError(str(error)) from None
+
+    def _fields(self, row: dict[str, Any]) -> dict[str, Any]:
+        return canonical({k: v for k, v in row.items() if k != "audio"}, self.options)
+
+
+class SharSource:
+    """lhotse Shar: cuts.000000.jsonl.gz beside recording.000000.tar. A part is one shard."""
+
+    def __init__(self, spec: str, folder: Path, options: Options) -> None:
+        self.spec, self.folder, self.options = spec, folder, options
+
+    def parts(self) -> list[Part]:
+        parts = []
+        for cuts in sorted(self.folder.glob("cuts.*.jsonl*")):
+            number = cuts.name.split(".")[1]
+            shard = self.folder / f"recording.{number}.tar"
+            if not shard.is_file():
+                raise ManifestError(f"{cuts}: expected {shard.name} beside it")
+            mark = f"{file_fingerprint(cuts)} {file_fingerprint(shard)}"
+            parts.append(Part(f"shard-{number}", mark, (cuts.name, shard.name)))
+        return parts
+
+    def read(self, part: Part) -> Iterator[Row]:
+        cuts, shard = (self.folder / name for name in part.where)
+        whole = Part("", "", (0, -1, 1))
+        recordings = _recordings(shard)
+        for place, cut in json_objects(cuts, whole):
+            name, offset, length = next(recordings, ("", 0, 0))
+            if name.rpartition(".")[0] != str(cut.get("id")):
+                raise ManifestError(
+                    f"{place}: expected its recording at the same place in {shard.name}, "
+                    f"found {name or 'nothing'}"
+                )
+            yield row_of_cut(place, cut, self.options, (str(shard), offset, length))
+
+
+def _recordings(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and length of each audio file; each is followed by its JSON."""
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                refuse_unsafe(path, member)
+                shard.members = []  # type: ignore[attr-defined]  # or it would keep them all
+                if member.isfile() and not member.name.endswith((".json", ".nometa")):
+                    yield member.name, member.offset_data, member.size
+    except TarError as error:
+        raise ManifestError(str(error)) from None
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ManifestError(f"{path}: expected an uncompressed tar: {error}") from None
