@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from omni.data.augment import Augmentation
+from omni.data.speeds import Speeds
+
 _VERSION = 2  # of the rules below: another one makes other bins of the same numbers
 EMPTY = -1  # a bin number that stands for a bin of padding
 _SEAM_CANDIDATES = 10_000
@@ -95,6 +98,7 @@ class Plan:
     epoch_ends: np.ndarray  # (epochs,) int64: bins up to the end of each epoch
     bins_per_step: int
     fingerprint: str
+    per_epoch: int = 0  # utterances of each epoch; the members of an epoch follow one another
 
     @property
     def bins(self) -> int:
@@ -109,6 +113,20 @@ class Plan:
         if number == EMPTY or number >= self.bins:
             return self.members[:0]
         return self.members[self.starts[number] : self.starts[number + 1]]
+
+    def epochs_of(self, number: int) -> np.ndarray:
+        """The epoch, counted from 0, that each utterance of a bin is taken from: at a seam two."""
+        count = len(self.bin(number))
+        first = int(self.starts[number]) if count else 0
+        return np.arange(first, first + count, dtype=np.int64) // max(1, self.per_epoch)
+
+    def positions(self, lengths: np.ndarray, speeds: Speeds | None = None) -> int:
+        """How many positions hold an utterance. lengths, speeds: what the plan is made of."""
+        if speeds is None:
+            return int(lengths[self.members].sum())
+        each = range(0, len(self.members), self.per_epoch)
+        parts = (self.members[first : first + self.per_epoch] for first in each)
+        return sum(int(speeds.lengths(epoch)[part].sum()) for epoch, part in enumerate(parts))
 
     def epoch(self, bins_consumed: int) -> float:
         """Epochs completed after so many bins, e.g. 1.25."""
@@ -146,6 +164,7 @@ class Split:
     name: str
     table: pa.Table  # index.SCHEMA and tokens, supervised, heard, task_number
     plan: Plan
+    augmentation: Augmentation | None = None  # of training audio; others are left as they are
 
 
 def padded_step(bins_per_step: int, workers: int, bins_per_block: int) -> int:
@@ -163,10 +182,13 @@ def make_plan(
     bins_per_step: int,
     epochs: int | None = None,
     max_steps: int | None = None,
+    speeds: Speeds | None = None,
 ) -> Plan:
     """Plan whole epochs, as many as `epochs` or until `max_steps` steps are full.
 
     lengths: (n,) positions of each utterance; 0 leaves an utterance out.
+    speeds: where lengths change from epoch to epoch, those of each; `lengths` are then the natural
+    ones.
     Each epoch has its own permutation, drawn from (seed, epoch), and holds every utterance once.
     A plan of fewer steps is the beginning of one of more.
     Its last bin, which would be half empty, also takes the first utterances of the next epoch: with
@@ -179,18 +201,22 @@ def make_plan(
         raise ValueError("either epochs or max_steps is needed")
     bins: list[list[int]] = []
     ends: list[int] = []
+    free = 0  # positions in the last bin
     while (epochs is None or len(ends) < epochs) and (
         # One epoch more where the plan ends with one: its last bin is filled up from the next.
         max_steps is None or len(bins) <= max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
         order = generator.permutation(usable)
+        now = lengths if speeds is None else speeds.lengths(len(ends))
         if bins:
-            order = _fill_seam(bins[-1], lengths, order, bin_positions)
-        packed = pack(lengths, order, bin_positions, generator)
+            order = _fill_seam(bins[-1], free, now, order)
+        packed = pack(now, order, bin_positions, generator)
         if packed:
             # The emptiest bin ends the epoch, and is filled up from the next one.
-            seam = packed.pop(int(np.argmin([int(lengths[b].sum()) for b in packed])))
+            sums = [int(now[b].sum()) for b in packed]
+            free = bin_positions - min(sums)
+            seam = packed.pop(int(np.argmin(sums)))
             # Best fit puts long utterances into early bins: mix them again.
             bins.extend(packed[i] for i in generator.permutation(len(packed)))
             bins.append(seam)
@@ -203,23 +229,23 @@ def make_plan(
     identity = [_VERSION, index_fingerprint, seed, bin_positions, bins_per_step, epochs]
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=12)
     digest.update(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
+    if speeds is not None:
+        digest.update(speeds.identity)
     return Plan(
         members=members,
         starts=np.concatenate(([0], np.cumsum(sizes))),
         epoch_ends=np.asarray(ends, dtype=np.int64),
         bins_per_step=bins_per_step,
         fingerprint=digest.hexdigest(),
+        per_epoch=len(usable),
     )
 
 
-def _fill_seam(
-    seam: list[int], lengths: np.ndarray, order: np.ndarray, capacity: int
-) -> np.ndarray:
-    """Move utterances of `order` into the free space of `seam`; returns the rest, in order.
+def _fill_seam(seam: list[int], free: int, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Move utterances of `order` into the `free` positions of `seam`; returns the rest, in order.
 
     Takes what comes first and fits, but none that the bin holds already.
     """
-    free = capacity - int(lengths[seam].sum())
     here = set(seam)
     taken = []
     for place in np.flatnonzero(lengths[order] <= free)[:_SEAM_CANDIDATES].tolist():
