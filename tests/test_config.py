@@ -141,7 +141,7 @@ def test_an_unknown_section_gets_a_suggestion_and_the_list_of_sections() -> None
     message = _error(None, "--optimizer.lr", "3")
     assert message == (
         "optimizer: unknown field (did you mean optim?); "
-        "expected one of: run, data, encoder, tokenizer, model, optim, train, eval"
+        "expected one of: run, data, augment, encoder, tokenizer, model, optim, train, eval"
     )
 
 

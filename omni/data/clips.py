@@ -17,6 +17,8 @@ from omni.data.index import ManifestError, manifest_path
 from omni.data.measure import measure_all, span_of
 from omni.model.logmel import SAMPLING_RATE
 
+_SHORTEST = SAMPLING_RATE // 10  # samples to read: fewer may be no frame of a file at a low rate
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -36,12 +38,13 @@ class Clips:
     def excerpt(self, generator: np.random.Generator, samples: int) -> np.ndarray:
         """(samples,) float32 of one of them, from anywhere; a shorter one is repeated."""
         clip = self.clips[int(generator.integers(len(self.clips)))]
-        first = int(generator.integers(max(1, clip.samples - samples + 1)))
+        length = max(samples, _SHORTEST)
+        first = int(generator.integers(max(1, clip.samples - length + 1)))
         shift = int(generator.integers(clip.samples))
-        if clip.samples < samples:
+        if clip.samples < length:
             return np.resize(np.roll(self._read(clip, clip.span), -shift), samples)
         start = clip.span.start + first / SAMPLING_RATE
-        span = AudioSpan(start, samples / SAMPLING_RATE, clip.span.bytes)
+        span = AudioSpan(start, length / SAMPLING_RATE, clip.span.bytes)
         return np.resize(self._read(clip, span), samples)
 
     def whole(self, generator: np.random.Generator) -> np.ndarray:
