@@ -67,6 +67,12 @@ class Speeds:
         return np.where(fits, drawn, self.natural).astype(np.int64)
 
     @property
+    def shortest(self) -> np.ndarray:
+        """(n,) positions at the fastest of the speeds; 0: not in the plan."""
+        fastest = np.where(self.positions > 0, self.positions, self.natural).min(axis=0)
+        return np.where(self.natural > 0, fastest, 0)
+
+    @property
     def identity(self) -> bytes:
         """What makes the lengths of all epochs."""
         digest = hashlib.blake2b(repr((self.speeds, self.seed)).encode(), digest_size=12)

@@ -103,11 +103,13 @@ def prepare(config: Config) -> Prepared:
         splits[name] = Split(name, table, plan, augmentation)
         if train:
             planned = lengths
-            beyond = beyond_ctc(table, lengths) if config.optim.ctc_weight else 0
+            shortest = lengths if speeds is None else speeds.shortest
+            beyond = beyond_ctc(table, shortest) if config.optim.ctc_weight else 0
             if beyond:
+                fast = "" if speeds is None else " at their fastest"
                 notes.append(
-                    f"CTC learns nothing from {beyond} of {len(index)} utterances: they have more "
-                    "tokens than soft tokens (model.stack)"
+                    f"CTC learns nothing from {beyond} of {len(index)} utterances{fast}: they have "
+                    "more tokens than soft tokens (model.stack)"
                 )
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
     notes += _overlap(indexes) + augmentation_notes(config)

@@ -266,6 +266,7 @@ def test_speeds_are_drawn_evenly_and_alike_for_one_or_all() -> None:
         assert set(given[:50].tolist()) == {1.0, 1.1}
         assert np.array_equal(speeds.lengths(epoch), [{0.9: 12, 1.0: 10, 1.1: 8}[s] for s in given])
     assert (speeds.lengths(0) != speeds.lengths(1)).any()
+    assert (speeds.shortest == 8).all()
 
 
 # -- corpora -----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from omni.data.stages import EncodeStage, StreamSettings, load_bin
 from omni.encode import fill_cache
 from omni.train.job import encoder_settings
 from omni.train.planfile import plan_path, read_plan_file, write_plan_file
+from omni.train.preflight import _needed
 from omni.train.prepare import Prepared, check_fingerprints, prepare
 from omni.train.rates import without_cache
 
@@ -205,6 +206,12 @@ def test_a_corpus_that_is_not_there_is_a_wrong_config(tmp_path: Path, name: str)
         prepare(config)
 
 
+def test_every_node_is_to_see_the_corpora(tmp_path: Path) -> None:
+    needed = _needed(prepare(_config(tmp_path, ALL)))
+    assert needed.keys() == {"data.train", "augment.noise"}
+    assert Path(needed["augment.noise"]).is_file()
+
+
 # -- the cache ---------------------------------------------------------------------------------
 
 
@@ -302,12 +309,12 @@ def test_an_augmented_run_killed_and_continued_is_the_undisturbed_one(
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    for member in [psutil.Process(process.pid).children(recursive=True), [process]]:
-        for victim in member:
-            try:
-                victim.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in tree:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
     process.wait()
     assert not (tmp_path / "killed" / "run" / "summary.json").exists()
     run_job(tiny, tmp_path / "killed", *settings)
