@@ -143,6 +143,23 @@ def test_an_utterance_that_would_outgrow_its_bin_keeps_its_speed(tmp_path: Path)
     assert split.augmentation.speeds.of(int(plain.lengths.argmax()), 0) == 1.0
 
 
+def test_each_recording_of_a_conversation_is_changed(tmp_path: Path) -> None:
+    first, second = embedded("train", 2)
+    asked = [{"audio": first["audio"]}, {"audio": second["audio"]}]
+    said = {"role": "assistant", "content": "Two."}
+    row = {"id": "two", "messages": [{"role": "user", "content": asked}, said]}
+    config = _config(tmp_path, {"speed": [0.8], "gain_probability": 1})
+    write_manifest(tmp_path / "train", [row])
+    prepared = prepare(config)
+    split, settings = prepared.splits["train"], without_cache(_settings(prepared))
+    assert split.augmentation is not None and split.augmentation.speeds is not None
+    for number in range(2):
+        [encoded] = _encode(EncodeStage(settings), _loaded(split, [number], settings))
+        [frames], [tokens] = encoded["frames"], split.table["tokens"].to_pylist()
+        [reserved] = split.augmentation.speeds.lengths(number)
+        assert sequence_positions(frames, len(tokens), 4) == reserved > prepared.lengths[0]
+
+
 def test_a_bin_is_made_alike_whenever_and_in_whatever_company(tmp_path: Path) -> None:
     """Which is all that a resumed stream, or one with another number of workers, changes."""
     prepared, again = prepare(_config(tmp_path, ALL)), prepare(_config(tmp_path, ALL))
