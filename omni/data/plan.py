@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +98,8 @@ class Plan:
     epoch_ends: np.ndarray  # (epochs,) int64: bins up to the end of each epoch
     bins_per_step: int
     fingerprint: str
-    per_epoch: int = 0  # utterances of each epoch; the members of an epoch follow one another
+    # First member of each pass over the corpus; those of a pass follow one another.
+    pass_starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @property
     def bins(self) -> int:
@@ -114,19 +115,22 @@ class Plan:
             return self.members[:0]
         return self.members[self.starts[number] : self.starts[number + 1]]
 
-    def epochs_of(self, number: int) -> np.ndarray:
-        """The epoch, counted from 0, that each utterance of a bin is taken from: at a seam two."""
+    def passes_of(self, number: int) -> np.ndarray:
+        """The pass, counted from 0, that each utterance of a bin belongs to: at a seam two.
+
+        None holds an utterance twice: a pass is what augmentation draws its changes for.
+        """
         count = len(self.bin(number))
         first = int(self.starts[number]) if count else 0
-        return np.arange(first, first + count, dtype=np.int64) // max(1, self.per_epoch)
+        places = np.arange(first, first + count)
+        return np.searchsorted(self.pass_starts, places, side="right") - 1
 
     def positions(self, lengths: np.ndarray, speeds: Speeds | None = None) -> int:
         """How many positions hold an utterance. lengths, speeds: what the plan is made of."""
         if speeds is None:
             return int(lengths[self.members].sum())
-        each = range(0, len(self.members), self.per_epoch)
-        parts = (self.members[first : first + self.per_epoch] for first in each)
-        return sum(int(speeds.lengths(epoch)[part].sum()) for epoch, part in enumerate(parts))
+        parts = np.split(self.members, self.pass_starts[1:])
+        return sum(int(speeds.lengths(n)[part].sum()) for n, part in enumerate(parts))
 
     def epoch(self, bins_consumed: int) -> float:
         """Epochs completed after so many bins, e.g. 1.25."""
@@ -201,6 +205,8 @@ def make_plan(
         raise ValueError("either epochs or max_steps is needed")
     bins: list[list[int]] = []
     ends: list[int] = []
+    pass_starts: list[int] = []
+    placed = 0  # utterances of all passes before
     free = 0  # positions in the last bin
     while (epochs is None or len(ends) < epochs) and (
         # One epoch more where the plan ends with one: its last bin is filled up from the next.
@@ -208,7 +214,9 @@ def make_plan(
     ):
         generator = np.random.default_rng([seed, len(ends)])
         order = generator.permutation(usable)
-        now = lengths if speeds is None else speeds.lengths(len(ends))
+        now = lengths if speeds is None else speeds.lengths(len(pass_starts))
+        pass_starts.append(placed)
+        placed += len(order)
         if bins:
             order = _fill_seam(bins[-1], free, now, order)
         packed = pack(now, order, bin_positions, generator)
@@ -237,7 +245,7 @@ def make_plan(
         epoch_ends=np.asarray(ends, dtype=np.int64),
         bins_per_step=bins_per_step,
         fingerprint=digest.hexdigest(),
-        per_epoch=len(usable),
+        pass_starts=np.asarray(pass_starts, dtype=np.int64),
     )
 
 

@@ -138,7 +138,7 @@ def _heard(split: Split, number: int, rows: list[dict[str, Any]]) -> list[list[_
     spoken, augmentation = [recordings(row) for row in rows], split.augmentation
     if augmentation is None:
         return [[_Recording(place) for place in of_row] for of_row in spoken]
-    members, epochs = split.plan.bin(number).tolist(), split.plan.epochs_of(number).tolist()
+    members, epochs = split.plan.bin(number).tolist(), split.plan.passes_of(number).tolist()
     heard = []
     for member, epoch, of_row in zip(members, epochs, spoken, strict=True):
         drawn = augmentation.change(member, [place["key"] for place in of_row], epoch)

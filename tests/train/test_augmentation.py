@@ -105,7 +105,7 @@ def test_every_bin_holds_what_the_plan_reserved(tmp_path: Path, mode: str) -> No
     seams, reserved = 0, 0
     for number in range(min(plan.bins, 6) if mode == "full" else plan.bins):
         [row] = _encode(stage, _loaded(split, [number], settings))
-        epochs = plan.epochs_of(number).tolist()
+        epochs = plan.passes_of(number).tolist()
         seams += len(set(epochs)) > 1
         members = plan.bin(number).tolist()
         wanted = [
@@ -170,7 +170,7 @@ def test_a_bin_is_made_alike_whenever_and_in_whatever_company(tmp_path: Path) ->
     assert forwards == backwards[::-1]
     mels: dict[tuple[int, int], bytes] = {}
     for number, row in enumerate(forwards):
-        epochs = prepared.splits["train"].plan.epochs_of(number).tolist()
+        epochs = prepared.splits["train"].plan.passes_of(number).tolist()
         for member, epoch, made in zip(row["numbers"], epochs, row["mels"], strict=True):
             mels[member, epoch] = made[0]
     assert len(set(mels.values())) == len(mels) > 3 * 12, "no epoch is like another"
