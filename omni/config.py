@@ -52,6 +52,12 @@ def _distinct(value: Any) -> Any:
     return value
 
 
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if not value[0] <= value[1]:
+        raise ValueError("expected [least, most] with least <= most")
+    return value
+
+
 def _lm(value: str) -> str:
     kind, _, name = value.partition(":")
     if value != "scratch" and (kind not in ("nanochat", "hf", "ms") or not name):
@@ -67,8 +73,15 @@ Paths = Annotated[list[str], BeforeValidator(_as_list)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Decibels = Annotated[
+    tuple[Annotated[float, Field(ge=-60, le=60)], Annotated[float, Field(ge=-60, le=60)]],
+    AfterValidator(_rising),
+]
+Speed = Annotated[float, Field(ge=0.5, le=2)]
+_Seconds = Annotated[float, Field(gt=0, le=5)]
+Reverberation = Annotated[tuple[_Seconds, _Seconds], AfterValidator(_rising)]
 Tracker = Literal["wandb", "mlflow", "swanlab"]
-Fingerprint = Literal["data.train", "tokenizer", "plan", "model", "encoder"]
+Fingerprint = Literal["data.train", "tokenizer", "plan", "model", "encoder", "augment"]
 
 
 class Section(BaseModel):
@@ -112,6 +125,56 @@ class DataConfig(Section):
     loaders: Positive = 2  # tasks that decode audio at a time, one logical CPU each
     loader_rate: Annotated[float, Field(gt=0)] | None = None
     # ^ audio seconds a second that each of them reads at most: spares storage that others use
+
+
+class AugmentConfig(Section):
+    """What is changed in the training audio, drawn anew in every epoch; nothing by default.
+
+    Changes are made in this order. Ranges are drawn from evenly, once per recording.
+    """
+
+    speed: list[Speed] = [1.0]  # tempo and pitch; [0.9, 1.0, 1.1]: Ko et al. 2015
+    reverb_probability: Share = 0.0
+    reverb: Paths = []  # manifests of room impulse responses; none: made ones
+    reverb_seconds: Reverberation = (0.2, 0.8)  # of a made one, to -60 dB: rooms, not halls
+    noise_probability: Share = 0.0
+    noise: Paths = []  # manifests of recordings
+    noise_snr_db: Decibels = (5.0, 20.0)  # from music's 5 to babble's 20: Snyder et al. 2018
+    telephone_probability: Share = 0.0  # 8 kHz, 300 to 3400 Hz, 8-bit mu-law: ITU-T G.711, G.712
+    gain_probability: Share = 0.0
+    gain_db: Decibels = (-6.0, 6.0)
+    # SpecAugment without warping, Park et al. 2019: its policies have two masks of each kind, of up
+    # to 27 of 80 mel bins, and of up to 0.7 or 1 s and a fifth (SM) or all (LD) of the clip.
+    time_masks: Annotated[int, Field(ge=0)] = 0
+    time_mask_seconds: Annotated[float, Field(gt=0)] = 1.0  # at most, each
+    time_mask_share: Share = 0.2  # of the clip, at most, each
+    freq_masks: Annotated[int, Field(ge=0)] = 0
+    freq_mask_bins: Positive = 27  # at most, each
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AugmentConfig:
+        if not self.speed or len(set(self.speed)) < len(self.speed):
+            raise ValueError("speed: expected different factors; [1.0] leaves it as it is")
+        for name in ("noise", "reverb"):
+            if getattr(self, name) and not getattr(self, f"{name}_probability"):
+                raise ValueError(f"{name}_probability: at 0 no {name} is added; expected a share")
+        if self.noise_probability and not self.noise:
+            raise ValueError("noise: expected a manifest of recordings to add")
+        return self
+
+    @property
+    def masks(self) -> bool:
+        return self.time_masks + self.freq_masks > 0
+
+    @property
+    def clean_share(self) -> float:
+        """How much of the training audio an epoch leaves as it is."""
+        if self.masks:
+            return 0.0
+        share = self.speed.count(1.0) / len(self.speed)
+        for name in ("reverb", "noise", "telephone", "gain"):
+            share *= 1 - float(getattr(self, f"{name}_probability"))
+        return share
 
 
 class EncoderConfig(Section):
@@ -253,6 +316,7 @@ class EvalConfig(Section):
 class Config(Section):
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     encoder: EncoderConfig = EncoderConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()

@@ -1,5 +1,6 @@
 """Fill the feature cache ahead of training: every utterance of a config's splits, once.
 
+Training audio that augmentation changes in every epoch is not encoded: nobody would read it.
 What the cache holds already is left alone, so the same command continues an interrupted one, and a
 training run that comes later (or goes on meanwhile) reads what it finds.
 """
@@ -46,6 +47,11 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
     indexes = build_indexes(config)
     facts = encoder_facts(config, indexes["train"])
     settings = encoder_settings(config, facts)
+    if not config.augment.clean_share:
+        del indexes["train"]
+        say("augment changes all training audio in every epoch: only dev and test are encoded")
+    if not indexes:
+        raise ConfigError("augment: it changes all training audio, and there is no other to encode")
     rejects = Counter(r.reason for index in indexes.values() for r in index.rejects)
     table = _distinct(indexes)
     keys = table["key"].to_pylist()

@@ -141,7 +141,7 @@ def test_an_unknown_section_gets_a_suggestion_and_the_list_of_sections() -> None
     message = _error(None, "--optimizer.lr", "3")
     assert message == (
         "optimizer: unknown field (did you mean optim?); "
-        "expected one of: run, data, encoder, tokenizer, model, optim, train, eval"
+        "expected one of: run, data, augment, encoder, tokenizer, model, optim, train, eval"
     )
 
 
@@ -227,3 +227,39 @@ def test_text_on_the_command_line_stays_text(value: str) -> None:
 
 def test_one_override_of_a_list_is_a_list_of_one() -> None:
     assert load_config(None, ["--model.train", "projector"]).model.train == ["projector"]
+
+
+# -- augmentation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (["--augment.speed", "3"], "augment.speed.0: Input should be less than or equal to 2"),
+        (["--augment.speed", "[]"], "augment: speed: expected different factors"),
+        (["--augment.speed", "[1.0, 1.0]"], "augment: speed: expected different factors"),
+        (["--augment.gain_db", "[6, -6]"], "augment.gain_db: expected [least, most]"),
+        (["--augment.noise_probability", "0.5"], "augment: noise: expected a manifest"),
+        (["--augment.noise", "n.jsonl"], "augment: noise_probability: at 0 no noise is added"),
+        (["--augment.reverb", "r.jsonl"], "augment: reverb_probability: at 0 no reverb is added"),
+        (["--augment.time_mask_share", "1.5"], "augment.time_mask_share: Input should be less"),
+        (["--augment.speeds", "[0.9]"], "augment.speeds: unknown field (did you mean speed?)"),
+    ],
+)
+def test_what_augmentation_cannot_do_is_said(settings: list[str], said: str) -> None:
+    assert _error(None, *settings).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "settings, share",
+    [
+        ([], 1.0),
+        (["--augment.speed", "[0.9, 1.0, 1.1]"], 1 / 3),
+        (["--augment.speed", "0.9"], 0.0),
+        (["--augment.gain_probability", "0.5", "--augment.telephone_probability", "0.5"], 0.25),
+        (["--augment.time_masks", "1"], 0.0),
+        (["--augment.gain_db", "[-9, 9]"], 1.0),
+    ],
+)
+def test_the_share_that_an_epoch_leaves_alone(settings: list[str], share: float) -> None:
+    assert load_config(None, settings).augment.clean_share == pytest.approx(share)

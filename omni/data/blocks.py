@@ -31,7 +31,7 @@ _COMMON = [
 LOADED_SCHEMA = pa.schema(
     [
         *_COMMON,
-        ("keys", pa.list_(pa.list_(pa.string()))),
+        ("keys", pa.list_(pa.list_(pa.string()))),  # null: augmented, nothing for the cache
         ("lengths", pa.list_(pa.list_(pa.int64()))),  # samples at 16 kHz
         ("features", pa.list_(pa.list_(pa.large_binary()))),  # from the cache, else null
         ("mels", pa.list_(pa.list_(pa.large_binary()))),  # (n_mels, T_mel) of what must be encoded

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+
+from omni.data.augment import Augmentation
+from omni.data.speeds import Speeds
 
 _VERSION = 2  # of the rules below: another one makes other bins of the same numbers
 EMPTY = -1  # a bin number that stands for a bin of padding
@@ -95,6 +98,8 @@ class Plan:
     epoch_ends: np.ndarray  # (epochs,) int64: bins up to the end of each epoch
     bins_per_step: int
     fingerprint: str
+    # First member of each pass over the corpus; those of a pass follow one another.
+    pass_starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @property
     def bins(self) -> int:
@@ -109,6 +114,23 @@ class Plan:
         if number == EMPTY or number >= self.bins:
             return self.members[:0]
         return self.members[self.starts[number] : self.starts[number + 1]]
+
+    def passes_of(self, number: int) -> np.ndarray:
+        """The pass, counted from 0, that each utterance of a bin belongs to: at a seam two.
+
+        None holds an utterance twice: a pass is what augmentation draws its changes for.
+        """
+        count = len(self.bin(number))
+        first = int(self.starts[number]) if count else 0
+        places = np.arange(first, first + count)
+        return np.searchsorted(self.pass_starts, places, side="right") - 1
+
+    def positions(self, lengths: np.ndarray, speeds: Speeds | None = None) -> int:
+        """How many positions hold an utterance. lengths, speeds: what the plan is made of."""
+        if speeds is None:
+            return int(lengths[self.members].sum())
+        parts = np.split(self.members, self.pass_starts[1:])
+        return sum(int(speeds.lengths(n)[part].sum()) for n, part in enumerate(parts))
 
     def epoch(self, bins_consumed: int) -> float:
         """Epochs completed after so many bins, e.g. 1.25."""
@@ -146,6 +168,7 @@ class Split:
     name: str
     table: pa.Table  # index.SCHEMA and tokens, supervised, heard, task_number
     plan: Plan
+    augmentation: Augmentation | None = None  # of training audio; others are left as they are
 
 
 def padded_step(bins_per_step: int, workers: int, bins_per_block: int) -> int:
@@ -163,10 +186,13 @@ def make_plan(
     bins_per_step: int,
     epochs: int | None = None,
     max_steps: int | None = None,
+    speeds: Speeds | None = None,
 ) -> Plan:
     """Plan whole epochs, as many as `epochs` or until `max_steps` steps are full.
 
     lengths: (n,) positions of each utterance; 0 leaves an utterance out.
+    speeds: where lengths change from epoch to epoch, those of each; `lengths` are then the natural
+    ones.
     Each epoch has its own permutation, drawn from (seed, epoch), and holds every utterance once.
     A plan of fewer steps is the beginning of one of more.
     Its last bin, which would be half empty, also takes the first utterances of the next epoch: with
@@ -179,18 +205,26 @@ def make_plan(
         raise ValueError("either epochs or max_steps is needed")
     bins: list[list[int]] = []
     ends: list[int] = []
+    pass_starts: list[int] = []
+    placed = 0  # utterances of all passes before
+    free = 0  # positions in the last bin
     while (epochs is None or len(ends) < epochs) and (
         # One epoch more where the plan ends with one: its last bin is filled up from the next.
         max_steps is None or len(bins) <= max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
         order = generator.permutation(usable)
+        now = lengths if speeds is None else speeds.lengths(len(pass_starts))
+        pass_starts.append(placed)
+        placed += len(order)
         if bins:
-            order = _fill_seam(bins[-1], lengths, order, bin_positions)
-        packed = pack(lengths, order, bin_positions, generator)
+            order = _fill_seam(bins[-1], free, now, order)
+        packed = pack(now, order, bin_positions, generator)
         if packed:
             # The emptiest bin ends the epoch, and is filled up from the next one.
-            seam = packed.pop(int(np.argmin([int(lengths[b].sum()) for b in packed])))
+            sums = [int(now[b].sum()) for b in packed]
+            free = bin_positions - min(sums)
+            seam = packed.pop(int(np.argmin(sums)))
             # Best fit puts long utterances into early bins: mix them again.
             bins.extend(packed[i] for i in generator.permutation(len(packed)))
             bins.append(seam)
@@ -203,23 +237,23 @@ def make_plan(
     identity = [_VERSION, index_fingerprint, seed, bin_positions, bins_per_step, epochs]
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=12)
     digest.update(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
+    if speeds is not None:
+        digest.update(speeds.identity)
     return Plan(
         members=members,
         starts=np.concatenate(([0], np.cumsum(sizes))),
         epoch_ends=np.asarray(ends, dtype=np.int64),
         bins_per_step=bins_per_step,
         fingerprint=digest.hexdigest(),
+        pass_starts=np.asarray(pass_starts, dtype=np.int64),
     )
 
 
-def _fill_seam(
-    seam: list[int], lengths: np.ndarray, order: np.ndarray, capacity: int
-) -> np.ndarray:
-    """Move utterances of `order` into the free space of `seam`; returns the rest, in order.
+def _fill_seam(seam: list[int], free: int, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Move utterances of `order` into the `free` positions of `seam`; returns the rest, in order.
 
     Takes what comes first and fits, but none that the bin holds already.
     """
-    free = capacity - int(lengths[seam].sum())
     here = set(seam)
     taken = []
     for place in np.flatnonzero(lengths[order] <= free)[:_SEAM_CANDIDATES].tolist():

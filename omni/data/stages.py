@@ -1,12 +1,16 @@
 """The work of the stream's stages, without Ray: bins to log-mels, log-mels to features.
 
-load_bin (cache lookup, decode, log-mel) -> EncodeStage (frozen Whisper, cache)
+load_bin (cache lookup, decode, augment, log-mel) -> EncodeStage (frozen Whisper, cache)
+
+What is augmented is not what its content key names: it goes through both stages without a key, so
+that the feature cache can neither give nor take it.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,15 +22,17 @@ from torch import Tensor
 
 from omni.config import Config
 from omni.data.audio import AudioError, decode_patiently, fit
+from omni.data.augment import Augmentation, Change, augment, mask_windows
 from omni.data.blocks import ENCODED_SCHEMA
 from omni.data.codec import FeatureCodec, tensor_bytes, tensor_from
 from omni.data.features import FeatureCache
 from omni.data.index import recordings
 from omni.data.measure import span_of
 from omni.data.plan import Split
+from omni.data.speeds import changed_length
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.whisper import WhisperEncoder
-from omni.model.windows import clip_mel
+from omni.model.windows import clip_mel, plan_windows
 from omni.retry import patiently
 
 
@@ -57,30 +63,27 @@ def load_bin(
     began = time.perf_counter()
     members = split.plan.bin(number).tolist()
     rows = split.table.take(pa.array(members, pa.int64())).to_pylist()
-    spoken = [recordings(row) for row in rows]
-    keys = [[recording["key"] for recording in of_row] for of_row in spoken]
-    cached = cache.get(list(chain(*keys))) if cache is not None else {}
+    heard = _heard(split, number, rows)
+    keys = [[recording.key for recording in of_row] for of_row in heard]
+    cached = cache.get(key for key in chain(*keys) if key is not None) if cache is not None else {}
+    features = [[cached.get(key) if key else None for key in of_row] for of_row in keys]
     mels: list[list[bytes | None]] = []
     errors: list[str | None] = []
-    for of_row in spoken:
+    decoded = 0
+    for of_row, known in zip(heard, features, strict=True):
         error = None
         made: list[bytes | None] = []
-        for recording in of_row:
+        for recording, feature in zip(of_row, known, strict=True):
             mel = None
-            if recording["key"] not in cached and error is None:
+            if feature is None and error is None:
                 try:
                     mel = _log_mel(recording, settings)
+                    decoded += recording.place["samples"]
                 except AudioError as problem:
                     error = f"{problem.reason}\n{problem.detail}"
             made.append(mel)
         mels.append(made)
         errors.append(error)
-    decoded = sum(
-        recording["samples"]
-        for of_row, made in zip(spoken, mels, strict=True)
-        for recording, mel in zip(of_row, made, strict=True)
-        if mel is not None
-    )
     _hold_back(decoded / SAMPLING_RATE, time.perf_counter() - began, settings)
     columns = {
         name: [row[column] for row in rows]
@@ -89,25 +92,63 @@ def load_bin(
             ("uris", "uri"),
             ("texts", "text"),
             ("languages", "language"),
-            ("samples", "samples"),
             ("tokens", "tokens"),
             ("supervised", "supervised"),
             ("heard", "heard"),
             ("tasks", "task_number"),
         )
     }
+    lengths = [[recording.samples for recording in of_row] for of_row in heard]
     return {
         "split": split.name,
         "bin": number,
         "numbers": members,
         **columns,
+        "samples": [sum(of_row) for of_row in lengths],
         "keys": keys,
-        "lengths": [[recording["samples"] for recording in of_row] for of_row in spoken],
+        "lengths": lengths,
         "errors": errors,
-        "features": [[cached.get(key) for key in of_row] for of_row in keys],
+        "features": features,
         "mels": mels,
         "load_seconds": time.perf_counter() - began,
     }
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A recording as an epoch hears it."""
+
+    place: dict[str, Any]  # where it lies, and what is known of it: the index's row
+    augmentation: Augmentation | None = None
+    change: Change | None = None  # None: as it is
+
+    @property
+    def key(self) -> str | None:
+        """Its name in the feature cache, where it has one."""
+        return self.place["key"] if self.change is None else None
+
+    @property
+    def samples(self) -> int:
+        samples = int(self.place["samples"])
+        return samples if self.change is None else changed_length(samples, self.change.speed)
+
+
+def _heard(split: Split, number: int, rows: list[dict[str, Any]]) -> list[list[_Recording]]:
+    """The recordings of each utterance of a bin."""
+    spoken, augmentation = [recordings(row) for row in rows], split.augmentation
+    if augmentation is None:
+        return [[_Recording(place) for place in of_row] for of_row in spoken]
+    members, epochs = split.plan.bin(number).tolist(), split.plan.passes_of(number).tolist()
+    heard = []
+    for member, epoch, of_row in zip(members, epochs, spoken, strict=True):
+        drawn = augmentation.change(member, [place["key"] for place in of_row], epoch)
+        heard.append(
+            [
+                _Recording(place) if change.clean else _Recording(place, augmentation, change)
+                for place, change in zip(of_row, drawn, strict=True)
+            ]
+        )
+    return heard
 
 
 def _hold_back(audio: float, seconds: float, settings: StreamSettings) -> None:
@@ -117,15 +158,38 @@ def _hold_back(audio: float, seconds: float, settings: StreamSettings) -> None:
         time.sleep(max(0.0, audio / rate - seconds))
 
 
-def _log_mel(recording: dict[str, Any], settings: StreamSettings) -> bytes:
+def _log_mel(recording: _Recording, settings: StreamSettings) -> bytes:
     """Bytes of a recording's log-mel in the encoder's dtype: it would round it anyway, and bf16 is
     half the traffic. Raises AudioError.
     """
-    encoder = settings.config.encoder
-    audio = decode_patiently(Path(recording["uri"]), span_of(recording))
-    audio = fit(audio, recording["samples"])
+    encoder, place = settings.config.encoder, recording.place
+    audio = decode_patiently(Path(place["uri"]), span_of(place))
+    audio = fit(audio, place["samples"])
+    augmentation, change = recording.augmentation, recording.change
+    if augmentation is not None and change is not None:
+        audio = augment(audio, change, augmentation)
     mel = clip_mel(audio, settings.n_mels, encoder.mode, encoder.margin_seconds)
+    if augmentation is not None and change is not None and change.masks:
+        windows = plan_windows(len(audio), encoder.mode, encoder.margin_seconds)
+        masked = mask_windows(mel.numpy(), windows, augmentation.settings, change)
+        mel = torch.from_numpy(masked)
     return tensor_bytes(mel.to(settings.encoder["dtype"]))
+
+
+_Name = str | tuple[int, int, int]  # a content key, or a place where augmented audio stands
+
+
+def _names(number: int, row: dict[str, Any]) -> list[list[_Name]]:
+    """What the features of each recording of a block's row go by inside the block."""
+    return [
+        [(number, i, part) if key is None else key for part, key in enumerate(keys)]
+        for i, keys in enumerate(row["keys"])
+    ]
+
+
+def _keys(names: Iterable[_Name]) -> list[str]:
+    """Those that the cache may know."""
+    return [name for name in names if isinstance(name, str)]
 
 
 class EncodeStage:
@@ -152,13 +216,13 @@ class EncodeStage:
         seconds = time.perf_counter() - began if samples else 0.0
         codec = self._settings.codec
         done = []
-        for row in rows:
+        for number, row in enumerate(rows):
             parts = [
                 [
-                    known if known is not None else encoded.get(key)
-                    for known, key in zip(features, keys, strict=True)
+                    known if known is not None else encoded.get(name)
+                    for known, name in zip(features, names, strict=True)
                 ]
-                for features, keys in zip(row["features"], row["keys"], strict=True)
+                for features, names in zip(row["features"], _names(number, row), strict=True)
             ]
             # An utterance is used whole or not at all.
             whole = [
@@ -183,18 +247,20 @@ class EncodeStage:
         if cache is not None:
             cache.flush()
 
-    def _encode(self, rows: list[dict[str, Any]]) -> tuple[dict[str, bytes], int]:
-        """Features by key of what the rows lack, and how many samples of audio were encoded."""
-        missing: dict[str, tuple[bytes, int]] = {}
-        for row in rows:
-            columns = (chain(*row[name]) for name in ("keys", "mels", "lengths"))
-            for key, mel, samples in zip(*columns, strict=True):
+    def _encode(self, rows: list[dict[str, Any]]) -> tuple[dict[_Name, bytes], int]:
+        """Features by name of what the rows lack, and how many samples of audio were encoded."""
+        missing: dict[_Name, tuple[bytes, int]] = {}
+        for number, row in enumerate(rows):
+            columns = (chain(*row[name]) for name in ("mels", "lengths"))
+            for name, mel, samples in zip(chain(*_names(number, row)), *columns, strict=True):
                 if mel is not None:
-                    missing[key] = (mel, samples)
+                    missing[name] = (mel, samples)
         if not missing:
             return {}, 0
-        # The loader looked a while ago: the block before may have brought some of them.
-        found = self._cache.get(missing) if self._cache is not None else {}
+        found: dict[_Name, bytes] = {}
+        if self._cache is not None:
+            # The loader looked a while ago: the block before may have brought some of them.
+            found.update(self._cache.get(_keys(missing)))
         fresh = {key: value for key, value in missing.items() if key not in found}
         if fresh:
             encoder, codec = self._encoder, self._settings.codec
@@ -205,7 +271,7 @@ class EncodeStage:
             features = self._features(mels, [count for _, count in fresh.values()])
             made = {key: codec.encode(f) for key, f in zip(fresh, features, strict=True)}
             if self._cache is not None:
-                self._cache.put(made)
+                self._cache.put({key: made[key] for key in _keys(made)})
                 if not self._settings.keep_features:  # a row that is counted is on disk
                     patiently(functools.partial(self._cache.flush, strict=True))
             found = {**found, **made}

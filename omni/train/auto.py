@@ -45,6 +45,7 @@ def sized(prepared: Prepared, trial: Trial, missing: float) -> Prepared:
         spare=spare,
         each=each,
         unit=unit,
+        lasting=config.cache is None or config.augment.clean_share < 1,
     )
     row = {"kind": "note", "step": _step(prepared), "text": f"encoder.actors auto: {sizing.reason}"}
     append_json(config.run_dir / "metrics.jsonl", [row])

@@ -62,17 +62,19 @@ def estimate(
     """
     steps, audio = config.optim.steps, audio_per_step(plan, samples)
     train = step_seconds(config, block, workers)
+    always = 1.0 if config.cache is None else 1 - config.augment.clean_share
+    share = always or 1.0  # of a step's audio, where some has to be encoded
     pools = {  # seconds of a step whose audio has to be encoded, and how many work on it
         "trainer": (train, workers * config.train.threads),
-        "encoder": (audio / (encoder_rate * encoders), encoders * config.encoder.threads),
-        "decode": (audio / (decode_rate * config.data.loaders), config.data.loaders),
+        "encoder": (share * audio / (encoder_rate * encoders), encoders * config.encoder.threads),
+        "decode": (share * audio / (decode_rate * config.data.loaders), config.data.loaders),
     }
     limit = max(pools, key=lambda name: pools[name][0])
     step = pools[limit][0]
     if cores:
         step = max(step, sum(seconds * processes for seconds, processes in pools.values()) / cores)
         train = max(train, train * pools["trainer"][1] / cores)
-    if config.cache is None:
+    if always:  # in every epoch
         return Estimate(step * steps, limit, step * steps, limit)
     epoch = int(plan.epoch_ends[0]) / config.optim.bins_per_step if len(plan.epoch_ends) else steps
     filling = missing * min(epoch, steps)

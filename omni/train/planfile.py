@@ -1,6 +1,7 @@
 """What a plan was made of, kept in the run's directory: enough to make it again without the corpus.
 
-plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan)
+plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan);
+                            where speeds change: name, and positions at each speed
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.data.plan import Plan, make_plan
+from omni.data.speeds import Speeds
 from omni.train.prepare import Prepared
 
 _KEY = b"omni.plan"
@@ -28,6 +31,7 @@ class PlanFile:
     seed: int
     bin_positions: int
     bins_per_step: int
+    speeds: Speeds | None = None
 
     def plan(self, steps: int) -> Plan:
         """The plan's first `steps` steps."""
@@ -38,6 +42,7 @@ class PlanFile:
             bin_positions=self.bin_positions,
             bins_per_step=self.bins_per_step,
             max_steps=steps,
+            speeds=self.speeds,
         )
 
 
@@ -50,13 +55,19 @@ def write_plan_file(prepared: Prepared) -> None:
     path = plan_path(config.run_dir, split.plan.fingerprint)
     if path.is_file():
         return
-    facts = {
+    facts: dict[str, Any] = {
         "index_fingerprint": prepared.fingerprints["data.train"],
         "seed": config.run.seed,
         "bin_positions": config.optim.bin_positions,
         "bins_per_step": config.optim.bins_per_step,
     }
     table = pa.table({"id": split.table["id"], "positions": pa.array(prepared.lengths, pa.int32())})
+    speeds = None if split.augmentation is None else split.augmentation.speeds
+    if speeds is not None:
+        facts["speeds"] = speeds.speeds
+        table = table.append_column("name", pa.array(speeds.names))
+        for number, positions in enumerate(speeds.positions):
+            table = table.append_column(f"positions {number}", pa.array(positions))
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), temporary)
@@ -67,6 +78,11 @@ def read_plan_file(path: Path) -> PlanFile:
     """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
     table = pq.read_table(path)
     facts = json.loads((table.schema.metadata or {})[_KEY])
-    return PlanFile(
-        table["id"].to_pylist(), table["positions"].to_numpy().astype(np.int64), **facts
-    )
+    lengths = table["positions"].to_numpy().astype(np.int64)
+    factors = facts.pop("speeds", None)
+    speeds = None
+    if factors is not None:
+        positions = np.stack([table[f"positions {n}"].to_numpy() for n in range(len(factors))])
+        names = table["name"].to_numpy()
+        speeds = Speeds(tuple(factors), positions, lengths, names, facts["seed"])
+    return PlanFile(table["id"].to_pylist(), lengths, speeds=speeds, **facts)

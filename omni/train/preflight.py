@@ -115,6 +115,10 @@ def _needed(prepared: Prepared) -> dict[str, str]:
     config = prepared.config
     first = recordings(prepared.splits["train"].table.slice(0, 1).to_pylist()[0])[0]
     needed = {"data.train": first["uri"]}
+    augmentation = prepared.splits["train"].augmentation
+    if augmentation is not None:
+        for clips in (augmentation.noise, augmentation.rooms):
+            needed |= {f"augment.{clips.kind}": clip.uri for clip in clips.clips[:1]}
     if config.encoder.weights not in ("hub", "embedded"):
         needed["encoder.weights"] = config.encoder.weights
     kind, _, name = config.model.lm.partition(":")
@@ -169,10 +173,13 @@ def _not_shared(mark: Path, word: str, config: Config) -> str | None:
 
 
 def _missing(prepared: Prepared) -> float:
-    """Share of the training utterances that the cache lacks."""
+    """Share of the training utterances that the cache lacks now, or is not asked for."""
     keys = prepared.splits["train"].table["key"].to_pylist()
     cache = encoder_settings(prepared.config, prepared.encoder).open_cache()
-    return 1.0 if cache is None else sum(key not in cache for key in keys) / len(keys)
+    if cache is None:
+        return 1.0
+    absent = sum(key not in cache for key in keys) / len(keys)
+    return 1 - (1 - absent) * prepared.config.augment.clean_share
 
 
 def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | None:

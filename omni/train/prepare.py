@@ -27,6 +27,7 @@ from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.whisper import WhisperEncoder
 from omni.score import normalize
+from omni.train.augmentation import augmentation_notes, augmentation_of
 from omni.train.checkpoint import newest_checkpoint
 from omni.train.rendering import beyond_ctc, task_names, with_tokens
 from omni.train.shape import model_of, pretrained_of, template_of, tokenizer_of
@@ -83,28 +84,36 @@ def prepare(config: Config) -> Prepared:
             )
         if name != "train":
             lengths[config.eval.max_utterances :] = 0
+        augmentation = augmentation_of(config, table, lengths) if name == "train" else None
+        speeds = None if augmentation is None else augmentation.speeds
+        train = name == "train"
         try:
             plan = make_plan(
                 lengths,
                 index_fingerprint=index.fingerprint,
                 seed=config.run.seed,
                 bin_positions=config.optim.bin_positions,
-                bins_per_step=config.optim.bins_per_step if name == "train" else 1,
-                **({"max_steps": config.optim.steps} if name == "train" else {"epochs": 1}),
+                bins_per_step=config.optim.bins_per_step if train else 1,
+                epochs=None if train else 1,
+                max_steps=config.optim.steps if train else None,
+                speeds=speeds,
             )
         except ValueError as error:
             raise ConfigError(f"data.{name}: {error} (optim.bin_positions)") from None
-        splits[name] = Split(name, table, plan)
-        if name == "train":
+        splits[name] = Split(name, table, plan, augmentation)
+        if train:
             planned = lengths
-            beyond = beyond_ctc(table, lengths) if config.optim.ctc_weight else 0
+            shortest = lengths if speeds is None else speeds.shortest
+            beyond = beyond_ctc(table, shortest) if config.optim.ctc_weight else 0
             if beyond:
+                fast = "" if speeds is None else " at their fastest"
                 notes.append(
-                    f"CTC learns nothing from {beyond} of {len(index)} utterances: they have more "
-                    "tokens than soft tokens (model.stack)"
+                    f"CTC learns nothing from {beyond} of {len(index)} utterances{fast}: they have "
+                    "more tokens than soft tokens (model.stack)"
                 )
-            filled = float(lengths[plan.members].sum()) / (plan.bins * config.optim.bin_positions)
-    notes += _overlap(indexes)
+            filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
+    notes += _overlap(indexes) + augmentation_notes(config)
+    augmentation = splits["train"].augmentation
     fingerprints = {
         "data.train": indexes["train"].fingerprint,
         "tokenizer": hashlib.blake2b(tokenizer.to_json().encode(), digest_size=12).hexdigest(),
@@ -113,6 +122,7 @@ def prepare(config: Config) -> Prepared:
             json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
         ).hexdigest(),
         "encoder": " ".join(_identity(encoder)),
+        "augment": "" if augmentation is None else augmentation.identity,
     }
     return Prepared(
         config,
@@ -237,7 +247,10 @@ def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
     Returns what changed and is in `run.override_fingerprint`.
     """
     config = prepared.config
-    changed = [name for name, value in prepared.fingerprints.items() if saved.get(name) != value]
+    # Runs from before there was augmentation have no word of it, and none in them.
+    changed = [
+        name for name, value in prepared.fingerprints.items() if saved.get(name, "") != value
+    ]
     refused = [name for name in changed if name not in config.run.override_fingerprint]
     if refused:
         flags = " ".join(f"--run.override_fingerprint {name}" for name in refused)

@@ -34,13 +34,14 @@ def choose_actors(
     spare: float,
     each: float,
     unit: str,
+    lasting: bool = False,
 ) -> Sizing:
     """Encoder actors for `workers` trainers.
 
     encoder_rate, trainer_rate: audio seconds per second of one actor, of one worker.
-    missing: share of the audio that the cache lacks. spare: what the trainers leave of the cluster,
-    in `unit` (GPUs or CPU cores); each: how much of it one actor asks for. Where less than that is
-    left, one actor takes what there is.
+    missing: share of the audio that the cache lacks; lasting: in every epoch. spare: what the
+    trainers leave of the cluster, in `unit` (GPUs or CPU cores); each: how much of it one actor
+    asks for. Where less than that is left, one actor takes what there is.
     """
     fit = max(1, math.floor(spare / each + 1e-9)) if each else 1
     share = min(each, spare) if 0 < spare < each else each
@@ -55,8 +56,9 @@ def choose_actors(
     )
     if needed > fit:
         reason += (
-            f"; {needed} would be needed, {fit} fit into the {spare:g} {unit} to spare: while the "
-            f"cache fills, trainers wait {1 - actors * encoder_rate / demand:.0%} of the time"
+            f"; {needed} would be needed, {fit} fit into the {spare:g} {unit} to spare: "
+            f"{'' if lasting else 'while the cache fills, '}trainers wait "
+            f"{1 - actors * encoder_rate / demand:.0%} of the time"
         )
     return Sizing(actors, share, reason)
 

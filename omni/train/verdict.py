@@ -9,7 +9,8 @@ _BUSY = 0.6  # share of its time from which a stage is what the others wait for
 
 ADVICE = {
     "trainer": "more train.workers, or a smaller model; another encoder would change nothing",
-    "encoder": "more encoder.actors, a larger encoder.gpus share, or jobs.encode ahead of training",
+    "encoder": "more encoder.actors, a larger encoder.gpus share, or jobs.encode ahead of training "
+    "(not with augment: it is encoded in every epoch)",
     "decode": "more data.loaders, or faster storage",
     "network": "fewer, larger blocks (optim.bins_per_block), more data.buffer_mb, or encoders on "
     "the trainers' nodes",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from omni.data.plan import EMPTY, Plan, make_plan, pack, padded_step
+from omni.data.speeds import Speeds, names_of
 
 
 def _lengths(count: int, capacity: int, seed: int) -> np.ndarray:
@@ -261,3 +262,39 @@ def test_epochs_smaller_than_a_bin_still_end() -> None:
     assert plan.members.tolist() and len(plan.members) == 12
     assert plan.bins == 4 and plan.epoch_ends.tolist() == [1, 2, 3, 4]
     assert plan.epoch(plan.bins) == 4.0
+
+
+# -- changed speeds ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lengths_may_change_from_epoch_to_epoch(seed: int) -> None:
+    natural = _lengths(300, 64, seed)
+    natural[1::7] = 0
+    slow = np.ceil(1.1 * natural)
+    positions = np.stack([np.where(slow <= 64, slow, 0), natural]).astype(np.int32)
+    names = names_of([str(n) for n in range(300)])
+    speeds = Speeds((0.9, 1.0), positions, natural, names, seed)
+    plan = _plan(natural, epochs=4, seed=seed, speeds=speeds)
+    usable = np.flatnonzero(natural)
+    assert np.array_equal(plan.pass_starts, np.arange(4) * len(usable))
+    seen, held = 0, 0
+    for number in range(plan.bins):
+        members, passes = plan.bin(number), plan.passes_of(number)
+        needs = [speeds.lengths(p)[n] for n, p in zip(members, passes.tolist(), strict=True)]
+        assert 0 < sum(needs) <= 64
+        assert np.array_equal(passes, np.arange(seen, seen + len(members)) // len(usable))
+        seen, held = seen + len(members), held + sum(needs)
+    assert held == plan.positions(natural, speeds) > plan.positions(natural)
+    short = _plan(natural, epochs=None, max_steps=4, seed=seed, speeds=speeds)
+    long = _plan(natural, epochs=None, max_steps=40, seed=seed, speeds=speeds)
+    assert np.array_equal(long.members[: len(short.members)], short.members)
+    assert short.fingerprint == long.fingerprint != _plan(natural, seed=seed).fingerprint
+    assert len(plan.passes_of(EMPTY)) == len(plan.passes_of(plan.bins)) == 0
+
+
+def test_the_passes_of_a_bin_are_known_without_speeds() -> None:
+    plan = _plan(np.full(10, 20), epochs=2)  # three to a bin
+    passes = [plan.passes_of(number).tolist() for number in range(plan.bins)]
+    assert sum(passes, []) == [0] * 10 + [1] * 10
+    assert sum(len(set(p)) == 2 for p in passes) == 1, "one bin at the seam"

@@ -148,6 +148,10 @@ def test_an_estimate_is_arithmetic() -> None:
     assert reckon(decode_rate=10.0, missing=1.0) == "about 9 s of training steps, decode-bound"
     uncached = load_config(None, ["--optim.steps", "10", "--data.cache", "null"])
     assert reckon(uncached) == "about 10 s of training steps, encoder-bound"
+    changed = load_config(None, ["--optim.steps", "10", "--augment.freq_masks", "2"])
+    assert reckon(changed) == reckon(uncached), "what is augmented is encoded in every epoch"
+    half = load_config(None, ["--optim.steps", "10", "--augment.speed", "[1.0, 1.1]"])
+    assert reckon(half, encoder_rate=20.0) == reckon(uncached)
     # One core does all of it: 0.5 + 1 + 0.04 s a step.
     assert reckon(uncached, cores=1.0) == "about 15 s of training steps, encoder-bound"
     assert [duration(s) for s in (12, 240, 12_600)] == ["12 s", "4 min", "3.5 h"]

@@ -44,7 +44,9 @@ def test_the_reason_names_rates_and_what_would_be_needed() -> None:
     assert "240 audio-s/s" in choose_actors(**RUN).reason
     short = choose_actors(**{**RUN, "spare": 2.0}).reason
     assert "3 would be needed, 2 fit into the 2 GPUs to spare" in short
-    assert "trainers wait 17%" in short
+    assert "to spare: while the cache fills, trainers wait 17%" in short
+    lasting = choose_actors(**{**RUN, "spare": 2.0, "lasting": True}).reason
+    assert "to spare: trainers wait 17%" in lasting
     assert "the cache holds every utterance" in choose_actors(**{**RUN, "missing": 0.0}).reason
 
 
