@@ -246,7 +246,7 @@ class EvalConfig(Section):
     max_utterances: Positive = 1000  # of dev and of test, held in the workers' memory
     wer_utterances: Positive = 64  # of dev, decoded at each evaluation; all of test at the end
     examples: Annotated[int, Field(ge=0)] = 2
-    best: Literal["dev_loss", "dev_wer"] = "dev_loss"
+    best: Literal["dev_loss", "dev_wer", "dev_cer"] = "dev_loss"
     patience: Positive | None = None  # evaluations without a better `best` before stopping
 
 

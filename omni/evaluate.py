@@ -26,7 +26,7 @@ from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
 from omni.model.whisper import WhisperEncoder
 from omni.train.checkpoint import CheckpointError, read_state
-from omni.transcribe import HeldUtterance, summarize, transcribe
+from omni.transcribe import HeldUtterance, by_language, summarize, transcribe
 
 _ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
 
@@ -166,6 +166,7 @@ def evaluate(
         "cer": errors["all"].cer,
         "words": errors["all"].words,
         "word_errors": errors["all"].word_errors,
+        **({"languages": languages} if (languages := by_language(rows)) else {}),
         "rejects": counts,
     }
     return summary, [{k: v for k, v in r.items() if k not in ("errors", "number")} for r in rows]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
+import regex
 import soundfile
 
 from omni.charts import (
@@ -33,18 +33,20 @@ from omni.charts import (
 from omni.data.audio import AudioError, AudioSpan, decode
 from omni.model.hub import ASSETS
 from omni.model.logmel import SAMPLING_RATE
+from omni.score import UNSPACED_SCRIPTS
 from omni.train.verdict import ADVICE
 
 _TEST_UTTERANCES = 20
 _REJECT_EXAMPLES = 5
 _EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
 _EVENTS = 100  # the last ones
+_CURVES = 5  # that a chart has colours for
 _FAULTS = {"failure", "stalled", "skipped", "recomputed", "checkpoint failed", "damaged checkpoint"}
 _EMBED_SECONDS = 60  # of decoded audio: an hour of WAV would make a page of 150 MB
 _OGG, _WAV = "audio/ogg", "audio/wav"
 _MIME = {".opus": _OGG, ".ogg": _OGG, ".mp3": "audio/mpeg", ".flac": "audio/flac", ".wav": _WAV}
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # written without spaces: a word is a character
-_WORD = re.compile(rf"[{_CJK}]|[^\s\-–—{_CJK}]+")
+_S = UNSPACED_SCRIPTS  # written without spaces: a word is a character
+_WORD = regex.compile(rf"(?=[{_S}])\X|(?:(?![{_S}])[^\s\-–—])+")
 
 
 def write_report(run: Path) -> Path:
@@ -64,6 +66,7 @@ def write_report(run: Path) -> Path:
 
     small = LEARNING_SMALL + [CTC] * any(row.get("ctc") for row in train)
     small += [KL] * any(row.get("kl") for row in train) + _by_task(evals)
+    small += _by_language(evals)
     style, script = (_text(ASSETS / name) for name in ("report.css", "report.js"))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name} · omni</title>
@@ -72,8 +75,8 @@ def write_report(run: Path) -> Path:
 <h1>{name}</h1>{_status(summary, broken)}{_figures(figures)}
 <h2>Learning</h2><p class="quiet">Numbers are the last logged. A long curve is drawn pale under its
 running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}{_layers(evals)}
-<h2>Throughput</h2>{_verdict(figures)}{curves(SPEED, "small")}{_stages(figures)}{_notes(metrics)}
-{_faults(run)}<h2>Test utterances</h2>{_test_utterances(run)}
+{_languages(figures)}<h2>Throughput</h2>{_verdict(figures)}{curves(SPEED, "small")}
+{_stages(figures)}{_notes(metrics)}{_faults(run)}<h2>Test utterances</h2>{_test_utterances(run)}
 <h2>Last evaluation</h2>{_examples(evals)}
 <h2>Rejected utterances</h2>{_rejects(run, figures.get("rejects"))}
 <h2>Configuration</h2><details><summary>config.yaml</summary>
@@ -145,6 +148,43 @@ def _by_task(evals: list[Row]) -> list[Chart]:
     names = sorted({name for row in evals for name in row.get("dev_tasks") or {}})
     curves = [(escape(name), f"dev_tasks:{name}:loss") for name in names if ":" not in name]
     return [Chart("Dev loss by task", "nats per token", curves)] if curves else []
+
+
+def _by_language(evals: list[Row]) -> list[Chart]:
+    """The headline error rate of each language, of runs that have several."""
+    known = [rates for row in evals if (rates := _rates(row.get("dev_languages")))]
+    curves = [
+        (f"{escape(name)} {_headline(r).upper()}", f"dev_languages:{name}:{_headline(r)}")
+        for name, r in (known[-1] if known else {}).items()
+        if ":" not in name
+    ]
+    chart = Chart("Dev error rate by language", "percent", curves[:_CURVES], 100)
+    return [chart] if curves else []
+
+
+def _languages(figures: Row) -> str:
+    """Error rates of each split's languages, where there are several."""
+    given = figures.get("languages", {"dev": figures.get("dev_languages")})
+    rows = [
+        (name, split, count(r.get("utterances")), percent(r.get("wer")), percent(r.get("cer")))
+        for split, rates in (given if isinstance(given, dict) else {}).items()
+        for name, r in _rates(rates).items()
+    ]
+    if not rows:
+        return ""
+    note = "Of a language without spaces between words, a word is a character."
+    head = ("Language", "Split", "Utterances", "WER", "CER")
+    return f'<h2>Languages</h2><p class="quiet">{note}</p>{_table(head, sorted(rows))}'
+
+
+def _rates(given: object) -> dict[str, Row]:
+    return (
+        {k: v for k, v in given.items() if isinstance(v, dict)} if isinstance(given, dict) else {}
+    )
+
+
+def _headline(rates: Row) -> str:
+    return "cer" if rates.get("by") == "cer" else "wer"
 
 
 def _layers(evals: list[Row]) -> str:
