@@ -31,9 +31,9 @@ from omni.charts import (
     short,
 )
 from omni.data.audio import AudioError, AudioSpan, decode
+from omni.data.text import UNSPACED_SCRIPTS
 from omni.model.hub import ASSETS
 from omni.model.logmel import SAMPLING_RATE
-from omni.score import UNSPACED_SCRIPTS
 from omni.train.verdict import ADVICE
 
 _TEST_UTTERANCES = 20

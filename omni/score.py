@@ -17,13 +17,8 @@ import regex
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from omni.data.text import language_code
+from omni.data.text import UNSPACED, UNSPACED_SCRIPTS, language_code
 
-UNSPACED = {"zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "ja", "th", "lo", "my", "km"}
-# Scripts of theirs, for `regex`. The prolonged sound mark of kana belongs to no script.
-UNSPACED_SCRIPTS = (
-    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\u30fc"
-)
 _UNITS = regex.compile(rf"(?=[{UNSPACED_SCRIPTS}])\X|(?:(?![{UNSPACED_SCRIPTS}])\S)+")
 # Joiners, soft hyphens, marks of direction; variants of a character; circles around it.
 _INVISIBLE = regex.compile(r"[\p{Cf}\ufe00-\ufe0f\U000e0100-\U000e01ef\p{Me}]")

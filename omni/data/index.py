@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from omni.data.conversations import answer_of, parse_messages, to_column
@@ -69,6 +70,7 @@ class ManifestError(ValueError):
 class Index:
     table: pa.Table  # of SCHEMA
     rejects: list[Reject] = field(default_factory=list)
+    weights: np.ndarray | None = None  # (n,) occurrences in an epoch; None: one each
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -17,6 +17,7 @@ import pyarrow as pa
 _VERSION = 2  # of the rules below: another one makes other bins of the same numbers
 EMPTY = -1  # a bin number that stands for a bin of padding
 _SEAM_CANDIDATES = 10_000
+_ROUNDING = 1e-9  # 3 x 0.1 is under 0.3 in floating point for some numbers
 _POOL_BINS = 256  # bins packed together: wide enough to fill them, narrow enough to stay shuffled
 
 
@@ -163,10 +164,12 @@ def make_plan(
     bins_per_step: int,
     epochs: int | None = None,
     max_steps: int | None = None,
+    weights: np.ndarray | None = None,
 ) -> Plan:
     """Plan whole epochs, as many as `epochs` or until `max_steps` steps are full.
 
     lengths: (n,) positions of each utterance; 0 leaves an utterance out.
+    weights: (n,) occurrences of each in an epoch, see `passes`; None: one each.
     Each epoch has its own permutation, drawn from (seed, epoch), and holds every utterance once.
     A plan of fewer steps is the beginning of one of more.
     Its last bin, which would be half empty, also takes the first utterances of the next epoch: with
@@ -184,16 +187,17 @@ def make_plan(
         max_steps is None or len(bins) <= max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
-        order = generator.permutation(usable)
-        if bins:
-            order = _fill_seam(bins[-1], lengths, order, bin_positions)
-        packed = pack(lengths, order, bin_positions, generator)
-        if packed:
-            # The emptiest bin ends the epoch, and is filled up from the next one.
-            seam = packed.pop(int(np.argmin([int(lengths[b].sum()) for b in packed])))
-            # Best fit puts long utterances into early bins: mix them again.
-            bins.extend(packed[i] for i in generator.permutation(len(packed)))
-            bins.append(seam)
+        for members in [usable] if weights is None else passes(usable, weights, seed, len(ends)):
+            order = generator.permutation(members)
+            if bins:
+                order = _fill_seam(bins[-1], lengths, order, bin_positions)
+            packed = pack(lengths, order, bin_positions, generator)
+            if packed:
+                # The emptiest bin ends the pass, and is filled up from the next one.
+                seam = packed.pop(int(np.argmin([int(lengths[b].sum()) for b in packed])))
+                # Best fit puts long utterances into early bins: mix them again.
+                bins.extend(packed[i] for i in generator.permutation(len(packed)))
+                bins.append(seam)
         ends.append(len(bins))
     if max_steps is not None:
         del bins[max_steps * bins_per_step :]
@@ -203,6 +207,8 @@ def make_plan(
     identity = [_VERSION, index_fingerprint, seed, bin_positions, bins_per_step, epochs]
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=12)
     digest.update(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
+    if weights is not None:
+        digest.update(np.ascontiguousarray(weights, dtype=np.float64).tobytes())
     return Plan(
         members=members,
         starts=np.concatenate(([0], np.cumsum(sizes))),
@@ -210,6 +216,28 @@ def make_plan(
         bins_per_step=bins_per_step,
         fingerprint=digest.hexdigest(),
     )
+
+
+def passes(usable: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
+    """The utterances of one epoch of a mixture: groups that hold none twice, mixed alike.
+
+    After e epochs an utterance of weight w has occurred floor(e w + u) times, u in [0, 1) its own
+    for the whole run: weight 2 is twice in each epoch, weight 0.5 one half in each, by turns.
+    """
+    generator = np.random.default_rng([seed, epoch, 1])
+    counts = np.zeros(len(weights), dtype=np.int64)
+    for weight in np.unique(weights[usable]):
+        group = usable[weights[usable] == weight]
+        # Evenly spaced: an epoch holds the right number of a group, not only on average.
+        turns = np.random.default_rng([seed, len(group)]).permutation(len(group)) / len(group)
+        after, before = (np.floor(e * weight + turns + _ROUNDING) for e in (epoch + 1, epoch))
+        counts[group] = (after - before).astype(np.int64)
+    most = int(counts[usable].max())
+    found: list[list[int]] = [[] for _ in range(most)]
+    for number in usable.tolist():
+        for place in generator.permutation(most)[: counts[number]].tolist():
+            found[place].append(number)
+    return [np.asarray(members, dtype=usable.dtype) for members in found if members]
 
 
 def _fill_seam(

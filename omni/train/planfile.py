@@ -1,6 +1,7 @@
 """What a plan was made of, kept in the run's directory: enough to make it again without the corpus.
 
-plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan)
+plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan), and
+                            of a mixture the weight
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class PlanFile:
     seed: int
     bin_positions: int
     bins_per_step: int
+    weights: np.ndarray | None = None  # (n,) occurrences in an epoch
 
     def plan(self, steps: int) -> Plan:
         """The plan's first `steps` steps."""
@@ -38,6 +40,7 @@ class PlanFile:
             bin_positions=self.bin_positions,
             bins_per_step=self.bins_per_step,
             max_steps=steps,
+            weights=self.weights,
         )
 
 
@@ -56,7 +59,10 @@ def write_plan_file(prepared: Prepared) -> None:
         "bin_positions": config.optim.bin_positions,
         "bins_per_step": config.optim.bins_per_step,
     }
-    table = pa.table({"id": split.table["id"], "positions": pa.array(prepared.lengths, pa.int32())})
+    columns = {"id": split.table["id"], "positions": pa.array(prepared.lengths, pa.int32())}
+    if prepared.weights is not None:
+        columns["weight"] = pa.array(prepared.weights, pa.float64())
+    table = pa.table(columns)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), temporary)
@@ -67,6 +73,6 @@ def read_plan_file(path: Path) -> PlanFile:
     """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
     table = pq.read_table(path)
     facts = json.loads((table.schema.metadata or {})[_KEY])
-    return PlanFile(
-        table["id"].to_pylist(), table["positions"].to_numpy().astype(np.int64), **facts
-    )
+    weights = table["weight"].to_numpy() if "weight" in table.column_names else None
+    lengths = table["positions"].to_numpy().astype(np.int64)
+    return PlanFile(table["id"].to_pylist(), lengths, **facts, weights=weights)

@@ -17,10 +17,12 @@ import torch
 from safetensors import safe_open
 
 from omni.config import Config, ConfigError, without_secrets
-from omni.data.index import Index, ManifestError, build_index
+from omni.data.index import Index, ManifestError
 from omni.data.measure import Reject
+from omni.data.mixture import build_mixture
 from omni.data.plan import Split, make_plan
 from omni.data.storage import join, open_folder
+from omni.data.text import TextPolicy, apply_policy
 from omni.environment import differences
 from omni.model.hub import HubError, SourceError
 from omni.model.omni import OmniConfig, OmniModel
@@ -43,6 +45,7 @@ class Prepared:
     model: OmniConfig
     encoder: dict[str, Any]  # see encoder_facts
     lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
+    weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
     fingerprints: dict[str, str]
     resume: Path | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
@@ -69,6 +72,7 @@ def prepare(config: Config) -> Prepared:
     tasks = task_names(config, indexes)
     splits: dict[str, Split] = {}
     filled, planned = 0.0, np.zeros(0, dtype=np.int64)
+    weights: np.ndarray | None = None
     rejects: list[Reject] = []
     for name, index in indexes.items():
         table, lengths, too_long = with_tokens(index, template, tasks, config)
@@ -90,6 +94,7 @@ def prepare(config: Config) -> Prepared:
                 seed=config.run.seed,
                 bin_positions=config.optim.bin_positions,
                 bins_per_step=config.optim.bins_per_step if name == "train" else 1,
+                weights=index.weights,
                 **({"max_steps": config.optim.steps} if name == "train" else {"epochs": 1}),
             )
         except ValueError as error:
@@ -97,6 +102,7 @@ def prepare(config: Config) -> Prepared:
         splits[name] = Split(name, table, plan)
         if name == "train":
             planned = lengths
+            weights = index.weights
             beyond = beyond_ctc(table, lengths) if config.optim.ctc_weight else 0
             if beyond:
                 notes.append(
@@ -124,6 +130,7 @@ def prepare(config: Config) -> Prepared:
         model,
         encoder,
         planned,
+        weights,
         fingerprints,
         resume,
         notes,
@@ -148,9 +155,10 @@ def build_indexes(config: Config) -> dict[str, Index]:
                 ("run.storage", config.run.storage) if within else ("data.cache", config.cache_dir)
             )
             raise ConfigError(f"{setting}: {place} cannot be written: {error.strerror}") from None
+    policy = TextPolicy.of(config.data.model_dump())
     try:
-        return {
-            name: build_index(
+        indexes = {
+            name: build_mixture(
                 specs,
                 prompt=config.data.prompt,
                 cache_dir=config.cache_dir,
@@ -165,6 +173,13 @@ def build_indexes(config: Config) -> dict[str, Index]:
         }
     except ManifestError as error:
         raise ConfigError(f"data: {error}") from None
+    try:
+        indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
+    except ValueError as error:
+        raise ConfigError(f"data.language_tag: {error}") from None
+    if without := [name for name, index in indexes.items() if not len(index)]:
+        raise ConfigError(f"data.punctuation: no text is left of data.{without[0]}")
+    return indexes
 
 
 def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
