@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import unicodedata
 from collections import Counter
@@ -13,7 +11,6 @@ from html import escape
 from pathlib import Path
 
 import regex
-import soundfile
 
 from omni.charts import (
     CTC,
@@ -30,21 +27,17 @@ from omni.charts import (
     percent,
     short,
 )
-from omni.data.audio import AudioError, AudioSpan, decode
+from omni.data.audio import AudioSpan
 from omni.data.text import UNSPACED_SCRIPTS
+from omni.embed import player
 from omni.model.hub import ASSETS
-from omni.model.logmel import SAMPLING_RATE
 from omni.train.verdict import ADVICE
 
 _TEST_UTTERANCES = 20
 _REJECT_EXAMPLES = 5
-_EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
 _EVENTS = 100  # the last ones
 _CURVES = 5  # that a chart has colours for
 _FAULTS = {"failure", "stalled", "skipped", "recomputed", "checkpoint failed", "damaged checkpoint"}
-_EMBED_SECONDS = 60  # of decoded audio: an hour of WAV would make a page of 150 MB
-_OGG, _WAV = "audio/ogg", "audio/wav"
-_MIME = {".opus": _OGG, ".ogg": _OGG, ".mp3": "audio/mpeg", ".flac": "audio/flac", ".wav": _WAV}
 _S = UNSPACED_SCRIPTS  # written without spaces: a word is a character
 _WORD = regex.compile(rf"(?=[{_S}])\X|(?:(?![{_S}])[^\s\-–—])+")
 
@@ -174,7 +167,7 @@ def _languages(figures: Row) -> str:
         return ""
     note = "Of a language without spaces between words, a word is a character."
     head = ("Language", "Split", "Utterances", "WER", "CER")
-    return f'<h2>Languages</h2><p class="quiet">{note}</p>{_table(head, sorted(rows))}'
+    return f'<h2>Languages</h2><p class="quiet">{note}</p>{table(head, sorted(rows))}'
 
 
 def _rates(given: object) -> dict[str, Row]:
@@ -234,7 +227,7 @@ def _stages(figures: Row) -> str:
         ("Encoder", short(figures.get(encoder)), ""),
         ("Trainer", short(figures.get(trainer)), percent(figures.get("data_wait_fraction"))),
     ]
-    return _table(("Stage", "Audio seconds per second", "Time spent waiting for data"), rows)
+    return table(("Stage", "Audio seconds per second", "Time spent waiting for data"), rows)
 
 
 def _test_utterances(run: Path) -> str:
@@ -255,33 +248,20 @@ def _examples(evals: list[Row]) -> str:
     return f'<p class="quiet">Dev utterances at step {count(last["step"])}.</p>{"".join(shown)}'
 
 
+def _audio(row: Row) -> str:
+    try:
+        span = AudioSpan(float(row.get("start") or 0), row.get("duration"))
+    except (TypeError, ValueError):
+        span = AudioSpan()
+    return player(str(row.get("audio") or ""), span)
+
+
 def _utterance(row: Row, audio: str) -> str:
     reference, hypothesis = (str(row.get(key) or "") for key in ("reference", "hypothesis"))
     wer = f"<p><b>{percent(row['wer'])}</b> WER</p>" if "wer" in row else ""
     return f"""<article><div><small>{escape(str(row.get("id", "")))}</small>{audio}</div>
 <dl><dt>reference</dt><dd>{escape(reference)}</dd>
 <dt>hypothesis</dt><dd>{_marked(reference, hypothesis)}</dd></dl>{wer}</article>"""
-
-
-def _audio(row: Row) -> str:
-    """A player that holds the utterance: the file's own bytes if small, else its span as WAV."""
-    path = Path(str(row.get("audio") or ""))
-    span = AudioSpan(row.get("start") or 0.0, row.get("duration"))
-    mime = _MIME.get(path.suffix.lower(), "")
-    try:
-        if not path.is_file():
-            raise AudioError("missing", f"no such file: {path}")
-        if mime and span == AudioSpan() and path.stat().st_size < _EMBED_BYTES:
-            data = path.read_bytes()
-        else:
-            mime, wav = _WAV, io.BytesIO()
-            samples = decode(path, span)[: _EMBED_SECONDS * SAMPLING_RATE]
-            soundfile.write(wav, samples, SAMPLING_RATE, subtype="PCM_16", format="WAV")
-            data = wav.getvalue()
-    except (OSError, TypeError, ValueError) as error:  # of which AudioError is one
-        return f'<p class="quiet">No audio: {escape(str(error))}</p>'
-    text = base64.b64encode(data).decode()
-    return f'<audio controls preload="metadata" src="data:{mime};base64,{text}"></audio>'
 
 
 def _notes(metrics: list[Row]) -> str:
@@ -306,7 +286,7 @@ def _faults(run: Path) -> str:
         )
         for event in events
     ]
-    shown = _table(("Time (UTC)", "Step", "Event", "Detail"), rows[-_EVENTS:])
+    shown = table(("Time (UTC)", "Step", "Event", "Detail"), rows[-_EVENTS:])
     return f"<h2>Attempts and faults</h2>{shown}"
 
 
@@ -334,11 +314,11 @@ def _rejects(run: Path, counted: object) -> str:
         return '<p class="quiet">No utterance was rejected.</p>'
     keys = "id", "reason", "detail", "uri"
     examples = [[str(row.get(key) or "") for key in keys] for row in rows[:_REJECT_EXAMPLES]]
-    counts = _table(("Reason", "Count"), [(k, count(n)) for k, n in reasons.most_common()])
-    return counts + (_table(("Example", "Reason", "Detail", "URI"), examples) if examples else "")
+    counts = table(("Reason", "Count"), [(k, count(n)) for k, n in reasons.most_common()])
+    return counts + (table(("Example", "Reason", "Detail", "URI"), examples) if examples else "")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = "".join(f"<th>{title}</th>" for title in head)
     body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     lines = "".join(f"<tr>{line}</tr>" for line in (titles, *body))
