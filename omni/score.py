@@ -1,7 +1,7 @@
 """Word and character error rates that anybody can reproduce: Whisper's normaliser and jiwer.
 
-Languages that are written without spaces between words are scored by characters, as in the paper
-on Whisper (Radford et al. 2022, 4.4): there a "word" is a character, or a run of letters of a
+Languages that are written without spaces between words are scored by characters, as in the paper on
+Whisper (Radford et al. 2022, appendix C): there a "word" is a character, or a run of letters of a
 script with spaces (the mixed error rate of the literature on code switching).
 """
 

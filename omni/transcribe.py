@@ -92,7 +92,7 @@ def _is_short(reference: str, language: str) -> bool:
 def by_language(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Error rates of transcript rows by language, where there are several.
 
-    by: which of the two is the language's headline.
+    wer, cer: of 1, None where there are no words. by: which of them is the language's headline.
     """
     languages = sorted({language_code(row["language"]) for row in rows})
     if len(languages) < 2:
