@@ -232,12 +232,20 @@ def passes(usable: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> li
         turns = np.random.default_rng([seed, len(group)]).permutation(len(group)) / len(group)
         after, before = (np.floor(e * weight + turns + _ROUNDING) for e in (epoch + 1, epoch))
         counts[group] = (after - before).astype(np.int64)
-    most = int(counts[usable].max())
-    found: list[list[int]] = [[] for _ in range(most)]
-    for number in usable.tolist():
-        for place in generator.permutation(most)[: counts[number]].tolist():
-            found[place].append(number)
-    return [np.asarray(members, dtype=usable.dtype) for members in found if members]
+    counts = counts[usable]
+    most = int(counts.max())
+    first = generator.integers(max(1, most), size=len(usable))
+    found: list[list[np.ndarray]] = [[] for _ in range(most)]
+    for copy in range(most):
+        # Copies lie evenly over the passes, from a place of their own on.
+        again = counts > copy
+        places = (first[again] + copy * most // counts[again]) % most
+        members = usable[again][np.argsort(places, kind="stable")]
+        ends = np.cumsum(np.bincount(places, minlength=most))
+        for place, part in enumerate(np.split(members, ends[:-1])):
+            found[place].append(part)
+    joined = [np.concatenate(parts) for parts in found]
+    return [members for members in joined if len(members)]
 
 
 def _fill_seam(
