@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.transcribe", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="runs/NAME/checkpoints/best")
     parser.add_argument("files", nargs="+", metavar="FILE", help="any format libsndfile reads")
+    parser.add_argument("--language", help="its code, for a model trained with data.language_tag")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
@@ -28,7 +29,7 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
     unread = 0
-    for row in transcribe_files(transcriber, arguments.files):
+    for row in transcribe_files(transcriber, arguments.files, arguments.language):
         print(json.dumps(row, ensure_ascii=False), flush=True)
         unread += "error" in row
     if unread:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from omni.data.plan import Plan
+from omni.data.plan import Plan, passes
 from omni.train.checkpoint import newest_checkpoint, read_state
 from omni.train.metrics import read_events, read_json_lines
 from omni.train.planfile import PlanFile, plan_path, read_plan_file
@@ -74,7 +74,7 @@ def audit(run_dir: Path) -> Audit:
                 f"the checkpoint of step {last} says {state.bins_consumed} bins, "
                 f"the plan {last * plan.bins_per_step}"
             )
-    if len(found.plans) == 1 and not found.problems:
+    if len(found.plans) == 1 and not found.problems and file.weights is None:
         _check_counts(trained, found)
     found.later = sum(step > state.step for step in ledger)
     found.utterances = trained.total()
@@ -164,12 +164,21 @@ def _check_step(
 
 
 def _check_epochs(plan: Plan, file: PlanFile, found: Audit) -> None:
-    """Each epoch of the plan is every usable utterance once."""
+    """Each epoch of the plan is every usable utterance once, or as often as its weight says."""
     usable = np.flatnonzero(file.lengths > 0)
-    for epoch in range(len(plan.members) // len(usable)):
-        part = np.sort(plan.members[epoch * len(usable) : (epoch + 1) * len(usable)])
-        if not np.array_equal(part, usable):
-            found.problems.append(f"epoch {epoch} of the plan is not every utterance once")
+    often = "once" if file.weights is None else "as often as its weight says"
+    first = epoch = 0
+    while True:
+        wanted = usable
+        if file.weights is not None:
+            groups = passes(usable, file.weights, file.seed, epoch)
+            wanted = np.sort(np.concatenate(groups)) if groups else usable[:0]
+        if first + len(wanted) > len(plan.members):
+            return
+        part = np.sort(plan.members[first : first + len(wanted)])
+        if not np.array_equal(part, wanted):
+            found.problems.append(f"epoch {epoch} of the plan is not every utterance {often}")
+        first, epoch = first + len(wanted), epoch + 1
 
 
 def _check_counts(trained: Counter[int], found: Audit) -> None:

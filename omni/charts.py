@@ -77,6 +77,47 @@ def bars(title: str, unit: str, values: dict[str, float]) -> str:
     return f"<figure>{caption}<table>{rows}</table></figure>"
 
 
+def histogram(title: str, unit: str, values: Sequence[float], whole: bool = False) -> str:
+    """A figure of how many values fall where. The last bar holds what lies beyond 99.5 %.
+
+    whole: the values are whole numbers, and no bar is narrower than one.
+    """
+    known = sorted(values)
+    if not known:
+        return f"<figure><figcaption><b>{title}</b> <span>none</span></figcaption></figure>"
+    low, high = known[0], known[round(0.995 * (len(known) - 1))]
+    size = _bar_size(max(high - low, 1e-9), whole)
+    first = math.floor(low / size + 1e-9)
+    bars = max(1, math.floor(high / size + 1e-9) - first + 1)
+    counts = [0] * bars
+    for value in known:
+        counts[min(math.floor(value / size + 1e-9) - first, bars - 1)] += 1
+    axes = Axes(first * size, (first + bars) * size, 0, 1.04 * max(counts), False)
+    svg = axes.draw(None)
+    for n, many in enumerate(counts):
+        x, y = axes.at(((first + n) * size, many))
+        width = (_RIGHT - _LEFT) / bars
+        upper = known[-1] if n == bars - 1 else (first + n + 1) * size
+        said = f"{short((first + n) * size)} to {short(upper)}: {count(many)}"
+        svg += (
+            f'<rect class="s0" x="{x}" y="{y}" width="{max(0.6 * width, width - 1):.2f}" '
+            f'height="{_BOTTOM - y:.2f}"><title>{said}</title></rect>'
+        )
+    caption = (
+        f"<b>{title}</b> <span>{unit}</span><span>median "
+        f"<b>{short(statistics.median(known))}</b></span><span>max <b>{short(known[-1])}</b></span>"
+    )
+    return f"""<figure><figcaption>{caption}</figcaption>
+<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">{svg}</svg></figure>"""
+
+
+def _bar_size(span: float, whole: bool) -> float:
+    """1, 2 or 5 times a power of ten, for up to about 30 bars."""
+    power = 10.0 ** math.floor(math.log10(span / 30))
+    size = next(m * power for m in (1, 2, 5, 10, 20) if span <= 30 * m * power)
+    return max(1.0, size) if whole else size
+
+
 _LOSS = [("train", "loss"), ("dev", "dev_loss")]
 LEARNING_WIDE = [
     Chart("Loss", "nats per token", _LOSS, zero=False),

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -14,7 +14,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -70,6 +72,18 @@ def _lm(value: str) -> str:
 
 _SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len", "window_pattern")
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
+Sources = Annotated[
+    list[
+        Annotated[
+            Annotated[str, Tag("path")] | Annotated["SourceConfig", Tag("mixture")],
+            Discriminator(
+                lambda given: "mixture" if isinstance(given, (dict, Section)) else "path"
+            ),
+        ]
+    ],
+    BeforeValidator(lambda value: [value] if isinstance(value, (str, dict)) else value),
+]
+Language = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+([-_][A-Za-z0-9]+)*$")]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -108,13 +122,27 @@ class TaskConfig(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0  # of its tokens in the loss
 
 
+class SourceConfig(Section):
+    """One part of a mixture; a plain path is one of weight 1."""
+
+    source: str
+    weight: Annotated[float, Field(ge=0.001, le=1000)] = 1.0  # how often its rows occur in an epoch
+    prompt: str | None = None  # of rows that have none; null: data.prompt
+    language: Language | None = None  # of rows that name none; null: data.language
+
+
 class DataConfig(Section):
     """Manifests (JSON lines), tar shards, folders of jobs.index, or embedded:train, :dev, :test."""
 
-    train: Paths = ["embedded:train"]
+    train: Sources = ["embedded:train"]
     dev: Paths = ["embedded:dev"]
     test: Paths = []
     prompt: str = ""  # asks for the transcript; the audio comes first, or where it has <|audio|>
+    unicode: Literal["NFC", "NFKC", "none"] = "NFC"  # form of all text
+    case: Literal["keep", "lower", "upper"] = "keep"  # of transcripts
+    punctuation: Literal["keep", "strip"] = "keep"  # of transcripts
+    language: Language | None = None  # of rows that name none; null: scored as en, not tagged
+    language_tag: bool = False  # the prompt ends with the row's language: lang:fr
     tasks: dict[str, TaskConfig] = {}  # by name; none: the rows' own names, all alike
     template: Literal["auto", "plain", "chat"] = "auto"  # auto: chat for a chat model of hf: or ms:
     allow_absolute: bool = False  # manifests may name files outside their own folder
@@ -309,7 +337,7 @@ class EvalConfig(Section):
     max_utterances: Positive = 1000  # of dev and of test, held in the workers' memory
     wer_utterances: Positive = 64  # of dev, decoded at each evaluation; all of test at the end
     examples: Annotated[int, Field(ge=0)] = 2
-    best: Literal["dev_loss", "dev_wer"] = "dev_loss"
+    best: Literal["dev_loss", "dev_wer", "dev_cer"] = "dev_loss"
     patience: Positive | None = None  # evaluations without a better `best` before stopping
 
 
@@ -418,6 +446,8 @@ def _is_list(key: str) -> bool:
 
 def _annotation(key: str) -> Any:
     """The declared type of a dotted field; None for a field that does not exist."""
+    if key == "data.train":
+        return list[str]  # a command line names paths; mixtures are for files, or YAML: [{...}]
     annotation: Any = Config
     for part in key.split("."):
         fields = getattr(annotation, "model_fields", {})
@@ -440,16 +470,30 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: Any) -> str:
-    location = ".".join(str(part) for part in error["loc"])
+    parts = list(error["loc"])
+    # Behind the number of an entry of data.train stands which kind it is of: no field's name.
+    names = [
+        str(p) for before, p in zip([None, *parts], parts, strict=False) if type(before) is not int
+    ]
+    location = ".".join(names)
     if error["type"] != "extra_forbidden":
         given = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
         return f"{location}: {error['msg'].removeprefix('Value error, ')}{given}"
-    section: type[BaseModel] = Config
-    for part in error["loc"][:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    known = _fields(error["loc"][:-1])
+    close = difflib.get_close_matches(names[-1], known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"{location}: unknown field{hint}; expected one of: {', '.join(known)}"
+
+
+def _fields(location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the section at a location."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if part == "mixture":
+            section = SourceConfig
+        annotation = getattr(section.model_fields.get(str(part)), "annotation", None)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+        elif get_origin(annotation) is dict:
+            section = get_args(annotation)[1]
+    return list(section.model_fields)

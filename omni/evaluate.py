@@ -18,15 +18,17 @@ from omni.data.audio import AudioError, decode, decode_blocks, fit
 from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.collate import Utterance
 from omni.data.conversations import messages_of
-from omni.data.index import ManifestError, build_index, recordings
+from omni.data.index import build_index, recordings
 from omni.data.measure import Reject, span_of
+from omni.data.text import TextPolicy, apply_policy, join
 from omni.model.conversation import Message, Template, make_template, transcription
 from omni.model.hub import SourceError
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
 from omni.model.whisper import WhisperEncoder
 from omni.train.checkpoint import CheckpointError, read_state
-from omni.transcribe import HeldUtterance, summarize, transcribe
+from omni.train.rendering import DEFAULT_TASK
+from omni.transcribe import HeldUtterance, by_language, summarize, transcribe
 
 _ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
 
@@ -42,6 +44,7 @@ class Transcriber:
     prompt: str
     bf16: bool
     longest_seconds: float  # what nearly all training utterances stay under
+    policy: TextPolicy = TextPolicy()
 
     @classmethod
     def load(cls, checkpoint: Path, device: str = "cpu") -> Transcriber:
@@ -76,6 +79,7 @@ class Transcriber:
             config["data"]["prompt"],
             bf16,
             facts["longest_seconds"],
+            TextPolicy.of(config["data"]),
         )
 
     def features_of(self, audio: np.ndarray) -> Tensor:
@@ -96,24 +100,25 @@ class Transcriber:
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             return transcribe(self.model, self.template, held)
 
-    def text_of(self, blocks: Iterable[np.ndarray]) -> str:
+    def text_of(self, blocks: Iterable[np.ndarray], language: str | None = None) -> str:
         """What is said in a recording of any length: blocks of (S,) fp32 mono at 16 kHz.
 
-        It is cut at quiet places into pieces of a length that the model knows, a few of which are
-        in memory at a time.
+        language: for the prompt, of a model that was trained with data.language_tag.
+        The audio is cut at quiet places into pieces of a length that the model knows, a few of
+        which are in memory at a time.
         """
+        default = self.policy.prompts.get(DEFAULT_TASK, "")
+        prompt = self.policy.prompt(self.prompt or default, language or self.policy.language)
         pieces = cut_at_quiet(blocks, max(self.longest_seconds, 2.0))
         written: list[str] = []
         while group := list(itertools.islice(pieces, _ENCODE_BATCH)):
             held = [
-                HeldUtterance(
-                    self.utterance([piece], transcription(self.prompt, ""), i), "", "", ""
-                )
+                HeldUtterance(self.utterance([piece], transcription(prompt, ""), i), "", "", "")
                 for i, piece in enumerate(group)
             ]
             rows = sorted(self.write(held), key=lambda row: row["number"])
             written += [row["hypothesis"] for row in rows if row["hypothesis"]]
-        return " ".join(written)
+        return join(written)
 
 
 def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterator[np.ndarray]:
@@ -145,7 +150,8 @@ def evaluate(
     """
     try:
         index = build_index([manifest], prompt=transcriber.prompt, allow_absolute=allow_absolute)
-    except ManifestError as error:
+        index = apply_policy(index, transcriber.policy)
+    except ValueError as error:  # of which ManifestError is one
         raise ConfigError(f"--data: {error}") from None
     rows: list[dict[str, Any]] = []
     rejects = list(index.rejects)
@@ -166,6 +172,7 @@ def evaluate(
         "cer": errors["all"].cer,
         "words": errors["all"].words,
         "word_errors": errors["all"].word_errors,
+        **({"languages": languages} if (languages := by_language(rows)) else {}),
         "rejects": counts,
     }
     return summary, [{k: v for k, v in r.items() if k not in ("errors", "number")} for r in rows]
@@ -175,7 +182,9 @@ def _held(
     transcriber: Transcriber, rows: list[dict[str, Any]], first: int
 ) -> tuple[list[HeldUtterance], list[Reject]]:
     held, bad = [], []
+    prompts = transcriber.policy.prompts
     for number, row in enumerate(rows, start=first):
+        row["prompt"] = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
         try:
             spoken = [
                 fit(decode(Path(r["uri"]), span_of(r)), r["samples"]) for r in recordings(row)
@@ -195,13 +204,25 @@ def _held(
     return held, bad
 
 
-def transcribe_files(transcriber: Transcriber, files: Sequence[str]) -> Iterator[dict[str, str]]:
-    """{"audio", "text"} of each file, or {"audio", "error"} of one that cannot be read."""
+def transcribe_files(
+    transcriber: Transcriber, files: Sequence[str], language: str | None = None
+) -> Iterator[dict[str, str]]:
+    """{"audio", "text"} of each file, or {"audio", "error"} of one that cannot be read.
+
+    Raises ConfigError for a language that is no code, or that the model was not trained to be told.
+    """
+    if language is not None:
+        if not transcriber.policy.language_tag:
+            raise ConfigError("--language: the checkpoint was trained without data.language_tag")
+        try:
+            transcriber.policy.prompt("", language)
+        except ValueError as error:
+            raise ConfigError(f"--language: {error}") from None
     for file in files:
         try:
             if not Path(file).is_file():
                 raise AudioError("missing", f"no such file: {file}")
-            text = transcriber.text_of(decode_blocks(file))
+            text = transcriber.text_of(decode_blocks(file), language)
         except AudioError as error:
             yield {"audio": file, "error": str(error)}
             continue

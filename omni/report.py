@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +10,7 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
-import soundfile
+import regex
 
 from omni.charts import (
     CTC,
@@ -30,21 +27,19 @@ from omni.charts import (
     percent,
     short,
 )
-from omni.data.audio import AudioError, AudioSpan, decode
+from omni.data.audio import AudioSpan
+from omni.data.text import UNSPACED_SCRIPTS
+from omni.embed import player
 from omni.model.hub import ASSETS
-from omni.model.logmel import SAMPLING_RATE
 from omni.train.verdict import ADVICE
 
 _TEST_UTTERANCES = 20
 _REJECT_EXAMPLES = 5
-_EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
 _EVENTS = 100  # the last ones
+_CURVES = 5  # that a chart has colours for
 _FAULTS = {"failure", "stalled", "skipped", "recomputed", "checkpoint failed", "damaged checkpoint"}
-_EMBED_SECONDS = 60  # of decoded audio: an hour of WAV would make a page of 150 MB
-_OGG, _WAV = "audio/ogg", "audio/wav"
-_MIME = {".opus": _OGG, ".ogg": _OGG, ".mp3": "audio/mpeg", ".flac": "audio/flac", ".wav": _WAV}
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # written without spaces: a word is a character
-_WORD = re.compile(rf"[{_CJK}]|[^\s\-–—{_CJK}]+")
+_S = UNSPACED_SCRIPTS  # written without spaces: a word is a character
+_WORD = regex.compile(rf"(?=[{_S}])\X|(?:(?![{_S}])[^\s\-–—])+")
 
 
 def write_report(run: Path) -> Path:
@@ -64,6 +59,7 @@ def write_report(run: Path) -> Path:
 
     small = LEARNING_SMALL + [CTC] * any(row.get("ctc") for row in train)
     small += [KL] * any(row.get("kl") for row in train) + _by_task(evals)
+    small += _by_language(evals)
     style, script = (_text(ASSETS / name) for name in ("report.css", "report.js"))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name} · omni</title>
@@ -72,8 +68,8 @@ def write_report(run: Path) -> Path:
 <h1>{name}</h1>{_status(summary, broken)}{_figures(figures)}
 <h2>Learning</h2><p class="quiet">Numbers are the last logged. A long curve is drawn pale under its
 running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}{_layers(evals)}
-<h2>Throughput</h2>{_verdict(figures)}{curves(SPEED, "small")}{_stages(figures)}{_notes(metrics)}
-{_faults(run)}<h2>Test utterances</h2>{_test_utterances(run)}
+{_languages(figures)}<h2>Throughput</h2>{_verdict(figures)}{curves(SPEED, "small")}
+{_stages(figures)}{_notes(metrics)}{_faults(run)}<h2>Test utterances</h2>{_test_utterances(run)}
 <h2>Last evaluation</h2>{_examples(evals)}
 <h2>Rejected utterances</h2>{_rejects(run, figures.get("rejects"))}
 <h2>Configuration</h2><details><summary>config.yaml</summary>
@@ -147,6 +143,43 @@ def _by_task(evals: list[Row]) -> list[Chart]:
     return [Chart("Dev loss by task", "nats per token", curves)] if curves else []
 
 
+def _by_language(evals: list[Row]) -> list[Chart]:
+    """The headline error rate of each language, of runs that have several."""
+    known = [rates for row in evals if (rates := _rates(row.get("dev_languages")))]
+    curves = [
+        (f"{escape(name)} {_headline(r).upper()}", f"dev_languages:{name}:{_headline(r)}")
+        for name, r in (known[-1] if known else {}).items()
+        if ":" not in name
+    ]
+    chart = Chart("Dev error rate by language", "percent", curves[:_CURVES], 100)
+    return [chart] if curves else []
+
+
+def _languages(figures: Row) -> str:
+    """Error rates of each split's languages, where there are several."""
+    given = figures.get("languages", {"dev": figures.get("dev_languages")})
+    rows = [
+        (name, split, count(r.get("utterances")), percent(r.get("wer")), percent(r.get("cer")))
+        for split, rates in (given if isinstance(given, dict) else {}).items()
+        for name, r in _rates(rates).items()
+    ]
+    if not rows:
+        return ""
+    note = "Of a language without spaces between words, a word is a character."
+    head = ("Language", "Split", "Utterances", "WER", "CER")
+    return f'<h2>Languages</h2><p class="quiet">{note}</p>{table(head, sorted(rows))}'
+
+
+def _rates(given: object) -> dict[str, Row]:
+    return (
+        {k: v for k, v in given.items() if isinstance(v, dict)} if isinstance(given, dict) else {}
+    )
+
+
+def _headline(rates: Row) -> str:
+    return "cer" if rates.get("by") == "cer" else "wer"
+
+
 def _layers(evals: list[Row]) -> str:
     """What the last evaluation weighed the encoder's layers with, of runs that mix them."""
     mixed = [row["layers"] for row in evals if isinstance(row.get("layers"), dict)]
@@ -194,7 +227,7 @@ def _stages(figures: Row) -> str:
         ("Encoder", short(figures.get(encoder)), ""),
         ("Trainer", short(figures.get(trainer)), percent(figures.get("data_wait_fraction"))),
     ]
-    return _table(("Stage", "Audio seconds per second", "Time spent waiting for data"), rows)
+    return table(("Stage", "Audio seconds per second", "Time spent waiting for data"), rows)
 
 
 def _test_utterances(run: Path) -> str:
@@ -215,33 +248,20 @@ def _examples(evals: list[Row]) -> str:
     return f'<p class="quiet">Dev utterances at step {count(last["step"])}.</p>{"".join(shown)}'
 
 
+def _audio(row: Row) -> str:
+    try:
+        span = AudioSpan(float(row.get("start") or 0), row.get("duration"))
+    except (TypeError, ValueError):
+        span = AudioSpan()
+    return player(str(row.get("audio") or ""), span)
+
+
 def _utterance(row: Row, audio: str) -> str:
     reference, hypothesis = (str(row.get(key) or "") for key in ("reference", "hypothesis"))
     wer = f"<p><b>{percent(row['wer'])}</b> WER</p>" if "wer" in row else ""
     return f"""<article><div><small>{escape(str(row.get("id", "")))}</small>{audio}</div>
 <dl><dt>reference</dt><dd>{escape(reference)}</dd>
 <dt>hypothesis</dt><dd>{_marked(reference, hypothesis)}</dd></dl>{wer}</article>"""
-
-
-def _audio(row: Row) -> str:
-    """A player that holds the utterance: the file's own bytes if small, else its span as WAV."""
-    path = Path(str(row.get("audio") or ""))
-    span = AudioSpan(row.get("start") or 0.0, row.get("duration"))
-    mime = _MIME.get(path.suffix.lower(), "")
-    try:
-        if not path.is_file():
-            raise AudioError("missing", f"no such file: {path}")
-        if mime and span == AudioSpan() and path.stat().st_size < _EMBED_BYTES:
-            data = path.read_bytes()
-        else:
-            mime, wav = _WAV, io.BytesIO()
-            samples = decode(path, span)[: _EMBED_SECONDS * SAMPLING_RATE]
-            soundfile.write(wav, samples, SAMPLING_RATE, subtype="PCM_16", format="WAV")
-            data = wav.getvalue()
-    except (OSError, TypeError, ValueError) as error:  # of which AudioError is one
-        return f'<p class="quiet">No audio: {escape(str(error))}</p>'
-    text = base64.b64encode(data).decode()
-    return f'<audio controls preload="metadata" src="data:{mime};base64,{text}"></audio>'
 
 
 def _notes(metrics: list[Row]) -> str:
@@ -266,7 +286,7 @@ def _faults(run: Path) -> str:
         )
         for event in events
     ]
-    shown = _table(("Time (UTC)", "Step", "Event", "Detail"), rows[-_EVENTS:])
+    shown = table(("Time (UTC)", "Step", "Event", "Detail"), rows[-_EVENTS:])
     return f"<h2>Attempts and faults</h2>{shown}"
 
 
@@ -294,11 +314,11 @@ def _rejects(run: Path, counted: object) -> str:
         return '<p class="quiet">No utterance was rejected.</p>'
     keys = "id", "reason", "detail", "uri"
     examples = [[str(row.get(key) or "") for key in keys] for row in rows[:_REJECT_EXAMPLES]]
-    counts = _table(("Reason", "Count"), [(k, count(n)) for k, n in reasons.most_common()])
-    return counts + (_table(("Example", "Reason", "Detail", "URI"), examples) if examples else "")
+    counts = table(("Reason", "Count"), [(k, count(n)) for k, n in reasons.most_common()])
+    return counts + (table(("Example", "Reason", "Detail", "URI"), examples) if examples else "")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = "".join(f"<th>{title}</th>" for title in head)
     body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     lines = "".join(f"<tr>{line}</tr>" for line in (titles, *body))

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni.data.collate import Utterance
+from omni.data.text import language_code
 from omni.model.conversation import Template
 from omni.model.generate import generate
 from omni.model.omni import OmniModel
-from omni.score import Errors, count_errors, total
+from omni.score import Errors, by_characters, count_errors, total, units
 
 _DECODE_BATCH = 32
 SHORT_WORDS = 2  # isolated words and letters, hard to hear out of context: counted apart
+_WORD_CHARACTERS = 2  # of a word in a language without spaces, for that purpose
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def _transcribe_group(
                 "number": held.utterance.number,
                 "id": held.id,
                 "audio": held.uri,
+                "language": held.language,
                 "reference": held.text,
                 "hypothesis": hypothesis,
                 "wer": errors.wer,
@@ -73,9 +76,35 @@ def _transcribe_group(
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Errors]:
     """Edit counts of transcript rows: all, and short and longer references apart."""
-    short = [len(row["reference"].split()) <= SHORT_WORDS for row in rows]
+    short = [_is_short(row["reference"], row["language"]) for row in rows]
     return {
         "all": total([row["errors"] for row in rows]),
         "short": total([row["errors"] for row, s in zip(rows, short, strict=True) if s]),
         "long": total([row["errors"] for row, s in zip(rows, short, strict=True) if not s]),
     }
+
+
+def _is_short(reference: str, language: str) -> bool:
+    characters = _WORD_CHARACTERS if by_characters(language) else 1
+    return len(units(reference, language)) <= SHORT_WORDS * characters
+
+
+def by_language(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Error rates of transcript rows by language, where there are several.
+
+    wer, cer: of 1, None where there are no words. by: which of them is the language's headline.
+    """
+    languages = sorted({language_code(row["language"]) for row in rows})
+    if len(languages) < 2:
+        return {}
+    found = {}
+    for language in languages:
+        those = [row["errors"] for row in rows if language_code(row["language"]) == language]
+        errors = total(those)
+        found[language] = {
+            "wer": errors.wer,
+            "cer": errors.cer,
+            "utterances": len(those),
+            "by": "cer" if by_characters(language) else "wer",
+        }
+    return found

@@ -199,6 +199,35 @@ def test_what_limits_throughput_is_said_with_what_would_change_it(run: Path) -> 
         assert "What would change it" not in write_report(run).read_text()
 
 
+def test_several_languages_are_shown_apart(run: Path) -> None:
+    def rates(fr: float, zh: float) -> dict[str, Any]:
+        return {
+            "fr": {"wer": fr, "cer": 0.2, "utterances": 47, "by": "wer"},
+            "zh": {"wer": 0.9, "cer": zh, "utterances": 3, "by": "cer"},
+        }
+
+    evals = [eval_row(step, 0.5) | {"dev_languages": rates(0.6, 0.3)} for step in (50, 100)]
+    evals[-1]["dev_languages"] = rates(0.41, 0.25)
+    write_rows(run / "metrics.jsonl", evals)
+    languages = {"dev": rates(0.4, 0.25), "test": {"fr": {"wer": None, "cer": None, "by": "wer"}}}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"languages": languages}))
+    page = Page(write_report(run))
+    assert page.curve("Dev error rate by language") == {50: 60, 100: 41}
+    assert page.curve("Dev error rate by language", 1) == {50: 30, 100: 25}
+    rows = [[cell.text for cell in row.all("td")] for row in page.all("table")[0].all("tr")]
+    assert rows[1:] == [
+        ["fr", "dev", "47", "40 %", "20 %"],
+        ["fr", "test", "–", "–", "–"],
+        ["zh", "dev", "3", "90 %", "25 %"],
+    ]
+    (run / "summary.json").unlink()
+    page = Page(write_report(run))
+    assert page.all("table")[0].all("tr")[1].all("td")[3].text == "41 %"
+    for strange in ([], {"dev": 1}, {"dev": {HOSTILE: {"wer": HOSTILE, "by": HOSTILE}}}, None):
+        (run / "summary.json").write_text(json.dumps(SUMMARY | {"languages": strange}))
+        assert "<script>alert" not in Page(write_report(run)).source
+
+
 def test_a_directory_with_nothing_in_it_gives_a_page(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert "Not finished" in page.root.text and page.tile("Steps") == "–"

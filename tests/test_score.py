@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from omni.score import Errors, count_errors, normalize, total
+import pytest
+from whisper_normalizer.basic import BasicTextNormalizer
+
+from omni.score import Errors, by_characters, count_errors, normalize, total
+from omni.transcribe import by_language, summarize
 
 
 @pytest.mark.parametrize(
@@ -86,3 +90,100 @@ def test_counts_add_up_before_they_are_divided() -> None:
 
 def test_words_made_up_in_silence_raise_the_rate_of_the_corpus() -> None:
     assert (count_errors("a b", "a b") + count_errors("", "c")).wer == 0.5
+
+
+# -- other languages ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "language, reference, hypothesis, words, chars",
+    [
+        # One character of four is another; brackets, full-width or not, are asides.
+        ("zh", "你好，世界！（笑）", "你好 世间", (1, 4), (1, 4)),
+        # 我 用 github 写 代 码: six units; a space inside a word is one substitution and one
+        # insertion of units, and no character.
+        ("zh-CN", "我用GitHub写代码。", "我用Git Hub写代码", (2, 6), (0, 11)),
+        ("cmn_Hans_CN", "今天是２０２４年", "今天 是 2024 年", (0, 5), (0, 8)),
+        ("ja", "コーヒーを２つ。", "コーヒー を 3 つ", (1, 7), (1, 7)),
+        ("ja", "ｶﾞｲﾄﾞ", "ガイド", (0, 3), (0, 3)),
+        # ส วั ส ดี ค รั บ: seven clusters, ten code points; one vowel is another.
+        ("th", "สวัสดีครับ", "สวัสดิครับ", (1, 7), (1, 10)),
+        ("lo", "ສະບາຍດີ", "ສະບາຍ ດີ", (0, 6), (0, 7)),
+        # Three words of 6, 3 and 3 code points and two spaces.
+        ("hi", "हिन्दी में बात।", "हिन्दी में बात", (0, 3), (0, 14)),
+        ("hi", "हिन्दी में बात", "हिन्दी मे बात", (1, 3), (1, 14)),
+        ("ru", "Это замо́к, а не за́мок!", "это замок а не замок", (0, 5), (0, 20)),
+        ("ru", "Ёлка и йод", "елка и йод", (1, 3), (1, 10)),
+        ("fr", "L’été, ça va ?", "l'ete ca va", (2, 4), (3, 11)),
+        ("fr", "« Où est-il ? »", "où est il", (0, 3), (0, 9)),
+        ("fr", "Cafe\u0301\u00a0!", "café", (0, 1), (0, 4)),
+        ("es", "¿Qué tal?", "que tal", (1, 2), (1, 7)),
+        ("ar", "كيف الحال؟", "كيف الحال", (0, 2), (0, 9)),
+        ("fa", "می\u200cخواهم", "میخواهم", (0, 1), (0, 7)),
+        ("de", "Soft\u00adware ☀\ufe0f", "software", (0, 1), (0, 8)),
+        ("ko", "안녕 하세요", "안녕하세요", (2, 2), (1, 6)),
+    ],
+)
+def test_each_language_by_what_it_is_written_in(
+    language: str, reference: str, hypothesis: str, words: tuple[int, int], chars: tuple[int, int]
+) -> None:
+    errors = count_errors(reference, hypothesis, language)
+    assert (errors.word_errors, errors.words) == words
+    assert (errors.char_errors, errors.chars) == chars
+
+
+def test_vowels_of_hindi_and_thai_are_kept() -> None:
+    """OpenAI's basic normaliser makes `ह न द म` of this."""
+    assert normalize("हिन्दी में", "hi") == "हिन्दी में"
+    assert normalize("ไม่เป็นไร", "th") == "ไม่เป็นไร"
+    assert normalize("E\u0323\u0301gbo\u0323\u0301n", "yo") == "\u1eb9\u0301gb\u1ecd\u0301n"
+    assert normalize("l\u00b4été", "fr") == "l été"  # an accent on nothing is no letter
+
+
+@pytest.mark.parametrize("text", ["你好世界", "привет мир", "les élèves ça"])
+def test_plain_text_is_what_the_basic_normaliser_makes_of_it(text: str) -> None:
+    assert normalize(text, "basic") == str(BasicTextNormalizer()(text)) == text
+
+
+@pytest.mark.parametrize("language", ["en", "EN", "en-US", "en_GB.UTF-8", "eng", "English"])
+def test_english_by_any_code(language: str) -> None:
+    assert normalize("I'm twenty", language) == "i am 20"
+    assert not by_characters(language)
+
+
+def test_languages_without_spaces() -> None:
+    assert all(map(by_characters, ("zh", "zh-TW", "cmn", "yue", "ja", "th", "lo", "my", "km")))
+    assert not any(map(by_characters, ("ko", "vi", "hi", "ru", "fr", "", "basic")))
+
+
+def test_nothing_said_in_chinese() -> None:
+    assert count_errors("……", "你好", "zh") == Errors(2, 0, 2, 0)
+    assert count_errors("你好", "", "zh") == Errors(2, 2, 2, 2)
+
+
+# -- languages apart ---------------------------------------------------------------------------
+
+
+def _row(language: str, reference: str, hypothesis: str) -> dict[str, Any]:
+    errors = count_errors(reference, hypothesis, language)
+    return {"language": language, "reference": reference, "errors": errors}
+
+
+def test_languages_are_reported_apart_where_there_are_several() -> None:
+    rows = [
+        _row("fr", "un deux trois quatre", "un deux trois"),
+        _row("zh-CN", "你好世界", "你好世间"),
+        _row("zh", "你好", "你好"),
+    ]
+    found = by_language(rows)
+    assert found == {
+        "fr": {"wer": 0.25, "cer": 7 / 20, "utterances": 1, "by": "wer"},
+        "zh": {"wer": 1 / 6, "cer": 1 / 6, "utterances": 2, "by": "cer"},
+    }
+    assert by_language(rows[1:]) == by_language([]) == {}
+
+
+def test_short_is_two_words_or_four_characters() -> None:
+    rows = [_row("en", "hello there", ""), _row("zh", "你好世界", ""), _row("zh", "你好新世界", "")]
+    found = summarize(rows)
+    assert (found["short"].words, found["long"].words) == (2 + 4, 5)

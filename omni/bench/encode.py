@@ -14,8 +14,8 @@ from omni.bench.measure import Ceiling, Result, alternate, describe_machine, med
 from omni.config import Config
 from omni.data.audio import AudioSpan, decode
 from omni.data.codec import DTYPES
-from omni.data.index import build_index
 from omni.data.measure import span_of
+from omni.data.mixture import build_mixture
 from omni.model.hub import read_whisper_files, whisper_folder
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.whisper import WhisperEncoder
@@ -46,7 +46,7 @@ def bench_encode(config: Config) -> Result:
 
 def typical_clips(config: Config, count: int = _CLIPS) -> list[tuple[Path, AudioSpan]]:
     """Clips of data.train at even quantiles of length: the corpus's distribution, in small."""
-    table = build_index(
+    table = build_mixture(
         config.data.train, cache_dir=config.cache_dir, allow_absolute=config.data.allow_absolute
     ).table
     order = np.argsort(table["samples"].to_numpy(), kind="stable")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -73,6 +74,7 @@ class ManifestError(ValueError):
 class Index:
     table: pa.Table  # of SCHEMA
     rejects: list[Reject] = field(default_factory=list)
+    weights: np.ndarray | None = None  # (n,) occurrences in an epoch; None: one each
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -20,6 +20,7 @@ from omni.data.speeds import Speeds
 _VERSION = 2  # of the rules below: another one makes other bins of the same numbers
 EMPTY = -1  # a bin number that stands for a bin of padding
 _SEAM_CANDIDATES = 10_000
+_ROUNDING = 1e-9  # 3 x 0.1 is under 0.3 in floating point for some numbers
 _POOL_BINS = 256  # bins packed together: wide enough to fill them, narrow enough to stay shuffled
 
 
@@ -187,12 +188,14 @@ def make_plan(
     epochs: int | None = None,
     max_steps: int | None = None,
     speeds: Speeds | None = None,
+    weights: np.ndarray | None = None,
 ) -> Plan:
     """Plan whole epochs, as many as `epochs` or until `max_steps` steps are full.
 
     lengths: (n,) positions of each utterance; 0 leaves an utterance out.
-    speeds: where lengths change from epoch to epoch, those of each; `lengths` are then the natural
+    speeds: where lengths change from pass to pass, those of each; `lengths` are then the natural
     ones.
+    weights: (n,) occurrences of each in an epoch, see `passes`; None: one each.
     Each epoch has its own permutation, drawn from (seed, epoch), and holds every utterance once.
     A plan of fewer steps is the beginning of one of more.
     Its last bin, which would be half empty, also takes the first utterances of the next epoch: with
@@ -213,21 +216,22 @@ def make_plan(
         max_steps is None or len(bins) <= max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
-        order = generator.permutation(usable)
-        now = lengths if speeds is None else speeds.lengths(len(pass_starts))
-        pass_starts.append(placed)
-        placed += len(order)
-        if bins:
-            order = _fill_seam(bins[-1], free, now, order)
-        packed = pack(now, order, bin_positions, generator)
-        if packed:
-            # The emptiest bin ends the epoch, and is filled up from the next one.
-            sums = [int(now[b].sum()) for b in packed]
-            free = bin_positions - min(sums)
-            seam = packed.pop(int(np.argmin(sums)))
-            # Best fit puts long utterances into early bins: mix them again.
-            bins.extend(packed[i] for i in generator.permutation(len(packed)))
-            bins.append(seam)
+        for members in [usable] if weights is None else passes(usable, weights, seed, len(ends)):
+            order = generator.permutation(members)
+            now = lengths if speeds is None else speeds.lengths(len(pass_starts))
+            pass_starts.append(placed)
+            placed += len(order)
+            if bins:
+                order, free = _fill_seam(bins[-1], free, now, order)
+            packed = pack(now, order, bin_positions, generator)
+            if packed:
+                # The emptiest bin ends the pass, and is filled up from the next one.
+                sums = [int(now[b].sum()) for b in packed]
+                free = bin_positions - min(sums)
+                seam = packed.pop(int(np.argmin(sums)))
+                # Best fit puts long utterances into early bins: mix them again.
+                bins.extend(packed[i] for i in generator.permutation(len(packed)))
+                bins.append(seam)
         ends.append(len(bins))
     if max_steps is not None:
         del bins[max_steps * bins_per_step :]
@@ -239,6 +243,8 @@ def make_plan(
     digest.update(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
     if speeds is not None:
         digest.update(speeds.identity)
+    if weights is not None:
+        digest.update(np.ascontiguousarray(weights, dtype=np.float64).tobytes())
     return Plan(
         members=members,
         starts=np.concatenate(([0], np.cumsum(sizes))),
@@ -249,8 +255,41 @@ def make_plan(
     )
 
 
-def _fill_seam(seam: list[int], free: int, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Move utterances of `order` into the `free` positions of `seam`; returns the rest, in order.
+def passes(usable: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
+    """The utterances of one epoch of a mixture: groups that hold none twice, mixed alike.
+
+    After e epochs an utterance of weight w has occurred floor(e w + u) times, u in [0, 1) its own
+    for the whole run: weight 2 is twice in each epoch, weight 0.5 one half in each, by turns.
+    """
+    generator = np.random.default_rng([seed, epoch, 1])
+    counts = np.zeros(len(weights), dtype=np.int64)
+    for weight in np.unique(weights[usable]):
+        group = usable[weights[usable] == weight]
+        # Evenly spaced: an epoch holds the right number of a group, not only on average.
+        turns = np.random.default_rng([seed, len(group)]).permutation(len(group)) / len(group)
+        after, before = (np.floor(e * weight + turns + _ROUNDING) for e in (epoch + 1, epoch))
+        counts[group] = (after - before).astype(np.int64)
+    counts = counts[usable]
+    most = int(counts.max())
+    first = generator.integers(max(1, most), size=len(usable))
+    found: list[list[np.ndarray]] = [[] for _ in range(most)]
+    for copy in range(most):
+        # Copies lie evenly over the passes, from a place of their own on.
+        again = counts > copy
+        places = (first[again] + copy * most // counts[again]) % most
+        members = usable[again][np.argsort(places, kind="stable")]
+        ends = np.cumsum(np.bincount(places, minlength=most))
+        for place, part in enumerate(np.split(members, ends[:-1])):
+            found[place].append(part)
+    joined = [np.concatenate(parts) for parts in found]
+    return [members for members in joined if len(members)]
+
+
+def _fill_seam(
+    seam: list[int], free: int, lengths: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Move utterances of `order` into the `free` positions of `seam`; returns the rest, in order,
+    and what is left free.
 
     Takes what comes first and fits, but none that the bin holds already.
     """
@@ -262,4 +301,4 @@ def _fill_seam(seam: list[int], free: int, lengths: np.ndarray, order: np.ndarra
             seam.append(number)
             taken.append(place)
             free -= int(lengths[number])
-    return np.delete(order, taken)
+    return np.delete(order, taken), free

@@ -75,6 +75,8 @@ class LiveView:
         ):
             value = summary.get(name)
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for split, rates in summary.get("languages", {}).items():
+            table.add_row(f"{split} by language", _by_language(rates).strip(" ()"))
         self._console.print(table)
         self._console.print(f"report: {report}")
 
@@ -103,6 +105,7 @@ class LiveView:
                 f"[bold]{row['step']:>7}[/] dev loss {row['dev_loss']:.3f}  {ctc}"
                 f"next token {row['dev_accuracy']:.1%}  shuffled-audio gap "
                 f"{row['shuffled_audio_gap']:.2f}  [bold]WER {wer}[/]"
+                f"{_by_language(row.get('dev_languages', {}))}"
             )
         done, total = row["step"], row["steps"]
         pace = (row["seconds"] - self._resumed_seconds) / max(1, done - self._resumed_step)
@@ -134,6 +137,16 @@ def describe_event(event: dict[str, Any]) -> str | None:
         "override": "going on in spite of other fingerprints",
     }
     return f"{told[kind]}: {reason or event.get('fields')}" if kind in told else None
+
+
+def _by_language(rates: dict[str, dict[str, Any]]) -> str:
+    """The headline of each language of an evaluation, e.g. `(fr 41.0%, zh CER 20.2%)`."""
+    said = [
+        f"{_plain(name)} {'CER ' if r['by'] == 'cer' else ''}{r[r['by']]:.1%}"
+        for name, r in rates.items()
+        if r[r["by"]] is not None
+    ]
+    return f"  ({', '.join(said)})" if said else ""
 
 
 def _plain(text: str) -> str:

@@ -44,6 +44,7 @@ from omni.train.saving import Saver
 from omni.train.step import REJECTED, STOP, Steps
 from omni.train.stopping import StopRequest
 from omni.train.trained import Trained
+from omni.transcribe import by_language
 from omni.watchdog import Watchdog
 
 _FIRST_BLOCK_PATIENCE = 3.0  # the stream starts, actors load the encoder
@@ -162,7 +163,9 @@ class TrainLoop:
             errors, rows = dev.transcribe(model, self.template, settings.wer_utterances)
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
-        entry = eval_row(state, losses, errors["all"], shown, self.job.tasks, layers)
+        entry = eval_row(
+            state, losses, errors["all"], shown, self.job.tasks, layers, by_language(rows)
+        )
         self.books.evaluated(entry)
         value = entry[settings.best]
         if (
@@ -284,6 +287,7 @@ class TrainLoop:
         best = self._best()
         self.trained.load_best(best.weights())
         results: dict[str, Any] = {}
+        languages: dict[str, Any] = {}  # by split
         with self.trained.evaluating() as model:
             losses = held["dev"].loss(model)
             for name, split in held.items():
@@ -291,6 +295,8 @@ class TrainLoop:
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer
                 results[f"{name}_cer"] = errors["all"].cer
+                if rates := by_language(rows):
+                    languages[name] = rates
                 if self.rank == 0:
                     lines = [{k: v for k, v in row.items() if k != "errors"} for row in rows]
                     path = self.run_dir / f"transcripts-{name}.jsonl"
@@ -305,6 +311,7 @@ class TrainLoop:
                 "shuffled_audio_gap": losses["gap"],
                 "test_wer": None,
                 **results,
+                **({"languages": languages} if languages else {}),
             },
             {
                 "rejects": self.feed.reject_counts,

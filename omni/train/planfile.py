@@ -1,7 +1,8 @@
 """What a plan was made of, kept in the run's directory: enough to make it again without the corpus.
 
 plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan);
-                            where speeds change: name, and positions at each speed
+                            of a mixture the weight; where speeds change: name, and positions at
+                            each speed
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class PlanFile:
     bin_positions: int
     bins_per_step: int
     speeds: Speeds | None = None
+    weights: np.ndarray | None = None  # (n,) occurrences in an epoch
 
     def plan(self, steps: int) -> Plan:
         """The plan's first `steps` steps."""
@@ -43,6 +45,7 @@ class PlanFile:
             bins_per_step=self.bins_per_step,
             max_steps=steps,
             speeds=self.speeds,
+            weights=self.weights,
         )
 
 
@@ -62,6 +65,8 @@ def write_plan_file(prepared: Prepared) -> None:
         "bins_per_step": config.optim.bins_per_step,
     }
     table = pa.table({"id": split.table["id"], "positions": pa.array(prepared.lengths, pa.int32())})
+    if prepared.weights is not None:
+        table = table.append_column("weight", pa.array(prepared.weights, pa.float64()))
     speeds = None if split.augmentation is None else split.augmentation.speeds
     if speeds is not None:
         facts["speeds"] = speeds.speeds
@@ -78,6 +83,7 @@ def read_plan_file(path: Path) -> PlanFile:
     """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
     table = pq.read_table(path)
     facts = json.loads((table.schema.metadata or {})[_KEY])
+    weights = table["weight"].to_numpy() if "weight" in table.column_names else None
     lengths = table["positions"].to_numpy().astype(np.int64)
     factors = facts.pop("speeds", None)
     speeds = None
@@ -85,4 +91,4 @@ def read_plan_file(path: Path) -> PlanFile:
         positions = np.stack([table[f"positions {n}"].to_numpy() for n in range(len(factors))])
         names = table["name"].to_numpy()
         speeds = Speeds(tuple(factors), positions, lengths, names, facts["seed"])
-    return PlanFile(table["id"].to_pylist(), lengths, speeds=speeds, **facts)
+    return PlanFile(table["id"].to_pylist(), lengths, speeds=speeds, weights=weights, **facts)

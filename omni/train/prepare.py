@@ -17,10 +17,12 @@ import torch
 from safetensors import safe_open
 
 from omni.config import Config, ConfigError, without_secrets
-from omni.data.index import Index, ManifestError, build_index
+from omni.data.index import Index, ManifestError
 from omni.data.measure import Reject
+from omni.data.mixture import build_mixture
 from omni.data.plan import Split, make_plan
 from omni.data.storage import join, open_folder
+from omni.data.text import TextPolicy, apply_policy
 from omni.environment import differences
 from omni.model.hub import HubError, SourceError
 from omni.model.omni import OmniConfig, OmniModel
@@ -44,6 +46,7 @@ class Prepared:
     model: OmniConfig
     encoder: dict[str, Any]  # see encoder_facts
     lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
+    weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
     fingerprints: dict[str, str]
     resume: Path | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
@@ -70,6 +73,7 @@ def prepare(config: Config) -> Prepared:
     tasks = task_names(config, indexes)
     splits: dict[str, Split] = {}
     filled, planned = 0.0, np.zeros(0, dtype=np.int64)
+    weights: np.ndarray | None = None
     rejects: list[Reject] = []
     for name, index in indexes.items():
         table, lengths, too_long = with_tokens(index, template, tasks, config)
@@ -97,12 +101,14 @@ def prepare(config: Config) -> Prepared:
                 epochs=None if train else 1,
                 max_steps=config.optim.steps if train else None,
                 speeds=speeds,
+                weights=index.weights,
             )
         except ValueError as error:
             raise ConfigError(f"data.{name}: {error} (optim.bin_positions)") from None
         splits[name] = Split(name, table, plan, augmentation)
         if train:
             planned = lengths
+            weights = index.weights
             shortest = lengths if speeds is None else speeds.shortest
             beyond = beyond_ctc(table, shortest) if config.optim.ctc_weight else 0
             if beyond:
@@ -134,6 +140,7 @@ def prepare(config: Config) -> Prepared:
         model,
         encoder,
         planned,
+        weights,
         fingerprints,
         resume,
         notes,
@@ -158,9 +165,10 @@ def build_indexes(config: Config) -> dict[str, Index]:
                 ("run.storage", config.run.storage) if within else ("data.cache", config.cache_dir)
             )
             raise ConfigError(f"{setting}: {place} cannot be written: {error.strerror}") from None
+    policy = TextPolicy.of(config.data.model_dump())
     try:
-        return {
-            name: build_index(
+        indexes = {
+            name: build_mixture(
                 specs,
                 prompt=config.data.prompt,
                 cache_dir=config.cache_dir,
@@ -175,6 +183,13 @@ def build_indexes(config: Config) -> dict[str, Index]:
         }
     except ManifestError as error:
         raise ConfigError(f"data: {error}") from None
+    try:
+        indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
+    except ValueError as error:
+        raise ConfigError(f"data.language_tag: {error}") from None
+    if without := [name for name, index in indexes.items() if not len(index)]:
+        raise ConfigError(f"data.punctuation: no text is left of data.{without[0]}")
+    return indexes
 
 
 def encoder_facts(config: Config, train: Index) -> dict[str, Any]:

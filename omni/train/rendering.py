@@ -12,10 +12,11 @@ from omni.data.collate import sequence_positions
 from omni.data.conversations import messages_of
 from omni.data.index import Index, recordings
 from omni.data.measure import Reject
+from omni.data.text import TRANSCRIBE
 from omni.model.conversation import AUDIO, Template
 from omni.model.windows import encoder_frames
 
-DEFAULT_TASK = "transcribe"  # of rows that name none
+DEFAULT_TASK = TRANSCRIBE  # of rows that name none
 
 
 def task_names(config: Config, indexes: dict[str, Index]) -> list[str]:

@@ -132,8 +132,11 @@ def eval_row(
     examples: Sequence[dict[str, Any]],
     names: Sequence[str] = (),
     layers: dict[str, float] | None = None,
+    languages: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """An evaluation on dev. names: of the tasks; layers: weights of the encoder's."""
+    """An evaluation on dev. names: of the tasks; layers: weights of the encoder's; languages: their
+    error rates, where there are several.
+    """
     return {
         "kind": "eval",
         "step": state.step,
@@ -148,6 +151,7 @@ def eval_row(
         **({"layers": layers} if layers else {}),
         "dev_wer": errors.wer,
         "dev_cer": errors.cer,
+        **({"dev_languages": languages} if languages else {}),
         "examples": [
             {name: row[name] for name in ("id", "reference", "hypothesis")} for row in examples
         ],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omni.data.plan import EMPTY, Plan, make_plan, pack, padded_step
+from omni.data.plan import EMPTY, Plan, make_plan, pack, padded_step, passes
 from omni.data.speeds import Speeds, names_of
 
 
@@ -298,3 +298,89 @@ def test_the_passes_of_a_bin_are_known_without_speeds() -> None:
     passes = [plan.passes_of(number).tolist() for number in range(plan.bins)]
     assert sum(passes, []) == [0] * 10 + [1] * 10
     assert sum(len(set(p)) == 2 for p in passes) == 1, "one bin at the seam"
+
+
+# -- mixtures ----------------------------------------------------------------------------------
+
+
+def _counts(lengths: np.ndarray, weights: np.ndarray, epochs: int, seed: int = 0) -> np.ndarray:
+    """(epochs, n) how often each utterance occurs in each epoch, as `passes` says."""
+    usable = np.flatnonzero(lengths > 0)
+    return np.stack(
+        [
+            np.bincount(
+                np.concatenate([*passes(usable, weights, seed, epoch), usable[:0]]),
+                minlength=len(lengths),
+            )
+            for epoch in range(epochs)
+        ]
+    )
+
+
+def test_weights_say_how_often_an_utterance_occurs() -> None:
+    lengths = _lengths(400, 64, 0)
+    lengths[7] = 0
+    weights = np.repeat([1.0, 2.0, 0.5, 2.25], 100)
+    counts = _counts(lengths, weights, 8)
+    assert (counts[:, 7] == 0).all()
+    usable = lengths[:100] > 0
+    assert (counts[:, :100][:, usable] == 1).all() and (counts[:, 100:200] == 2).all()
+    half, quarter = counts[:, 200:300], counts[:, 300:]
+    assert (half.sum(1) == 50).all() and (half[0] + half[1] == 1).all(), "halves take turns"
+    assert (quarter.sum(1) == 225).all() and (quarter[:4].sum(0) == 9).all()
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3, 1 / 3, 0.7, 1.1, 3.0, 7.3])
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_after_any_number_of_epochs_the_counts_are_within_one(weight: float, count: int) -> None:
+    counts = _counts(np.full(count, 5), np.full(count, weight), 30)
+    so_far = counts.cumsum(0)
+    expected = weight * np.arange(1, 31)[:, None]
+    assert (np.abs(so_far - expected) < 1 + 1e-6).all()
+    assert (np.abs(counts.sum(1) - weight * count) < 1 + 1e-6).all()
+
+
+def test_a_plan_of_a_mixture_is_its_epochs_one_after_another() -> None:
+    lengths, weights = _lengths(300, 64, 0), np.repeat([1.0, 3.0, 0.5], 100)
+    plan = _plan(lengths, weights=weights, epochs=4)
+    first = 0
+    for counts in _counts(lengths, weights, 4):
+        part = plan.members[first : first + counts.sum()]
+        assert np.array_equal(np.bincount(part, minlength=300), counts)
+        first += len(part)
+    assert first == len(plan.members)
+    for number in range(plan.bins):
+        members = plan.bin(number)
+        assert len(set(members.tolist())) == len(members), "a bin holds nothing twice"
+        assert 0 < lengths[members].sum() <= 64
+    assert lengths[plan.members].sum() > 0.98 * plan.bins * 64
+
+
+def test_mixtures_are_mixed_all_through_an_epoch() -> None:
+    lengths, weights = np.full(1_100, 8), np.repeat([1.0, 5.0], [1_000, 100])
+    plan = _plan(lengths, weights=weights)
+    often = (plan.members >= 1_000).reshape(5, -1).mean(1)
+    assert often == pytest.approx(np.full(5, 1 / 3), abs=0.05)
+
+
+def test_a_longer_plan_of_a_mixture_begins_like_the_shorter() -> None:
+    lengths, weights = _lengths(100, 64, 0), np.repeat([1.5, 0.25], 50)
+    short = _plan(lengths, weights=weights, epochs=None, max_steps=4)
+    long = _plan(lengths, weights=weights, epochs=None, max_steps=40)
+    assert np.array_equal(long.members[: len(short.members)], short.members)
+    assert short.fingerprint == long.fingerprint
+    assert _same(long, _plan(lengths, weights=weights, epochs=None, max_steps=40))
+
+
+def test_weights_are_part_of_the_fingerprint_and_none_leaves_it_as_it_was() -> None:
+    lengths = _lengths(100, 64, 0)
+    plain = _plan(lengths)
+    assert plain.fingerprint == "fd6ffbd4948b896413c77481"
+    others = [_plan(lengths, weights=np.full(100, w)).fingerprint for w in (1.0, 2.0)]
+    assert len({plain.fingerprint, *others}) == 3
+
+
+def test_epochs_that_hold_nothing_pass() -> None:
+    plan = _plan(np.array([5, 7]), weights=np.full(2, 0.1), epochs=None, max_steps=2)
+    assert plan.bins == 10
+    assert plan.epoch(plan.bins) >= 5
