@@ -1,0 +1,260 @@
+"""Files on disk or in object storage, by the same few operations.
+
+`place` gives a `pathlib.Path` for what a node's file system has, and an `ObjectPath`, which follows
+pathlib's names, for a URI: s3://, gs://, abfs://, hdfs:// through pyarrow, other schemes through
+fsspec where the package for them is installed (oss:// with ossfs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import functools
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+from omni.config import without_secrets
+
+if TYPE_CHECKING:
+    import pyarrow.fs as pafs
+
+_WITH_FOLDERS = {"hdfs"}  # anywhere else an upload appears when it is complete, and names are flat
+
+
+class StorageError(OSError):
+    """A URI names no storage that can be opened; the message says why, without credentials."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EINVAL, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def place(location: str | Path | ObjectPath) -> Place:
+    """Where a path or URI points; asks nothing of the storage."""
+    if isinstance(location, (ObjectPath, Path)):
+        return location
+    if location.startswith("file://"):
+        return Path(_open(location)[1])
+    return ObjectPath(location) if "://" in location else Path(location)
+
+
+class ObjectPath:
+    """One name in object storage. Failures are OSError; a missing object is FileNotFoundError.
+
+    `str()` of it is for messages, without credentials and options; `uri` has them.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._scheme, _, rest = uri.partition("://")
+        path, question, options = rest.partition("?")
+        self._bucket, _, key = path.partition("/")  # with credentials, or host and port
+        self._path = PurePosixPath("/") / key
+        self._options = question + options
+
+    def __str__(self) -> str:
+        return f"{self._scheme}://{self._bucket.rpartition('@')[2]}{self._path}".rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"ObjectPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPath) and self.uri == other.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __lt__(self, other: ObjectPath) -> bool:
+        return self.uri < other.uri
+
+    def __truediv__(self, name: str | PurePosixPath) -> ObjectPath:
+        return self._at(self._path / str(name).lstrip("/"))
+
+    @property
+    def uri(self) -> str:
+        return f"{self._scheme}://{self._bucket}{self._path}".rstrip("/") + self._options
+
+    @property
+    def name(self) -> str:
+        return self._path.name
+
+    @property
+    def stem(self) -> str:
+        return self._path.stem
+
+    @property
+    def suffix(self) -> str:
+        return self._path.suffix
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self._path.parts
+
+    @property
+    def parent(self) -> ObjectPath:
+        return self._at(self._path.parent)
+
+    def with_name(self, name: str) -> ObjectPath:
+        return self._at(self._path.with_name(name))
+
+    def with_suffix(self, suffix: str) -> ObjectPath:
+        return self._at(self._path.with_suffix(suffix))
+
+    def is_absolute(self) -> bool:
+        return True
+
+    # -- what is there -------------------------------------------------------------------------
+
+    def info(self) -> pafs.FileInfo:
+        """As pyarrow describes it: type, size, mtime."""
+        filesystem, key = self.filesystem
+        return filesystem.get_file_info(key)
+
+    def exists(self) -> bool:
+        return bool(self.info().type.value)
+
+    def is_file(self) -> bool:
+        return bool(self.info().is_file)
+
+    def is_dir(self) -> bool:
+        return self.info().type.name == "Directory"
+
+    def listing(self) -> list[pafs.FileInfo]:
+        """What lies in this folder, by name; nothing where there is none."""
+        import pyarrow.fs as pafs
+
+        filesystem, key = self.filesystem
+        found = filesystem.get_file_info(pafs.FileSelector(key, allow_not_found=True))
+        return sorted(found, key=lambda info: str(info.path))
+
+    def iterdir(self) -> Iterator[ObjectPath]:
+        return (self / info.base_name for info in self.listing())
+
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Of this folder alone."""
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+    # -- reading and writing -------------------------------------------------------------------
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """For reading from any place in it; ranges are fetched as they are asked for."""
+        if mode != "rb":
+            raise ValueError(f"mode {mode!r}: objects are opened for reading, and written whole")
+        filesystem, key = self.filesystem
+        file: Any = filesystem.open_input_file(key)
+        return file
+
+    def read_bytes(self) -> bytes:
+        filesystem, key = self.filesystem
+        with filesystem.open_input_stream(key) as stream:
+            return bytes(stream.read())
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> int:
+        """Whole or not at all: what is there before is replaced when all has been written."""
+        with self._written() as stream:
+            stream.write(data)
+        return len(data)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> int:
+        return self.write_bytes(text.encode(encoding))
+
+    def upload(self, source: Path) -> None:
+        """A file of any size, whole or not at all."""
+        with source.open("rb") as file, self._written() as stream:
+            shutil.copyfileobj(file, stream, 8 << 20)
+
+    def touch(self) -> None:
+        self.write_bytes(b"")
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Object stores have no folders; where the storage has, this makes one."""
+        filesystem, key = self.filesystem
+        if filesystem.type_name in _WITH_FOLDERS:
+            filesystem.create_dir(key, recursive=True)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        filesystem, key = self.filesystem
+        if missing_ok and not self.exists():  # some stores mind, some do not
+            return
+        filesystem.delete_file(key)
+
+    def rmtree(self) -> None:
+        filesystem, key = self.filesystem
+        if self.exists():
+            filesystem.delete_dir(key)
+
+    # -- within --------------------------------------------------------------------------------
+
+    @property
+    def filesystem(self) -> tuple[pafs.FileSystem, str]:
+        """For libraries that take pyarrow's: the file system, and the path in it."""
+        filesystem, root = _open(f"{self._scheme}://{self._bucket}{self._options}")
+        return filesystem, (root.rstrip("/") + str(self._path)).rstrip("/")
+
+    def _at(self, path: PurePosixPath) -> ObjectPath:
+        return ObjectPath(f"{self._scheme}://{self._bucket}{path}{self._options}")
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[Any]:
+        filesystem, key = self.filesystem
+        if filesystem.type_name not in _WITH_FOLDERS:
+            with filesystem.open_output_stream(key) as stream:
+                yield stream
+            return
+        self.parent.mkdir()
+        temporary = f"{key}.{uuid.uuid4().hex}.tmp"
+        with filesystem.open_output_stream(temporary) as stream:
+            yield stream
+        filesystem.move(temporary, key)
+
+
+Place: TypeAlias = Path | ObjectPath
+
+
+def remove_tree(folder: Place) -> None:
+    """A folder and all in it; what cannot be removed stays."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            folder.rmtree()
+
+
+def why(error: OSError) -> str:
+    """Why storage failed, in a few words."""
+    text = error.strerror or str(error).strip().partition("\n")[0] or type(error).__name__
+    return without_secrets(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _open(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI, and the URI's path in it. Raises StorageError, or OSError."""
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+        return filesystem, path
+    except pa.ArrowInvalid as error:
+        if "nrecognized filesystem type" not in str(error):
+            raise StorageError(_said(uri, error)) from None
+    import fsspec
+
+    try:
+        found, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise StorageError(_said(uri, error)) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
+
+
+def _said(uri: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return without_secrets(f"{uri.partition('?')[0]}: {lines[0]}")

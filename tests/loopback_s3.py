@@ -1,0 +1,25 @@
+"""A real S3 server on loopback, for tests that keep things in a bucket."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pyarrow.fs as pafs
+from moto.server import ThreadedMotoServer
+
+
+@contextlib.contextmanager
+def s3_bucket(name: str) -> Iterator[str]:
+    """URI of a new bucket, credentials and server included, as a user would name it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
+        uri = f"s3://key:secret@{name}?{options}"
+        filesystem, _ = pafs.FileSystem.from_uri(uri)
+        filesystem.create_dir(name)
+        yield uri
+    finally:
+        server.stop()
