@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from jobs.cli import run
+from omni.place import Place, place
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.audit", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
+    parser.add_argument("run", type=place, metavar="RUN", help="runs/NAME")
     arguments = parser.parse_args(argv)
     return run(lambda: _audit(arguments.run))
 
 
-def _audit(run_dir: Path) -> None:
+def _audit(run_dir: Place) -> None:
     from omni.audit import audit
 
     found = audit(run_dir)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from jobs.cli import run
+from omni.place import place
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.transcribe", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="runs/NAME/checkpoints/best")
+    parser.add_argument("--checkpoint", type=place, required=True, help="RUN/checkpoints/best")
     parser.add_argument("files", nargs="+", metavar="FILE", help="any format libsndfile reads")
     parser.add_argument("--language", help="its code, for a model trained with data.language_tag")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")

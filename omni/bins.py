@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from omni.model.logmel import SAMPLING_RATE
 from omni.model.projector import soft_tokens
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.windows import encoder_frames
+from omni.place import Place
 from omni.report import table
 from omni.train.metrics import read_events
 from omni.train.planfile import PlanFile, plan_path, read_plan_file
@@ -44,7 +44,7 @@ class RunPlan:
         return self.file.bin_positions
 
 
-def read_run(run: Path) -> RunPlan:
+def read_run(run: Place) -> RunPlan:
     """Raises ConfigError where a directory holds no run, or none that has a plan."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: neither a manifest nor a run: it has no config.yaml")
@@ -64,7 +64,7 @@ def read_run(run: Path) -> RunPlan:
         if index.fingerprint != file.index_fingerprint:
             index, note = None, "The corpus is another one now: only the plan is shown."
         elif (run / "tokenizer.json").is_file():
-            tokenizer = SpeechTokenizer.load(run / "tokenizer.json")
+            tokenizer = SpeechTokenizer.from_json((run / "tokenizer.json").read_text())
     except (ConfigError, SourceError) as error:
         note = f"The corpus cannot be read here, only the plan is shown. {error}"
     return RunPlan(config, file, plan, index, tokenizer, note)

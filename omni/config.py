@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -21,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from omni.place import Place, join, place, why, without_secrets
+
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message names each field and what was expected."""
@@ -32,12 +33,7 @@ def _as_list(value: Any) -> Any:
 
 def _absolute(path: str) -> str:
     """Workers have another working directory than the command that started the run."""
-    return str(Path(path).expanduser().absolute())
-
-
-def without_secrets(text: str) -> str:
-    """URIs in `text` without the credentials that may stand before their host."""
-    return re.sub(r"([A-Za-z][\w+.-]*://)[^/@\s'\"]+@", r"\1***@", text)
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def _workers(value: Any) -> Any:
@@ -106,7 +102,8 @@ class RunConfig(Section):
     """Where a run lives. The same name in the same storage continues that run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "omni"
-    storage: Annotated[str, AfterValidator(_absolute)] = "runs"  # a folder that every node sees
+    storage: Annotated[str, AfterValidator(_absolute)] = "runs"
+    # ^ a folder that every node sees, or a bucket's URI
     seed: Annotated[int, Field(ge=0)] = 0
     override_fingerprint: Annotated[list[Fingerprint], BeforeValidator(_as_list)] = []
     # ^ what may differ from the run that is continued; anything else that differs is refused
@@ -353,8 +350,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.run.storage) / self.run.name
+    def run_dir(self) -> Place:
+        return place(self.run.storage) / self.run.name
 
     @property
     def cache(self) -> str | None:
@@ -362,15 +359,15 @@ class Config(Section):
         if self.data.cache is None or "://" in self.data.cache:
             return self.data.cache
         if self.data.cache == "auto":
-            return str(Path(self.run.storage) / "cache")
+            return join(self.run.storage, "cache")
         return _absolute(self.data.cache)
 
     @property
-    def cache_dir(self) -> Path | None:
+    def cache_dir(self) -> Place | None:
         """Where measured audio lengths are kept: the same, or beside the runs for a URI."""
         if self.cache is None:
             return None
-        return Path(self.run.storage) / "cache" if "://" in self.cache else Path(self.cache)
+        return place(join(self.run.storage, "cache") if "://" in self.cache else self.cache)
 
     def to_yaml(self) -> str:
         """For the run's directory and its checkpoints: without credentials."""
@@ -378,7 +375,7 @@ class Config(Section):
         return without_secrets(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Place | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as ["--optim.lr", "3e-4"].
 
     A repeated override of a list collects its values. Raises ConfigError.
@@ -386,9 +383,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text())
+            loaded = yaml.safe_load(place(path).read_text())
         except OSError as error:
-            raise ConfigError(f"--config {path}: {error.strerror}") from None
+            raise ConfigError(f"--config {place(path)}: {why(error)}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {path}: not YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):

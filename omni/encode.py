@@ -23,10 +23,10 @@ from omni.data.features import FeatureCache
 from omni.data.index import Index, recordings
 from omni.data.plan import Plan, Split
 from omni.data.stages import StreamSettings
-from omni.data.storage import join
 from omni.data.stream import make_stream
 from omni.model.logmel import FRAME, SAMPLING_RATE
 from omni.model.whisper import CPU_FRAMES, GPU_FRAMES
+from omni.place import join
 from omni.train.job import encoder_settings
 from omni.train.prepare import build_indexes, encoder_facts, encoder_key
 from omni.train.trainer import start_ray

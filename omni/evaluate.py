@@ -26,6 +26,7 @@ from omni.model.hub import SourceError
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
 from omni.model.whisper import WhisperEncoder
+from omni.place import Place
 from omni.train.checkpoint import CheckpointError, read_state
 from omni.train.rendering import DEFAULT_TASK
 from omni.transcribe import HeldUtterance, by_language, summarize, transcribe
@@ -47,7 +48,7 @@ class Transcriber:
     policy: TextPolicy = TextPolicy()
 
     @classmethod
-    def load(cls, checkpoint: Path, device: str = "cpu") -> Transcriber:
+    def load(cls, checkpoint: Place, device: str = "cpu") -> Transcriber:
         """Raises ConfigError when the checkpoint or its encoder cannot be used."""
         try:
             found = read_state(checkpoint, verify=True)

@@ -24,13 +24,14 @@ from omni.model.lora import merge_lora
 from omni.model.nanochat import save_nanochat
 from omni.model.omni import OmniModel
 from omni.model.projector import Projector
+from omni.place import Place
 from omni.train.checkpoint import Checkpoint, CheckpointError, read_state
 
 Format = Literal["nanochat", "hf"]
 _WINDOW_FRAMES = 1500  # that Voxtral's encoder makes of 30 s
 
 
-def export(checkpoint: Path, to: Format, out: Path) -> list[Path]:
+def export(checkpoint: Place, to: Format, out: Path) -> list[Path]:
     """Write the folder `out`; returns its files. Raises ConfigError where a format does not fit."""
     try:
         found = read_state(checkpoint, verify=True)

@@ -17,12 +17,13 @@ import numpy as np
 import ray
 from filelock import FileLock, Timeout
 
-from omni.config import Config, ConfigError, without_secrets
+from omni.config import Config, ConfigError
 from omni.data.built import Task, finish
 from omni.data.index import INDEX_FILE, ManifestError
 from omni.data.parts import about_part, fingerprint, part_name, write_part
 from omni.data.sources import Options, open_source
 from omni.model.logmel import SAMPLING_RATE
+from omni.place import without_secrets
 from omni.train.trainer import start_ray
 
 _SAY_SECONDS = 5.0

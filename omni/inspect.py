@@ -14,13 +14,14 @@ from omni.bins import RunPlan, plan_sections, read_run
 from omni.charts import count, histogram, percent, short
 from omni.config import ConfigError
 from omni.data.audio import AudioError, decode, fit
-from omni.data.index import Index, ManifestError, build_index, recordings
+from omni.data.index import INDEX_FILE, Index, ManifestError, build_index, recordings
 from omni.data.measure import span_of
 from omni.data.text import language_code
 from omni.embed import mel_picture, player, waveform
 from omni.model.hub import ASSETS
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.tokenizer import SpeechTokenizer
+from omni.place import Place, place, why
 from omni.report import table
 
 _VOCAB = 1024  # of the tokenizer of a corpus that no run has trained one for
@@ -40,14 +41,15 @@ def write_page(
     seed: int = 0,
     tokenizer: Path | None = None,
     allow_absolute: bool = False,
-) -> Path:
+) -> Place:
     """Write the page of a manifest (or tar, or embedded:train), or of a run's directory.
 
     out: default RUN/inspect.html, or inspect.html here. utterances: how many to hear, drawn by
     `seed`. tokenizer: counts tokens; default the run's, or a BPE trained on the corpus.
     Raises ConfigError naming what cannot be used.
     """
-    run = Path(target) if Path(target).is_dir() else None
+    found = place(target)
+    run = found if found.is_dir() and not (found / INDEX_FILE).is_file() else None
     if run is not None:
         made = read_run(run)
         index, tokens, note = made.index, made.tokenizer, made.note
@@ -60,7 +62,7 @@ def write_page(
         tokens = None
     if tokenizer is not None:
         tokens = _load(tokenizer)
-    name = escape((run.resolve() if run else Path(target)).name)
+    name = escape((found.resolve() if isinstance(found, Path) else found).name)
     sections = "" if made is None else plan_sections(made, seed)
     if index is not None:
         counter = tokens or _trained(index, seed)
@@ -76,11 +78,11 @@ def write_page(
 <h1>{name}</h1>{f'<p class="notice">{escape(note)}</p>' if note else ""}{_tiles(index, made)}
 {sections}</main></body></html>
 """
-    path = out or (run / "inspect.html" if run else Path("inspect.html"))
+    path: Place = out or (run / "inspect.html" if run else Path("inspect.html"))
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out: {path} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--out: {path} cannot be written: {why(error)}") from None
     return path
 
 

@@ -11,13 +11,13 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
-
-from omni.config import without_secrets
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -217,6 +217,31 @@ class ObjectPath:
 
 
 Place: TypeAlias = Path | ObjectPath
+
+
+def join(location: str | Path, name: str) -> str:
+    """A name inside a location, as text; a URI's options (?region=...) stay at its end."""
+    inside = place(location) / name
+    return inside.uri if isinstance(inside, ObjectPath) else str(inside)
+
+
+def without_secrets(text: str) -> str:
+    """URIs in `text` without the credentials that may stand before their host."""
+    return re.sub(r"([A-Za-z][\w+.-]*://)[^/@\s'\"]+@", r"\1***@", text)
+
+
+def write_whole(path: Place, data: bytes) -> None:
+    """Write a whole file or none of it, in a folder that is there. Raises OSError."""
+    if isinstance(path, ObjectPath):
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_tree(folder: Place) -> None:

@@ -31,6 +31,8 @@ from omni.data.audio import AudioSpan
 from omni.data.text import UNSPACED_SCRIPTS
 from omni.embed import player
 from omni.model.hub import ASSETS
+from omni.place import Place
+from omni.train.metrics import read_events, read_lines
 from omni.train.verdict import ADVICE
 
 _TEST_UTTERANCES = 20
@@ -42,7 +44,7 @@ _S = UNSPACED_SCRIPTS  # written without spaces: a word is a character
 _WORD = regex.compile(rf"(?=[{_S}])\X|(?:(?![{_S}])[^\s\-–—])+")
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Place) -> Place:
     """Write `run/report.html` from whatever files the run left behind, and return its path.
 
     A missing or truncated file never fails it: an interrupted run needs its page the most.
@@ -51,7 +53,7 @@ def write_report(run: Path) -> Path:
     train, evals = _by_step(metrics, "train"), _by_step(metrics, "eval")
     summary = _parse(_text(run / "summary.json"))
     figures = _so_far(train, evals) if summary is None else summary
-    name = escape(run.resolve().name)
+    name = escape((run.resolve() if isinstance(run, Path) else run).name)
 
     def curves(charts: list[Chart], layout: str) -> str:
         drawn = [chart.draw(train + evals, figures.get("best_step")) for chart in charts]
@@ -84,8 +86,8 @@ running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}{_laye
 # ---- what the run left
 
 
-def _text(path: Path) -> str:
-    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+def _text(path: Place) -> str:
+    return path.read_bytes().decode(errors="replace") if path.is_file() else ""
 
 
 def _parse(text: str) -> Row | None:
@@ -96,9 +98,10 @@ def _parse(text: str) -> Row | None:
     return value if isinstance(value, dict) else None
 
 
-def _rows(path: Path) -> tuple[list[Row], int]:
+def _rows(path: Place) -> tuple[list[Row], int]:
     """The objects of a JSON-lines file, and how many lines are broken (a crash cuts one short)."""
-    parsed = [_parse(line) for line in _text(path).split("\n") if line.strip()]
+    lines = (line.decode(errors="replace") for line in read_lines(path))
+    parsed = [_parse(line) for line in lines if line.strip()]
     return [row for row in parsed if row is not None], parsed.count(None)
 
 
@@ -230,7 +233,7 @@ def _stages(figures: Row) -> str:
     return table(("Stage", "Audio seconds per second", "Time spent waiting for data"), rows)
 
 
-def _test_utterances(run: Path) -> str:
+def _test_utterances(run: Place) -> str:
     rows, _ = _rows(run / "transcripts-test.jsonl")
     if not rows:
         return '<p class="quiet">No test transcripts were written.</p>'
@@ -270,9 +273,9 @@ def _notes(metrics: list[Row]) -> str:
     return "".join(f'<p class="quiet">{escape(text)}</p>' for text in dict.fromkeys(texts) if text)
 
 
-def _faults(run: Path) -> str:
+def _faults(run: Place) -> str:
     """What befell the run, where anything did: attempts, restarts, skipped steps."""
-    events, _ = _rows(run / "events.jsonl")
+    events = read_events(run)
     if sum(event.get("event") == "attempt" for event in events) < 2 and not any(
         event.get("event") in _FAULTS for event in events
     ):
@@ -305,7 +308,7 @@ def _workers(event: Row) -> str:
     return ", ".join(f"{value} {what}" for what, value in found.items() if value)
 
 
-def _rejects(run: Path, counted: object) -> str:
+def _rejects(run: Place, counted: object) -> str:
     rows, _ = _rows(run / "rejects.jsonl")
     reasons = Counter(str(row.get("reason")) for row in rows)
     if not rows and counted:  # the file was lost on the way, the count was not

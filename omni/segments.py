@@ -31,11 +31,11 @@ def append(path: ObjectPath, data: bytes) -> None:
     """Raises OSError; then nothing has been appended."""
     with _lock:
         last = _last.get(path)
-        if last is None or _size(_segment(path, last.number)) != len(last.data):
+        if last is None or _size(segment(path, last.number)) != len(last.data):
             last = _find(path)  # another process has written since
         longer = _Last(last.number, last.data + data)
         _last.pop(path, None)
-        _segment(path, longer.number).write_bytes(longer.data)
+        segment(path, longer.number).write_bytes(longer.data)
         if len(longer.data) < SEGMENT_BYTES:
             _last[path] = longer
 
@@ -58,19 +58,20 @@ def remove(path: ObjectPath) -> None:
 def segments(path: ObjectPath) -> Iterator[ObjectPath]:
     """Those that are there, in order."""
     number = 0
-    while (segment := _segment(path, number)).is_file():
-        yield segment
+    while (part := segment(path, number)).is_file():
+        yield part
         number += 1
+
+
+def segment(path: ObjectPath, number: int) -> ObjectPath:
+    """The name of the part with a number, from 0."""
+    return path.with_name(f"{path.name}.{number}") if number else path
 
 
 def read(path: ObjectPath) -> Iterator[bytes]:
     """Lines, with their ends; nothing where there is no such file."""
-    for segment in segments(path):
-        yield from segment.read_bytes().splitlines(keepends=True)
-
-
-def _segment(path: ObjectPath, number: int) -> ObjectPath:
-    return path.with_name(f"{path.name}.{number}") if number else path
+    for part in segments(path):
+        yield from part.read_bytes().splitlines(keepends=True)
 
 
 def _size(path: ObjectPath) -> int | None:
@@ -81,11 +82,11 @@ def _find(path: ObjectPath) -> _Last:
     number = len(list(segments(path))) - 1
     if number < 0:
         return _Last(0, b"")
-    full = (_size(_segment(path, number)) or 0) >= SEGMENT_BYTES
-    return _Last(number + 1, b"") if full else _Last(number, _segment(path, number).read_bytes())
+    full = (_size(segment(path, number)) or 0) >= SEGMENT_BYTES
+    return _Last(number + 1, b"") if full else _Last(number, segment(path, number).read_bytes())
 
 
 def _remove(path: ObjectPath, first: int) -> None:
     """From the last one down: what is left is always the beginning."""
-    for segment in reversed(list(segments(path))[first:]):
-        segment.unlink(missing_ok=True)
+    for part in reversed(list(segments(path))[first:]):
+        part.unlink(missing_ok=True)

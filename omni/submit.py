@@ -17,9 +17,10 @@ from typing import Any
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from omni.config import Config, ConfigError, without_secrets
+from omni.config import Config, ConfigError
 from omni.environment import EXPECTED, PASSED_ON, expected_versions, installed_versions
 from omni.model.hub import first_line
+from omni.place import without_secrets
 from omni.workdir import Packed, pack, readable
 
 SETTINGS = "omni-job.yaml"  # the resolved settings, in the job's working directory

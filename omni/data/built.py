@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from omni.config import without_secrets
 from omni.data.index import INDEX_FILE, INDEX_VERSION, ManifestError, repeated_id
 from omni.data.parts import about_part, part_name, write_whole
 from omni.data.sources import Part, Source
 from omni.model.logmel import SAMPLING_RATE
+from omni.place import without_secrets
 
 SECONDS = [0, 1, 2, 4, 8, 16, 30, 60, 600]  # lower edges of the histogram of lengths
 CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'

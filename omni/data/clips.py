@@ -16,6 +16,7 @@ from omni.data.audio import AudioError, AudioSpan, decode_patiently
 from omni.data.index import ManifestError, manifest_path
 from omni.data.measure import measure_all, span_of
 from omni.model.logmel import SAMPLING_RATE
+from omni.place import Place
 
 _SHORTEST = SAMPLING_RATE // 10  # samples to read: fewer may be no frame of a file at a low rate
 
@@ -70,7 +71,7 @@ def read_clips(
     specs: Sequence[str],
     kind: str,
     *,
-    cache_dir: Path | None = None,
+    cache_dir: Place | None = None,
     threads: int = 8,
     allow_absolute: bool = False,
 ) -> Clips:

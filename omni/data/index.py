@@ -25,6 +25,7 @@ from omni.data.measure import Reject, measure_all
 from omni.data.tar import TarError, read_tar
 from omni.model.conversation import Message
 from omni.model.hub import ASSETS
+from omni.place import Place
 
 INDEX_FILE = "index.json"  # of a folder that jobs.index made
 INDEX_VERSION = 1
@@ -118,7 +119,7 @@ def build_index(
     specs: Sequence[str],
     *,
     prompt: str = "",
-    cache_dir: Path | None = None,
+    cache_dir: Place | None = None,
     threads: int = 8,
     allow_absolute: bool = False,
 ) -> Index:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.data.audio import AudioError, AudioSpan, measure
+from omni.place import Place, write_whole
 
 _EDGE = 64 * 1024  # bytes hashed at each end of a file
 
@@ -31,7 +32,7 @@ class Reject:
 
 
 def measure_all(
-    rows: list[dict[str, Any]], manifest: Path, cache_dir: Path | None, threads: int
+    rows: list[dict[str, Any]], manifest: Path, cache_dir: Place | None, threads: int
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Add `samples` and `key` to rows; unchanged files are not opened again."""
     known = _Measurements(manifest, cache_dir)
@@ -130,16 +131,18 @@ def span_of(row: dict[str, Any]) -> AudioSpan:
 class _Measurements:
     """What earlier runs measured of one manifest's files, kept as Parquet."""
 
-    def __init__(self, manifest: Path, cache_dir: Path | None) -> None:
+    def __init__(self, manifest: Path, cache_dir: Place | None) -> None:
         self._values: dict[str, dict[str, Any]] = {}
         self._fresh = False
-        self._path: Path | None = None
+        self._path: Place | None = None
         if cache_dir is None:
             return
         name = hashlib.blake2b(str(manifest).encode(), digest_size=8).hexdigest()
         self._path = cache_dir / f"index-{name}.parquet"
         try:
-            for row in pq.read_table(self._path).to_pylist():
+            with self._path.open("rb") as file:
+                kept = pq.read_table(file)
+            for row in kept.to_pylist():
                 self._values[row.pop("file")] = row
         except (OSError, pa.ArrowException, KeyError):
             self._values = {}  # absent or damaged: measure again
@@ -154,8 +157,8 @@ class _Measurements:
     def save(self) -> None:
         if self._path is None or not self._fresh:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"file": name, **value} for name, value in self._values.items()]
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
-        os.replace(temporary, self._path)
+        made = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), made)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, made.getvalue().to_pybytes())

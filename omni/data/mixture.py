@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from omni.config import SourceConfig
 from omni.data.index import Index, ManifestError, build_index
+from omni.place import Place
 
 
 def build_mixture(
     sources: Sequence[str | SourceConfig],
     *,
     prompt: str = "",
-    cache_dir: Path | None = None,
+    cache_dir: Place | None = None,
     allow_absolute: bool = False,
 ) -> Index:
     """Index the sources, in order; of plain paths alone it is what `build_index` makes of them.

@@ -16,6 +16,8 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from omni.place import place
+
 _OPEN_FILES = 32
 _LIST_SECONDS = 10.0  # between two looks into a bucket
 
@@ -39,15 +41,11 @@ class Folder(Protocol):
 
 
 def open_folder(location: str | Path) -> Folder:
-    """A local path, or a URI that pyarrow knows (s3://, gs://, hdfs://, file://)."""
-    text = str(location)
-    if "://" not in text:
-        return LocalFolder(Path(text))
-    filesystem, path = pafs.FileSystem.from_uri(text)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        return LocalFolder(Path(path))
-    # Credentials and options of the URI are not for messages.
-    return ObjectFolder(f"{text.partition('://')[0]}://{path}", filesystem, path)
+    """A local path, or a URI of object storage. Raises StorageError."""
+    where = place(location)
+    if isinstance(where, Path):
+        return LocalFolder(where)
+    return ObjectFolder(str(where), *where.filesystem)
 
 
 class LocalFolder:
@@ -141,10 +139,3 @@ class ObjectFolder:
     def write(self, name: str, data: bytes) -> None:
         with self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
             stream.write(data)
-
-
-def join(location: str | Path, name: str) -> str:
-    """A folder inside a location; a URI's options (?region=...) stay at its end."""
-    scheme, mark, rest = str(location).rpartition("://")
-    path, question, options = rest.partition("?") if mark else (rest, "", "")
-    return f"{scheme}{mark}{path.rstrip('/')}/{name}{question}{options}"

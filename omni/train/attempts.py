@@ -28,6 +28,7 @@ from omni.data.plan import Split
 from omni.data.stages import StreamSettings
 from omni.data.stream import make_stream
 from omni.model.hub import HubError, SourceError
+from omni.place import ObjectPath, Place
 from omni.train.checkpoint import newest_step, read_state, resume_point
 from omni.train.cluster import nodes
 from omni.train.elastic import Demand, bundle, workers_that_fit
@@ -192,7 +193,7 @@ class Attempts:
             ),
             run_config=RunConfig(
                 name=f"attempt-{datetime.now(timezone.utc):%Y%m%dT%H%M%S%f}",
-                storage_path=str(self._run_dir / ".ray"),
+                **_ray_storage(self._run_dir / ".ray"),
                 failure_config=FailureConfig(max_failures=0),
             ),
             datasets={
@@ -200,6 +201,14 @@ class Attempts:
             },
             dataset_config=DataConfig(execution_options=options),
         )
+
+
+def _ray_storage(place: Place) -> dict[str, Any]:
+    """Ray Train keeps what it needs to know of an attempt beside the run's own files."""
+    if isinstance(place, ObjectPath):
+        filesystem, path = place.filesystem
+        return {"storage_path": path, "storage_filesystem": filesystem}
+    return {"storage_path": str(place)}
 
 
 def _open_stream(

@@ -6,32 +6,42 @@ checkpoints/step-000400/
     state.json             where the plan stands, fingerprints, checksums of the other files
     config.yaml, tokenizer.json
 checkpoints/last, checkpoints/best -> step-...
+
+On disk a checkpoint is written under another name and renamed, and last and best are links. In
+object storage, which has neither, state.json is written last and deleted first, and last and best
+are objects that hold the name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from omni.model.lora import is_adapter
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.pretrained import load_lm
 from omni.model.tokenizer import SpeechTokenizer
+from omni.place import ObjectPath, Place, remove_tree
 from omni.retry import patiently
 
 _FORMAT = 1
+_STATE = "state.json"
 
 
 class CheckpointError(RuntimeError):
@@ -58,7 +68,7 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: Place,
     *,
     state: TrainState,
     model: OmniConfig,
@@ -67,36 +77,52 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     config_yaml: str,
     tokenizer_json: str,
-) -> Path:
-    """Write folder/step-NNNNNN under a temporary name, then rename it and move `last`.
+) -> Place:
+    """Write folder/step-NNNNNN whole, then move `last`.
 
     Raises OSError, and leaves nothing behind that could be taken for a checkpoint.
     """
     final = folder / f"step-{state.step:06d}"
-    temporary = folder / f".{final.name}.tmp"
+    with _made_for(final) as made:
+        _save_tensors(weights, made / "model.safetensors")
+        _save_tensors(optimizer, made / "optimizer.safetensors")
+        (made / "config.yaml").write_text(config_yaml)
+        (made / "tokenizer.json").write_text(tokenizer_json)
+        paths = sorted(made.iterdir())
+        document = {
+            "format": _FORMAT,
+            "state": asdict(state),
+            "model": model.to_dict(),
+            "encoder": encoder,
+            "files": {path.name: _digest(path) for path in paths},
+            "sizes": {path.name: path.stat().st_size for path in paths},
+        }
+        document["checksum"] = _text_digest(document)
+        (made / _STATE).write_text(json.dumps(document, indent=1))
+    point(folder / "last", final)
+    return final
+
+
+@contextlib.contextmanager
+def _made_for(final: Place) -> Iterator[Path]:
+    """A folder to fill; what is in it then appears as `final`, whole."""
+    if isinstance(final, ObjectPath):
+        with tempfile.TemporaryDirectory(prefix="omni-checkpoint-") as name:
+            yield Path(name)
+            (final / _STATE).unlink(missing_ok=True)
+            paths = sorted(Path(name).iterdir(), key=lambda path: path.name == _STATE)
+            for path in paths:
+                (final / path.name).upload(path)
+        return
+    temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _save_tensors(weights, temporary / "model.safetensors")
-    _save_tensors(optimizer, temporary / "optimizer.safetensors")
-    (temporary / "config.yaml").write_text(config_yaml)
-    (temporary / "tokenizer.json").write_text(tokenizer_json)
-    files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-    document = {
-        "format": _FORMAT,
-        "state": asdict(state),
-        "model": model.to_dict(),
-        "encoder": encoder,
-        "files": files,
-    }
-    document["checksum"] = _text_digest(document)
-    (temporary / "state.json").write_text(json.dumps(document, indent=1))
+    yield temporary
     for path in temporary.iterdir():
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _sync(folder)
-    point(folder / "last", final)
-    return final
+    _sync(final.parent)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -109,19 +135,31 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def point(link: Path, target: Path) -> None:
+def point(link: Place, target: Place) -> None:
     """Make `link` name a checkpoint beside it, atomically."""
+    if isinstance(link, ObjectPath):
+        link.write_text(target.name)
+        return
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, link)
 
 
-def newest_checkpoint(folder: Path, damaged: list[str] | None = None) -> Path | None:
+def _pointed(path: Place) -> Place:
+    """The checkpoint that `last` or `best` names; any other path as it is."""
+    if isinstance(path, Path):
+        return path.resolve()
+    return path.with_name(path.read_text()) if path.is_file() else path
+
+
+def newest_checkpoint(folder: Place, damaged: list[str] | None = None) -> Place | None:
     """The newest checkpoint that is whole; what is wrong with newer ones goes to `damaged`, or to
     stderr.
     """
     for path in reversed(_by_step(folder)):
+        if isinstance(path, ObjectPath) and not (path / _STATE).is_file():
+            continue  # an upload that did not come to its end
         try:
             read_state(path, verify=True)
         except CheckpointError as error:
@@ -134,46 +172,56 @@ def newest_checkpoint(folder: Path, damaged: list[str] | None = None) -> Path | 
     return None
 
 
-def newest_step(folder: Path) -> int:
+def newest_step(folder: Place) -> int:
     """The step of the newest checkpoint, unverified; 0 without one."""
-    found = _by_step(folder)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    for path in reversed(_by_step(folder)):
+        if isinstance(path, Path) or (path / _STATE).is_file():
+            return _step_of(path)
+    return 0
 
 
-def resume_point(run_dir: Path, damaged: list[str] | None = None) -> Path | None:
+def resume_point(run_dir: Place, damaged: list[str] | None = None) -> Place | None:
     """The checkpoint that an attempt at an existing run begins from.
 
     Waits for storage that is away, and raises OSError in the end: taking it for an empty folder
     would begin the run anew.
     """
 
-    def look() -> Path | None:
-        os.stat(run_dir / "config.yaml")
+    def look() -> Place | None:
+        _must_be_there(run_dir / "config.yaml")
         path = newest_checkpoint(run_dir / "checkpoints", damaged)
-        os.stat(run_dir / "config.yaml")
+        _must_be_there(run_dir / "config.yaml")
         return path
 
     return patiently(look)
 
 
-def prune(folder: Path, keep: int) -> None:
+def _must_be_there(file: Place) -> None:
+    if isinstance(file, Path):
+        os.stat(file)
+    elif not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(file))
+
+
+def prune(folder: Place, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and those that `last` and `best` name."""
-    named = {
-        (folder / name).resolve().name for name in ("last", "best") if (folder / name).exists()
-    }
+    named = {_pointed(folder / name).name for name in ("last", "best") if (folder / name).exists()}
     for path in _by_step(folder)[:-keep]:
         if path.name not in named:
-            shutil.rmtree(path, ignore_errors=True)
+            if isinstance(path, ObjectPath):
+                (path / _STATE).unlink(missing_ok=True)
+            remove_tree(path)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint's small files, read."""
 
-    path: Path
+    path: Place
     state: TrainState
     model: OmniConfig
     encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint
+    digests: dict[str, str]  # of the other files
 
     def load_model(self, frozen: torch.dtype | None = None) -> OmniModel:
         """The trained model on CPU in fp32, and in `frozen` what it has by reference.
@@ -202,26 +250,46 @@ class Checkpoint:
     def tokenizer(self) -> SpeechTokenizer:
         path = self.path / "tokenizer.json"
         try:
-            return SpeechTokenizer.load(path)
+            return SpeechTokenizer.from_json(path.read_text(encoding="utf-8"))
         except Exception as error:  # the tokenizers library raises plain Exception
             raise CheckpointError(f"{path}: damaged ({error})") from None
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.path / name
         try:
-            return load_file(self.path / name)
+            if isinstance(path, Path):
+                return load_file(path)
+            data = path.read_bytes()
+            if hashlib.blake2b(data, digest_size=16).hexdigest() != self.digests[name]:
+                raise CheckpointError(f"{path}: damaged (checksum differs)")
+            return load(data)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path / name}: damaged ({error})") from None
+            _refuse_absence(path, error)
+            raise CheckpointError(f"{path}: damaged ({error})") from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights, by name."""
+        path = self.path / "model.safetensors"
+        if isinstance(path, Path):
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        return {name: tuple(tensor.shape) for name, tensor in self.weights().items()}
 
 
-def read_state(path: Path, *, verify: bool = False) -> Checkpoint:
-    """Read and check a checkpoint folder (or a `last`/`best` link). Raises CheckpointError."""
-    path = Path(path)
-    if not path.is_dir():
+def read_state(path: Place, *, verify: bool = False) -> Checkpoint:
+    """Read and check a checkpoint folder (or a `last`/`best` link). Raises CheckpointError.
+
+    verify: also that its files are what was written. In object storage that is their sizes; what
+    is read of them is compared with its checksum then.
+    """
+    if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint folder")
-    path = path.resolve()
+    path = _pointed(path)
     try:
-        document = json.loads((path / "state.json").read_bytes())
+        document = json.loads((path / _STATE).read_bytes())
     except (OSError, ValueError) as error:
+        _refuse_absence(path, error)
         raise CheckpointError(f"{path}: state.json is missing or damaged ({error})") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: state.json is not a checkpoint's")
@@ -232,22 +300,40 @@ def read_state(path: Path, *, verify: bool = False) -> Checkpoint:
     if document.pop("checksum", None) != _text_digest(document):
         raise CheckpointError(f"{path}: state.json is damaged (checksum differs)")
     for name, expected in document["files"].items():
-        if not (path / name).is_file():
+        file = path / name
+        if not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if verify and _digest(path / name) != expected:
+        if not verify:
+            continue
+        if isinstance(file, ObjectPath):
+            if file.info().size != document["sizes"][name]:
+                raise CheckpointError(f"{path}: {name} is damaged (size differs)")
+        elif _digest(file) != expected:
             raise CheckpointError(f"{path}: {name} is damaged (checksum differs)")
     return Checkpoint(
         path,
         TrainState(**document["state"]),
         OmniConfig.from_dict(document["model"]),
         document["encoder"],
+        document["files"],
     )
 
 
-def _by_step(folder: Path) -> list[Path]:
+def _refuse_absence(path: Place, error: Exception) -> None:
+    """A bucket that does not answer says nothing about what is in it: raises the error then."""
+    gone = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    if gone and isinstance(path, ObjectPath):
+        raise error
+
+
+def _by_step(folder: Place) -> list[Place]:
     """Checkpoint folders, oldest first."""
     numbered = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(numbered, key=_step_of)
+
+
+def _step_of(path: Place) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _text_digest(document: dict[str, Any]) -> str:

@@ -11,10 +11,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from omni.train.metrics import EVENTS
+from omni.place import ObjectPath, Place
+from omni.segments import segment
+from omni.train.metrics import event_files
 
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 0.5
+_POLL_AFAR_SECONDS = 3.0  # requests to object storage
 _JOIN_SECONDS = 10.0  # a storage that is away must not hold up the end
 Row = dict[str, Any]
 
@@ -41,14 +44,16 @@ class Follower:
     metrics.jsonl grows, and is cut back to the checkpoint when workers start again.
     """
 
-    def __init__(self, run_dir: Path, listeners: Sequence[Listener]) -> None:
-        self._listeners = listeners
-        self._metrics, self._events = _Tail(run_dir / METRICS), _Tail(run_dir / EVENTS)
+    def __init__(self, run_dir: Place, listeners: Sequence[Listener]) -> None:
+        self._run_dir, self._listeners = run_dir, listeners
+        self._every = POLL_SECONDS if isinstance(run_dir, Path) else _POLL_AFAR_SECONDS
+        self._metrics = _tail(run_dir / METRICS)
+        self._events: dict[Place, _Tail | _ObjectTail] = {}
         self._steps: list[int] = []  # of the rows that listeners have had
         self._began = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="follow")
-        self._events.new()  # what befell earlier attempts is no news
+        self._new_events()  # what befell earlier attempts is no news
 
     def __enter__(self) -> Follower:
         with contextlib.suppress(OSError):
@@ -80,13 +85,19 @@ class Follower:
                 for listener in self._listeners:
                     listener.rows(rows)
         self._steps += [row["step"] for row in rows]
-        _, events = self._events.new()
+        events = self._new_events()
         if events:
             for listener in self._listeners:
                 listener.events(events)
 
+    def _new_events(self) -> list[Row]:
+        rows = []
+        for path in event_files(self._run_dir):
+            rows += self._events.setdefault(path, _tail(path)).new()[1]
+        return rows
+
     def _follow(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
+        while not self._stop.wait(self._every):
             with contextlib.suppress(OSError):  # storage that is away comes back
                 self.poll()
 
@@ -100,6 +111,10 @@ def _catch_up(listener: Listener, rows: list[Row]) -> None:
     listener.rewound(first, rows[first]["step"] if first < len(rows) else after)
     if rows[first:]:
         listener.rows(rows[first:])
+
+
+def _tail(path: Place) -> _Tail | _ObjectTail:
+    return _Tail(path) if isinstance(path, Path) else _ObjectTail(path)
 
 
 class _Tail:
@@ -142,6 +157,41 @@ class _Tail:
             del self._given[kept:], found[:kept]
         self._given += [number for number, _ in found]
         return kept, [row for _, row in found]
+
+
+class _ObjectTail:
+    """The same, of a file in segments (omni/segments.py), of which those that changed are read."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path = path
+        self._parts: list[tuple[tuple[int | None, int | None], int]] = []  # what it was; rows in it
+        self._given: list[int] = []  # hashes of the lines
+
+    def new(self) -> tuple[int, list[Row]]:
+        """As `_Tail.new`."""
+        infos = {info.base_name: info for info in self._path.parent.listing()}
+        same = 0
+        while same < len(self._parts):
+            info = infos.get(segment(self._path, same).name)
+            if info is None or self._parts[same][0] != (info.size, info.mtime_ns):
+                break
+            same += 1
+        first = sum(rows for _, rows in self._parts[:same])
+        del self._parts[same:]
+        found: list[tuple[int, Row]] = []
+        while (info := infos.get((part := segment(self._path, len(self._parts))).name)) is not None:
+            rows = [
+                (hash(line), row)
+                for line in part.read_bytes().splitlines(keepends=True)
+                if (row := _parse(line)) is not None
+            ]
+            self._parts.append(((info.size, info.mtime_ns), len(rows)))
+            found += rows
+        pairs = zip(self._given[first:], found, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1][0], pairs))
+        kept = first + common
+        self._given[kept:] = [number for number, _ in found[common:]]
+        return kept, [row for _, row in found[common:]]
 
 
 def _parse(line: bytes) -> Row | None:

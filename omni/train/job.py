@@ -11,8 +11,8 @@ from omni.config import Config
 from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.plan import EMPTY, Split
 from omni.data.stages import StreamSettings
-from omni.data.storage import join
 from omni.model.omni import OmniConfig
+from omni.place import join
 from omni.train.prepare import Prepared, encoder_key
 
 

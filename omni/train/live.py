@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from omni.place import Place
 from omni.train.checkpoint import TrainState
 from omni.train.prepare import Prepared
 
@@ -55,10 +55,10 @@ class LiveView:
     def warn(self, text: str) -> None:
         self._console.print(f"  [yellow]note[/] {_one_line(text)}")
 
-    def complete(self, run_dir: Path) -> None:
+    def complete(self, run_dir: Place) -> None:
         self._console.print(f"  complete; remove {run_dir} to train it again")
 
-    def footer(self, summary: dict[str, Any], report: Path) -> None:
+    def footer(self, summary: dict[str, Any], report: Place) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name in (
             "steps",

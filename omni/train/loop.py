@@ -35,10 +35,7 @@ from omni.train.checkpoint import (
 from omni.train.evaluation import HeldOut, Layout, all_gather
 from omni.train.feed import Feed
 from omni.train.job import Job
-from omni.train.metrics import (
-    append_json,
-    keep_lines,
-)
+from omni.train.metrics import append_json, keep_lines, remove_lines
 from omni.train.rows import eval_row
 from omni.train.saving import Saver
 from omni.train.step import REJECTED, STOP, Steps
@@ -300,7 +297,7 @@ class TrainLoop:
                 if self.rank == 0:
                     lines = [{k: v for k, v in row.items() if k != "errors"} for row in rows]
                     path = self.run_dir / f"transcripts-{name}.jsonl"
-                    path.unlink(missing_ok=True)
+                    remove_lines(path)
                     append_json(path, lines)
         summary = self.books.summarize(
             self.state,

@@ -6,24 +6,34 @@ books.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from omni import segments
+from omni.place import Place, write_whole
 from omni.retry import patiently
 
 
-def append_json(path: Path, rows: list[dict[str, Any]]) -> None:
+def append_json(path: Place, rows: list[dict[str, Any]]) -> None:
     """Append rows as JSON lines: all of them or, where that fails, none."""
     if rows:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        patiently(lambda: _append(path, text.encode()))
+        data = _lines(rows)
+        patiently(lambda: _append(path, data))
 
 
-def _append(path: Path, data: bytes) -> None:
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _append(path: Place, data: bytes) -> None:
+    if not isinstance(path, Path):
+        segments.append(path, data)
+        return
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -39,53 +49,65 @@ def _append(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Place) -> Iterator[bytes]:
+    """The lines of a file that grows; nothing where there is none."""
+    if not isinstance(path, Path):
+        yield from segments.read(path)
+    elif path.is_file():
+        with path.open("rb") as file:
+            yield from file
+
+
+def read_json_lines(path: Place) -> Iterator[dict[str, Any]]:
     """Whole objects of a JSON-lines file; a line cut off by a crash is passed over."""
+    for line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def keep_lines(path: Place, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop rows atomically: what a killed attempt logged after its last checkpoint is redone."""
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+    kept = _lines(row for row in read_json_lines(path) if keep(row))
+    if isinstance(path, Path):
+        write_text(path, kept.decode())
+    else:
+        patiently(functools.partial(segments.replace, path, kept))
 
 
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop rows atomically: what a killed attempt logged after its last checkpoint is redone."""
-    if path.is_file():
-        write_text(
-            path,
-            "".join(
-                json.dumps(row, ensure_ascii=False) + "\n"
-                for row in read_json_lines(path)
-                if keep(row)
-            ),
-        )
+def remove_lines(path: Place) -> None:
+    """A file that grew, where there is one."""
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+    else:
+        segments.remove(path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write a whole file or none of it."""
-
-    def write() -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-
-    patiently(write)
+    write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_bytes(path: Place, data: bytes) -> None:
+    """Write a whole file or none of it."""
+    patiently(lambda: write_whole(path, data))
+
+
+def write_json(path: Place, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 EVENTS = "events.jsonl"
+_EVENTS_OF_RANKS = "events.rank-*.jsonl"  # in object storage, where a file has one writer
 
 
 def write_event(
-    run_dir: Path, event: str, step: int | None = None, rank: int | None = None, **facts: Any
+    run_dir: Place, event: str, step: int | None = None, rank: int | None = None, **facts: Any
 ) -> None:
     """What befell a run, kept for its whole life: attempts, faults, skipped steps, its end.
 
@@ -93,11 +115,27 @@ def write_event(
     """
     about = {"time": round(time.time(), 3), "run": run_dir.name, "rank": rank}
     row = {**about, "event": event, "step": step, **facts}
-    append_json(run_dir / EVENTS, [row])
+    alone = isinstance(run_dir, Path) or rank is None
+    name = EVENTS if alone else _EVENTS_OF_RANKS.replace("*", f"{rank:04d}")
+    append_json(run_dir / name, [row])
 
 
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    return list(read_json_lines(run_dir / EVENTS))
+def read_events(run_dir: Place) -> list[dict[str, Any]]:
+    """In the order in which they were written."""
+    files = event_files(run_dir)
+    rows = [row for path in files for row in read_json_lines(path)]
+    return sorted(rows, key=_time) if len(files) > 1 else rows
+
+
+def event_files(run_dir: Place) -> list[Place]:
+    if isinstance(run_dir, Path):
+        return [run_dir / EVENTS]
+    return [run_dir / EVENTS, *run_dir.glob(_EVENTS_OF_RANKS)]
+
+
+def _time(row: dict[str, Any]) -> float:
+    moment = row.get("time")
+    return float(moment) if isinstance(moment, (int, float)) else 0.0
 
 
 def last_line(error: BaseException) -> str:

@@ -8,9 +8,7 @@ plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,8 @@ import pyarrow.parquet as pq
 
 from omni.data.plan import Plan, make_plan
 from omni.data.speeds import Speeds
+from omni.place import Place
+from omni.train.metrics import write_bytes
 from omni.train.prepare import Prepared
 
 _KEY = b"omni.plan"
@@ -49,7 +49,7 @@ class PlanFile:
         )
 
 
-def plan_path(run_dir: Path, fingerprint: str) -> Path:
+def plan_path(run_dir: Place, fingerprint: str) -> Place:
     return run_dir / "plan" / f"{fingerprint}.parquet"
 
 
@@ -74,14 +74,15 @@ def write_plan_file(prepared: Prepared) -> None:
         for number, positions in enumerate(speeds.positions):
             table = table.append_column(f"positions {number}", pa.array(positions))
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), temporary)
-    os.replace(temporary, path)
+    made = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), made)
+    write_bytes(path, made.getvalue().to_pybytes())
 
 
-def read_plan_file(path: Path) -> PlanFile:
+def read_plan_file(path: Place) -> PlanFile:
     """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
-    table = pq.read_table(path)
+    with path.open("rb") as file:
+        table = pq.read_table(file)
     facts = json.loads((table.schema.metadata or {})[_KEY])
     weights = table["weight"].to_numpy() if "weight" in table.column_names else None
     lengths = table["positions"].to_numpy().astype(np.int64)

@@ -14,10 +14,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from omni.config import Config, ConfigError, without_secrets
+from omni.config import Config, ConfigError
 from omni.data.index import recordings
 from omni.data.storage import open_folder
 from omni.model.hub import first_line
+from omni.place import Place, why, without_secrets
 from omni.train import cluster
 from omni.train.auto import sized
 from omni.train.elastic import Demand, shortage, workers_that_fit
@@ -127,13 +128,13 @@ def _needed(prepared: Prepared) -> dict[str, str]:
     return {name: path for name, path in needed.items() if "://" not in path}
 
 
-def _look(mark: Path, word: str, cache: str | None, needed: dict[str, str]) -> str | None:
+def _look(mark: Place, word: str, cache: str | None, needed: dict[str, str]) -> str | None:
     """On a node: what it cannot do, with a place for its name. Leaves `mark` behind."""
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(word)
     except OSError as error:
-        return f"run.storage: node {{node}} cannot write {mark.parent}: {error.strerror}"
+        return f"run.storage: node {{node}} cannot write {mark.parent}: {why(error)}"
     try:
         if cache is not None:
             open_folder(cache).list()
@@ -143,7 +144,7 @@ def _look(mark: Path, word: str, cache: str | None, needed: dict[str, str]) -> s
                 probe.touch()
                 probe.unlink()
     except OSError as error:
-        reason = without_secrets(error.strerror or str(error))
+        reason = why(error)
         return f"data.cache: node {{node}} cannot use {without_secrets(cache or '')}: {reason}"
     for setting, path in needed.items():
         if not os.path.exists(path):
@@ -151,7 +152,7 @@ def _look(mark: Path, word: str, cache: str | None, needed: dict[str, str]) -> s
     return None
 
 
-def _not_shared(mark: Path, word: str, config: Config) -> str | None:
+def _not_shared(mark: Place, word: str, config: Config) -> str | None:
     """A folder of the same name that is another one would keep that rank's books from us."""
     deadline = time.monotonic() + 5  # a network file system may show it late
     while True:

@@ -9,28 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from omni.config import Config, ConfigError, without_secrets
+from omni.config import Config, ConfigError
 from omni.data.index import Index, ManifestError
 from omni.data.measure import Reject
 from omni.data.mixture import build_mixture
 from omni.data.plan import Split, make_plan
-from omni.data.storage import join, open_folder
+from omni.data.storage import open_folder
 from omni.data.text import TextPolicy, apply_policy
 from omni.environment import differences
 from omni.model.hub import HubError, SourceError
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.whisper import WhisperEncoder
+from omni.place import Place, join, why, without_secrets
 from omni.score import normalize
 from omni.train.augmentation import augmentation_notes, augmentation_of
-from omni.train.checkpoint import newest_checkpoint
+from omni.train.checkpoint import newest_checkpoint, read_state
 from omni.train.rendering import beyond_ctc, task_names, with_tokens
 from omni.train.shape import model_of, pretrained_of, template_of, tokenizer_of
 
@@ -48,7 +47,7 @@ class Prepared:
     lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
     weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
     fingerprints: dict[str, str]
-    resume: Path | None  # the checkpoint that the run continues from
+    resume: Place | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
     filled: float  # share of the plan's positions that hold an utterance
 
@@ -160,11 +159,13 @@ def build_indexes(config: Config) -> dict[str, Index]:
         try:
             config.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            within = Path(config.run.storage) in config.cache_dir.parents
-            setting, place = (
-                ("run.storage", config.run.storage) if within else ("data.cache", config.cache_dir)
+            within = str(config.cache_dir).startswith(str(config.run_dir.parent))
+            setting, where = (
+                ("run.storage", config.run_dir.parent)
+                if within
+                else ("data.cache", config.cache_dir)
             )
-            raise ConfigError(f"{setting}: {place} cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{setting}: {where} cannot be written: {why(error)}") from None
     policy = TextPolicy.of(config.data.model_dump())
     try:
         indexes = {
@@ -278,7 +279,7 @@ def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
     return changed
 
 
-def _check_shapes(prepared: Prepared, checkpoint: Path) -> None:
+def _check_shapes(prepared: Prepared, checkpoint: Place) -> None:
     """Dropouts may change under way, shapes may not. Raises ConfigError naming a tensor."""
     with torch.device("meta"):
         whole = OmniModel(prepared.model)
@@ -288,8 +289,7 @@ def _check_shapes(prepared: Prepared, checkpoint: Path) -> None:
         for name, p in whole.named_parameters()
         if not whole.kept_by_reference(name)
     }
-    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    held = read_state(checkpoint).shapes()
     for name in sorted(wanted.keys() | held.keys()):
         if wanted.get(name) != held.get(name):
             raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,6 +16,7 @@ from omni.model.lora import LoraShape
 from omni.model.omni import OmniConfig
 from omni.model.pretrained import Pretrained, find_pretrained
 from omni.model.tokenizer import SpeechTokenizer
+from omni.place import Place
 
 
 def pretrained_of(config: Config) -> Pretrained | None:
@@ -31,7 +31,7 @@ def pretrained_of(config: Config) -> Pretrained | None:
 
 
 def tokenizer_of(
-    config: Config, resume: Path | None, train: Index, lm: Pretrained | None
+    config: Config, resume: Place | None, train: Index, lm: Pretrained | None
 ) -> SpeechTokenizer:
     """The run's own when it continues with the same settings, else the given one, else that of the
     language model, else one trained on the corpus.
@@ -39,7 +39,7 @@ def tokenizer_of(
     if resume is not None:
         before = yaml.safe_load((resume / "config.yaml").read_text())
         if before.get("tokenizer") == config.tokenizer.model_dump(mode="json"):
-            return SpeechTokenizer.load(resume / "tokenizer.json")
+            return SpeechTokenizer.from_json((resume / "tokenizer.json").read_text())
     if config.tokenizer.path is not None:
         try:
             return SpeechTokenizer.load(config.tokenizer.path)

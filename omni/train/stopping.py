@@ -5,19 +5,22 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+from omni.place import ObjectPath, Place
 from omni.train.metrics import write_text
 
 _LOOK_SECONDS = 0.5
+_LOOK_AFAR_SECONDS = 2.0  # a request to object storage
 
 
 class StopRequest:
     """A file in the run's directory: the driver writes it, rank 0 looks for it between steps."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Place) -> None:
         self._path = run_dir / ".stop"
+        afar = isinstance(run_dir, ObjectPath)
+        self._every = _LOOK_AFAR_SECONDS if afar else _LOOK_SECONDS
         self._looked = 0.0
         self._found = False
 
@@ -31,8 +34,8 @@ class StopRequest:
         self._path.unlink(missing_ok=True)
 
     def asked(self) -> bool:
-        """True once the file is there; looks twice a second at most."""
-        if not self._found and time.monotonic() - self._looked >= _LOOK_SECONDS:
+        """True once the file is there; looks now and then only."""
+        if not self._found and time.monotonic() - self._looked >= self._every:
             self._looked = time.monotonic()
             self._found = self._path.exists()
         return self._found

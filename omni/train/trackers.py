@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import yaml
 
 from omni.config import Config, ConfigError
+from omni.place import ObjectPath, Place
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "swanlab": "swanlab"}  # by module
 PROJECT = "omni"  # where the environment names no other
@@ -34,6 +36,7 @@ _GROUPS = {
     ),
 }
 _ON_TOP = {"phases", "layers"}  # groups of their own
+_UPLOAD_SECONDS = 30.0  # between two copies of TensorBoard's files into object storage
 _MLFLOW_BATCH = 100  # the most parameters that it takes at a time
 
 
@@ -54,11 +57,17 @@ class Tracker(Protocol):
 
 
 def check_trackers(config: Config) -> None:
-    """Raises ConfigError naming the first package that is not installed."""
+    """Raises ConfigError naming the first package that is not installed, or has no place."""
     for name in config.run.trackers:
         if find_spec(name) is None:
             raise ConfigError(
                 f"run.trackers: {name} is not installed here: pip install {PACKAGES[name]}"
+            )
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        if name == "mlflow" and isinstance(config.run_dir, ObjectPath) and not server:
+            raise ConfigError(
+                "run.trackers: mlflow needs MLFLOW_TRACKING_URI where run.storage is a bucket: its "
+                "own database is a file"
             )
 
 
@@ -100,9 +109,35 @@ def _settings(config: Config) -> dict[str, Any]:
     return {key.replace("/", "."): value for key, value in values.items()}
 
 
+class Scratch:
+    """A folder on this machine for packages that write files, and where they are to be kept: the
+    same one, or object storage.
+    """
+
+    def __init__(self, kept: Place) -> None:
+        self._kept = kept
+        self._sizes: dict[Path, int] = {}
+        if isinstance(kept, Path):
+            self.folder = kept
+        else:
+            self._temporary = tempfile.TemporaryDirectory(prefix="omni-trackers-")
+            self.folder = Path(self._temporary.name)
+
+    def upload(self) -> None:
+        """What is new, or has grown. Raises OSError."""
+        if isinstance(self._kept, Path):
+            return
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and self._sizes.get(path) != (size := path.stat().st_size):
+                (self._kept / path.relative_to(self.folder).as_posix()).upload(path)
+                self._sizes[path] = size
+
+
 class TensorBoard:
     def __init__(self, config: Config) -> None:
-        self._folder, self._config = config.run_dir / "tensorboard", config
+        self._config = config
+        self._kept = Scratch(config.run_dir / "tensorboard")
+        self._uploaded = time.monotonic()
         self._from = 0
         self._writer: Any = None
         self._described = False
@@ -127,11 +162,15 @@ class TensorBoard:
     def flush(self) -> None:
         if self._writer is not None:
             self._writer.flush()
+            if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+                self._kept.upload()
+                self._uploaded = time.monotonic()
 
     def close(self, complete: bool) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+            self._kept.upload()
 
     def _open(self) -> Any:
         """A writer whose file hides what others hold of `self._from` and later."""
@@ -139,7 +178,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
             from torch.utils.tensorboard.summary import hparams
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._from)
+            self._writer = SummaryWriter(str(self._kept.folder), purge_step=self._from)
             if not self._described:
                 self._described = True
                 shown = self._config.to_yaml().replace("\n", "\n    ")
@@ -199,7 +238,7 @@ class Mlflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        here = f"sqlite:///{Path(config.run.storage) / 'mlflow.db'}"
+        here = f"sqlite:///{config.run_dir.parent / 'mlflow.db'}"
         self._metric = Metric
         self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or here)
         if id is not None:

@@ -18,10 +18,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from omni.config import Config, without_secrets
+from omni.config import Config
+from omni.place import Place, without_secrets
 from omni.train.follow import POLL_SECONDS, Follower, Row
 from omni.train.metrics import write_json
-from omni.train.trackers import OPEN, TensorBoard, Tracker, results, scalars
+from omni.train.trackers import OPEN, Scratch, TensorBoard, Tracker, results, scalars
 
 CLOSE_SECONDS = 20.0  # for what has not been sent when a run ends
 Say = Callable[[str], None]
@@ -35,7 +36,7 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, name: str, tracker: Callable[[str | None], Tracker], failed: Say
+        self, folder: Place, name: str, tracker: Callable[[str | None], Tracker], failed: Say
     ) -> None:
         self._path, self._failed = folder / f"{name}.json", failed
         self._open = tracker
@@ -105,13 +106,14 @@ class Trackers:
     """
 
     def __init__(self, config: Config, warn: Say) -> None:
-        self._folder = config.run_dir / "trackers"
-        self._folder.mkdir(exist_ok=True)
+        folder = config.run_dir / "trackers"
+        folder.mkdir(exist_ok=True)
+        self._scratch = Scratch(folder)
         names = dict.fromkeys(config.run.trackers)
-        self._others = [_Other(name, config, self._folder, warn) for name in names]
+        self._others = [_Other(name, config, self._scratch.folder, warn) for name in names]
         self._summary: Mapping[str, Any] | None = None
         self.tensorboard = Recorder(
-            self._folder,
+            folder,
             "tensorboard",
             lambda _: TensorBoard(config),
             lambda reason: warn(f"TensorBoard gets nothing more of this run: {reason}"),
@@ -133,13 +135,16 @@ class Trackers:
         self.tensorboard.close(self._summary)
         for other in self._others:
             other.join(deadline)
+        with contextlib.suppress(OSError):
+            self._scratch.upload()
 
 
 class _Other:
     """A tracker's process, seen from the driver."""
 
     def __init__(self, name: str, config: Config, folder: Path, warn: Say) -> None:
-        self._name, self._folder, self._warn = name, folder, warn
+        self._name, self._warn = name, warn
+        self._log = config.run_dir / "trackers" / f"{name}.log"
         self._late = False
         # Spawned: a forked copy of a process with Ray's threads could stand still.
         context = multiprocessing.get_context("spawn")
@@ -176,8 +181,7 @@ class _Other:
             self._say(f"its process ended with code {self._process.exitcode}")
 
     def _say(self, reason: str) -> None:
-        log = self._folder / f"{self._name}.log"
-        self._warn(f"{self._name} gets nothing more of this run: {reason} ({log})")
+        self._warn(f"{self._name} gets nothing more of this run: {reason} ({self._log})")
 
 
 def _track(name: str, config: Config, folder: Path, pipe: Connection) -> None:
@@ -189,7 +193,8 @@ def _track(name: str, config: Config, folder: Path, pipe: Connection) -> None:
     os.environ.setdefault("SWANLAB_INTERACTIVE", "false")
     sys.argv = [without_secrets(argument) for argument in sys.argv]  # packages send it along
 
-    recorder = Recorder(folder, name, lambda id: OPEN[name](config, folder, id), pipe.send)
+    books = config.run_dir / "trackers"
+    recorder = Recorder(books, name, lambda id: OPEN[name](config, folder, id), pipe.send)
     recorder.open()
     follower = Follower(config.run_dir, [recorder])
     while not recorder.broken and not pipe.poll(POLL_SECONDS):
@@ -207,7 +212,7 @@ def _track(name: str, config: Config, folder: Path, pipe: Connection) -> None:
     recorder.close(summary)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Place) -> dict[str, Any]:
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from typing import Any
 
 import numpy as np
 import ray
 
-from omni.config import Config, ConfigError, without_secrets
+from omni.config import Config, ConfigError
 from omni.environment import PASSED_ON
+from omni.place import ObjectPath, remove_tree, why, without_secrets
 from omni.report import write_report
 from omni.train.attempts import Attempts
 from omni.train.checkpoint import TrainState, newest_step, read_state
@@ -23,6 +23,7 @@ from omni.train.metrics import (
     append_json,
     keep_lines,
     read_json_lines,
+    remove_lines,
     write_event,
     write_json,
     write_text,
@@ -94,13 +95,21 @@ def dry_run(config: Config) -> None:
         preflight(prepared, view.say, trial=True)
     finally:
         if not existed:
-            shutil.rmtree(config.run_dir, ignore_errors=True)
+            remove_tree(config.run_dir)
     view.say("  dry run: nothing was trained")
 
 
 def _check_place(config: Config) -> None:
-    """Raises ConfigError for runs in the copy of a submitted job's folder: Ray deletes it."""
-    if _COPIES in config.run_dir.parts:
+    """Raises ConfigError for a bucket that does not answer, and for runs in the copy of a submitted
+    job's folder: Ray deletes it.
+    """
+    if isinstance(config.run_dir, ObjectPath):
+        try:
+            config.run_dir.exists()
+        except OSError as error:
+            reason = f"cannot be read: {why(error)}"
+            raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
+    elif _COPIES in config.run_dir.parts:
         raise ConfigError(
             f"run.storage: {config.run.storage} lies in Ray's own copy of the working directory, "
             "which goes away with the job; expected an absolute path that every node sees"
@@ -115,7 +124,7 @@ def _make_folder(config: Config) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        reason = f"cannot be written: {error.strerror}"
+        reason = f"cannot be written: {why(error)}"
         raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
 
 
@@ -124,7 +133,7 @@ def _claim(prepared: Prepared) -> None:
     config = prepared.config
     _make_folder(config)
     write_text(config.run_dir / "config.yaml", config.to_yaml())
-    prepared.tokenizer.save(config.run_dir / "tokenizer.json")
+    write_text(config.run_dir / "tokenizer.json", prepared.tokenizer.to_json())
     write_plan_file(prepared)
     _write_index_rejects(prepared)
 
@@ -210,9 +219,10 @@ def _write_index_rejects(prepared: Prepared) -> None:
     """Rows that the index left out lead rejects.jsonl; they are known before the first step."""
     path = prepared.config.run_dir / "rejects.jsonl"
     streamed = [row for row in read_json_lines(path) if "step" in row]
-    path.unlink(missing_ok=True)
+    remove_lines(path)
     append_json(path, [reject.to_dict() for reject in prepared.rejects] + streamed)
-    path.touch()
+    if not path.exists():
+        path.touch()
 
 
 def _close(prepared: Prepared, wall_seconds: float) -> dict[str, Any]:

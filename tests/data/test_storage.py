@@ -11,7 +11,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from omni.data.features import FeatureCache
-from omni.data.storage import Folder, join, open_folder
+from omni.data.storage import Folder, open_folder
+from omni.place import join
 
 
 @pytest.fixture(scope="module")
