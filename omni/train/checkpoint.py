@@ -306,7 +306,8 @@ def read_state(path: Place, *, verify: bool = False) -> Checkpoint:
         if not verify:
             continue
         if isinstance(file, ObjectPath):
-            if file.info().size != document["sizes"][name]:
+            written = document.get("sizes", {}).get(name)  # older versions kept none
+            if written is not None and file.info().size != written:
                 raise CheckpointError(f"{path}: {name} is damaged (size differs)")
         elif _digest(file) != expected:
             raise CheckpointError(f"{path}: {name} is damaged (checksum differs)")

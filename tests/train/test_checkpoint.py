@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,18 @@ from omni.config import Config
 from omni.model.gpt import GPTConfig
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
+from omni.place import ObjectPath, Place, place
 from omni.train.checkpoint import (
     CheckpointError,
     TrainState,
     newest_checkpoint,
+    newest_step,
     point,
     prune,
     read_state,
     save_checkpoint,
 )
+from tests.loopback_s3 import s3_bucket
 
 SHAPE = OmniConfig(
     GPTConfig(sequence_len=32, vocab_size=265, n_layer=1, n_head=2, n_kv_head=2, n_embd=24),
@@ -44,7 +48,7 @@ def _model(seed: int) -> OmniModel:
     return model
 
 
-def _save(folder: Path, step: int) -> Path:
+def _save(folder: Place, step: int) -> Place:
     """A checkpoint whose weights are those of `_model(step)`."""
     return save_checkpoint(
         folder,
@@ -76,6 +80,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket("checkpoints") as uri:
+        yield uri
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """The same, on disk and in object storage."""
+    if request.param == "disk":
+        folder: Place = request.getfixturevalue("folder")
+        return folder
+    folder = place(request.getfixturevalue("bucket")) / tmp_path.name
+    for step in (10, 20):
+        _save(folder, step)
+    return folder
+
+
 def _flip(path: Path, where: float = 0.5) -> None:
     data = bytearray(path.read_bytes())
     data[int(len(data) * where)] ^= 1
@@ -85,9 +107,9 @@ def _flip(path: Path, where: float = 0.5) -> None:
 # -- what is written comes back ----------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_the_whole_state_of_a_run(folder: Path) -> None:
-    path = _save(folder, 30)
-    assert path == folder / "step-000030"
+def test_a_checkpoint_holds_the_whole_state_of_a_run(checkpoints: Place) -> None:
+    path = _save(checkpoints, 30)
+    assert path == checkpoints / "step-000030"
     assert {file.name for file in path.iterdir()} == FILES
     found = read_state(path, verify=True)
     assert found.state == TrainState(
@@ -99,8 +121,8 @@ def test_a_checkpoint_holds_the_whole_state_of_a_run(folder: Path) -> None:
     assert (path / "config.yaml").read_text() == Config().to_yaml()
 
 
-def test_the_model_comes_back_bit_for_bit(folder: Path) -> None:
-    loaded = read_state(folder / "step-000020").load_model()
+def test_the_model_comes_back_bit_for_bit(checkpoints: Place) -> None:
+    loaded = read_state(checkpoints / "step-000020").load_model()
     for (name, saved), value in zip(
         _model(20).named_parameters(), loaded.parameters(), strict=True
     ):
@@ -148,26 +170,26 @@ def test_links_hold_when_the_run_is_moved(folder: Path) -> None:
     assert read_state(moved / "last").state.step == 20
 
 
-def test_pruning_keeps_the_newest_the_best_and_the_last(folder: Path) -> None:
+def test_pruning_keeps_the_newest_the_best_and_the_last(checkpoints: Place) -> None:
     for step in (30, 40, 50):
-        _save(folder, step)
-    point(folder / "best", folder / "step-000020")
-    prune(folder, keep=2)
-    left = sorted(path.name for path in folder.iterdir())
+        _save(checkpoints, step)
+    point(checkpoints / "best", checkpoints / "step-000020")
+    prune(checkpoints, keep=2)
+    left = sorted(path.name for path in checkpoints.iterdir())
     assert left == ["best", "last", "step-000020", "step-000040", "step-000050"]
-    point(folder / "last", folder / "step-000020")
-    prune(folder, keep=1)
-    assert sorted(p.name for p in folder.glob("step-*")) == ["step-000020", "step-000050"]
-    prune(folder, keep=5)
-    assert len(list(folder.glob("step-*"))) == 2
+    point(checkpoints / "last", checkpoints / "step-000020")
+    prune(checkpoints, keep=1)
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-000020", "step-000050"]
+    prune(checkpoints, keep=5)
+    assert len(list(checkpoints.glob("step-*"))) == 2
 
 
 # -- damage ------------------------------------------------------------------------------------
 
 
-def test_the_newest_whole_checkpoint_is_found(folder: Path) -> None:
-    assert newest_checkpoint(folder) == folder / "step-000020"
-    assert newest_checkpoint(folder.parent / "nowhere") is None
+def test_the_newest_whole_checkpoint_is_found(checkpoints: Place) -> None:
+    assert newest_checkpoint(checkpoints) == checkpoints / "step-000020"
+    assert newest_checkpoint(checkpoints.parent / "nowhere") is None
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"state.json"}))
@@ -199,17 +221,19 @@ def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(folder: Path, text: 
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"format": 1}', '{"format": 1, "files": {}}'])
-def test_a_checkpoint_whose_state_is_something_else_is_passed_over(folder: Path, text: str) -> None:
-    (folder / "step-000020" / "state.json").write_text(text)
-    assert newest_checkpoint(folder) == folder / "step-000010"
+def test_a_checkpoint_whose_state_is_something_else_is_passed_over(
+    checkpoints: Place, text: str
+) -> None:
+    (checkpoints / "step-000020" / "state.json").write_text(text)
+    assert newest_checkpoint(checkpoints) == checkpoints / "step-000010"
 
 
-def test_a_state_with_a_flipped_byte_is_passed_over(folder: Path) -> None:
-    path = folder / "step-000020" / "state.json"
+def test_a_state_with_a_flipped_byte_is_passed_over(checkpoints: Place) -> None:
+    path = checkpoints / "step-000020" / "state.json"
     text = path.read_text()
     assert '"bins_consumed": 40' in text
     path.write_text(text.replace('"bins_consumed": 40', '"bins_consumed": 41'))
-    assert newest_checkpoint(folder) == folder / "step-000010"
+    assert newest_checkpoint(checkpoints) == checkpoints / "step-000010"
 
 
 @pytest.mark.parametrize("number", [0, 2, None, "1"])
@@ -241,10 +265,10 @@ def test_an_interrupted_save_is_ignored_and_replaced(folder: Path) -> None:
     assert newest_checkpoint(folder) == saved
 
 
-def test_a_run_may_pass_a_million_steps(folder: Path) -> None:
-    _save(folder, 999_999)
-    newest = _save(folder, 1_000_000)
-    assert newest_checkpoint(folder) == newest
+def test_a_run_may_pass_a_million_steps(checkpoints: Place) -> None:
+    _save(checkpoints, 999_999)
+    newest = _save(checkpoints, 1_000_000)
+    assert newest_checkpoint(checkpoints) == newest
 
 
 def test_what_is_passed_over_is_said_on_stderr(
@@ -254,3 +278,57 @@ def test_what_is_passed_over_is_said_on_stderr(
     _flip(folder / "step-000020" / "model.safetensors")
     newest_checkpoint(folder)
     assert "step-000020" in capfd.readouterr().err
+
+
+# -- object storage ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uploaded(bucket: str, tmp_path: Path) -> ObjectPath:
+    """Checkpoints of steps 10 and 20 in a bucket."""
+    folder = place(bucket) / tmp_path.name
+    assert isinstance(folder, ObjectPath)
+    for step in (10, 20):
+        _save(folder, step)
+    return folder
+
+
+def test_last_and_best_are_names_in_a_bucket(uploaded: ObjectPath) -> None:
+    point(uploaded / "best", uploaded / "step-000010")
+    assert read_state(uploaded / "best").path == uploaded / "step-000010"
+    assert read_state(uploaded / "last").state.step == 20
+    with pytest.raises(CheckpointError, match="step-000099: no such checkpoint folder"):
+        read_state(uploaded / "step-000099")
+
+
+def test_an_upload_that_was_cut_off_is_no_checkpoint(
+    uploaded: ObjectPath, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (uploaded / "step-000030" / "model.safetensors").write_bytes(b"half of it")
+    assert newest_checkpoint(uploaded) == uploaded / "step-000020"
+    assert newest_step(uploaded) == 20
+    assert not capfd.readouterr().err, "nothing was lost"
+    saved = _save(uploaded, 30)
+    assert newest_checkpoint(uploaded) == saved and newest_step(uploaded) == 30
+    assert {file.name for file in saved.iterdir()} == FILES
+
+
+def test_what_a_bucket_lost_is_noticed(
+    uploaded: ObjectPath, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = uploaded / "step-000020" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged \(checksum differs\)"):
+        read_state(uploaded / "step-000020").weights()
+    weights.write_bytes(data[:-1])
+    assert newest_checkpoint(uploaded) == uploaded / "step-000010"
+    assert "model.safetensors is damaged" in capfd.readouterr().err
+
+
+def test_a_bucket_that_is_away_is_not_an_empty_one() -> None:
+    away = place("s3://key:secret@runs?endpoint_override=127.0.0.1:9&scheme=http&region=r")
+    with pytest.raises(OSError):
+        newest_checkpoint(away / "checkpoints")
+    with pytest.raises(OSError):
+        read_state(away / "checkpoints" / "last")

@@ -39,7 +39,7 @@ def embedded(split: str, count: int) -> list[dict[str, Any]]:
     return [{**row, "audio": str(ASSETS / row["audio"])} for row in short]
 
 
-def command(config: Path, storage: Path, *overrides: str) -> list[str]:
+def command(config: Path, storage: Path | str, *overrides: str) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -54,7 +54,7 @@ def command(config: Path, storage: Path, *overrides: str) -> list[str]:
     ]
 
 
-def run_job(config: Path, storage: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run_job(config: Path, storage: Path | str, *overrides: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command(config, storage, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=400
     )
