@@ -330,5 +330,3 @@ def test_a_bucket_that_is_away_is_not_an_empty_one() -> None:
     away = place("s3://key:secret@runs?endpoint_override=127.0.0.1:9&scheme=http&region=r")
     with pytest.raises(OSError):
         newest_checkpoint(away / "checkpoints")
-    with pytest.raises(OSError):
-        read_state(away / "checkpoints" / "last")
