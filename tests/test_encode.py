@@ -92,6 +92,7 @@ def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_pat
     assert len(FeatureCache(folder)) == kept
 
 
+@pytest.mark.slow
 def test_a_full_cache_stops_the_job_and_names_the_setting(corpus: Path, tmp_path: Path) -> None:
     done = _run("encode", corpus, tmp_path, "--data.cache_gb", "0.004")
     assert done.returncode == 1

@@ -56,10 +56,8 @@ def _started(config: Path, storage: Path, *overrides: str, **environment: str) -
     )
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # tests/train/test_trainer.py has a shorter one
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_checkpoint_of_the_last_step(
     tiny: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

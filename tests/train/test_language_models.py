@@ -154,6 +154,7 @@ def test_gradients_of_the_language_model_are_usual_when_it_joins(
     assert loop.state.skipped == 0 and loop.state.updates == 1
 
 
+@pytest.mark.slow
 def test_a_run_listens_first_and_keeps_the_language_model_by_reference(
     tmp_path: Path,
 ) -> None:

@@ -48,20 +48,27 @@ def test_a_run_leaves_what_a_person_reads(undisturbed: Path) -> None:
     assert max(seen.values()) - min(seen.values()) <= 1
 
 
-def test_killed_and_continued_is_bit_for_bit_the_undisturbed_run(
-    tiny: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    target = random.SystemRandom().randint(2, 45)
-    print(f"killing at step {target}")
+def _started_until(step: int, config: Path, storage: Path) -> subprocess.Popen[bytes]:
+    """A run that has logged a step."""
     process = subprocess.Popen(
-        command(tiny, tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(config, storage), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = storage / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count('"kind": "train"') < target:
-        assert process.poll() is None, "the run ended before it could be killed"
+    while not metrics.exists() or metrics.read_text().count('"kind": "train"') < step:
+        assert process.poll() is None, "the run ended before it could be disturbed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return process
+
+
+def test_killed_stopped_and_continued_is_bit_for_bit_the_undisturbed_run(
+    tiny: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    target = random.SystemRandom().randint(2, 30)
+    print(f"killing at step {target}")
+    process = _started_until(target, tiny, tmp_path)
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in tree:
         try:
@@ -69,16 +76,23 @@ def test_killed_and_continued_is_bit_for_bit_the_undisturbed_run(
         except psutil.NoSuchProcess:
             continue
     process.wait()
-    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (run / "summary.json").exists()
+
+    process = _started_until(target + 8, tiny, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    reached = max(curve(run))
+    assert (run / "checkpoints" / "last").resolve().name == f"step-{reached:06d}"
+    assert "Not finished" in (run / "report.html").read_text()
 
     run_job(tiny, tmp_path)
     expected = load_file(undisturbed / "checkpoints" / "last" / "model.safetensors")
-    found = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    found = load_file(run / "checkpoints" / "last" / "model.safetensors")
     assert expected.keys() == found.keys()
     for name in expected:
         assert expected[name].numpy().tobytes() == found[name].numpy().tobytes(), name
-    assert curve(tmp_path / "run") == curve(undisturbed)
-    assert ledger(tmp_path / "run") == ledger(undisturbed)
+    assert curve(run) == curve(undisturbed)
+    assert ledger(run) == ledger(undisturbed)
 
 
 def test_two_workers_on_two_nodes_train_what_one_worker_trains(
