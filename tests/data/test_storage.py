@@ -6,27 +6,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from omni.data.features import FeatureCache
 from omni.data.storage import Folder, open_folder
 from omni.place import join
+from tests.loopback_s3 import s3_bucket
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """URI of a bucket, credentials and server included, as a user's data.cache would name it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
-    uri = f"s3://key:secret@features/omni?{options}"
-    filesystem, _ = pafs.FileSystem.from_uri(uri)
-    filesystem.create_dir("features")
-    yield uri
-    server.stop()
+    with s3_bucket("features") as uri:
+        yield join(uri, "omni")
 
 
 @pytest.fixture(params=["disk", "file uri", "bucket"])
