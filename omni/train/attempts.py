@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -35,7 +35,7 @@ from omni.train.elastic import Demand, bundle, workers_that_fit
 from omni.train.feed import TooManyRejects
 from omni.train.job import Job, encoder_settings, held_bins, make_job
 from omni.train.loop import TrainLoop
-from omni.train.metrics import last_line, read_events, write_event, write_text
+from omni.train.metrics import count_events, last_line, read_events, write_event, write_text
 from omni.train.prepare import Prepared
 from omni.train.publish import RayPublisher
 from omni.train.stopping import Signals, StopRequest
@@ -75,7 +75,7 @@ class Attempts:
         while True:
             (self._run_dir / FAILURE).unlink(missing_ok=True)
             self._stop.clear()
-            seen = len(read_events(self._run_dir))
+            seen = count_events(self._run_dir)
             error = self._attempt(self._choose_workers(), seen)
             if self._finished(seen):
                 return True
@@ -85,7 +85,7 @@ class Attempts:
                 raise TrainingError((self._run_dir / FAILURE).read_text())
             if error is None:
                 continue  # another number of workers, or other nodes
-            reason = _root_cause(error, read_events(self._run_dir)[seen:])
+            reason = _root_cause(error, read_events(self._run_dir, seen))
             write_event(self._run_dir, "failure", self._step(), reason=reason)
             failures = 1 if self._step() > reached else failures + 1
             reached = self._step()
@@ -97,13 +97,13 @@ class Attempts:
     def _step(self) -> int:
         return newest_step(self._run_dir / "checkpoints")
 
-    def _finished(self, seen: int) -> bool:
-        return any(row["event"] == "finished" for row in read_events(self._run_dir)[seen:])
+    def _finished(self, seen: Mapping[str, int]) -> bool:
+        return any(row["event"] == "finished" for row in read_events(self._run_dir, seen))
 
-    def _attempt(self, workers: int, seen: int) -> BaseException | None:
+    def _attempt(self, workers: int, seen: Mapping[str, int]) -> BaseException | None:
         """One worker group from start to end; what ended it, None when its ranks returned.
 
-        seen: events before it.
+        seen: the events before it.
         """
         trainer = self._trainer(workers)
         outcome: list[BaseException] = []
@@ -122,7 +122,7 @@ class Attempts:
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
             if deadline is not None:
-                if time.monotonic() > deadline or self._signals.impatient or self._stopped():
+                if time.monotonic() > deadline or self._signals.impatient or self._stopped(seen):
                     return None
             elif self._signals.received:
                 self._stop.write(self._signals.received)
@@ -138,10 +138,10 @@ class Attempts:
         self._looked, self._changed = 0.0, 0
         return outcome[0] if outcome else None
 
-    def _stopped(self) -> bool:
+    def _stopped(self, seen: Mapping[str, int]) -> bool:
         """Whether the ranks have said good-bye, checkpoint written."""
-        events = read_events(self._run_dir)
-        return bool(events) and events[-1]["event"] in ("stopped", "finished")
+        events = read_events(self._run_dir, seen)
+        return any(row["event"] in ("stopped", "finished") for row in events)
 
     # -- how many workers ----------------------------------------------------------------------
 
@@ -155,9 +155,9 @@ class Attempts:
         train = self._config.train
         return workers_that_fit(nodes(), Demand.of(self._config), train.least, train.most)
 
-    def _should_move(self, workers: int, seen: int) -> str | None:
+    def _should_move(self, workers: int, seen: Mapping[str, int]) -> str | None:
         """Why the group should stop with a checkpoint and start again elsewhere."""
-        events = read_events(self._run_dir)[seen:]
+        events = read_events(self._run_dir, seen)
         used = {node for row in events if row["event"] == "attempt" for node in row["nodes"]}
         leaving = {node.id for node in nodes() if node.leaving} & used
         if leaving:

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,19 @@ def write_event(
     append_json(run_dir / name, [row])
 
 
-def read_events(run_dir: Place) -> list[dict[str, Any]]:
-    """In the order in which they were written."""
+def read_events(run_dir: Place, after: Mapping[str, int] = {}) -> list[dict[str, Any]]:
+    """In the order in which they were written, as far as the clocks of nodes agree.
+
+    after: what `count_events` said when those before were there.
+    """
     files = event_files(run_dir)
-    rows = [row for path in files for row in read_json_lines(path)]
+    rows = [row for p in files for row in list(read_json_lines(p))[after.get(p.name, 0) :]]
     return sorted(rows, key=_time) if len(files) > 1 else rows
+
+
+def count_events(run_dir: Place) -> dict[str, int]:
+    """How many there are now, by file."""
+    return {path.name: len(list(read_json_lines(path))) for path in event_files(run_dir)}
 
 
 def event_files(run_dir: Place) -> list[Place]:

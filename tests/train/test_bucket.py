@@ -24,6 +24,7 @@ from omni.report import write_report
 from omni.train.follow import METRICS, Follower, Row
 from omni.train.metrics import (
     append_json,
+    count_events,
     keep_lines,
     read_events,
     read_json_lines,
@@ -93,6 +94,11 @@ def test_every_rank_writes_its_own_events_and_all_are_read_in_order(run: ObjectP
     write_event(run, "attempt", 2, rank=0)
     said = [row["event"] for row in read_events(run)]
     assert said == ["override", "attempt", "rank failed", "failure", "attempt"]
+    seen = count_events(run)
+    late = {"time": 0.0, "event": "stopped", "step": 4}  # by a clock that is behind
+    append_json(run / "events.rank-0002.jsonl", [late])
+    write_event(run, "failure", 4)
+    assert [row["event"] for row in read_events(run, seen)] == ["stopped", "failure"]
     report = write_report(run).read_text()
     assert "rank failed" in report and "<html" in report
 
