@@ -384,3 +384,27 @@ def test_epochs_that_hold_nothing_pass() -> None:
     plan = _plan(np.array([5, 7]), weights=np.full(2, 0.1), epochs=None, max_steps=2)
     assert plan.bins == 10
     assert plan.epoch(plan.bins) >= 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mixture_whose_speeds_change_keeps_both_promises(seed: int) -> None:
+    """Each pass of an epoch draws its own speeds; weights say how many passes hold an utterance."""
+    natural = _lengths(90, 64, seed)
+    slow = np.ceil(1.1 * natural)
+    positions = np.stack([np.where(slow <= 64, slow, 0), natural]).astype(np.int32)
+    speeds = Speeds((0.9, 1.0), positions, natural, names_of([str(n) for n in range(90)]), seed)
+    weights = np.repeat([1.0, 3.0, 0.5], 30)
+    plan = _plan(natural, epochs=4, seed=seed, speeds=speeds, weights=weights)
+    assert len(plan.pass_starts) == 4 * 3
+    held = 0
+    for number in range(plan.bins):
+        members, passes_of = plan.bin(number), plan.passes_of(number)
+        needs = [speeds.lengths(p)[n] for n, p in zip(members, passes_of.tolist(), strict=True)]
+        assert 0 < sum(needs) <= 64
+        assert len(set(members.tolist())) == len(members)
+        held += sum(needs)
+    assert held == plan.positions(natural, speeds)
+    counts = np.bincount(plan.members, minlength=90)
+    assert counts.tolist() == [4] * 30 + [12] * 30 + [2] * 30
+    for part in np.split(plan.members, plan.pass_starts[1:]):
+        assert len(set(part.tolist())) == len(part), "a pass holds none twice"
