@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -41,7 +42,10 @@ def job(out: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """The jobs in this process find Ray started."""
+    """The jobs in this process find Ray started, with one CPU: it is worker processes that take
+    time."""
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", num_cpus=1, logging_level=logging.ERROR, **quiet)
     yield
     ray.shutdown()
 
