@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from long_recordings import write_long
+from long_recordings import SLACK, Times, bridges, uncovered, write_long
 
 from omni.data.audio import AudioError, AudioSpan, decode, decode_blocks
 from omni.data.voice import Segmenting, speech_spans
-
-Times = list[tuple[float, float]]
-SLACK = 0.35  # seconds: a prompt's own silence at its ends, and what a soft consonant hides
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +23,6 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Times]:
 @pytest.fixture(scope="module")
 def spans(long: tuple[Path, Times]) -> Times:
     return speech_spans(long[0])
-
-
-def uncovered(said: Times, spans: Times) -> list[tuple[float, float]]:
-    """Prompts whose beginning or end no span reaches."""
-    return [
-        (start, end)
-        for start, end in said
-        if not any(a <= start + SLACK and a + d > start for a, d in spans)
-        or not any(a + d >= end - SLACK and a < end for a, d in spans)
-    ]
-
-
-def bridges(said: Times, spans: Times) -> list[tuple[float, float]]:
-    """Spans that hold sound of two prompts."""
-    return [(a, d) for a, d in spans if sum(a < end and a + d > start for start, end in said) != 1]
 
 
 def test_every_prompt_is_found_and_none_are_joined(long: tuple[Path, Times], spans: Times) -> None:
