@@ -8,12 +8,25 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.cli import run
+
+if TYPE_CHECKING:
+    from omni.data.voice import Segmenting
+
+
+_SECONDS = {
+    "longest": "an utterance is no longer; longer recordings are cut",
+    "shortest": "speech that is shorter is left out",
+    "silence": "a pause that parts utterances",
+    "padding": "kept before and after speech",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     from omni.data.sources.base import COLUMNS
+    from omni.data.voice import Segmenting
 
     about, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser("python -m jobs.index", description=about, epilog=more)
@@ -24,8 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--number_ids", action="store_true", help="make ids of places")
     parser.add_argument("--allow_absolute", action="store_true", help="files may lie anywhere")
     parser.add_argument(
-        "--rows_per_part", type=int, default=1000, help="utterances a task (default 1000)"
+        "--rows_per_part", type=int, help="utterances a task (default 1000; 10 with --segment)"
     )
+    parser.add_argument(
+        "--segment",
+        choices=["vad"],
+        help="keep recordings without text, and cut the long ones by voice activity, for "
+        "jobs.transcribe",
+    )
+    for name, what in _SECONDS.items():
+        default = getattr(Segmenting, name)
+        meaning = f"with --segment: {what} (default {default:g})"
+        parser.add_argument(f"--{name}_seconds", metavar="S", type=float, help=meaning)
     for name, usual in COLUMNS.items():
         parser.add_argument(f"--{name}_column", metavar="NAME", help=f"usual: {', '.join(usual)}")
     arguments = parser.parse_args(argv)
@@ -38,22 +61,45 @@ def _index(arguments: argparse.Namespace) -> None:
     from omni.data.sources.base import COLUMNS, Options
     from omni.index import make_index
 
-    if arguments.rows_per_part < 1:
-        raise ConfigError(f"--rows_per_part: expected 1 or more, got {arguments.rows_per_part}")
+    rows_per_part = arguments.rows_per_part
+    if rows_per_part is None:  # a task that cuts long recordings takes its time
+        rows_per_part = 10 if arguments.segment else 1000
+    if rows_per_part < 1:
+        raise ConfigError(f"--rows_per_part: expected 1 or more, got {rows_per_part}")
     given = {name: getattr(arguments, f"{name}_column") for name in COLUMNS}
     options = Options(
         columns={name: column for name, column in given.items() if column},
         language=arguments.language,
         audio_folder=arguments.audio_folder,
         number_ids=arguments.number_ids,
-        rows_per_part=arguments.rows_per_part,
+        rows_per_part=rows_per_part,
         allow_absolute=arguments.allow_absolute,
+        segment=_segmenting(arguments),
     )
     specs, out = arguments.source, arguments.out
     done = make_index(specs, out, options, lambda line: print(f"  {line}", flush=True))
     print(f"{done['done']:,} of {done['parts']:,} parts made, the others were there")
     print("\n".join(summary_lines(done)))
-    print(f"train on it with --data.train {out}")
+    if done["without_text"] == done["utterances"]:
+        print(f"write it down: python -m jobs.transcribe --checkpoint CHECKPOINT {out}")
+    else:
+        print(f"train on it with --data.train {out}")
+
+
+def _segmenting(arguments: argparse.Namespace) -> Segmenting | None:
+    from omni.config import ConfigError
+    from omni.data.voice import Segmenting
+
+    values = {name: getattr(arguments, f"{name}_seconds") for name in _SECONDS}
+    given = {name: value for name, value in values.items() if value is not None}
+    if arguments.segment is None:
+        if given:
+            raise ConfigError(f"--{next(iter(given))}_seconds: expected --segment vad beside it")
+        return None
+    try:
+        return Segmenting(**given)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Write down recordings: JSON lines {"audio", "text"} on stdout, in the order of the files."""
+"""Write down recordings, or the rows of an index: JSON lines on stdout, in their order.
+
+{"audio", "text"} for each file. With --segment vad a line for each span of speech, with its times:
+{"audio", "offset", "duration", "text"}. For DIR, which jobs.index wrote, a line for each row, with
+its id, and times where it has some. Where a recording cannot be read, "error" instead of "text".
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,17 @@ from omni.place import place
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.transcribe", description=__doc__)
+    about, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser("python -m jobs.transcribe", description=about, epilog=more)
     parser.add_argument("--checkpoint", type=place, required=True, help="RUN/checkpoints/best")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="any format libsndfile reads")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE|DIR", help="any format libsndfile reads; an index"
+    )
+    parser.add_argument(
+        "--segment",
+        choices=["vad"],
+        help="a line with times for each span in which somebody speaks",
+    )
     parser.add_argument("--language", help="its code, for a model trained with data.language_tag")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
@@ -25,15 +38,23 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     import torch
 
     from omni.evaluate import Transcriber, transcribe_files
+    from omni.spans import transcribe_index, transcribe_speech
 
     torch.set_num_threads(arguments.threads)
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
     unread = 0
-    for row in transcribe_files(transcriber, arguments.files, arguments.language):
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-        unread += "error" in row
+    for name in arguments.files:
+        if Path(name).is_dir():
+            rows = transcribe_index(transcriber, name, arguments.language)
+        elif arguments.segment:
+            rows = transcribe_speech(transcriber, [name], arguments.language)
+        else:
+            rows = transcribe_files(transcriber, [name], arguments.language)
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+            unread += "error" in row
     if unread:
-        raise RuntimeError(f"{unread} of {len(arguments.files)} files could not be read")
+        raise RuntimeError(f"{unread} recordings could not be read")
 
 
 if __name__ == "__main__":

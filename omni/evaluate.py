@@ -31,7 +31,7 @@ from omni.train.checkpoint import CheckpointError, read_state
 from omni.train.rendering import DEFAULT_TASK
 from omni.transcribe import HeldUtterance, by_language, summarize, transcribe
 
-_ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
+ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,38 @@ class Transcriber:
         The audio is cut at quiet places into pieces of a length that the model knows, a few of
         which are in memory at a time.
         """
+        pieces = cut_at_quiet(blocks, self.longest_piece)
+        return join([text for text in self.texts_of(pieces, language) if text])
+
+    @property
+    def longest_piece(self) -> float:
+        """Seconds of a recording that it is given at a time."""
+        return max(self.longest_seconds, 2.0)
+
+    def texts_of(self, pieces: Iterable[np.ndarray], language: str | None = None) -> Iterator[str]:
+        """What is said in each piece, of (S,) fp32 mono at 16 kHz; a few of them are in memory."""
         default = self.policy.prompts.get(DEFAULT_TASK, "")
         prompt = self.policy.prompt(self.prompt or default, language or self.policy.language)
-        pieces = cut_at_quiet(blocks, max(self.longest_seconds, 2.0))
-        written: list[str] = []
-        while group := list(itertools.islice(pieces, _ENCODE_BATCH)):
+        pieces = iter(pieces)
+        while group := list(itertools.islice(pieces, ENCODE_BATCH)):
             held = [
                 HeldUtterance(self.utterance([piece], transcription(prompt, ""), i), "", "", "")
                 for i, piece in enumerate(group)
             ]
             rows = sorted(self.write(held), key=lambda row: row["number"])
-            written += [row["hypothesis"] for row in rows if row["hypothesis"]]
-        return join(written)
+            yield from (row["hypothesis"] for row in rows)
+
+    def check_language(self, language: str | None) -> None:
+        """Raises ConfigError for one that is no code, or that the model was not trained to be
+        told."""
+        if language is None:
+            return
+        if not self.policy.language_tag:
+            raise ConfigError("--language: the checkpoint was trained without data.language_tag")
+        try:
+            self.policy.prompt("", language)
+        except ValueError as error:
+            raise ConfigError(f"--language: {error}") from None
 
 
 def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterator[np.ndarray]:
@@ -156,8 +176,8 @@ def evaluate(
         raise ConfigError(f"--data: {error}") from None
     rows: list[dict[str, Any]] = []
     rejects = list(index.rejects)
-    for batch in index.table.to_batches(max_chunksize=_ENCODE_BATCH):
-        held, bad = _held(transcriber, batch.to_pylist(), len(rows))
+    for batch in index.table.to_batches(max_chunksize=ENCODE_BATCH):
+        held, bad = hold(transcriber, batch.to_pylist(), len(rows))
         rejects += bad
         rows += sorted(transcriber.write(held), key=lambda row: row["number"])
     errors = summarize(rows)
@@ -179,9 +199,10 @@ def evaluate(
     return summary, [{k: v for k, v in r.items() if k not in ("errors", "number")} for r in rows]
 
 
-def _held(
+def hold(
     transcriber: Transcriber, rows: list[dict[str, Any]], first: int
 ) -> tuple[list[HeldUtterance], list[Reject]]:
+    """Rows of an index, numbered from `first` on, with their features; and what cannot be read."""
     held, bad = [], []
     prompts = transcriber.policy.prompts
     for number, row in enumerate(rows, start=first):
@@ -212,13 +233,7 @@ def transcribe_files(
 
     Raises ConfigError for a language that is no code, or that the model was not trained to be told.
     """
-    if language is not None:
-        if not transcriber.policy.language_tag:
-            raise ConfigError("--language: the checkpoint was trained without data.language_tag")
-        try:
-            transcriber.policy.prompt("", language)
-        except ValueError as error:
-            raise ConfigError(f"--language: {error}") from None
+    transcriber.check_language(language)
     for file in files:
         try:
             if not Path(file).is_file():

@@ -22,6 +22,7 @@ from omni.data.built import Task, finish
 from omni.data.index import INDEX_FILE, ManifestError
 from omni.data.parts import about_part, fingerprint, part_name, write_part
 from omni.data.sources import Options, open_source
+from omni.model.hub import HubError
 from omni.model.logmel import SAMPLING_RATE
 from omni.place import without_secrets
 from omni.train.trainer import start_ray
@@ -35,7 +36,7 @@ def make_index(
     """Index the sources in `out`, and count; `say` gets a line of progress now and then.
 
     Returns what `omni.data.built.finish` counts, `parts`, and `done`: those made in this call.
-    Raises ConfigError when a source is not what it should be.
+    Raises ConfigError when a source is not what it should be, and RuntimeError for what may pass.
     """
     out = out.expanduser().absolute()
     try:
@@ -46,6 +47,8 @@ def make_index(
         raise ConfigError(f"--out {out}: another job is writing it") from None
     except ManifestError as error:
         raise ConfigError(f"--source: {without_secrets(str(error))}") from None
+    except HubError as error:
+        raise RuntimeError(f"--source: {without_secrets(str(error))}") from error
     except OSError as error:
         raise RuntimeError(f"{error.filename or out}: {error.strerror or error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -41,7 +42,10 @@ def job(out: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """The jobs in this process find Ray started."""
+    """The jobs in this process find Ray started, with one CPU: it is worker processes that take
+    time."""
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", num_cpus=1, logging_level=logging.ERROR, **quiet)
     yield
     ray.shutdown()
 
@@ -138,16 +142,54 @@ def test_a_hub_is_a_source(kind: str, corpus: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (corpus / "corpus.jsonl").read_text().splitlines()]
     SHAPES["hf parquet"][0](corpus, rows, tmp_path)
     with serve("someone/speech", tmp_path / "hub") as (url, asked):
-        places = {"HF_HOME": str(tmp_path / "hf"), "MODELSCOPE_CACHE": str(tmp_path / "ms")}
-        done = subprocess.run(
-            command(tmp_path / "out", "--source", f"{kind}:someone/speech:train"),
-            cwd=ROOT, capture_output=True, text=True, timeout=400,
-            env={**os.environ, **places, "HF_ENDPOINT": url, "MODELSCOPE_ENDPOINT": url},
-        )  # fmt: skip
+        done = hub_job(url, tmp_path, f"{kind}:someone/speech:train")
     assert done.returncode == 0, f"{done.stderr}\n{asked}"
     assert "3 of 3 parts made" in done.stdout
     same(build_index([str(tmp_path / "out")]), build_index([str(corpus / "corpus.jsonl")]), True,
          speakers=True)  # fmt: skip
+
+
+def hub_job(url: str, folder: Path, source: str) -> subprocess.CompletedProcess[str]:
+    places = {"HF_HOME": str(folder / "hf"), "MODELSCOPE_CACHE": str(folder / "ms")}
+    return subprocess.run(
+        command(folder / "out", "--source", source),
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env={**os.environ, **places, "HF_ENDPOINT": url, "MODELSCOPE_ENDPOINT": url},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["hf", pytest.param("ms", marks=pytest.mark.slow)])
+def test_a_hub_that_is_down_may_come_back(kind: str, tmp_path: Path) -> None:
+    with serve("someone/speech", tmp_path) as (url, _):
+        pass  # nobody listens there any more
+    done = hub_job(url, tmp_path, f"{kind}:someone/speech:train")
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: --source: {kind}:someone/speech:train: cannot be opened: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hf", "ms"])
+def test_a_dataset_that_no_hub_has_is_wrong_input(kind: str, tmp_path: Path) -> None:
+    with serve("someone/speech", tmp_path) as (url, _):
+        done = hub_job(url, tmp_path, f"{kind}:someone/else")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: --source: {kind}:someone/else: ")
+
+
+@pytest.mark.slow
+def test_a_hub_that_stops_to_serve_may_come_back(corpus: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (corpus / "corpus.jsonl").read_text().splitlines()]
+    SHAPES["hf parquet"][0](corpus, rows, tmp_path)
+    with serve("someone/speech", tmp_path / "hub", overloaded="00002-of-00003.parquet") as (url, _):
+        done = hub_job(url, tmp_path, "hf:someone/speech:train")
+    assert done.returncode == 1, done.stderr
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 2, "what it served is kept"
+    with serve("someone/speech", tmp_path / "hub") as (url, _):
+        done = hub_job(url, tmp_path, "hf:someone/speech:train")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 parts made" in done.stdout
 
 
 @pytest.mark.slow

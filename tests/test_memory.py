@@ -1,4 +1,5 @@
-"""A recording's length costs time, not memory: transcribed whole, or trained on span by span."""
+"""A recording's length costs time, not memory: transcribed whole, cut by voice activity, or
+trained on span by span."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ import soundfile
 
 import omni
 from omni.data.audio import decode
+from tests.data.long_recordings import bridges, uncovered, write_long
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 GAP = np.zeros(4_800, np.float32)
-SLACK = {20: 40, 120: 150}  # MB by minutes; their samples alone are 77 and 460
+SLACK = {20: 40, 60: 60, 120: 150}  # MB by minutes; their samples alone are 77, 230 and 460
 
 _TRANSCRIBE = """
 import resource, sys
@@ -55,6 +58,36 @@ settings = without_cache(encoder_settings(config, prepared.encoder))
 plan = prepared.splits["train"].plan
 blocks, _ = loaded_blocks(prepared.splits["train"], range(plan.bins - 5, plan.bins), settings)
 assert all(e is None for b in blocks for row in b["errors"].to_pylist() for e in row)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+_CUT = """
+import json, resource, sys
+import torch
+from pathlib import Path
+from omni.data.voice import speech_spans
+torch.set_num_threads(1)
+Path(sys.argv[1] + ".json").write_text(json.dumps(speech_spans(sys.argv[1])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+_IN_ARCHIVE = """
+import resource, sys
+from pathlib import Path
+from omni.data.audio import decode
+from omni.data.built import finish
+from omni.data.index import build_index
+from omni.data.measure import span_of
+from omni.data.parts import write_part
+from omni.data.sources import Options, open_source
+options = Options()
+source = open_source(sys.argv[1] + ".tar", options)
+tasks = [(source, part) for part in source.parts()]
+write_part(*tasks[0], options, Path(sys.argv[1] + ".index"))
+finish(tasks, Path(sys.argv[1] + ".index"))
+[row] = build_index([sys.argv[1] + ".index"]).table.to_pylist()
+assert row["length"] > 8 << 20 and len(decode(row["uri"], span_of(row))) == 2 * 16_000
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
@@ -109,3 +142,32 @@ def test_a_long_recording_is_written_down_in_flat_memory(recording: Path, minute
 def test_spans_of_a_long_recording_are_loaded_in_flat_memory(recording: Path, minutes: int) -> None:
     base = _peak(_LOAD, _recording(recording, 5))
     assert _peak(_LOAD, _recording(recording, minutes)) < base + SLACK[minutes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["flac", "wav"])
+def test_an_hour_is_cut_by_voice_activity_in_flat_memory(recording: Path, ending: str) -> None:
+    peaks = {}
+    for minutes in (5, 60):
+        path = recording / f"cut-{minutes}.{ending}"
+        said = write_long(path, minutes)
+        peaks[minutes] = _peak(_CUT, path)
+        spans = json.loads(Path(f"{path}.json").read_text())
+        assert uncovered(said, spans) == [] and bridges(said, spans) == []
+    assert peaks[60] < peaks[5] + SLACK[60]
+
+
+@pytest.mark.parametrize("minutes", [20, pytest.param(120, marks=pytest.mark.slow)])
+def test_a_span_in_an_archive_is_read_in_flat_memory(recording: Path, minutes: int) -> None:
+    """Near the end of a recording that a tar holds."""
+    peaks = {}
+    for length in (5, minutes):
+        path = recording / f"archived-{length}.wav"
+        write_long(path, length)
+        span = {"text": "a", "offset": length * 60 - 10, "duration": 2.0}
+        path.with_suffix(".json").write_text(json.dumps(span))
+        with tarfile.open(f"{path}.tar", "w") as tar:
+            tar.add(path, "talk.wav")
+            tar.add(path.with_suffix(".json"), "talk.json")
+        peaks[length] = _peak(_IN_ARCHIVE, path)
+    assert peaks[minutes] < peaks[5] + SLACK[minutes] / 2

@@ -174,23 +174,33 @@ def _look_into(folder: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "the folder is empty", str(folder))
 
 
-def decode_blocks(path: str | Path, seconds: float = 30.0) -> Iterator[np.ndarray]:
-    """What `decode` returns for a whole file, to the last bit, in blocks of about `seconds`.
+def decode_blocks(
+    data: bytes | str | Path, seconds: float = 30.0, span: AudioSpan = AudioSpan()
+) -> Iterator[np.ndarray]:
+    """What `decode` returns, to the last bit, in blocks of about `seconds`.
 
     Memory does not grow with the file. Raises AudioError as `decode` does, where it gets there.
     """
+    name = "bytes" if isinstance(data, bytes) else str(data)
     resample: soxr.ResampleStream | None = None
     empty = True
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with soundfile.SoundFile(_source(data, span)) as file:
             rate = file.samplerate
+            if file.frames <= 0:
+                raise AudioError("empty", f"{name}: no samples")
+            first, left = _frames(span, file.frames, rate, name)
+            if first:
+                file.seek(first)
             if rate != SAMPLING_RATE:
                 resample = soxr.ResampleStream(rate, SAMPLING_RATE, 1, dtype="float32")
             while True:
-                samples = file.read(round(seconds * rate), dtype="float32", always_2d=True)
+                count = min(left, round(seconds * rate))
+                samples = file.read(count, dtype="float32", always_2d=True)
+                left -= len(samples)
                 mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
                 if not np.isfinite(mono).all():
-                    raise AudioError("not finite", f"{path}: NaN or infinite samples")
+                    raise AudioError("not finite", f"{name}: NaN or infinite samples")
                 last = not len(mono)
                 if resample is not None:
                     mono = resample.resample_chunk(np.ascontiguousarray(mono), last=last)
@@ -199,10 +209,10 @@ def decode_blocks(path: str | Path, seconds: float = 30.0) -> Iterator[np.ndarra
                     yield np.ascontiguousarray(mono, dtype=np.float32)
                 if last:
                     break
-    except (soundfile.LibsndfileError, TypeError) as error:
-        raise AudioError("unreadable", f"{path}: {error}") from None
+    except (OSError, soundfile.LibsndfileError, TypeError) as error:
+        raise AudioError("unreadable", f"{name}: {error}") from None
     if empty:
-        raise AudioError("empty", f"{path}: no samples")
+        raise AudioError("empty", f"{name}: no samples")
 
 
 def fit(audio: np.ndarray, samples: int) -> np.ndarray:

@@ -27,8 +27,9 @@ Task = tuple[Source, Part]
 def finish(tasks: list[Task], out: Path) -> dict[str, Any]:
     """Look over all parts, one in memory at a time but for the ids, and write what belongs to all.
 
-    Returns utterances, seconds, rejects by reason, languages, speakers, lengths and texts
-    (utterances from each edge of SECONDS and CHARACTERS).
+    Returns utterances, seconds, rejects by reason, languages, speakers, without_text (utterances
+    that nobody has written down), lengths and texts (utterances from each edge of SECONDS and
+    CHARACTERS).
 
     Raises ManifestError for an id that occurs twice.
     """
@@ -49,7 +50,8 @@ def finish(tasks: list[Task], out: Path) -> dict[str, Any]:
         speakers.update(pc.unique(table["speaker"].drop_null()).to_pylist())
         samples += int(pc.sum(table["samples"]).as_py() or 0)
         lengths += _histogram(pc.divide(table["samples"], SAMPLING_RATE), SECONDS)
-        texts += _histogram(pc.utf8_length(table["text"]), CHARACTERS)
+        said = table["text"].filter(pc.not_equal(table["text"], ""))
+        texts += _histogram(pc.utf8_length(said), CHARACTERS)
         about = about_part(out, name)
         for reject in about["rejects"] if about else []:
             reasons[reject["reason"]] += 1
@@ -66,6 +68,7 @@ def finish(tasks: list[Task], out: Path) -> dict[str, Any]:
         "rejects": dict(reasons.most_common()),
         "languages": dict(languages.most_common()),
         "speakers": len(speakers),
+        "without_text": len(every) - int(texts.sum()),
         "lengths": lengths.tolist(),
         "texts": texts.tolist(),
     }
@@ -102,12 +105,16 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"speakers    {result['speakers'] or 'unknown'}",
         f"left out    {_listed(result['rejects']) if result['rejects'] else 'none'}",
     ]
+    if result["without_text"]:
+        lines.insert(1, f"no text     {result['without_text']:,}: only jobs.transcribe reads them")
     for title, edges, counts in (
         ("seconds", SECONDS, result["lengths"]),
         ("characters", CHARACTERS, result["texts"]),
     ):
-        lines.append(f"{title}:")
         top = max(counts)
+        if not top:
+            continue
+        lines.append(f"{title}:")
         for number, count in enumerate(counts):
             upto = f"to {edges[number + 1]}" if number + 1 < len(edges) else "and more"
             bar = "#" * -(-40 * count // top)

@@ -136,9 +136,10 @@ def build_index(
     for spec in specs:
         path = manifest_path(spec)
         if path.name == INDEX_FILE and Path(spec).expanduser().is_dir():
-            table, bad = _read_built(path.parent, prompt)
-            tables.append(table)
-            rejects += bad
+            table, bad = read_built(path.parent, prompt)
+            spoken = pc.not_equal(table["text"], "")
+            rejects += _without_text(table.filter(pc.invert(spoken))) + bad
+            tables.append(table.filter(spoken))
             continue
         parsed = list(_read_manifest(path, prompt, allow_absolute))
         if not parsed:
@@ -167,8 +168,18 @@ def repeated_id(ids: pa.ChunkedArray) -> str | None:
     return str(twice[0])
 
 
-def _read_built(folder: Path, prompt: str) -> tuple[pa.Table, list[Reject]]:
-    """What jobs.index wrote: rows that are measured, paths made absolute, and the rejects."""
+def _without_text(table: pa.Table) -> list[Reject]:
+    why = "nothing to learn from before jobs.transcribe wrote it down"
+    rows = zip(table["id"].to_pylist(), table["uri"].to_pylist(), strict=True)
+    return [Reject(name, uri, "no text", why) for name, uri in rows]
+
+
+def read_built(folder: Path, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
+    """What jobs.index wrote: rows that are measured, paths made absolute, and the rejects.
+
+    table: of SCHEMA; rows that nobody has written down have an empty text.
+    Raises ManifestError.
+    """
     try:
         about = json.loads((folder / INDEX_FILE).read_bytes())
         if about["version"] != INDEX_VERSION:

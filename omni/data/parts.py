@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from omni.data.audio import AudioError
 from omni.data.index import INDEX_VERSION, SCHEMA
 from omni.data.measure import Reject, measure_data, measure_rows
+from omni.data.segments import cut_rows
 from omni.data.sources import Options, Part, Row, Source
 from omni.data.sources.base import digest
 
@@ -69,8 +70,11 @@ def write_part(source: Source, part: Part, options: Options, folder: Path) -> di
         rows = source.read(part)
         if options.number_ids:
             rows = (replace(row, id=f"{name}:{n}") for n, row in enumerate(rows, start=1))
-        while taken := _next_batch(rows, sound, f"audio/{name}.bin"):
-            good, bad = _measured(taken, folder)
+        if options.segment:
+            rows = cut_rows(rows, options.segment)
+        untranscribed, kept = options.segment is not None, _Kept(sound, f"audio/{name}.bin")
+        while taken := _next_batch(rows, kept, untranscribed):
+            good, bad = _measured(taken, folder, untranscribed)
             writer.write_table(pa.Table.from_pylist(good, SCHEMA))
             made["rows"] += len(good)
             made["samples"] += sum(row["samples"] for row in good)
@@ -85,8 +89,23 @@ def write_part(source: Source, part: Part, options: Options, folder: Path) -> di
     return made
 
 
+class _Kept:
+    """Recordings one after another in a file. Rows that are spans of one come in a row."""
+
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        self._file, self._uri = file, uri
+        self._last, self._offset = b"", 0
+
+    def place(self, data: bytes) -> dict[str, Any]:
+        """Where in the file it now lies."""
+        if data is not self._last:
+            self._last, self._offset = data, self._file.tell()
+            self._file.write(data)
+        return {"uri": self._uri, "offset": self._offset, "length": len(data)}
+
+
 def _next_batch(
-    rows: Iterator[Row], sound: IO[bytes], uri: str
+    rows: Iterator[Row], kept: _Kept, untranscribed: bool
 ) -> list[tuple[Row, dict[str, Any] | AudioError | None]]:
     """Rows with what they measure, where they brought their recording; it is kept if it is good."""
     taken: list[tuple[Row, dict[str, Any] | AudioError | None]] = []
@@ -97,9 +116,8 @@ def _next_batch(
         found: dict[str, Any] | AudioError
         try:
             found = measure_data(row.data, row.start, row.duration)
-            if row.text:
-                found |= {"uri": uri, "offset": sound.tell(), "length": len(row.data)}
-                sound.write(row.data)
+            if row.text or untranscribed:
+                found |= kept.place(row.data)
         except AudioError as error:
             found = error
         plain = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "data"}
@@ -108,7 +126,7 @@ def _next_batch(
 
 
 def _measured(
-    taken: list[tuple[Row, dict[str, Any] | AudioError | None]], folder: Path
+    taken: list[tuple[Row, dict[str, Any] | AudioError | None]], folder: Path, untranscribed: bool
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Rows of the index, in order, and what cannot be used."""
     unmeasured = [row for row, found in taken if found is None and row.error is None]
@@ -122,7 +140,7 @@ def _measured(
         found = next(measured) if found is None else found
         if isinstance(found, AudioError):
             bad.append(Reject(row.id, row.uri, found.reason, found.detail))
-        elif not row.text:
+        elif not (row.text or untranscribed):
             bad.append(Reject(row.id, row.uri, "empty text", "nothing to learn from"))
         else:
             columns = {k: v for k, v in asdict(row).items() if k in SCHEMA.names}

@@ -17,8 +17,13 @@ _DATE = "2026-01-01T00:00:00.000Z"
 
 
 @contextmanager
-def serve(repository: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The hub's address, and what it was asked (method, path and range)."""
+def serve(
+    repository: str, folder: Path, overloaded: str | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """The hub's address, and what it was asked (method, path and range).
+
+    overloaded: files that it lists and does not serve, by the ending of their names.
+    """
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     asked: list[str] = []
 
@@ -60,6 +65,9 @@ def serve(repository: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
             self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
         def _file(self, path: Path) -> None:
+            if overloaded is not None and path.name.endswith(overloaded):
+                self._send(503, b"", {})
+                return
             body, status = path.read_bytes(), 200
             headers = {
                 "ETag": f'"{hashlib.sha1(body).hexdigest()}"',

@@ -151,6 +151,13 @@ def test_the_finished_run_scores_and_transcribes(
     assert isinstance(written[0]["text"], str)
     assert "missing" in written[1]["error"]
 
+    arguments = ["--checkpoint", str(checkpoint), "--segment", "vad", str(stereo)]
+    assert transcribe.main(arguments) == 0
+    spans = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert spans and all(isinstance(row["text"], str) for row in spans)
+    times = [0.0, *(t for r in spans for t in (r["offset"], r["offset"] + r["duration"]))]
+    assert times == sorted(times) and times[-1] <= len(long) / rate + 0.01
+
 
 def test_a_finished_run_is_shown_and_left_as_it_is(tiny: Path, undisturbed: Path) -> None:
     before = (undisturbed / "summary.json").read_text()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from omni.data.index import ManifestError, leaves
+from omni.data.voice import Segmenting
 
 COLUMNS = {
     "audio": ("audio", "audio_filepath", "audio_path", "path", "file", "wav"),
@@ -35,13 +36,15 @@ class Options:
     number_ids: bool = False  # ids are made of places, whatever rows call themselves
     rows_per_part: int = 1000
     allow_absolute: bool = False  # corpora may name files outside their own folder
+    segment: Segmenting | None = None  # rows may lack text; long recordings of theirs are cut
 
     @property
     def fingerprint(self) -> str:
         """Of what changes rows, but not the way they are cut into parts."""
-        return repr(
-            (sorted(self.columns.items()), self.language, self.audio_folder, self.number_ids)
-        )
+        settings: tuple[Any, ...] = (
+            sorted(self.columns.items()), self.language, self.audio_folder, self.number_ids,
+        )  # fmt: skip
+        return repr(settings if self.segment is None else (*settings, self.segment))
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,9 @@ def canonical(row: Mapping[str, Any], options: Options) -> dict[str, Any]:
         found["audio"] = f"{options.audio_folder}/{found['audio']}"
     if found.get("language") is None:
         found["language"] = options.language
+    unnamed = "text" in found or "text" not in options.columns
+    if options.segment and unnamed and found.get("text") is None:
+        found["text"] = ""
     return found
 
 

@@ -37,6 +37,9 @@ class FolderSource:
             try:
                 row["text"] = text.read_text(encoding="utf-8-sig").strip()
             except FileNotFoundError:
+                if self.options.segment:
+                    yield Row(id=row["id"], uri=str(path), language=self.options.language)
+                    continue
                 yield Row(id=row["id"], uri=str(path), error=("no text", f"{text}: no such file"))
                 continue
             except (OSError, UnicodeDecodeError) as error:

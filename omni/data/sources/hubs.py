@@ -6,6 +6,7 @@ Audio stays encoded: it is never decoded by these libraries, and rows stream by.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from omni.data.index import ManifestError
 from omni.data.sources.base import Options, Part, Row, digest, explain_missing
 from omni.data.sources.tables import BATCH, rows_of, wanted_columns
-from omni.model.hub import first_line, once_per_node
+from omni.model.hub import HubError, first_line, once_per_node
 
 
 def is_saved(folder: Path) -> bool:
@@ -36,6 +37,7 @@ class HubSource:
     """A dataset that `datasets` streams; a part is one of its files.
 
     name: an ID on the hub with an optional @REVISION, or a folder.
+    Raises HubError where the hub does not serve, which may pass.
     """
 
     def __init__(
@@ -53,7 +55,8 @@ class HubSource:
             raise ManifestError(f"{self.spec}: {error}") from None
         except Exception as error:  # every hub client has its own family of errors
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ManifestError(f"{self.spec}: cannot be opened: {what}") from None
+            kind = HubError if _may_pass(error) else ManifestError
+            raise kind(f"{self.spec}: cannot be opened: {what}") from None
         mark = revision or _folder_mark(Path(folder))
         count = stream.num_shards
         return [
@@ -74,7 +77,8 @@ class HubSource:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ManifestError(f"{self.spec}: {part.name}: cannot be read: {what}") from None
+            kind = HubError if _may_pass(error) else ManifestError
+            raise kind(f"{self.spec}: {part.name}: cannot be read: {what}") from None
 
     def _rows(self, tables: Any, folder: str, name: str) -> Iterator[Row]:
         first = 0
@@ -135,6 +139,20 @@ class SavedSource:
         if self.split not in names:
             raise ManifestError(f"{self.spec}: expected one of its splits: {', '.join(names)}")
         return found[self.split]
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a hub is away or overloaded, by the causes of what its client raises."""
+    while error is not None:
+        # Clients bring their own families; of httpx's it is this base, and no import of theirs.
+        family = {base.__name__ for base in type(error).__mro__}
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if "TransportError" in family or status in (408, 429) or status >= 500:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _locate(name: str, modelscope: bool) -> tuple[str, str | None]:

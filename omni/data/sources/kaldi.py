@@ -28,7 +28,7 @@ class KaldiSource:
         self.list = folder / ("segments" if self.segments else "wav.scp")
 
     def parts(self) -> list[Part]:
-        if not (self.folder / "text").is_file():
+        if not self.options.segment and not (self.folder / "text").is_file():
             raise ManifestError(f"{self.folder}: expected a file `text` beside {self.list.name}")
         files = [self.folder / name for name in _BESIDE]
         mark = [file_fingerprint(file) for file in files if file.is_file() and file != self.list]
