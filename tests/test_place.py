@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from omni import segments
+from omni import growing
 from omni.place import ObjectPath, Place, StorageError, place, remove_tree, why
 from tests.loopback_s3 import s3_bucket
 
@@ -118,33 +118,33 @@ def test_a_server_that_is_away_is_an_oserror_in_few_words() -> None:
 
 
 def test_a_growing_file_is_read_back_whole(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(growing, "SEGMENT_BYTES", 1000)
     path = place(bucket) / "grows" / "metrics.jsonl"
     assert isinstance(path, ObjectPath)
-    assert list(segments.read(path)) == []
+    assert list(growing.read(path)) == []
     lines = [f"line {number} {'x' * 50}\n".encode() for number in range(100)]
     for number, line in enumerate(lines):
         if number == 50:
-            segments._last.clear()  # another process goes on with it
-        segments.append(path, line)
-    assert list(segments.read(path)) == lines
-    sizes = [segment.info().size for segment in segments.segments(path)]
+            growing._last.clear()  # another process goes on with it
+        growing.append(path, line)
+    assert list(growing.read(path)) == lines
+    sizes = [segment.info().size for segment in growing.segments(path)]
     assert len(sizes) > 4 and max(sizes) < 1100
 
-    segments.replace(path, b"".join(lines[:40]))
-    segments.append(path, lines[40])
-    assert list(segments.read(path)) == lines[:41]
-    segments.remove(path)
-    assert list(segments.read(path)) == [] and not path.exists()
+    growing.replace(path, b"".join(lines[:40]))
+    growing.append(path, lines[40])
+    assert list(growing.read(path)) == lines[:41]
+    growing.remove(path)
+    assert list(growing.read(path)) == [] and not path.exists()
 
 
 def test_two_processes_that_take_turns_lose_nothing(bucket: str) -> None:
     path = place(bucket) / "turns" / "metrics.jsonl"
     assert isinstance(path, ObjectPath)
-    kept: list[dict[ObjectPath, segments._Last]] = [{}, {}]
+    kept: list[dict[ObjectPath, growing._Last]] = [{}, {}]
     for number in range(10):
-        segments._last.clear()
-        segments._last.update(kept[number % 2])
-        segments.append(path, f"{number}\n".encode())
-        kept[number % 2] = dict(segments._last)
-    assert list(segments.read(path)) == [f"{number}\n".encode() for number in range(10)]
+        growing._last.clear()
+        growing._last.update(kept[number % 2])
+        growing.append(path, f"{number}\n".encode())
+        kept[number % 2] = dict(growing._last)
+    assert list(growing.read(path)) == [f"{number}\n".encode() for number in range(10)]

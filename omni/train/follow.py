@@ -11,8 +11,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
+from omni.growing import segment
 from omni.place import ObjectPath, Place
-from omni.segments import segment
 from omni.train.metrics import event_files
 
 METRICS = "metrics.jsonl"
@@ -160,7 +160,7 @@ class _Tail:
 
 
 class _ObjectTail:
-    """The same, of a file in segments (omni/segments.py), of which those that changed are read."""
+    """The same, of a file in segments (omni/growing.py), of which those that changed are read."""
 
     def __init__(self, path: ObjectPath) -> None:
         self._path = path

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omni import segments
+from omni import growing
 from omni.place import Place, write_whole
 from omni.retry import patiently
 
@@ -32,7 +32,7 @@ def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
 
 def _append(path: Place, data: bytes) -> None:
     if not isinstance(path, Path):
-        segments.append(path, data)
+        growing.append(path, data)
         return
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -52,7 +52,7 @@ def _append(path: Place, data: bytes) -> None:
 def read_lines(path: Place) -> Iterator[bytes]:
     """The lines of a file that grows; nothing where there is none."""
     if not isinstance(path, Path):
-        yield from segments.read(path)
+        yield from growing.read(path)
     elif path.is_file():
         with path.open("rb") as file:
             yield from file
@@ -77,7 +77,7 @@ def keep_lines(path: Place, keep: Callable[[dict[str, Any]], bool]) -> None:
     if isinstance(path, Path):
         write_text(path, kept.decode())
     else:
-        patiently(functools.partial(segments.replace, path, kept))
+        patiently(functools.partial(growing.replace, path, kept))
 
 
 def remove_lines(path: Place) -> None:
@@ -85,7 +85,7 @@ def remove_lines(path: Place) -> None:
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
     else:
-        segments.remove(path)
+        growing.remove(path)
 
 
 def write_text(path: Place, text: str) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from whole_runs import ROOT, command, curve, ledger, run_job
 
 from jobs import audit, evaluate
-from omni import segments
+from omni import growing
 from omni.place import ObjectPath, join, place
 from omni.report import write_report
 from omni.train.follow import METRICS, Follower, Row
@@ -104,7 +104,7 @@ def test_every_rank_writes_its_own_events_and_all_are_read_in_order(run: ObjectP
 
 
 def test_a_run_is_followed(run: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "SEGMENT_BYTES", 100)
+    monkeypatch.setattr(growing, "SEGMENT_BYTES", 100)
     write_event(run, "attempt", 0, rank=0)
     heard = Heard()
     follower = Follower(run, [heard])
@@ -115,7 +115,7 @@ def test_a_run_is_followed(run: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> 
         if step == 4:
             follower.poll()
             assert heard.take() == [1, 2, 3, 4]
-    assert len(list(segments.segments(run / METRICS))) > 1
+    assert len(list(growing.segments(run / METRICS))) > 1
     write_event(run, "stalled", 6, rank=1)
     follower.poll()
     assert heard.take() == [5, 6, "stalled"]
