@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.cli import run
+from omni.place import place
 
 if TYPE_CHECKING:
     from omni.data.voice import Segmenting
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     about, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser("python -m jobs.index", description=about, epilog=more)
     parser.add_argument("--source", metavar="SPEC", action="append", required=True)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--out", metavar="DIR", type=place, required=True)
     parser.add_argument("--language", help="of utterances that do not say")
     parser.add_argument("--audio_folder", default="", help="put before recordings' paths")
     parser.add_argument("--number_ids", action="store_true", help="make ids of places")

@@ -369,6 +369,13 @@ class Config(Section):
             return None
         return place(join(self.run.storage, "cache") if "://" in self.cache else self.cache)
 
+    @property
+    def locations(self) -> list[str]:
+        """Where corpora lie, credentials included."""
+        corpora = [*self.data.train, *self.data.dev, *self.data.test]
+        named = [entry if isinstance(entry, str) else entry.source for entry in corpora]
+        return [*named, *self.augment.noise, *self.augment.reverb]
+
     def to_yaml(self) -> str:
         """For the run's directory and its checkpoints: without credentials."""
         values = self.model_dump(mode="json")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from omni.data.audio import AudioError, AudioSpan, decode
 from omni.model.logmel import HOP, SAMPLING_RATE, log_mel
+from omni.place import Place, place
 
 _WHOLE = AudioSpan()
 _EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
@@ -31,12 +32,12 @@ def player(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = Non
 
     samples: the decoded span, where it is known. A recording that cannot be read says why.
     """
-    file = Path(path)
+    file = place(path)
     mime = _MIME.get(file.suffix.lower(), "")
     try:
         if not file.is_file():
             raise AudioError("missing", f"no such file: {path}")
-        if mime and span == _WHOLE and file.stat().st_size < _EMBED_BYTES:
+        if mime and span == _WHOLE and _size(file) < _EMBED_BYTES:
             data = file.read_bytes()
         else:
             mime, wav = _WAV, io.BytesIO()
@@ -47,6 +48,10 @@ def player(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = Non
     except (OSError, TypeError, ValueError) as error:  # of which AudioError is one
         return f'<p class="quiet">No audio: {escape(str(error))}</p>'
     return f'<audio controls preload="metadata" src="{_data(mime, data)}"></audio>'
+
+
+def _size(file: Place) -> int:
+    return file.stat().st_size if isinstance(file, Path) else int(file.info().size or 0)
 
 
 def waveform(samples: np.ndarray) -> str:

@@ -208,9 +208,7 @@ def hold(
     for number, row in enumerate(rows, start=first):
         row["prompt"] = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
         try:
-            spoken = [
-                fit(decode(Path(r["uri"]), span_of(r)), r["samples"]) for r in recordings(row)
-            ]
+            spoken = [fit(decode(r["uri"], span_of(r)), r["samples"]) for r in recordings(row)]
         except AudioError as error:
             bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
             continue

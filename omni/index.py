@@ -6,6 +6,7 @@ interrupted one, and takes up what was added to a corpus.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -24,24 +25,25 @@ from omni.data.parts import about_part, fingerprint, part_name, write_part
 from omni.data.sources import Options, open_source
 from omni.model.hub import HubError
 from omni.model.logmel import SAMPLING_RATE
-from omni.place import without_secrets
+from omni.place import Place, StorageError, why, without_secrets
 from omni.train.trainer import start_ray
 
 _SAY_SECONDS = 5.0
 
 
 def make_index(
-    specs: Sequence[str], out: Path, options: Options, say: Callable[[str], None] = print
+    specs: Sequence[str], out: Place, options: Options, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Index the sources in `out`, and count; `say` gets a line of progress now and then.
 
     Returns what `omni.data.built.finish` counts, `parts`, and `done`: those made in this call.
     Raises ConfigError when a source is not what it should be, and RuntimeError for what may pass.
     """
-    out = out.expanduser().absolute()
+    if isinstance(out, Path):
+        out = out.expanduser().absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
+        with _alone(out):
             return _index(specs, out, options, say)
     except Timeout:
         raise ConfigError(f"--out {out}: another job is writing it") from None
@@ -49,12 +51,19 @@ def make_index(
         raise ConfigError(f"--source: {without_secrets(str(error))}") from None
     except HubError as error:
         raise RuntimeError(f"--source: {without_secrets(str(error))}") from error
+    except StorageError as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
-        raise RuntimeError(f"{error.filename or out}: {error.strerror or error}") from error
+        raise RuntimeError(f"{error.filename or out}: {why(error)}") from error
+
+
+def _alone(out: Place) -> contextlib.AbstractContextManager[Any]:
+    """One job at a time; object storage has no locks."""
+    return FileLock(out / ".lock", timeout=0) if isinstance(out, Path) else contextlib.nullcontext()
 
 
 def _index(
-    specs: Sequence[str], out: Path, options: Options, say: Callable[[str], None]
+    specs: Sequence[str], out: Place, options: Options, say: Callable[[str], None]
 ) -> dict[str, Any]:
     tasks: list[Task] = []
     for spec in specs:
@@ -67,27 +76,29 @@ def _index(
     names = [part_name(*task) for task in tasks]
     if len(set(names)) < len(names):
         raise ManifestError("the same source is given twice")
-    for stale in out.glob("*/*.tmp"):  # of a job that was killed: this one holds the lock
-        stale.unlink(missing_ok=True)
+    if isinstance(out, Path):
+        for stale in out.glob("*/*.tmp"):  # of a job that was killed: this one holds the lock
+            stale.unlink(missing_ok=True)
     todo = [n for n, task in enumerate(tasks) if not _is_done(out, names[n], task, options)]
     if todo:
         (out / INDEX_FILE).unlink(missing_ok=True)  # training must not read a mixture of two
         start_ray(Config())
         _follow(tasks, todo, options, out, say)
     result = finish(tasks, out)
-    for stale in [*out.glob("parts/*.parquet"), *out.glob("audio/*.bin")]:
-        if stale.stem not in set(names):  # of a corpus as it was before
-            stale.unlink()
+    known = set(names)
+    for old in [*(out / "parts").glob("*.parquet"), *(out / "audio").glob("*.bin")]:
+        if old.stem not in known:  # of a corpus as it was before
+            old.unlink()
     return {**result, "parts": len(tasks), "done": len(todo)}
 
 
-def _is_done(out: Path, name: str, task: Task, options: Options) -> bool:
+def _is_done(out: Place, name: str, task: Task, options: Options) -> bool:
     about = about_part(out, name)
     return about is not None and about["fingerprint"] == fingerprint(task[1], options)
 
 
 def _follow(
-    tasks: list[Task], todo: list[int], options: Options, out: Path, say: Callable[[str], None]
+    tasks: list[Task], todo: list[int], options: Options, out: Place, say: Callable[[str], None]
 ) -> None:
     """Have the parts made, one task each, and tell from time to time."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` tells what it would
@@ -107,6 +118,8 @@ def _follow(
         for row in made.iter_rows():
             if row["error"]:
                 raise ManifestError(row["error"])
+            if row["away"]:  # what is made stays; the same command goes on
+                raise RuntimeError(f"indexing stopped: {row['away']}")
             total.update({name: row[name] for name in ("rows", "samples", "rejects", "bytes")})
             total["parts"] += 1
             now = time.monotonic()
@@ -126,12 +139,15 @@ def _progress(total: Counter[str], parts: int, seconds: float) -> str:
     )
 
 
-def _make_part(task: Task, options: Options, out: Path) -> dict[str, Any]:
-    """A row of counts, or of what is wrong with the source."""
-    counts: dict[str, Any] = {"rows": 0, "samples": 0, "bytes": 0, "rejects": 0, "error": ""}
+def _make_part(task: Task, options: Options, out: Place) -> dict[str, Any]:
+    """A row of counts, and of what went wrong."""
+    counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
+    counts |= {"error": "", "away": ""}  # what is wrong with the source, and with its storage
     try:
         made = write_part(*task, options, out)
         counts |= {**made, "rejects": len(made["rejects"])}
     except ManifestError as error:
         counts["error"] = str(error)
+    except OSError as error:
+        counts["away"] = why(error)
     return {name: [value] for name, value in counts.items()}

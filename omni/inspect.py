@@ -260,7 +260,7 @@ def _utterance(row: dict[str, Any], tokenizer: SpeechTokenizer) -> str:
 
 def _recording(part: dict[str, Any]) -> str:
     try:
-        samples = fit(decode(Path(part["uri"]), span_of(part)), part["samples"])
+        samples = fit(decode(part["uri"], span_of(part)), part["samples"])
     except (AudioError, OSError) as error:
         return f'<p class="quiet">No audio: {escape(str(error))}</p>'
     return waveform(samples) + mel_picture(samples) + player(part["uri"], span_of(part), samples)

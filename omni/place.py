@@ -11,18 +11,22 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import io
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.fs as pafs
 
 _WITH_FOLDERS = {"hdfs"}  # anywhere else an upload appears when it is complete, and names are flat
+_READ_AHEAD = 1 << 20  # bytes of a request, for whoever reads little by little
+_known: dict[tuple[str, str], tuple[str, str]] = {}  # credentials and options by scheme and bucket
 
 
 class StorageError(OSError):
@@ -47,15 +51,25 @@ def place(location: str | Path | ObjectPath) -> Place:
 class ObjectPath:
     """One name in object storage. Failures are OSError; a missing object is FileNotFoundError.
 
-    `str()` of it is for messages, without credentials and options; `uri` has them.
+    `str()` of it is for messages and tables, without credentials and options; `uri` has them. Where
+    a bucket was named with them once, its plain names mean the same in this process (see `know`).
     """
 
     def __init__(self, uri: str) -> None:
         self._scheme, _, rest = uri.partition("://")
         path, question, options = rest.partition("?")
-        self._bucket, _, key = path.partition("/")  # with credentials, or host and port
+        bucket, _, key = path.partition("/")  # with credentials, or host and port
+        self._bucket = bucket.removeprefix("***@")  # as `without_secrets` leaves it
         self._path = PurePosixPath("/") / key
         self._options = question + options
+        name = self._scheme, self._bucket.rpartition("@")[2]
+        if self._options or "@" in self._bucket:
+            _known[name] = self._bucket, self._options
+        else:
+            self._bucket, self._options = _known.get(name, (self._bucket, ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectPath, (self.uri,)
 
     def __str__(self) -> str:
         return f"{self._scheme}://{self._bucket.rpartition('@')[2]}{self._path}".rstrip("/")
@@ -78,6 +92,11 @@ class ObjectPath:
     @property
     def uri(self) -> str:
         return f"{self._scheme}://{self._bucket}{self._path}".rstrip("/") + self._options
+
+    @property
+    def path(self) -> PurePosixPath:
+        """Within the bucket, from its root."""
+        return self._path
 
     @property
     def name(self) -> str:
@@ -124,13 +143,13 @@ class ObjectPath:
     def is_dir(self) -> bool:
         return self.info().type.name == "Directory"
 
-    def listing(self) -> list[pafs.FileInfo]:
+    def listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
         """What lies in this folder, by name; nothing where there is none."""
         import pyarrow.fs as pafs
 
         filesystem, key = self.filesystem
-        found = filesystem.get_file_info(pafs.FileSelector(key, allow_not_found=True))
-        return sorted(found, key=lambda info: str(info.path))
+        selector = pafs.FileSelector(key, allow_not_found=True, recursive=recursive)
+        return sorted(filesystem.get_file_info(selector), key=lambda info: str(info.path))
 
     def iterdir(self) -> Iterator[ObjectPath]:
         return (self / info.base_name for info in self.listing())
@@ -139,19 +158,27 @@ class ObjectPath:
         """Of this folder alone."""
         return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
+    def files_within(self) -> dict[str, pafs.FileInfo]:
+        """All files of this folder, at any depth, by their names relative to it."""
+        prefix = len(self.filesystem[1]) + 1
+        return {i.path[prefix:]: i for i in self.listing(recursive=True) if i.is_file}
+
     # -- reading and writing -------------------------------------------------------------------
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         """For reading from any place in it; ranges are fetched as they are asked for."""
         if mode != "rb":
             raise ValueError(f"mode {mode!r}: objects are opened for reading, and written whole")
+        return io.BufferedReader(self.ranges(), _READ_AHEAD)
+
+    def ranges(self) -> pa.NativeFile:
+        """As pyarrow reads it: a request for each read."""
         filesystem, key = self.filesystem
-        file: Any = filesystem.open_input_file(key)
-        return file
+        return filesystem.open_input_file(key)
 
     def read_bytes(self) -> bytes:
         filesystem, key = self.filesystem
-        with filesystem.open_input_stream(key) as stream:
+        with filesystem.open_input_stream(key, compression=None) as stream:
             return bytes(stream.read())
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -206,17 +233,24 @@ class ObjectPath:
     def _written(self) -> Iterator[Any]:
         filesystem, key = self.filesystem
         if filesystem.type_name not in _WITH_FOLDERS:
-            with filesystem.open_output_stream(key) as stream:
+            with filesystem.open_output_stream(key, compression=None) as stream:
                 yield stream
             return
         self.parent.mkdir()
         temporary = f"{key}.{uuid.uuid4().hex}.tmp"
-        with filesystem.open_output_stream(temporary) as stream:
+        with filesystem.open_output_stream(temporary, compression=None) as stream:
             yield stream
         filesystem.move(temporary, key)
 
 
 Place: TypeAlias = Path | ObjectPath
+
+
+def know(locations: Iterable[str]) -> None:
+    """Read plain names of these URIs' buckets with the same credentials and options."""
+    for location in locations:
+        if "://" in location:
+            place(location)
 
 
 def join(location: str | Path, name: str) -> str:
@@ -251,6 +285,13 @@ def remove_tree(folder: Place) -> None:
     else:
         with contextlib.suppress(OSError):
             folder.rmtree()
+
+
+def refuse_absence(path: Place, error: Exception) -> None:
+    """A bucket that does not answer says nothing about what is in it: raises the error then."""
+    gone = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, StorageError))
+    if gone and isinstance(path, ObjectPath):
+        raise error
 
 
 def why(error: OSError) -> str:

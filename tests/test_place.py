@@ -77,12 +77,13 @@ def test_a_large_file_is_uploaded_whole(bucket: str, tmp_path: Path) -> None:
 
 
 def test_names_keep_what_uris_give_a_meaning(bucket: str) -> None:
-    for name in ("with space", "50%", "a+b", "at@sign", "ünï"):
+    for name in ("with space", "50%", "a+b", "at@sign", "ünï", "packed.gz"):
         path = place(bucket) / "names" / name
         path.write_text(name)
         assert path.read_text() == name
+        assert path.info().size == len(name.encode())
     assert sorted(path.name for path in (place(bucket) / "names").iterdir()) == sorted(
-        ("with space", "50%", "a+b", "at@sign", "ünï")
+        ("with space", "50%", "a+b", "at@sign", "ünï", "packed.gz")
     )
 
 

@@ -8,16 +8,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 import soundfile
 import soxr
 
 from omni.model.logmel import FRAME, SAMPLING_RATE
+from omni.place import ObjectPath, Place, place
 from omni.retry import patiently
 
-_WHOLE_BYTES = 4 << 20  # recordings in archives up to this size are read at once
+_WHOLE_BYTES = 4 << 20  # recordings in archives and buckets up to this size are read at once
+_READ_AHEAD = 256 << 10  # bytes of a request for a part of a longer one
+Recording: TypeAlias = bytes | str | Place
 
 
 class AudioError(ValueError):
@@ -46,19 +49,23 @@ def resampled_length(frames: int, rate: int) -> int:
     return round(frames * SAMPLING_RATE / rate)
 
 
-def measure(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> int:
+def measure(data: Recording, span: AudioSpan = AudioSpan()) -> int:
     """Samples at 16 kHz that `decode` will return, from the header alone.
 
-    data: a path, or the bytes of a file.
+    data: a path or URI, or the bytes of a file.
 
-    Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`.
+    Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`; and OSError for
+    object storage that does not answer.
     """
     path = "bytes" if isinstance(data, bytes) else str(data)
-    if not isinstance(data, bytes) and not Path(data).is_file():
+    if not isinstance(data, bytes) and isinstance(place(data), Path) and not Path(path).is_file():
         raise AudioError("missing", f"no such file: {path}")
+    source = _source(data, span)
     try:
-        info = soundfile.info(_source(data, span))
+        info = soundfile.info(source)
+        _check(source)
     except (OSError, soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
+        _check(source)
         raise AudioError("unreadable", f"{path}: {error}") from None
     if info.frames <= 0:
         raise AudioError("empty", f"{path}: no samples")
@@ -69,15 +76,17 @@ def measure(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> int:
     return samples
 
 
-def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarray:
+def decode(data: Recording, span: AudioSpan = AudioSpan()) -> np.ndarray:
     """Decode to (S,) float32 mono at 16 kHz; channels are averaged.
 
-    data: a path, or the bytes of a file in any format libsndfile reads.
-    Raises AudioError: `unreadable`, `empty`, `not finite`, or `span outside the file`.
+    data: a path or URI, or the bytes of a file in any format libsndfile reads.
+    Raises AudioError: `unreadable`, `empty`, `not finite`, or `span outside the file`; of an object
+    `missing`, and OSError for object storage that does not answer.
     """
     name = "bytes" if isinstance(data, bytes) else str(data)
+    source = _source(data, span)
     try:
-        with soundfile.SoundFile(_source(data, span)) as file:
+        with soundfile.SoundFile(source) as file:
             rate = file.samplerate
             if file.frames <= 0:
                 raise AudioError("empty", f"{name}: no samples")
@@ -85,7 +94,9 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
             if first:
                 file.seek(first)
             samples = file.read(count, dtype="float32", always_2d=True)
+        _check(source)
     except (OSError, soundfile.LibsndfileError, TypeError) as error:
+        _check(source)
         raise AudioError("unreadable", f"{name}: {error}") from None
     if not len(samples):
         raise AudioError("empty", f"{name}: no samples")
@@ -99,28 +110,66 @@ def decode(data: bytes | str | Path, span: AudioSpan = AudioSpan()) -> np.ndarra
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def _source(data: bytes | str | Path, span: AudioSpan) -> str | BinaryIO:
+def _source(data: Recording, span: AudioSpan) -> str | BinaryIO:
     """What soundfile opens: a file's name, or the bytes of a recording."""
     if isinstance(data, bytes):
         return io.BytesIO(data)
+    where = place(data)
+    if isinstance(where, ObjectPath):
+        return _object(where, span)
     if span.bytes is None:
-        return str(data)
+        return str(where)
     offset, length = span.bytes
     if length > _WHOLE_BYTES:
-        return cast(BinaryIO, io.BufferedReader(ByteRange(str(data), offset, length)))
-    with open(data, "rb") as file:
+        return cast(BinaryIO, io.BufferedReader(ByteRange(str(where), offset, length)))
+    with open(where, "rb") as file:
         file.seek(offset)
         return io.BytesIO(file.read(length))
 
 
-class ByteRange(io.RawIOBase):
-    """A range of a file's bytes as a file of its own, so that a long recording in an archive is
-    read where it is needed."""
+def _object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
+    """A short recording in one request; a long one where it is needed. Raises AudioError."""
+    try:
+        file = path.ranges()
+        size = file.size()
+        offset, length = span.bytes or (0, size)
+        length = min(length, max(0, size - offset))
+        if length > _WHOLE_BYTES:
+            return _Watched(_ObjectRange(file, offset, length))
+        with file:
+            return io.BytesIO(file.read_at(length, offset))
+    except FileNotFoundError:
+        raise AudioError("missing", f"no such object: {path}") from None
 
-    def __init__(self, path: str, offset: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
-        self._first, self._place = offset, 0
-        self._length = min(length, max(0, os.fstat(self._file.fileno()).st_size - offset))
+
+class _Watched(io.BufferedReader):
+    """Remembers what storage said: libsndfile takes a read that fails for the end of the file."""
+
+    raw: _ObjectRange
+
+    def __init__(self, raw: _ObjectRange) -> None:
+        super().__init__(raw, _READ_AHEAD)
+
+    @property
+    def failed(self) -> OSError | None:
+        return self.raw.failed
+
+
+def _check(source: object) -> None:
+    """Raises the OSError of storage that failed while a recording was being read."""
+    if isinstance(source, _Watched) and source.failed is not None:
+        raise ConnectionError(str(source.failed))
+
+
+class _Range(io.RawIOBase):
+    """A range of bytes as a file of its own, so that a long recording in an archive is read where
+    it is needed."""
+
+    def __init__(self, length: int) -> None:
+        self._length, self._place = length, 0
+
+    def _fetch(self, count: int, place: int) -> bytes:
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -139,29 +188,64 @@ class ByteRange(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
         count = min(len(view), max(0, self._length - self._place))
-        data = os.pread(self._file.fileno(), count, self._first + self._place)
+        data = self._fetch(count, self._place)
         view[: len(data)] = data
         self._place += len(data)
         return len(data)
+
+
+class ByteRange(_Range):
+    """Of a file."""
+
+    def __init__(self, path: str, offset: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._first = offset
+        super().__init__(min(length, max(0, os.fstat(self._file.fileno()).st_size - offset)))
+
+    def _fetch(self, count: int, place: int) -> bytes:
+        return os.pread(self._file.fileno(), count, self._first + place)
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-def decode_patiently(path: Path, span: AudioSpan = AudioSpan()) -> np.ndarray:
+class _ObjectRange(_Range):
+    """Of an object. failed: why a request got nothing."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._file, self._first = file, offset
+        self.failed: OSError | None = None
+        super().__init__(length)
+
+    def _fetch(self, count: int, place: int) -> bytes:
+        try:
+            return bytes(self._file.read_at(count, self._first + place))
+        except OSError as error:
+            self.failed = error
+            return b""
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def decode_patiently(path: str | Place, span: AudioSpan = AudioSpan()) -> np.ndarray:
     """`decode`, for a file that was there a while ago: storage that is away is waited for.
 
-    Raises AudioError for a bad file, and OSError when its whole folder stays away.
+    Raises AudioError for a bad file, and OSError when its whole folder or bucket stays away.
     """
+    where = place(path)
+    if isinstance(where, ObjectPath):
+        return patiently(lambda: decode(where, span))
 
     def attempt() -> np.ndarray:
         try:
-            return decode(path, span)
+            return decode(where, span)
         except AudioError:
-            _look_into(path.parent)
+            _look_into(where.parent)
         # The folder can be read. It may have come back only now: the second answer counts.
-        return decode(path, span)
+        return decode(where, span)
 
     return patiently(attempt)
 
@@ -175,7 +259,7 @@ def _look_into(folder: Path) -> None:
 
 
 def decode_blocks(
-    data: bytes | str | Path, seconds: float = 30.0, span: AudioSpan = AudioSpan()
+    data: Recording, seconds: float = 30.0, span: AudioSpan = AudioSpan()
 ) -> Iterator[np.ndarray]:
     """What `decode` returns, to the last bit, in blocks of about `seconds`.
 
@@ -184,8 +268,9 @@ def decode_blocks(
     name = "bytes" if isinstance(data, bytes) else str(data)
     resample: soxr.ResampleStream | None = None
     empty = True
+    source = _source(data, span)
     try:
-        with soundfile.SoundFile(_source(data, span)) as file:
+        with soundfile.SoundFile(source) as file:
             rate = file.samplerate
             if file.frames <= 0:
                 raise AudioError("empty", f"{name}: no samples")
@@ -197,6 +282,7 @@ def decode_blocks(
             while True:
                 count = min(left, round(seconds * rate))
                 samples = file.read(count, dtype="float32", always_2d=True)
+                _check(source)
                 left -= len(samples)
                 mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
                 if not np.isfinite(mono).all():
@@ -210,6 +296,7 @@ def decode_blocks(
                 if last:
                     break
     except (OSError, soundfile.LibsndfileError, TypeError) as error:
+        _check(source)
         raise AudioError("unreadable", f"{name}: {error}") from None
     if empty:
         raise AudioError("empty", f"{name}: no samples")

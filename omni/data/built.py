@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from omni.data.index import INDEX_FILE, INDEX_VERSION, ManifestError, repeated_id
-from omni.data.parts import about_part, part_name, write_whole
+from omni.data.parts import about_part, opened, part_name, write_whole
 from omni.data.sources import Part, Source
 from omni.model.logmel import SAMPLING_RATE
-from omni.place import without_secrets
+from omni.place import Place, without_secrets
 
 SECONDS = [0, 1, 2, 4, 8, 16, 30, 60, 600]  # lower edges of the histogram of lengths
 CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'
@@ -24,7 +23,7 @@ CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'
 Task = tuple[Source, Part]
 
 
-def finish(tasks: list[Task], out: Path) -> dict[str, Any]:
+def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
     """Look over all parts, one in memory at a time but for the ids, and write what belongs to all.
 
     Returns utterances, seconds, rejects by reason, languages, speakers, without_text (utterances
@@ -43,7 +42,8 @@ def finish(tasks: list[Task], out: Path) -> dict[str, Any]:
     names = [part_name(*task) for task in tasks]
     columns = ["id", "samples", "text", "language", "speaker"]
     for name in names:
-        table = pq.read_table(out / "parts" / f"{name}.parquet", columns=columns)
+        with opened(out / "parts" / f"{name}.parquet") as file:
+            table = pq.read_table(file, columns=columns)
         ids.append(table["id"])
         for entry in pc.value_counts(table["language"]).to_pylist():
             languages[entry["values"] or "unknown"] += entry["counts"]

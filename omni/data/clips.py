@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from omni.data.audio import AudioError, AudioSpan, decode_patiently
-from omni.data.index import ManifestError, manifest_path
+from omni.data.index import ManifestError, beside, leaves, manifest_path
 from omni.data.measure import measure_all, span_of
 from omni.model.logmel import SAMPLING_RATE
 from omni.place import Place
@@ -55,7 +53,7 @@ class Clips:
 
     def _read(self, clip: Clip, span: AudioSpan) -> np.ndarray:
         try:
-            return decode_patiently(Path(clip.uri), span)
+            return decode_patiently(clip.uri, span)
         except AudioError as error:
             raise AudioError(f"unusable {self.kind}", str(error)) from None
 
@@ -97,7 +95,7 @@ def read_clips(
     return Clips(kind, tuple(clips))
 
 
-def _rows(path: Path, allow_absolute: bool) -> list[dict[str, Any]]:
+def _rows(path: Place, allow_absolute: bool) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -106,15 +104,14 @@ def _rows(path: Path, allow_absolute: bool) -> list[dict[str, Any]]:
     return [_row(place, line, path.parent, allow_absolute) for place, line in numbered]
 
 
-def _row(place: str, line: str, folder: Path, allow_absolute: bool) -> dict[str, Any]:
+def _row(place: str, line: str, folder: Place, allow_absolute: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{place}: not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or "\0" in row["audio"]:
         raise ManifestError(f'{place}: expected {{"audio": FILE}}, got {line[:40]!r}')
-    outside = os.path.normpath(row["audio"]).split(os.sep)[0] == os.pardir
-    if not allow_absolute and (os.path.isabs(row["audio"]) or outside):
+    if not allow_absolute and leaves(row["audio"], folder):
         raise ManifestError(
             f"{place}: field 'audio': {row['audio']!r} lies outside the manifest's folder; "
             "data.allow_absolute admits such files"
@@ -126,7 +123,7 @@ def _row(place: str, line: str, folder: Path, allow_absolute: bool) -> dict[str,
             raise ManifestError(f"{place}: field {name!r}: expected seconds, got {value!r}")
     return {
         "id": place,
-        "uri": str(folder / row["audio"]),
+        "uri": beside(folder, row["audio"]),
         "offset": None,
         "length": None,
         "start": float(start or 0.0),

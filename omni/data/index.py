@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from omni.data.measure import Reject, measure_all
 from omni.data.tar import TarError, read_tar
 from omni.model.conversation import Message
 from omni.model.hub import ASSETS
-from omni.place import Place
+from omni.place import Place, StorageError, refuse_absence, without_secrets
+from omni.place import place as at
 
 INDEX_FILE = "index.json"  # of a folder that jobs.index made
 INDEX_VERSION = 1
+_READERS = 8  # of parts at a time
 _LONGEST_SECONDS = 1e8  # three years
 _TYPES: dict[str, tuple[type, ...]] = {
     "audio": (str,),
@@ -95,24 +98,37 @@ class Index:
         return digest.hexdigest()
 
 
-def manifest_path(spec: str) -> Path:
-    """A manifest's path; `embedded:train|dev|test` is the corpus that comes with omni."""
+def manifest_path(spec: str) -> Place:
+    """A manifest's place; `embedded:train|dev|test` is the corpus that comes with omni.
+
+    Raises ManifestError, and OSError for object storage that does not answer.
+    """
     if spec.startswith("embedded:"):
-        path = ASSETS / "prompts-en" / f"{spec.removeprefix('embedded:')}.jsonl"
+        path: Place = ASSETS / "prompts-en" / f"{spec.removeprefix('embedded:')}.jsonl"
         if not path.is_file():
             raise ManifestError(f"{spec}: expected embedded:train, embedded:dev or embedded:test")
         return path
-    path = Path(spec).expanduser().absolute()
-    if path.is_dir():
+    path = absolute(spec)
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except StorageError as error:
+        raise ManifestError(str(error)) from None
+    if folder:
         if not (path / INDEX_FILE).is_file():
             raise ManifestError(
                 f"{spec}: expected a manifest, or a folder that jobs.index has finished: "
                 f"no {INDEX_FILE} in it"
             )
         return path / INDEX_FILE
-    if not path.is_file():
-        raise ManifestError(f"{spec}: no such manifest")
+    if not there:
+        raise ManifestError(f"{without_secrets(spec)}: no such manifest")
     return path
+
+
+def absolute(spec: str) -> Place:
+    """A path from the root, or a URI as it is."""
+    path = at(spec)
+    return path.expanduser().absolute() if isinstance(path, Path) else path
 
 
 def build_index(
@@ -135,7 +151,7 @@ def build_index(
     rejects: list[Reject] = []
     for spec in specs:
         path = manifest_path(spec)
-        if path.name == INDEX_FILE and Path(spec).expanduser().is_dir():
+        if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
             table, bad = read_built(path.parent, prompt)
             spoken = pc.not_equal(table["text"], "")
             rejects += _without_text(table.filter(pc.invert(spoken))) + bad
@@ -174,7 +190,7 @@ def _without_text(table: pa.Table) -> list[Reject]:
     return [Reject(name, uri, "no text", why) for name, uri in rows]
 
 
-def read_built(folder: Path, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
+def read_built(folder: Place, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
     """What jobs.index wrote: rows that are measured, paths made absolute, and the rejects.
 
     table: of SCHEMA; rows that nobody has written down have an empty text.
@@ -185,7 +201,8 @@ def read_built(folder: Path, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
         if about["version"] != INDEX_VERSION:
             raise ValueError(f"version {about['version']!r}, expected {INDEX_VERSION}")
         files = [folder / "parts" / f"{Path(name).name}.parquet" for name in about["parts"]]
-        tables = [pq.read_table(file).select(SCHEMA.names).cast(SCHEMA) for file in files]
+        with ThreadPoolExecutor(_READERS) as pool:
+            tables = list(pool.map(_part, files))
         table = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
         table.validate(full=True)
         needed = ("id", "uri", "start", "samples", "key", "text", "prompt")
@@ -197,12 +214,13 @@ def read_built(folder: Path, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
         with (folder / "rejects.jsonl").open("rb") as lines:
             rejects = [Reject(**json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
+        refuse_absence(folder, error)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ManifestError(f"{folder}: the index is damaged: {reason}") from None
     uris, prompts = table["uri"], table["prompt"]
     inside = pc.binary_join_element_wise(str(folder), uris, "/")
     for name, values in (
-        ("uri", pc.if_else(pc.starts_with(uris, "/"), uris, inside)),
+        ("uri", pc.if_else(pc.match_substring_regex(uris, "^/|://"), uris, inside)),
         ("prompt", pc.if_else(pc.equal(prompts, ""), prompt, prompts)),
     ):
         column = SCHEMA.get_field_index(name)
@@ -210,7 +228,12 @@ def read_built(folder: Path, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
     return table, rejects
 
 
-def _read_manifest(path: Path, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:
+def _part(file: Place) -> pa.Table:
+    with file.open("rb") if isinstance(file, Path) else file.ranges() as source:
+        return pq.read_table(source).select(SCHEMA.names).cast(SCHEMA)
+
+
+def _read_manifest(path: Place, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:
     """Rows with absolute `uri`, checked types and defaults, without audio measurements."""
     tar = path.suffix == ".tar"
     for place, row in _tar_rows(path) if tar else _json_rows(path):
@@ -218,7 +241,7 @@ def _read_manifest(path: Path, prompt: str, allow_absolute: bool) -> Iterator[di
 
 
 def checked_row(
-    path: Path, place: str, row: dict[str, Any], *, prompt: str = "", allow_absolute: bool = False
+    path: Place, place: str, row: dict[str, Any], *, prompt: str = "", allow_absolute: bool = False
 ) -> dict[str, Any]:
     """A row of the index without measurements, from one of the manifest at `path`.
 
@@ -233,7 +256,7 @@ def checked_row(
     check_row(place, row)
     for part in spoken:
         check_row(place, {**part, "text": part.get("text") or ""})
-        if not tar and not allow_absolute and leaves(part["audio"]):
+        if not tar and not allow_absolute and leaves(part["audio"], path.parent):
             raise ManifestError(
                 f"{place}: field 'audio': {part['audio']!r} lies outside the manifest's "
                 "folder; data.allow_absolute (--allow_absolute) admits such files"
@@ -266,12 +289,12 @@ def _conversation(place: str, row: dict[str, Any]) -> tuple[list[Message], list[
         raise ManifestError(f"{place}: field 'messages': {error}") from None
 
 
-def _place(path: Path, row: dict[str, Any], tar: bool) -> dict[str, Any]:
+def _place(path: Place, row: dict[str, Any], tar: bool) -> dict[str, Any]:
     """Where a recording lies."""
     offset, length = row["bytes"] if tar else (None, None)
     spans = row.get("offset") is not None and row.get("duration") is not None
     return {
-        "uri": str(path if tar else path.parent / row["audio"]),
+        "uri": str(path) if tar else beside(path.parent, row["audio"]),
         "offset": offset,
         "length": length,
         "start": float(row.get("offset") or 0.0),
@@ -280,7 +303,7 @@ def _place(path: Path, row: dict[str, Any], tar: bool) -> dict[str, Any]:
     }
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -295,7 +318,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield place, row
 
 
-def _tar_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _tar_rows(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for row in read_tar(path):
             yield f"{path}:{row['audio']}", row
@@ -303,9 +326,20 @@ def _tar_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ManifestError(str(error)) from None
 
 
-def leaves(name: str) -> bool:
+def beside(folder: Place, name: str) -> str:
+    """What a file in `folder` means by a name: a URI, a path from the root, or what lies there."""
+    if "://" in name:
+        return str(at(name))
+    if isinstance(folder, Path) or os.path.isabs(name):
+        return str(Path(name) if os.path.isabs(name) else folder / name)
+    return str(folder / os.path.normpath(name))
+
+
+def leaves(name: str, folder: Place | None = None) -> bool:
     """Whether a path leads out of the folder that it is relative to, by its words alone: a link in
     that folder is its owner's doing."""
+    if "://" in name:
+        return folder is None or not str(at(name)).startswith(f"{folder}/")
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.data.audio import AudioError, AudioSpan, measure
-from omni.place import Place, write_whole
+from omni.place import ObjectPath, Place, write_whole
+from omni.place import place as at
 
+_REQUESTS = 32  # to object storage at a time: they wait more than they work
 _EDGE = 64 * 1024  # bytes hashed at each end of a file
 
 
@@ -32,10 +34,12 @@ class Reject:
 
 
 def measure_all(
-    rows: list[dict[str, Any]], manifest: Path, cache_dir: Place | None, threads: int
+    rows: list[dict[str, Any]], manifest: Place, cache_dir: Place | None, threads: int
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Add `samples` and `key` to rows; unchanged files are not opened again."""
     known = _Measurements(manifest, cache_dir)
+    if isinstance(manifest, ObjectPath):
+        threads = max(threads, _REQUESTS)
     results = measure_rows(rows, known, threads)
     good: list[dict[str, Any]] = []
     rejects: list[Reject] = []
@@ -75,22 +79,34 @@ def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
 
 
 def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
-    try:
-        status = os.stat(row["uri"])
-    except OSError:
+    found = _size_and_time(at(row["uri"]))
+    if found is None:
         return AudioError("missing", f"no such file: {row['uri']}")
+    size, time_ns = found
     span = span_of(row)
-    name = [row["uri"], row["start"], row["duration"], status.st_size, status.st_mtime_ns]
+    name = [row["uri"], row["start"], row["duration"], size, time_ns]
     name += [span.bytes] if span.bytes else []
-    if (found := known.get(repr(name))) is not None:
-        return found
+    if (kept := known.get(repr(name))) is not None:
+        return kept
     try:
         samples = measure(row["uri"], span)
+        result = {"samples": samples, "key": _content_key(row, size)}
     except AudioError as error:
         return error
-    result = {"samples": samples, "key": _content_key(row, status.st_size)}
     known.put(repr(name), result)
     return result
+
+
+def _size_and_time(path: Place) -> tuple[int, int] | None:
+    """Bytes, and when they were written; None: there is no such file."""
+    if isinstance(path, ObjectPath):
+        info = path.info()
+        return (info.size, info.mtime_ns) if info.is_file else None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def measure_data(data: bytes, start: float, duration: float | None) -> dict[str, Any]:
@@ -105,7 +121,8 @@ def measure_data(data: bytes, start: float, duration: float | None) -> dict[str,
 
 def _content_key(row: dict[str, Any], size: int) -> str:
     first, size = (0, size) if row["length"] is None else (row["offset"], row["length"])
-    with open(row["uri"], "rb") as file:
+    path = at(row["uri"])
+    with path.open("rb") if isinstance(path, Path) else path.ranges() as file:
         file.seek(first)
         head, tail = file.read(min(_EDGE, size)), b""
         if size > _EDGE:
@@ -131,7 +148,7 @@ def span_of(row: dict[str, Any]) -> AudioSpan:
 class _Measurements:
     """What earlier runs measured of one manifest's files, kept as Parquet."""
 
-    def __init__(self, manifest: Path, cache_dir: Place | None) -> None:
+    def __init__(self, manifest: Place, cache_dir: Place | None) -> None:
         self._values: dict[str, dict[str, Any]] = {}
         self._fresh = False
         self._path: Place | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from omni.data.measure import Reject, measure_data, measure_rows
 from omni.data.segments import cut_rows
 from omni.data.sources import Options, Part, Row, Source
 from omni.data.sources.base import digest
+from omni.place import ObjectPath, Place, refuse_absence
 
 _BATCH = 256  # rows measured together
 _METADATA = b"omni"
@@ -44,20 +46,31 @@ def fingerprint(part: Part, options: Options) -> str:
     return digest(INDEX_VERSION, part.fingerprint, part.where, options.fingerprint)
 
 
-def about_part(folder: Path, name: str) -> dict[str, Any] | None:
+def about_part(folder: Place, name: str) -> dict[str, Any] | None:
     """`fingerprint`, `rejects` and `audio` (bytes) of a part that is there; None: it is not."""
     try:
-        metadata = pq.read_metadata(folder / "parts" / f"{name}.parquet").metadata
+        with opened(folder / "parts" / f"{name}.parquet") as file:
+            metadata = pq.read_metadata(file).metadata
         about: dict[str, Any] = json.loads(metadata[_METADATA])
         audio = folder / "audio" / f"{name}.bin"
-        if about["audio"] and audio.stat().st_size != about["audio"]:
+        if about["audio"] and _size(audio) != about["audio"]:
             return None
         return about
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        refuse_absence(folder, error)
         return None
 
 
-def write_part(source: Source, part: Part, options: Options, folder: Path) -> dict[str, Any]:
+def opened(path: Place) -> Any:
+    """A file for pyarrow to read, which asks for ranges of it. Raises OSError."""
+    return path.open("rb") if isinstance(path, Path) else path.ranges()
+
+
+def _size(path: Place) -> int | None:
+    return path.stat().st_size if isinstance(path, Path) else path.info().size
+
+
+def write_part(source: Source, part: Part, options: Options, folder: Place) -> dict[str, Any]:
     """Measure a part and write its files; returns its rows, samples, rejects and bytes of audio.
 
     Raises ManifestError where the source is not what it should be.
@@ -126,7 +139,7 @@ def _next_batch(
 
 
 def _measured(
-    taken: list[tuple[Row, dict[str, Any] | AudioError | None]], folder: Path, untranscribed: bool
+    taken: list[tuple[Row, dict[str, Any] | AudioError | None]], folder: Place, untranscribed: bool
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Rows of the index, in order, and what cannot be used."""
     unmeasured = [row for row, found in taken if found is None and row.error is None]
@@ -151,15 +164,20 @@ def _measured(
     return good, bad
 
 
-def _relative(uri: str, folder: Path) -> str:
+def _relative(uri: str, folder: Place) -> str:
     """A place inside the index's folder moves with it."""
-    inside = os.path.isabs(uri) and uri.startswith(f"{folder}{os.sep}")
-    return os.path.relpath(uri, folder) if inside else uri
+    return uri.removeprefix(f"{folder}/")
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
+def _whole(path: Place) -> Iterator[IO[bytes]]:
     """A file that appears under its name when all of it is written."""
+    if isinstance(path, ObjectPath):
+        with tempfile.NamedTemporaryFile(prefix="omni-part-") as made:
+            yield made
+            made.flush()
+            path.upload(Path(made.name))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
@@ -173,6 +191,6 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Place, data: bytes) -> None:
     with _whole(path) as file:
         file.write(data)

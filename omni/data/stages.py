@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +32,7 @@ from omni.data.speeds import changed_length
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.whisper import WhisperEncoder
 from omni.model.windows import clip_mel, plan_windows
+from omni.place import know
 from omni.retry import patiently
 
 
@@ -61,6 +61,7 @@ def load_bin(
 ) -> dict[str, Any]:
     """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
     began = time.perf_counter()
+    know(settings.config.locations)
     members = split.plan.bin(number).tolist()
     rows = split.table.take(pa.array(members, pa.int64())).to_pylist()
     heard = _heard(split, number, rows)
@@ -163,7 +164,7 @@ def _log_mel(recording: _Recording, settings: StreamSettings) -> bytes:
     half the traffic. Raises AudioError.
     """
     encoder, place = settings.config.encoder, recording.place
-    audio = decode_patiently(Path(place["uri"]), span_of(place))
+    audio = decode_patiently(place["uri"], span_of(place))
     audio = fit(audio, place["samples"])
     augmentation, change = recording.augmentation, recording.change
     if augmentation is not None and change is not None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
+
+from omni.place import Place
 
 AUDIO_SUFFIXES = {"wav", "flac", "ogg", "opus", "mp3", "aiff", "aif", "au", "caf", "w64"}
 
@@ -23,7 +25,7 @@ class TarError(ValueError):
 
 
 def read_tar(
-    path: Path, fields: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    path: Place, fields: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> Iterator[dict[str, Any]]:
     """Rows of a manifest, in the shard's order: `audio` is the member's name, `bytes` its (offset,
     length) in the shard. fields: gives a row's own fields the names of a manifest.
@@ -31,7 +33,7 @@ def read_tar(
     Raises TarError: not a tar, damaged, compressed, an unsafe member, or a row without its parts.
     """
     try:
-        with tarfile.open(path, "r:") as shard:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
             parts: dict[str, dict[str, tarfile.TarInfo]] = {}
             for member in shard:
                 refuse_unsafe(path, member)
@@ -44,7 +46,7 @@ def read_tar(
         raise TarError(f"{path}: expected an uncompressed tar: {error}") from None
 
 
-def refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
+def refuse_unsafe(path: Place, member: tarfile.TarInfo) -> None:
     """Raises TarError for a member that points elsewhere, or is no file or folder."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
@@ -61,7 +63,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _row(
-    path: Path,
+    path: Place,
     shard: tarfile.TarFile,
     key: str,
     files: dict[str, tarfile.TarInfo],

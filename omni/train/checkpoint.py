@@ -37,7 +37,7 @@ from omni.model.lora import is_adapter
 from omni.model.omni import OmniConfig, OmniModel
 from omni.model.pretrained import load_lm
 from omni.model.tokenizer import SpeechTokenizer
-from omni.place import ObjectPath, Place, remove_tree
+from omni.place import ObjectPath, Place, refuse_absence, remove_tree
 from omni.retry import patiently
 
 _FORMAT = 1
@@ -264,7 +264,7 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: damaged (checksum differs)")
             return load(data)
         except (OSError, SafetensorError) as error:
-            _refuse_absence(path, error)
+            refuse_absence(path, error)
             raise CheckpointError(f"{path}: damaged ({error})") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -289,7 +289,7 @@ def read_state(path: Place, *, verify: bool = False) -> Checkpoint:
     try:
         document = json.loads((path / _STATE).read_bytes())
     except (OSError, ValueError) as error:
-        _refuse_absence(path, error)
+        refuse_absence(path, error)
         raise CheckpointError(f"{path}: state.json is missing or damaged ({error})") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: state.json is not a checkpoint's")
@@ -318,13 +318,6 @@ def read_state(path: Place, *, verify: bool = False) -> Checkpoint:
         document["encoder"],
         document["files"],
     )
-
-
-def _refuse_absence(path: Place, error: Exception) -> None:
-    """A bucket that does not answer says nothing about what is in it: raises the error then."""
-    gone = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if gone and isinstance(path, ObjectPath):
-        raise error
 
 
 def _by_step(folder: Place) -> list[Place]:

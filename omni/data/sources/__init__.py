@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from omni.data.index import ManifestError, manifest_path
+from omni.data.index import ManifestError, absolute, manifest_path
 from omni.data.sources.base import COLUMNS, Options, Part, Row, Source, files_of
 from omni.data.sources.cuts import CutsSource
 from omni.data.sources.folder import FolderSource
@@ -17,6 +17,7 @@ from omni.data.sources.lines import LineSource, open_lines
 from omni.data.sources.tables import ParquetSource
 from omni.data.sources.tars import SharSource, TarSource
 from omni.data.tar import AUDIO_SUFFIXES
+from omni.place import Place
 
 __all__ = ["COLUMNS", "Options", "Part", "Row", "Source", "open_source"]
 
@@ -40,7 +41,7 @@ def open_source(spec: str, options: Options = _DEFAULT) -> Source:
         return TarSource(spec, files_of(name, (".tar",)), options)
     if kind == "parquet":
         return ParquetSource(spec, files_of(name, (".parquet",)), options)
-    path = Path(os.path.expanduser(name)).absolute()
+    path = absolute(name)
     if kind in ("shar", "kaldi", "folder"):
         if not path.is_dir():
             raise ManifestError(f"{spec}: expected a folder")
@@ -66,7 +67,7 @@ def _dataset(spec: str, kind: str, name: str, options: Options) -> Source:
 
 def _recognise(spec: str) -> str:
     """The kind of a place without a prefix. Raises ManifestError where it could be several."""
-    path = Path(os.path.expanduser(spec)).absolute()
+    path = absolute(spec)
     if path.is_dir():
         kinds = list(_kinds_of_folder(path))
         if len(kinds) == 1:
@@ -88,9 +89,9 @@ def _choice() -> str:
     return ", ".join(f"{kind}:" for kind in KINDS)
 
 
-def _kinds_of_folder(path: Path) -> Iterator[str]:
-    names = set(os.listdir(path))
-    if is_saved(path):
+def _kinds_of_folder(path: Place) -> Iterator[str]:
+    names = {child.name for child in path.iterdir()}
+    if isinstance(path, Path) and is_saved(path):
         yield "hf"
         return
     if "wav.scp" in names:
@@ -100,7 +101,7 @@ def _kinds_of_folder(path: Path) -> Iterator[str]:
         yield "shar"
         return
     suffixes: set[str] = set()
-    for _, _, files in os.walk(path):
+    for files in _names_below(path):
         suffixes |= {name.rpartition(".")[2].lower() for name in files}
         if len(suffixes) > 1000:  # not what endings are
             break
@@ -112,7 +113,14 @@ def _kinds_of_folder(path: Path) -> Iterator[str]:
         yield "folder"
 
 
-def _is_cuts(path: Path) -> bool:
+def _names_below(path: Place) -> Iterator[Iterable[str]]:
+    if isinstance(path, Path):
+        yield from (files for _, _, files in os.walk(path))
+    else:
+        yield path.files_within()
+
+
+def _is_cuts(path: Place) -> bool:
     """Whether the first line is one of lhotse's cuts."""
     try:
         with open_lines(path) as file:

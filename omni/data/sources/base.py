@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from omni.data.index import ManifestError, leaves
+from omni.data.index import ManifestError, absolute, beside, leaves
 from omni.data.voice import Segmenting
+from omni.place import ObjectPath, Place, refuse_absence
 
 COLUMNS = {
     "audio": ("audio", "audio_filepath", "audio_path", "path", "file", "wav"),
@@ -130,21 +133,31 @@ def explain_missing(name: str, columns: list[str], options: Options) -> str:
     )
 
 
-def inside(place: str, folder: Path, name: str, options: Options) -> str:
+def inside(place: str, folder: Place, name: str, options: Options) -> str:
     """A file's path as a corpus in `folder` names it. Raises ManifestError where it may not."""
-    within = os.path.isabs(name) and Path(os.path.normpath(name)).is_relative_to(folder)
-    if leaves(name) and not within and not options.allow_absolute:
+    within = (
+        isinstance(folder, Path)
+        and os.path.isabs(name)
+        and Path(os.path.normpath(name)).is_relative_to(folder)
+    )
+    if leaves(name, folder) and not within and not options.allow_absolute:
         raise ManifestError(
             f"{place}: {name!r} lies outside {folder}; --allow_absolute admits such files"
         )
-    return str(folder / name)
+    return beside(folder, name)
 
 
-def file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Place) -> str:
     """Size and time of a file."""
     try:
+        if isinstance(path, ObjectPath):
+            info = path.info()
+            if not info.is_file:
+                raise FileNotFoundError(errno.ENOENT, "no such object")
+            return f"{info.size} {info.mtime_ns}"
         status = path.stat()
     except OSError as error:
+        refuse_absence(path, error)
         raise ManifestError(f"{path}: {error.strerror}") from None
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -153,11 +166,12 @@ def digest(*parts: Any) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
 
 
-def files_of(spec: str, suffixes: tuple[str, ...]) -> list[Path]:
+def files_of(spec: str, suffixes: tuple[str, ...]) -> list[Place]:
     """The files that a path names: itself, those in a folder (at any depth), or of a pattern."""
-    path = Path(os.path.expanduser(spec)).absolute()
+    path = absolute(spec)
+    found: list[Place]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
+        found = [path / n for n in sorted(names_within(path)) if n.endswith(suffixes)]
     elif path.is_file():
         found = [path]
     else:
@@ -167,6 +181,30 @@ def files_of(spec: str, suffixes: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def _matching(path: Path) -> list[Path]:
+def names_within(folder: Place) -> dict[str, str]:
+    """All files of a folder, at any depth, by their names relative to it; and what changes with
+    them: size and time.
+    """
+    if isinstance(folder, ObjectPath):
+        found = folder.files_within()
+        return {name: repr((info.size, info.mtime_ns)) for name, info in found.items()}
+    names: dict[str, str] = {}
+    for base, _, files in os.walk(folder, followlinks=True):
+        for file in files:
+            path = os.path.join(base, file)
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+                status = os.stat(path)
+                names[os.path.relpath(path, folder)] = repr((status.st_size, status.st_mtime_ns))
+    return names
+
+
+def _matching(path: Place) -> list[Place]:
+    if isinstance(path, ObjectPath):
+        fixed = path
+        while any(mark in str(fixed.path) for mark in "*["):
+            fixed = fixed.parent
+        pattern = str(path.path.relative_to(fixed.path))
+        names = (n for n in sorted(fixed.files_within()) if PurePosixPath(n).match(pattern))
+        return [fixed / name for name in names if name.count("/") == pattern.count("/")]
     anchor = Path(path.anchor)
     return sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from omni.data.index import ManifestError, check_row
 from omni.data.sources.base import Options, Part, Row, inside
 from omni.data.sources.lines import cut as cut_lines
 from omni.data.sources.lines import json_objects
+from omni.place import Place
 
 _ROUNDING = 1e-3  # seconds
 
@@ -17,7 +17,7 @@ _ROUNDING = 1e-3  # seconds
 class CutsSource:
     """cuts.jsonl or cuts.jsonl.gz; paths are relative to it. An utterance is a whole cut."""
 
-    def __init__(self, spec: str, path: Path, options: Options) -> None:
+    def __init__(self, spec: str, path: Place, options: Options) -> None:
         self.spec, self.path, self.options = spec, path, options
 
     def parts(self) -> list[Part]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from omni.data.index import ManifestError, check_row
-from omni.data.sources.base import Options, Part, Row, digest
+from omni.data.sources.base import Options, Part, Row, digest, names_within
 from omni.data.tar import AUDIO_SUFFIXES
+from omni.place import Place, refuse_absence
 
 
 class FolderSource:
     """clips/0001.flac and clips/0001.txt, at any depth. A part is some of the recordings."""
 
-    def __init__(self, spec: str, folder: Path, options: Options) -> None:
+    def __init__(self, spec: str, folder: Place, options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
 
     def parts(self) -> list[Part]:
@@ -33,9 +32,9 @@ class FolderSource:
         for name in part.where:
             path = self.folder / name
             text = path.with_suffix(".txt")
-            row = {"id": str(Path(name).with_suffix("")), "audio": str(path)}
+            row = {"id": name.rpartition(".")[0], "audio": str(path)}
             try:
-                row["text"] = text.read_text(encoding="utf-8-sig").strip()
+                row["text"] = text.read_bytes().decode("utf-8-sig").strip()
             except FileNotFoundError:
                 if self.options.segment:
                     yield Row(id=row["id"], uri=str(path), language=self.options.language)
@@ -43,23 +42,16 @@ class FolderSource:
                 yield Row(id=row["id"], uri=str(path), error=("no text", f"{text}: no such file"))
                 continue
             except (OSError, UnicodeDecodeError) as error:
+                refuse_absence(text, error)
                 raise ManifestError(f"{text}: expected UTF-8 text: {error}") from None
             check_row(str(text), row)
             yield Row(id=row["id"], text=row["text"], uri=str(path), language=self.options.language)
 
 
-def _recordings(folder: Path) -> Iterator[tuple[str, str]]:
+def _recordings(folder: Place) -> Iterator[tuple[str, str]]:
     """Name of each recording, relative to the folder, and what changes with it or its text."""
-    sizes: dict[str, os.stat_result] = {}
-    for base, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            stem, _, suffix = name.rpartition(".")
-            if suffix.lower() in AUDIO_SUFFIXES or suffix == "txt":
-                sizes[os.path.join(base, name)] = os.stat(os.path.join(base, name))
-    for path, status in sizes.items():
-        stem, _, suffix = path.rpartition(".")
-        if suffix == "txt":
-            continue
-        text = sizes.get(f"{stem}.txt")
-        stats = [(s.st_size, s.st_mtime_ns) for s in (status, text) if s is not None]
-        yield os.path.relpath(path, folder), repr(stats)
+    marks = names_within(folder)
+    for name, mark in marks.items():
+        stem, _, suffix = name.rpartition(".")
+        if suffix.lower() in AUDIO_SUFFIXES:
+            yield name, f"{mark} {marks.get(f'{stem}.txt')}"

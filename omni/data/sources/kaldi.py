@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from omni.data.index import ManifestError, check_row
 from omni.data.sources.base import Options, Part, Row, digest, file_fingerprint, inside
 from omni.data.sources.lines import cut, read_bytes
+from omni.place import Place, refuse_absence
+from omni.place import place as at
 
 _BESIDE = ("wav.scp", "text", "utt2spk", "utt2lang")
 
@@ -22,7 +22,7 @@ class KaldiSource:
     Recordings are files, or WAV files inside an ark (`file.ark:OFFSET`). Commands are not run.
     """
 
-    def __init__(self, spec: str, folder: Path, options: Options) -> None:
+    def __init__(self, spec: str, folder: Place, options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
         self.segments = (folder / "segments").is_file()
         self.list = folder / ("segments" if self.segments else "wav.scp")
@@ -106,12 +106,14 @@ class KaldiSource:
         path = inside(place, self.folder, name, self.options)
         if offset is None:
             return replace(row, uri=path)
+        ark_file = at(path)
         try:
-            with open(path, "rb") as file:
-                total = os.fstat(file.fileno()).st_size
+            with ark_file.open("rb") as file:
+                total = file.seek(0, io.SEEK_END)
                 file.seek(offset)
                 head = file.read(12)
         except OSError as error:
+            refuse_absence(ark_file, error)
             return replace(row, uri=path, error=("missing", f"{path}: {error.strerror}"))
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             detail = f"{path}: no WAV file at byte {offset}"

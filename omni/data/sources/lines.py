@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -9,23 +10,29 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any, Literal
 
 from omni.data.index import ManifestError, checked_row
 from omni.data.sources.base import Options, Part, Row, canonical, explain_missing
+from omni.place import Place, refuse_absence
 
 Kind = Literal["jsonl", "csv", "tsv"]
 _NUMBERS = ("offset", "duration")
 _LARGEST_FIELD = 1 << 24  # characters of a CSV field; Python's own limit is 128 KiB
 
 
-def open_lines(path: Path) -> IO[bytes]:
+@contextlib.contextmanager
+def open_lines(path: Place) -> Iterator[IO[bytes]]:
     """A text file's bytes, unpacked where its name ends in .gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore
+    with path.open("rb") as file:
+        if path.suffix == ".gz":
+            with gzip.open(file, "rb") as unpacked:
+                yield unpacked  # type: ignore[misc]
+        else:
+            yield file
 
 
-def cut(path: Path, rows: int, kind: Kind = "jsonl") -> list[Part]:
+def cut(path: Place, rows: int, kind: Kind = "jsonl") -> list[Part]:
     """Parts of `rows` records; where: (first byte, bytes, number of the first line).
 
     A part's fingerprint is that of its bytes: what is appended to a file changes the end only.
@@ -50,13 +57,14 @@ def cut(path: Path, rows: int, kind: Kind = "jsonl") -> list[Part]:
                 position += len(data)
                 number += data.count(b"\n")
     except (OSError, EOFError) as error:
+        refuse_absence(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
     except (ValueError, csv.Error) as error:
         raise ManifestError(f"{path}: expected UTF-8 {kind.upper()}: {error}") from None
     return parts
 
 
-def read_bytes(path: Path, part: Part) -> bytes:
+def read_bytes(path: Place, part: Part) -> bytes:
     """The bytes of a part that `cut` made."""
     position, length, _ = part.where
     try:
@@ -64,10 +72,11 @@ def read_bytes(path: Path, part: Part) -> bytes:
             file.seek(position)
             return file.read(length)
     except (OSError, EOFError) as error:
+        refuse_absence(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
 
 
-def json_objects(path: Path, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_objects(path: Place, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, object) of each line that is not blank. Raises ManifestError."""
     for number, line in enumerate(io.BytesIO(read_bytes(path, part)), start=part.where[2]):
         if not line.strip():
@@ -104,7 +113,7 @@ def _dialect(kind: Kind) -> dict[str, Any]:
 class LineSource:
     """A JSONL, CSV or TSV manifest; its recordings' paths are relative to it."""
 
-    def __init__(self, spec: str, path: Path, kind: Kind, options: Options) -> None:
+    def __init__(self, spec: str, path: Place, kind: Kind, options: Options) -> None:
         self.spec, self.path, self.kind, self.options = spec, path, kind, options
 
     def parts(self) -> list[Part]:

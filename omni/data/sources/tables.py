@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omni.data.index import ManifestError, check_row
+from omni.data.index import ManifestError, check_row, leaves
 from omni.data.sources.base import (
     COLUMNS,
     Options,
@@ -23,6 +24,7 @@ from omni.data.sources.base import (
     file_fingerprint,
     inside,
 )
+from omni.place import Place, refuse_absence
 from omni.retry import patiently
 
 BATCH = 32  # rows in memory at a time, with their audio
@@ -32,24 +34,25 @@ _PATIENCE_SECONDS = 60.0  # for a recording that lies on a server
 class ParquetSource:
     """Parquet files; a part is some row groups of one of them."""
 
-    def __init__(self, spec: str, paths: list[Path], options: Options) -> None:
+    def __init__(self, spec: str, paths: list[Place], options: Options) -> None:
         self.spec, self.paths, self.options = spec, paths, options
 
     def parts(self) -> list[Part]:
         parts = []
-        common = os.path.commonpath([path.parent for path in self.paths])
+        common = os.path.commonpath([str(path.parent) for path in self.paths])
         for number, path in enumerate(self.paths):
             mark = file_fingerprint(path)
             try:
-                with pq.ParquetFile(path) as file:
+                with _opened(path) as file:
                     sizes = [
                         file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)
                     ]
             except (OSError, pa.ArrowException) as error:
+                refuse_absence(path, error)
                 raise ManifestError(f"{path}: expected Parquet: {error}") from None
             first = 0
             for groups in _gather(sizes, self.options.rows_per_part):
-                name = f"{path.relative_to(common)}-{groups[0]:06}"
+                name = f"{os.path.relpath(str(path), common)}-{groups[0]:06}"
                 parts.append(Part(name, digest(mark, groups), (number, groups, first)))
                 first += sum(sizes[g] for g in groups)
         return parts
@@ -58,7 +61,7 @@ class ParquetSource:
         number, groups, first = part.where
         path = self.paths[number]
         try:
-            with pq.ParquetFile(path) as file:
+            with _opened(path) as file:
                 names = file.schema_arrow.names
                 columns = [name for name in names if name in wanted_columns(self.options)]
                 batches = file.iter_batches(BATCH, row_groups=list(groups), columns=columns)
@@ -70,7 +73,14 @@ class ParquetSource:
                     )  # fmt: skip
                     first += len(table)
         except (OSError, pa.ArrowException) as error:
+            refuse_absence(path, error)
             raise ManifestError(f"{path}: damaged Parquet: {error}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Place) -> Iterator[pq.ParquetFile]:
+    with path.open("rb") if isinstance(path, Path) else path.ranges() as file:
+        yield pq.ParquetFile(file)
 
 
 def _gather(sizes: list[int], rows: int) -> Iterator[tuple[int, ...]]:
@@ -96,7 +106,7 @@ def rows_of(
     place: str,
     name: str,
     first: int,
-    folder: Path | None,
+    folder: Place | None,
     options: Options,
     columns: list[str],
 ) -> Iterator[Row]:
@@ -148,12 +158,12 @@ def _held(place: str, audio: Any) -> bytes | None:
 
 
 def _elsewhere(
-    row: dict[str, Any], place: str, path: str | None, folder: Path | None, options: Options
+    row: dict[str, Any], place: str, path: str | None, folder: Place | None, options: Options
 ) -> Row:
     """A row whose recording is a file of its own, here or on a server."""
     if not path:
         return Row(**row, error=("missing", f"{place}: neither bytes nor a path"))
-    if "://" not in path:
+    if "://" not in path or (folder is not None and not leaves(path, folder)):
         return Row(**row, uri=inside(place, folder or Path("/"), path, options))
     try:
         return Row(**row, data=patiently(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from omni.data.index import ManifestError, checked_row
@@ -12,12 +11,13 @@ from omni.data.sources.base import Options, Part, Row, canonical, file_fingerpri
 from omni.data.sources.cuts import row_of_cut
 from omni.data.sources.lines import json_objects
 from omni.data.tar import TarError, read_tar, refuse_unsafe
+from omni.place import Place, refuse_absence
 
 
 class TarSource:
     """WebDataset tars; a part is one of them. `0001.flac` with `0001.txt` or `0001.json`."""
 
-    def __init__(self, spec: str, paths: list[Path], options: Options) -> None:
+    def __init__(self, spec: str, paths: list[Place], options: Options) -> None:
         self.spec, self.paths, self.options = spec, paths, options
 
     def parts(self) -> list[Part]:
@@ -42,12 +42,13 @@ class TarSource:
 class SharSource:
     """lhotse Shar: cuts.000000.jsonl.gz beside recording.000000.tar. A part is one shard."""
 
-    def __init__(self, spec: str, folder: Path, options: Options) -> None:
+    def __init__(self, spec: str, folder: Place, options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
 
     def parts(self) -> list[Part]:
         parts = []
-        for cuts in sorted(self.folder.glob("cuts.*.jsonl*")):
+        found: list[Place] = [*self.folder.glob("cuts.*.jsonl*")]
+        for cuts in sorted(found, key=str):
             number = cuts.name.split(".")[1]
             shard = self.folder / f"recording.{number}.tar"
             if not shard.is_file():
@@ -70,10 +71,10 @@ class SharSource:
             yield row_of_cut(place, cut, self.options, (str(shard), offset, length))
 
 
-def _recordings(path: Path) -> Iterator[tuple[str, int, int]]:
+def _recordings(path: Place) -> Iterator[tuple[str, int, int]]:
     """Name, offset and length of each audio file; each is followed by its JSON."""
     try:
-        with tarfile.open(path, "r:") as shard:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
             for member in shard:
                 refuse_unsafe(path, member)
                 shard.members = []  # type: ignore[attr-defined]  # or it would keep them all
@@ -82,4 +83,5 @@ def _recordings(path: Path) -> Iterator[tuple[str, int, int]]:
     except TarError as error:
         raise ManifestError(str(error)) from None
     except (OSError, tarfile.TarError, EOFError) as error:
+        refuse_absence(path, error)
         raise ManifestError(f"{path}: expected an uncompressed tar: {error}") from None
