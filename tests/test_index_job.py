@@ -22,8 +22,9 @@ import ray
 
 import omni
 from jobs import index
-from omni.data.index import build_index
+from omni.data.index import build_index, read_built
 from omni.model.whisper import WhisperEncoder
+from tests.data.long_recordings import bridges, uncovered, write_long
 from tests.data.loopback_datasets import serve
 from tests.data.test_sources import SHAPES, audio_of, make_corpus, same
 
@@ -83,6 +84,39 @@ def test_two_sources_one_index_and_nothing_is_done_twice(
     assert "1 of 4 parts made" in again, "the lines of the manifest are the same"
     assert "left out    none" in again
     assert len(list((tmp_path / "out" / "parts").iterdir())) == 4
+
+
+def test_long_recordings_are_cut_by_the_job(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    said = write_long(tmp_path / "in" / "talk.flac", 0.5)
+    settings = ["--segment", "vad", "--longest_seconds", "10", "--out", str(tmp_path / "out")]
+    assert index.main(["--source", f"folder:{tmp_path / 'in'}", *settings]) == 0
+    done = capsys.readouterr().out
+    assert f"no text     {len(said)}: only jobs.transcribe reads them" in done
+    assert "python -m jobs.transcribe --checkpoint CHECKPOINT" in done
+    rows = read_built(tmp_path / "out")[0].to_pylist()
+    spans = [(row["start"], row["duration"]) for row in rows]
+    assert uncovered(said, spans) == [] and bridges(said, spans) == []
+    assert max(duration for _, duration in spans) <= 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (["--longest_seconds", "10"], "--longest_seconds: expected --segment vad beside it"),
+        (["--segment", "vad", "--longest_seconds", "0"], "--longest_seconds: expected 1 or more"),
+        (["--rows_per_part", "0"], "--rows_per_part: expected 1 or more, got 0"),
+    ],
+)
+def test_wrong_settings_exit_with_2(
+    settings: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--source", "embedded:dev", "--out", str(tmp_path / "out"), *settings]
+    assert index.main(arguments) == 2
+    assert f"error: {complaint}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_input_exits_with_2_in_one_line(
