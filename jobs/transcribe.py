@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from jobs.cli import run
 from omni.place import place
@@ -45,7 +44,7 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
     unread = 0
     for name in arguments.files:
-        if Path(name).is_dir():
+        if place(name).is_dir():
             rows = transcribe_index(transcriber, name, arguments.language)
         elif arguments.segment:
             rows = transcribe_speech(transcriber, [name], arguments.language)

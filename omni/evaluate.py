@@ -26,7 +26,7 @@ from omni.model.hub import SourceError
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
 from omni.model.whisper import WhisperEncoder
-from omni.place import Place
+from omni.place import Place, place
 from omni.train.checkpoint import CheckpointError, read_state
 from omni.train.rendering import DEFAULT_TASK
 from omni.transcribe import HeldUtterance, by_language, summarize, transcribe
@@ -234,7 +234,7 @@ def transcribe_files(
     transcriber.check_language(language)
     for file in files:
         try:
-            if not Path(file).is_file():
+            if isinstance(place(file), Path) and not Path(file).is_file():
                 raise AudioError("missing", f"no such file: {file}")
             text = transcriber.text_of(decode_blocks(file), language)
         except AudioError as error:

@@ -13,6 +13,7 @@ from omni.data.index import ManifestError, manifest_path, read_built
 from omni.data.voice import Segmenting, speech_spans
 from omni.evaluate import ENCODE_BATCH, Transcriber, hold
 from omni.model.logmel import SAMPLING_RATE
+from omni.place import place
 from omni.train.rendering import DEFAULT_TASK
 
 
@@ -29,7 +30,7 @@ def transcribe_speech(
     how = Segmenting(longest=transcriber.longest_piece)
     for file in files:
         try:
-            if not Path(file).is_file():
+            if isinstance(place(file), Path) and not Path(file).is_file():
                 raise AudioError("missing", f"no such file: {file}")
             spans = iter(speech_spans(file, how))
             while group := list(islice(spans, ENCODE_BATCH)):

@@ -184,6 +184,8 @@ def build_indexes(config: Config) -> dict[str, Index]:
         }
     except ManifestError as error:
         raise ConfigError(f"data: {error}") from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"data: {why(error)}") from error
     try:
         indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
     except ValueError as error:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 from safetensors.torch import load_file
-from whole_runs import ROOT, command, curve, ledger, run_job
+from whole_runs import ROOT, command, curve, ledger, lines, run_job
 
 from jobs import audit, evaluate
 from omni import growing
@@ -146,10 +147,40 @@ def _download(run: ObjectPath, to: Path) -> Path:
     return to
 
 
-def _kill_at(step: int, config: Path, storage: str, run: ObjectPath, number: int) -> None:
+def _corpus(config: Path, bucket: str) -> list[str]:
+    """Put the tiny corpus into the bucket, index its training split there, and return the overrides
+    that train on it.
+    """
+    there = place(bucket) / "corpus"
+    assert isinstance(there, ObjectPath)
+    for split in ("train", "dev"):
+        rows = lines(config.parent / split / "manifest.jsonl")
+        for number, row in enumerate(rows):
+            name = f"clips/{split}-{number:04}{Path(row['audio']).suffix}"
+            (there / name).upload(Path(row["audio"]))
+            rows[number] = {**row, "audio": name}
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (there / f"{split}.jsonl").write_text(text)
+    made = join(bucket, "index")
+    done = subprocess.run(
+        [*(sys.executable, "-m", "jobs.index", "--source", (there / "train.jsonl").uri)]
+        + ["--out", made],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "secret" not in done.stdout + done.stderr
+    return ["--data.train", made, "--data.dev", (there / "dev.jsonl").uri]
+
+
+def _kill_at(
+    step: int, config: Path, storage: str, run: ObjectPath, number: int, overrides: list[str]
+) -> None:
     """Send the driver and its group a signal once a step has been logged."""
     process = subprocess.Popen(
-        command(config, storage),
+        command(config, storage, *overrides),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -175,18 +206,19 @@ def test_a_run_in_a_bucket_is_killed_and_continued_bit_for_bit(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Features, checkpoints, books, curves and report: nothing of it on disk."""
+    """Recordings, index, features, checkpoints, books, curves and report: nothing of it on disk."""
+    corpus = _corpus(tiny, bucket)
     storage = join(bucket, "whole")
     run = place(storage) / "run"
     assert isinstance(run, ObjectPath)
     step = random.SystemRandom().randint(8, 30)
     print(f"killing at step {step}")
-    _kill_at(step, tiny, storage, run, signal.SIGKILL)
+    _kill_at(step, tiny, storage, run, signal.SIGKILL, corpus)
     assert not (run / "summary.json").exists()
-    _kill_at(step + 8, tiny, storage, run, signal.SIGTERM)
+    _kill_at(step + 8, tiny, storage, run, signal.SIGTERM, corpus)
     stopped = [row for row in read_events(run) if row["event"] == "stopped"]
     assert len(stopped) == 1
-    run_job(tiny, storage)
+    run_job(tiny, storage, *corpus)
 
     copy = _download(run, tmp_path / "copy")
     assert curve(copy) == curve(undisturbed)
@@ -206,12 +238,10 @@ def test_a_run_in_a_bucket_is_killed_and_continued_bit_for_bit(
     assert audit.main([run.uri]) == 0
     capsys.readouterr()
     best = (run / "checkpoints" / "best").uri
-    manifest = tiny.parent / "dev" / "manifest.jsonl"
-    arguments = ["--checkpoint", best, "--data", str(manifest), "--allow_absolute"]
-    assert evaluate.main(arguments) == 0
+    assert evaluate.main(["--checkpoint", best, "--data", corpus[-1]]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads(capsys.readouterr().out)["wer"] == summary["dev_wer"]
-    assert "complete" in run_job(tiny, storage).stdout
+    assert "complete" in run_job(tiny, storage, *corpus).stdout
 
 
 @pytest.mark.parametrize(
