@@ -15,79 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from omni.data.augment import Augmentation
+from omni.data.packing import Bins, pack
 from omni.data.speeds import Speeds
 
 _VERSION = 2  # of the rules below: another one makes other bins of the same numbers
 EMPTY = -1  # a bin number that stands for a bin of padding
 _SEAM_CANDIDATES = 10_000
 _ROUNDING = 1e-9  # 3 x 0.1 is under 0.3 in floating point for some numbers
-_POOL_BINS = 256  # bins packed together: wide enough to fill them, narrow enough to stay shuffled
-
-
-def pack(
-    lengths: np.ndarray,
-    order: np.ndarray,
-    capacity: int,
-    generator: np.random.Generator | None = None,
-) -> list[list[int]]:
-    """Pack `order` (utterance numbers) into bins of `capacity`, best fit, longest first.
-
-    Packing runs over pools of about 256 bins; what is left over in a badly filled bin moves on to
-    the next pool. With a generator, "longest" is taken loosely (a random 50 to 100 % of the
-    length), or a small corpus would fall into the same bins in every epoch.
-    Raises ValueError if an utterance is longer than a bin.
-    """
-    ranks = lengths.astype(np.float64)
-    if generator is not None:
-        ranks = ranks * generator.uniform(0.5, 1.0, size=len(ranks))
-    if len(order) and int(lengths[order].max()) > capacity:
-        worst = int(order[lengths[order].argmax()])
-        raise ValueError(
-            f"utterance {worst} needs {lengths[worst]} positions, a bin has {capacity}"
-        )
-    bins: list[list[int]] = []
-    pool: list[int] = []
-    filled = 0
-    for position, number in enumerate(order.tolist()):
-        pool.append(number)
-        filled += int(lengths[number])
-        last = position == len(order) - 1
-        if filled >= _POOL_BINS * capacity or last:
-            packed = _best_fit(lengths, ranks, pool, capacity)
-            pool, filled = [], 0
-            if not last:
-                # The emptiest bin goes back: its members lead the next pool.
-                sums = [int(lengths[b].sum()) for b in packed]
-                pool = packed.pop(int(np.argmin(sums)))
-                filled = min(sums)
-            bins.extend(packed)
-    return bins
-
-
-def _best_fit(
-    lengths: np.ndarray, ranks: np.ndarray, pool: list[int], capacity: int
-) -> list[list[int]]:
-    """Best fit by falling rank. Open bins are kept by free space, found through a bit mask."""
-    numbers = sorted(pool, key=lambda n: (-float(ranks[n]), n))
-    bins: list[list[int]] = []
-    by_space: dict[int, list[int]] = {}
-    mask = 0
-    for number in numbers:
-        need = int(lengths[number])
-        fitting = mask >> need
-        if fitting:
-            space = need + ((fitting & -fitting).bit_length() - 1)
-            target = by_space[space].pop()
-            if not by_space[space]:
-                mask &= ~(1 << space)
-        else:
-            space, target = capacity, len(bins)
-            bins.append([])
-        bins[target].append(number)
-        rest = space - need
-        by_space.setdefault(rest, []).append(target)
-        mask |= 1 << rest
-    return bins
 
 
 @dataclass(frozen=True)
@@ -206,14 +140,16 @@ def make_plan(
         raise ValueError("no utterance fits a bin")
     if epochs is None and max_steps is None:
         raise ValueError("either epochs or max_steps is needed")
-    bins: list[list[int]] = []
+    done: list[Bins] = []
+    seam: list[int] = []  # the last bin so far, which the next pass fills up
+    count = 0  # bins, with the seam
     ends: list[int] = []
     pass_starts: list[int] = []
     placed = 0  # utterances of all passes before
-    free = 0  # positions in the last bin
+    free = 0  # positions in the seam
     while (epochs is None or len(ends) < epochs) and (
         # One epoch more where the plan ends with one: its last bin is filled up from the next.
-        max_steps is None or len(bins) <= max_steps * bins_per_step
+        max_steps is None or count <= max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
         for members in [usable] if weights is None else passes(usable, weights, seed, len(ends)):
@@ -221,23 +157,28 @@ def make_plan(
             now = lengths if speeds is None else speeds.lengths(len(pass_starts))
             pass_starts.append(placed)
             placed += len(order)
-            if bins:
-                order, free = _fill_seam(bins[-1], free, now, order)
+            if count:
+                order, free = _fill_seam(seam, free, now, order)
             packed = pack(now, order, bin_positions, generator)
-            if packed:
+            if len(packed):
+                if count:
+                    done.append(Bins.one(seam))
                 # The emptiest bin ends the pass, and is filled up from the next one.
-                sums = [int(now[b].sum()) for b in packed]
-                free = bin_positions - min(sums)
-                seam = packed.pop(int(np.argmin(sums)))
+                sums = packed.sums(now)
+                emptiest = int(np.argmin(sums))
+                free = bin_positions - int(sums[emptiest])
+                seam = packed.take(np.array([emptiest])).members.tolist()
                 # Best fit puts long utterances into early bins: mix them again.
-                bins.extend(packed[i] for i in generator.permutation(len(packed)))
-                bins.append(seam)
-        ends.append(len(bins))
+                others = np.delete(np.arange(len(packed)), emptiest)
+                done.append(packed.take(others[generator.permutation(len(others))]))
+                count += len(packed)
+        ends.append(count)
+    bins = Bins.join([*done, Bins.one(seam)] if count else done)
+    sizes, members = bins.sizes, bins.members
     if max_steps is not None:
-        del bins[max_steps * bins_per_step :]
-        del ends[bisect_left(ends, len(bins)) + 1 :]
-    sizes = np.fromiter((len(b) for b in bins), dtype=np.int64, count=len(bins))
-    members = np.fromiter((n for b in bins for n in b), dtype=np.int32, count=int(sizes.sum()))
+        sizes = sizes[: max_steps * bins_per_step]
+        members = members[: int(sizes.sum())]
+        del ends[bisect_left(ends, len(sizes)) + 1 :]
     identity = [_VERSION, index_fingerprint, seed, bin_positions, bins_per_step, epochs]
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=12)
     digest.update(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omni.config import Config
 from omni.data.collate import Utterance, collate, sequence_positions
-from omni.data.plan import pack
+from omni.data.packing import pack
 from omni.model.batch import Batch
 from omni.model.conversation import Template
 from omni.model.omni import OmniConfig, OmniModel

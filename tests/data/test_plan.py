@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omni.data.plan import EMPTY, Plan, make_plan, pack, padded_step, passes
+from omni.data.packing import pack
+from omni.data.plan import EMPTY, Plan, make_plan, padded_step, passes
 from omni.data.speeds import Speeds, names_of
 
 
@@ -50,7 +51,7 @@ def test_every_utterance_is_packed_once_and_no_bin_overflows(
 
 def test_only_the_utterances_asked_for_are_packed() -> None:
     assert sorted(map(sorted, pack(np.array([5, 9, 5, 9]), np.array([2, 0]), 10))) == [[0, 2]]
-    assert pack(np.array([5, 9]), np.array([], dtype=np.int64), 10) == []
+    assert list(pack(np.array([5, 9]), np.array([], dtype=np.int64), 10)) == []
 
 
 def test_perfect_fits_are_found() -> None:

@@ -1,0 +1,126 @@
+"""Utterances into bins of a fixed size: best fit over pools, in arrays that hold millions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+_POOL_BINS = 256  # bins packed together: wide enough to fill them, narrow enough to stay shuffled
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Bins one after another: the first `sizes[0]` of `members` make up bin 0, and so on."""
+
+    members: np.ndarray  # (n,) int32 utterance numbers
+    sizes: np.ndarray  # (bins,) int64, each over 0
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        ends = np.cumsum(self.sizes).tolist()
+        for end, size in zip(ends, self.sizes.tolist(), strict=True):
+            yield self.members[end - size : end]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(bins,) place of each bin's first member."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    def sums(self, lengths: np.ndarray) -> np.ndarray:
+        """(bins,) positions that are filled in each."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        return np.add.reduceat(lengths[self.members].astype(np.int64), self.starts)
+
+    def take(self, numbers: np.ndarray) -> Bins:
+        """Some of the bins, in this order."""
+        sizes = self.sizes[numbers]
+        shift = self.starts[numbers] - (np.cumsum(sizes) - sizes)
+        return Bins(self.members[np.arange(int(sizes.sum())) + np.repeat(shift, sizes)], sizes)
+
+    @classmethod
+    def join(cls, parts: list[Bins]) -> Bins:
+        members = [np.zeros(0, np.int32), *(part.members for part in parts)]
+        sizes = [np.zeros(0, np.int64), *(part.sizes for part in parts)]
+        return cls(np.concatenate(members), np.concatenate(sizes))
+
+    @classmethod
+    def one(cls, members: list[int]) -> Bins:
+        return cls(np.asarray(members, np.int32), np.asarray([len(members)], np.int64))
+
+
+def pack(
+    lengths: np.ndarray,
+    order: np.ndarray,
+    capacity: int,
+    generator: np.random.Generator | None = None,
+) -> Bins:
+    """Pack `order` (utterance numbers) into bins of `capacity`, best fit, longest first.
+
+    Packing runs over pools of about 256 bins; what is left over in a badly filled bin moves on to
+    the next pool. With a generator, "longest" is taken loosely (a random 50 to 100 % of the
+    length), or a small corpus would fall into the same bins in every epoch.
+    Raises ValueError if an utterance is longer than a bin.
+    """
+    ranks = lengths.astype(np.float64)
+    if generator is not None:
+        ranks *= generator.uniform(0.5, 1.0, size=len(ranks))
+    needs = lengths[order]
+    if len(order) and int(needs.max()) > capacity:
+        worst = int(order[needs.argmax()])
+        raise ValueError(
+            f"utterance {worst} needs {lengths[worst]} positions, a bin has {capacity}"
+        )
+    filled = np.cumsum(needs)  # up to and with each of the order
+    bits = [1 << space for space in range(capacity + 1)]
+    parts: list[Bins] = []
+    left = np.zeros(0, order.dtype)  # members of the bin that goes back
+    first = held = 0
+    while first < len(order):
+        before = int(filled[first - 1]) if first else 0
+        full = int(np.searchsorted(filled, before + _POOL_BINS * capacity - held))
+        last = min(full + 1, len(order))
+        pool = np.concatenate([left, order[first:last]])
+        packed = _best_fit(pool[np.lexsort((pool, -ranks[pool]))], lengths, bits)
+        first = last
+        if first < len(order):
+            # The emptiest bin goes back: its members lead the next pool.
+            sums = packed.sums(lengths)
+            emptiest = int(np.argmin(sums))
+            left, held = packed.take(np.array([emptiest])).members, int(sums[emptiest])
+            packed = packed.take(np.delete(np.arange(len(packed)), emptiest))
+        parts.append(packed)
+    return Bins.join(parts)
+
+
+def _best_fit(numbers: np.ndarray, lengths: np.ndarray, bits: list[int]) -> Bins:
+    """Best fit in the order given. Open bins are kept by free space, found through a bit mask.
+
+    bits: 1 << space for every space up to the bins' capacity.
+    """
+    capacity = len(bits) - 1
+    by_space: list[list[int]] = [[] for _ in bits]
+    mask = count = 0
+    targets: list[int] = []
+    for need in lengths[numbers].tolist():
+        fitting = mask >> need
+        if fitting:
+            space = need + (fitting & -fitting).bit_length() - 1
+            same = by_space[space]
+            target = same.pop()
+            if not same:
+                mask ^= bits[space]
+        else:
+            space, target = capacity, count
+            count += 1
+        targets.append(target)
+        rest = space - need
+        by_space[rest].append(target)
+        mask |= bits[rest]
+    bins = np.asarray(targets, np.int64)
+    order = np.argsort(bins, kind="stable")
+    return Bins(numbers[order].astype(np.int32), np.bincount(bins, minlength=count))
