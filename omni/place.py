@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
 _WITH_FOLDERS = {"hdfs"}  # anywhere else an upload appears when it is complete, and names are flat
+_BUCKETS = {"s3", "gs", "gcs"}
 _READ_AHEAD = 1 << 20  # bytes of a request, for whoever reads little by little
 _known: dict[tuple[str, str], tuple[str, str]] = {}  # credentials and options by scheme and bucket
 
@@ -306,6 +307,9 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     import pyarrow as pa
     import pyarrow.fs as pafs
 
+    scheme, _, rest = uri.partition("://")
+    if scheme in _BUCKETS and not rest.partition("?")[0].rpartition("@")[2].strip("/"):
+        raise StorageError(f"{scheme}://: expected the name of a bucket behind it")
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path

@@ -31,6 +31,7 @@ from omni.place import place as at
 
 INDEX_FILE = "index.json"  # of a folder that jobs.index made
 INDEX_VERSION = 1
+_BATCH = 65_536  # rows that are Python objects at a time
 _READERS = 8  # of parts at a time
 _LONGEST_SECONDS = 1e8  # three years
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -85,16 +86,21 @@ class Index:
 
     @property
     def hours(self) -> float:
-        return sum(self.table["samples"].to_pylist()) / 16_000 / 3600
+        return int(pc.sum(self.table["samples"]).as_py() or 0) / 16_000 / 3600
 
     @property
     def fingerprint(self) -> str:
         """Changes with the content, length, text or order of any utterance; not with paths."""
         digest = hashlib.blake2b(digest_size=12)
         for name in ("key", "samples", "text", "prompt", "task", "messages"):
-            values = self.table[name].to_pylist()
-            if name not in ("task", "messages") or any(value is not None for value in values):
-                digest.update(repr(values).encode())
+            column = self.table[name]
+            if name in ("task", "messages") and column.null_count == len(column):
+                continue
+            digest.update(b"[")  # the repr of a list, which need not be in memory
+            for number, batch in enumerate(self.table.select([name]).to_batches(_BATCH)):
+                items = repr(batch[0].to_pylist())[1:-1]
+                digest.update(f"{', ' if number else ''}{items}".encode())
+            digest.update(b"]")
         return digest.hexdigest()
 
 

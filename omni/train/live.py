@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +30,7 @@ class LiveView:
         say = self._console.print
         say(f"[bold]omni[/] {config.run_dir}")
         for name, split in prepared.splits.items():
-            hours = sum(split.table["samples"].to_pylist()) / 16_000 / 3600
+            hours = pc.sum(split.table["samples"]).as_py() / 16_000 / 3600
             say(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
         plan = prepared.splits["train"].plan
         say(

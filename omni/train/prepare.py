@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -241,16 +242,17 @@ def _identity(encoder: dict[str, Any]) -> list[str]:
 def _overlap(indexes: dict[str, Index]) -> list[str]:
     """A WER on sentences that were trained on says little: count them."""
 
-    def sentences(name: str) -> list[str]:
-        # Not the English normaliser: to it "zero" and the letter "o" are one word.
-        return [normalize(text, language="") for text in indexes[name].table["text"].to_pylist()]
+    def sentences(name: str) -> Iterator[str]:
+        for text in indexes[name].table["text"]:
+            # Not the English normaliser: to it "zero" and the letter "o" are one word.
+            yield normalize(text.as_py(), language="")
 
-    trained = set(sentences("train"))
+    held = {name: list(sentences(name)) for name in indexes if name != "train"}
+    asked = {sentence for of_split in held.values() for sentence in of_split}
+    trained = {sentence for sentence in sentences("train") if sentence in asked}
     notes = []
-    for name in indexes:
-        if name == "train":
-            continue
-        known = sum(sentence in trained for sentence in sentences(name))
+    for name, of_split in held.items():
+        known = sum(sentence in trained for sentence in of_split)
         if known:
             notes.append(
                 f"{known} of {len(indexes[name])} {name} sentences also occur in training: "

@@ -17,6 +17,15 @@ from omni.model.conversation import AUDIO, Template
 from omni.model.windows import encoder_frames
 
 DEFAULT_TASK = TRANSCRIBE  # of rows that name none
+_BATCH = 65_536
+_TOKENS = pa.schema(
+    [
+        ("tokens", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.bool_())),
+        ("heard", pa.list_(pa.list_(pa.int32()))),
+        ("task_number", pa.int32()),
+    ]
+)
 
 
 def task_names(config: Config, indexes: dict[str, Index]) -> list[str]:
@@ -39,40 +48,45 @@ def with_tokens(
     index: Index, template: Template, tasks: list[str], config: Config
 ) -> tuple[pa.Table, np.ndarray, list[Reject]]:
     """The index with token ids, positions per utterance (0: does not fit a bin), and rejects."""
-    rows = index.table.to_pylist()
-    names = [row["task"] or DEFAULT_TASK for row in rows]
-    for row, task in zip(rows, names, strict=True):
-        if not row["prompt"] and task in config.data.tasks:
-            row["prompt"] = config.data.tasks[task].prompt
-    rendered = template.render([messages_of(row) for row in rows])
-    capacity = config.optim.bin_positions
-    lengths = np.zeros(len(rows), dtype=np.int64)
-    rejects = []
-    for i, (row, sequence) in enumerate(zip(rows, rendered, strict=True)):
-        frames = [encoder_frames(r["samples"], config.encoder.mode) for r in recordings(row)]
-        need = sequence_positions(frames, len(sequence.ids), config.model.stack)
-        if need <= capacity:
-            lengths[i] = need
-            continue
-        rejects.append(
-            Reject(
-                row["id"],
-                row["uri"],
-                "longer than a bin",
-                f"{need} positions ({row['samples'] / 16_000:.1f} s, {len(sequence.ids)} tokens); "
-                f"optim.bin_positions is {capacity}",
+    lengths = np.zeros(len(index), dtype=np.int64)
+    rejects: list[Reject] = []
+    made: list[pa.Table] = []
+    first = 0
+    for batch in index.table.to_batches(max_chunksize=_BATCH):  # as Python objects it is tenfold
+        rows = batch.to_pylist()
+        names = [row["task"] or DEFAULT_TASK for row in rows]
+        for row, task in zip(rows, names, strict=True):
+            if not row["prompt"] and task in config.data.tasks:
+                row["prompt"] = config.data.tasks[task].prompt
+        rendered = template.render([messages_of(row) for row in rows])
+        capacity = config.optim.bin_positions
+        for i, (row, sequence) in enumerate(zip(rows, rendered, strict=True), start=first):
+            frames = [encoder_frames(r["samples"], config.encoder.mode) for r in recordings(row)]
+            need = sequence_positions(frames, len(sequence.ids), config.model.stack)
+            if need <= capacity:
+                lengths[i] = need
+                continue
+            rejects.append(
+                Reject(
+                    row["id"],
+                    row["uri"],
+                    "longer than a bin",
+                    f"{need} positions ({row['samples'] / 16_000:.1f} s, {len(sequence.ids)} "
+                    f"tokens); optim.bin_positions is {capacity}",
+                )
             )
-        )
-    heard = _heard(rows, template) if config.optim.kl_weight else [None] * len(rows)
-    columns = [
-        ("tokens", [r.ids for r in rendered], pa.list_(pa.int32())),
-        ("supervised", [r.supervised for r in rendered], pa.list_(pa.bool_())),
-        ("heard", heard, pa.list_(pa.list_(pa.int32()))),
-        ("task_number", [tasks.index(name) for name in names], pa.int32()),
-    ]
+        first += len(rows)
+        columns = {
+            "tokens": [r.ids for r in rendered],
+            "supervised": [r.supervised for r in rendered],
+            "heard": _heard(rows, template) if config.optim.kl_weight else [None] * len(rows),
+            "task_number": [tasks.index(name) for name in names],
+        }
+        made.append(pa.table(columns, schema=_TOKENS))
+    joined = pa.concat_tables([_TOKENS.empty_table(), *made]).combine_chunks()
     table = index.table
-    for name, values, kind in columns:
-        table = table.append_column(name, pa.array(values, kind))
+    for name in _TOKENS.names:
+        table = table.append_column(name, joined[name])
     return table, lengths, rejects
 
 
@@ -80,12 +94,25 @@ def beyond_ctc(table: pa.Table, lengths: np.ndarray) -> int:
     """How many utterances of the plan have more tokens to learn than soft tokens: CTC, which puts
     one on each at most, learns nothing from them.
     """
-    count = 0
-    columns = (table["tokens"].to_pylist(), table["supervised"].to_pylist(), lengths.tolist())
-    for tokens, supervised, length in zip(*columns, strict=True):
-        soft = length - (len(tokens) - tokens.count(AUDIO) - 1)
-        count += length > 0 and sum(supervised) - 1 > soft
-    return count
+    tokens = _counted(table["tokens"])
+    audio = _counted(table["tokens"], AUDIO)
+    soft = lengths - (tokens - audio - 1)
+    return int(((lengths > 0) & (_counted(table["supervised"], True) - 1 > soft)).sum())
+
+
+def _counted(column: pa.ChunkedArray, value: int | None = None) -> np.ndarray:
+    """(n,) how many elements each list has, or how many of them are `value`."""
+    counts = [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
+        offsets = chunk.offsets.to_numpy()
+        if value is None:
+            counts.append(np.diff(offsets))
+            continue
+        # As often as it stands before each list's end, less before its start.
+        held = chunk.values.to_numpy(zero_copy_only=False) == value
+        before = np.concatenate(([0], np.cumsum(held)))
+        counts.append(np.diff(before[offsets]))
+    return np.concatenate(counts)
 
 
 def _heard(rows: list[dict[str, Any]], template: Template) -> list[list[list[int]]]:

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import ray
 
 from omni.config import Config, ConfigError
@@ -235,7 +236,7 @@ def _close(prepared: Prepared, wall_seconds: float) -> dict[str, Any]:
     summary |= {
         "rejects": counts,
         "wall_seconds": round(wall_seconds, 1),
-        "train_hours": sum(prepared.splits["train"].table["samples"].to_pylist()) / 57_600_000,
+        "train_hours": pc.sum(prepared.splits["train"].table["samples"]).as_py() / 57_600_000,
     }
     write_json(path, summary)
     return summary
