@@ -71,7 +71,9 @@ class Template:
         """Ids of whole conversations; the end token of the last answer is the last of them."""
         merged = [self._merged(messages) for messages in conversations]
         texts = [part for m in merged for message in m for part in message.parts if part != AUDIO]
-        ids = iter(self.tokenizer.encode_batch([str(text) for text in texts]))
+        different = list(dict.fromkeys(map(str, texts)))  # prompts are few
+        known = dict(zip(different, self.tokenizer.encode_batch(different), strict=True))
+        ids = (known[str(text)] for text in texts)
         return [self._assemble(messages, ids) for messages in merged]
 
     def _assemble(self, messages: list[Message], contents: Iterator[list[int]]) -> Rendered:
