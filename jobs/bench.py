@@ -1,6 +1,6 @@
-"""Measure: encode, train-step, stream, peer or scale, as ratios taken side by side on this machine.
+"""Measure: encode, train-step, stream, peer, scale or corpus, as ratios on this machine.
 
-Each figure compares two things that took turns in one run, beside the machine's own ceiling.
+Things that are compared took turns in one run, beside the machine's own ceiling.
 docs/benchmarks.md explains the suites and has figures.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs.cli import run
 from omni.config import load_config
 
-SUITES = ("encode", "train-step", "stream", "peer", "scale")
+SUITES = ("encode", "train-step", "stream", "peer", "scale", "corpus")
 
 
 def main(argv: list[str] | None = None) -> int:

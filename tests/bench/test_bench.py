@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Refer
 
 from jobs import bench
 from omni.bench import show
+from omni.bench.corpus import alone, bench_corpus, repeat_files
 from omni.bench.encode import encoder_flops, typical_clips
 from omni.bench.job import for_timing, steps_of_epochs
 from omni.bench.measure import Result, alternate, describe_machine, ratio_of
@@ -23,6 +25,7 @@ from omni.bench.prepared import take_sample
 from omni.bench.train_step import padded_batch
 from omni.config import Config, load_config
 from omni.data.audio import measure
+from omni.data.index import build_index
 from omni.model.hub import EMBEDDED_WHISPER
 from omni.train.job import make_job
 from omni.train.prepare import prepare
@@ -127,6 +130,38 @@ def test_the_peer_does_the_same_work(config: Config) -> None:
     rows = [peer._rows[0], peer._rows[1]]
     batch = peer._batch(rows)
     assert batch.audio_mask_BT.sum(dim=1).tolist() == [375, 375], "30 s each"
+
+
+def test_repeated_files_are_a_corpus_of_their_own(tmp_path: Path) -> None:
+    index = build_index([str(repeat_files(tmp_path / "corpus", 2_000))])
+    assert len(index) == 2_000 and not index.rejects
+    once = build_index(["embedded:train"])
+    assert index.table["text"][: len(once)].equals(once.table["text"])
+    assert index.table["samples"].to_pylist()[len(once)] == once.table["samples"][0].as_py()
+
+
+def _hold(count: int) -> int:
+    return int(np.ones(count, np.uint8).sum())
+
+
+def test_a_peak_is_that_of_the_call_alone() -> None:
+    here = np.ones(1_500_000_000, np.uint8)  # which a child must not be said to hold
+    little, much = alone(_hold, 1), alone(_hold, 1_000_000_000)
+    assert here.any() and little.value == 1 and much.value == 1_000_000_000
+    assert little.peak_gb < 1 and 0.9 < much.peak_gb - little.peak_gb < 1.1
+
+
+@pytest.mark.slow
+def test_a_large_corpus_is_indexed_prepared_and_planned(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result = bench_corpus(config, rows=1_500, planned=20_000)
+    names = [row["name"] for row in result.figures]
+    assert {"jobs.index", "plan of 20,000", "its process"} <= set(names)
+    assert all(row["value"] > 0 for row in result.figures)
+    assert result.ratio["corpus.index_vs_one_process"] > 0
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_results_are_a_table_and_json(

@@ -95,6 +95,7 @@ def test_killed_stopped_and_continued_is_bit_for_bit_the_undisturbed_run(
     assert ledger(run) == ledger(undisturbed)
 
 
+@pytest.mark.slow
 def test_two_workers_on_two_nodes_train_what_one_worker_trains(
     tiny: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
