@@ -12,7 +12,8 @@ import json
 import sys
 
 from jobs.cli import run
-from omni.place import place
+from omni.config import ConfigError
+from omni.place import StorageError, place, plain, why
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
     unread = 0
     for name in arguments.files:
-        if place(name).is_dir():
+        if _is_folder(name):
             rows = transcribe_index(transcriber, name, arguments.language)
         elif arguments.segment:
             rows = transcribe_speech(transcriber, [name], arguments.language)
@@ -55,6 +56,15 @@ def _transcribe(arguments: argparse.Namespace) -> None:
             unread += "error" in row
     if unread:
         raise RuntimeError(f"{unread} recordings could not be read")
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return place(name).is_dir()
+    except StorageError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"{plain(name)}: {why(error)}") from error
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 
 from omni.data.audio import AudioError, AudioSpan, decode
 from omni.model.logmel import HOP, SAMPLING_RATE, log_mel
-from omni.place import Place, place
+from omni.place import Place, stored
 
 _WHOLE = AudioSpan()
 _EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
@@ -32,7 +32,7 @@ def player(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = Non
 
     samples: the decoded span, where it is known. A recording that cannot be read says why.
     """
-    file = place(path)
+    file = stored(path)
     mime = _MIME.get(file.suffix.lower(), "")
     try:
         if not file.is_file():

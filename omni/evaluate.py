@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from omni.config import ConfigError
-from omni.data.audio import AudioError, decode, decode_blocks, fit
+from omni.data.audio import AudioError, AudioSpan, decode, decode_blocks, decode_patiently, fit
 from omni.data.codec import DTYPES, FeatureCodec
 from omni.data.collate import Utterance
 from omni.data.conversations import messages_of
@@ -26,7 +26,7 @@ from omni.model.hub import SourceError
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
 from omni.model.whisper import WhisperEncoder
-from omni.place import Place, place
+from omni.place import Place, place, plain, why
 from omni.train.checkpoint import CheckpointError, read_state
 from omni.train.rendering import DEFAULT_TASK
 from omni.transcribe import HeldUtterance, by_language, summarize, transcribe
@@ -174,6 +174,8 @@ def evaluate(
         index = apply_policy(index, transcriber.policy)
     except ValueError as error:  # of which ManifestError is one
         raise ConfigError(f"--data: {error}") from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"--data: {why(error)}") from error
     rows: list[dict[str, Any]] = []
     rejects = list(index.rejects)
     for batch in index.table.to_batches(max_chunksize=ENCODE_BATCH):
@@ -185,7 +187,7 @@ def evaluate(
     for reject in rejects:
         counts[reject.reason] = counts.get(reject.reason, 0) + 1
     summary = {
-        "manifest": manifest,
+        "manifest": plain(manifest),
         "utterances": len(rows),
         "wer": errors["all"].wer,
         "wer_short": errors["short"].wer,
@@ -202,13 +204,16 @@ def evaluate(
 def hold(
     transcriber: Transcriber, rows: list[dict[str, Any]], first: int
 ) -> tuple[list[HeldUtterance], list[Reject]]:
-    """Rows of an index, numbered from `first` on, with their features; and what cannot be read."""
+    """Rows of an index, numbered from `first` on, with their features; and what cannot be read.
+
+    Raises RuntimeError for object storage that stays away.
+    """
     held, bad = [], []
     prompts = transcriber.policy.prompts
     for number, row in enumerate(rows, start=first):
         row["prompt"] = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
         try:
-            spoken = [fit(decode(r["uri"], span_of(r)), r["samples"]) for r in recordings(row)]
+            spoken = [fit(_heard(r["uri"], span_of(r)), r["samples"]) for r in recordings(row)]
         except AudioError as error:
             bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
             continue
@@ -224,6 +229,14 @@ def hold(
     return held, bad
 
 
+def _heard(uri: str, span: AudioSpan) -> np.ndarray:
+    """`decode`; object storage that is away is waited for."""
+    try:
+        return decode_patiently(uri, span) if "://" in uri else decode(uri, span)
+    except OSError as error:
+        raise RuntimeError(f"{uri}: {why(error)}") from error
+
+
 def transcribe_files(
     transcriber: Transcriber, files: Sequence[str], language: str | None = None
 ) -> Iterator[dict[str, str]]:
@@ -233,10 +246,13 @@ def transcribe_files(
     """
     transcriber.check_language(language)
     for file in files:
+        path, file = place(file), plain(file)
         try:
-            if isinstance(place(file), Path) and not Path(file).is_file():
+            if isinstance(path, Path) and not path.is_file():
                 raise AudioError("missing", f"no such file: {file}")
-            text = transcriber.text_of(decode_blocks(file), language)
+            text = transcriber.text_of(decode_blocks(path), language)
+        except OSError as error:
+            raise RuntimeError(f"{file}: {why(error)}") from error
         except AudioError as error:
             yield {"audio": file, "error": str(error)}
             continue

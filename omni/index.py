@@ -19,16 +19,19 @@ import ray
 from filelock import FileLock, Timeout
 
 from omni.config import Config, ConfigError
+from omni.data.ahead import ahead
 from omni.data.built import Task, finish
 from omni.data.index import INDEX_FILE, ManifestError
 from omni.data.parts import about_part, fingerprint, part_name, write_part
 from omni.data.sources import Options, open_source
 from omni.model.hub import HubError
 from omni.model.logmel import SAMPLING_RATE
-from omni.place import Place, StorageError, why, without_secrets
+from omni.place import Place, StorageError, plain, why, without_secrets
+from omni.retry import patiently
 from omni.train.trainer import start_ray
 
 _SAY_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0  # for storage that does not answer
 
 
 def make_index(
@@ -52,7 +55,7 @@ def make_index(
     except HubError as error:
         raise RuntimeError(f"--source: {without_secrets(str(error))}") from error
     except StorageError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"--out: {error}") from None
     except OSError as error:
         raise RuntimeError(f"{error.filename or out}: {why(error)}") from error
 
@@ -67,11 +70,16 @@ def _index(
 ) -> dict[str, Any]:
     tasks: list[Task] = []
     for spec in specs:
-        source = open_source(spec, options)
-        parts = source.parts()
+        try:
+            source = open_source(spec, options)
+            parts = source.parts()
+        except StorageError as error:
+            raise ManifestError(str(error)) from None
+        except OSError as error:
+            raise RuntimeError(f"--source {plain(spec)}: {why(error)}") from error
         if not parts:
-            raise ManifestError(f"{spec}: no utterances in it")
-        say(f"{without_secrets(spec)}: {len(parts):,} parts")
+            raise ManifestError(f"{plain(spec)}: no utterances in it")
+        say(f"{plain(spec)}: {len(parts):,} parts")
         tasks += [(source, part) for part in parts]
     names = [part_name(*task) for task in tasks]
     if len(set(names)) < len(names):
@@ -79,7 +87,12 @@ def _index(
     if isinstance(out, Path):
         for stale in out.glob("*/*.tmp"):  # of a job that was killed: this one holds the lock
             stale.unlink(missing_ok=True)
-    todo = [n for n, task in enumerate(tasks) if not _is_done(out, names[n], task, options)]
+
+    def is_done(number: int) -> bool:
+        about = about_part(out, names[number])
+        return about is not None and about["fingerprint"] == fingerprint(tasks[number][1], options)
+
+    todo = [n for n, done in enumerate(ahead(is_done, range(len(tasks)))) if not done]
     if todo:
         (out / INDEX_FILE).unlink(missing_ok=True)  # training must not read a mixture of two
         start_ray(Config())
@@ -90,11 +103,6 @@ def _index(
         if old.stem not in known:  # of a corpus as it was before
             old.unlink()
     return {**result, "parts": len(tasks), "done": len(todo)}
-
-
-def _is_done(out: Place, name: str, task: Task, options: Options) -> bool:
-    about = about_part(out, name)
-    return about is not None and about["fingerprint"] == fingerprint(task[1], options)
 
 
 def _follow(
@@ -144,7 +152,7 @@ def _make_part(task: Task, options: Options, out: Place) -> dict[str, Any]:
     counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
     counts |= {"error": "", "away": ""}  # what is wrong with the source, and with its storage
     try:
-        made = write_part(*task, options, out)
+        made = patiently(lambda: write_part(*task, options, out), seconds=_PATIENCE_SECONDS)
         counts |= {**made, "rejects": len(made["rejects"])}
     except ManifestError as error:
         counts["error"] = str(error)

@@ -21,7 +21,7 @@ from omni.embed import mel_picture, player, waveform
 from omni.model.hub import ASSETS
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.tokenizer import SpeechTokenizer
-from omni.place import Place, place, why
+from omni.place import Place, StorageError, place, plain, why
 from omni.report import table
 
 _VOCAB = 1024  # of the tokenizer of a corpus that no run has trained one for
@@ -49,7 +49,12 @@ def write_page(
     Raises ConfigError naming what cannot be used.
     """
     found = place(target)
-    run = found if found.is_dir() and not (found / INDEX_FILE).is_file() else None
+    try:
+        run = found if found.is_dir() and not (found / INDEX_FILE).is_file() else None
+    except StorageError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"{plain(target)}: {why(error)}") from error
     if run is not None:
         made = read_run(run)
         index, tokens, note = made.index, made.tokenizer, made.note
@@ -59,6 +64,8 @@ def write_page(
             index = build_index([target], allow_absolute=allow_absolute)
         except ManifestError as error:
             raise ConfigError(str(error)) from None
+        except OSError as error:  # of storage, which may answer later
+            raise RuntimeError(f"{plain(target)}: {why(error)}") from error
         tokens = None
     if tokenizer is not None:
         tokens = _load(tokenizer)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
 _WITH_FOLDERS = {"hdfs"}  # anywhere else an upload appears when it is complete, and names are flat
-_BUCKETS = {"s3", "gs", "gcs"}
+_BUCKETS = {"s3", "gs", "gcs"}  # elsewhere a container or a user may stand before the @
 _READ_AHEAD = 1 << 20  # bytes of a request, for whoever reads little by little
 _known: dict[tuple[str, str], tuple[str, str]] = {}  # credentials and options by scheme and bucket
 
@@ -49,6 +49,16 @@ def place(location: str | Path | ObjectPath) -> Place:
     return ObjectPath(location) if "://" in location else Path(location)
 
 
+def stored(uri: str) -> Place:
+    """What a table names by a path or a plain URI: all of that is the name. Credentials and options
+    are those that are known of its bucket.
+    """
+    scheme, mark, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    plain = f"{scheme}://{bare(scheme, bucket.partition('?')[0])}"
+    return ObjectPath(plain) / key if mark else Path(uri)
+
+
 class ObjectPath:
     """One name in object storage. Failures are OSError; a missing object is FileNotFoundError.
 
@@ -63,17 +73,18 @@ class ObjectPath:
         self._bucket = bucket.removeprefix("***@")  # as `without_secrets` leaves it
         self._path = PurePosixPath("/") / key
         self._options = question + options
-        name = self._scheme, self._bucket.rpartition("@")[2]
-        if self._options or "@" in self._bucket:
+        name = self._scheme, bare(self._scheme, self._bucket)
+        if self._options or name[1] != self._bucket:
             _known[name] = self._bucket, self._options
         else:
             self._bucket, self._options = _known.get(name, (self._bucket, ""))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectPath, (self.uri,)
+        root = f"{self._scheme}://{self._bucket}{self._options}"
+        return _restored, (root, self._path)
 
     def __str__(self) -> str:
-        return f"{self._scheme}://{self._bucket.rpartition('@')[2]}{self._path}".rstrip("/")
+        return f"{self._scheme}://{bare(self._scheme, self._bucket)}{self._path}".rstrip("/")
 
     def __repr__(self) -> str:
         return f"ObjectPath({str(self)!r})"
@@ -228,7 +239,9 @@ class ObjectPath:
         return filesystem, (root.rstrip("/") + str(self._path)).rstrip("/")
 
     def _at(self, path: PurePosixPath) -> ObjectPath:
-        return ObjectPath(f"{self._scheme}://{self._bucket}{path}{self._options}")
+        other = ObjectPath.__new__(ObjectPath)  # a ? in a name begins no options
+        other.__dict__ = {**self.__dict__, "_path": path}
+        return other
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[Any]:
@@ -245,6 +258,24 @@ class ObjectPath:
 
 
 Place: TypeAlias = Path | ObjectPath
+
+
+def bare(scheme: str, bucket: str) -> str:
+    """A URI's bucket without credentials; what else may stand before an @ is part of the name."""
+    user, mark, host = bucket.rpartition("@")
+    name = "" if scheme in _BUCKETS else user.partition(":")[0]
+    return f"{name}{mark}{host}" if name else host
+
+
+def plain(spec: str) -> str:
+    """A path, or a URI without credentials and options, maybe behind a `kind:`; for messages."""
+    scheme, mark, rest = spec.partition("://")
+    bucket, slash, key = rest.partition("?")[0].partition("/")
+    return f"{scheme}{mark}{bare(scheme.rpartition(':')[2], bucket)}{slash}{key}" if mark else spec
+
+
+def _restored(root: str, path: PurePosixPath) -> ObjectPath:
+    return ObjectPath(root) / path
 
 
 def know(locations: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from omni.data.index import ManifestError, manifest_path, read_built
 from omni.data.voice import Segmenting, speech_spans
 from omni.evaluate import ENCODE_BATCH, Transcriber, hold
 from omni.model.logmel import SAMPLING_RATE
-from omni.place import place
+from omni.place import place, plain, why
 from omni.train.rendering import DEFAULT_TASK
 
 
@@ -29,15 +29,18 @@ def transcribe_speech(
     transcriber.check_language(language)
     how = Segmenting(longest=transcriber.longest_piece)
     for file in files:
+        path, file = place(file), plain(file)
         try:
-            if isinstance(place(file), Path) and not Path(file).is_file():
+            if isinstance(path, Path) and not path.is_file():
                 raise AudioError("missing", f"no such file: {file}")
-            spans = iter(speech_spans(file, how))
+            spans = iter(speech_spans(path, how))
             while group := list(islice(spans, ENCODE_BATCH)):
-                pieces = [decode(file, AudioSpan(*span)) for span in group]
+                pieces = [decode(path, AudioSpan(*span)) for span in group]
                 texts = transcriber.texts_of(pieces, language)
                 for (start, duration), text in zip(group, texts, strict=True):
                     yield {"audio": file, "offset": start, "duration": duration, "text": text}
+        except OSError as error:
+            raise RuntimeError(f"{file}: {why(error)}") from error
         except AudioError as error:
             yield {"audio": file, "error": str(error)}
 
@@ -55,6 +58,8 @@ def transcribe_index(
         table, _ = read_built(manifest_path(folder).parent, transcriber.prompt)
     except ManifestError as error:
         raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise RuntimeError(f"{plain(folder)}: {why(error)}") from error
     policy = transcriber.policy
     for batch in table.to_batches(max_chunksize=ENCODE_BATCH):
         rows, asked = batch.to_pylist(), []

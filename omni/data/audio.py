@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -15,7 +15,7 @@ import soundfile
 import soxr
 
 from omni.model.logmel import FRAME, SAMPLING_RATE
-from omni.place import ObjectPath, Place, place
+from omni.place import ObjectPath, Place, stored
 from omni.retry import patiently
 
 _WHOLE_BYTES = 4 << 20  # recordings in archives and buckets up to this size are read at once
@@ -52,15 +52,31 @@ def resampled_length(frames: int, rate: int) -> int:
 def measure(data: Recording, span: AudioSpan = AudioSpan()) -> int:
     """Samples at 16 kHz that `decode` will return, from the header alone.
 
-    data: a path or URI, or the bytes of a file.
+    data: a path or plain URI (`omni.place.stored`), or the bytes of a file.
 
     Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`; and OSError for
     object storage that does not answer.
     """
-    path = "bytes" if isinstance(data, bytes) else str(data)
-    if not isinstance(data, bytes) and isinstance(place(data), Path) and not Path(path).is_file():
-        raise AudioError("missing", f"no such file: {path}")
-    source = _source(data, span)
+    if isinstance(data, bytes):
+        return _measured(io.BytesIO(data), span, "bytes")
+    where = _where(data)
+    if isinstance(where, Path) and not where.is_file():
+        raise AudioError("missing", f"no such file: {data}")
+    return _measured(_source(where, span), span, str(where))
+
+
+def measure_object(
+    file: Any, place: tuple[int, int], span: AudioSpan, name: str, known: dict[int, bytes]
+) -> int:
+    """`measure` of a range of an open object of pyarrow's: (offset, length) in bytes.
+
+    known: bytes of the range that are here already, by their place in it.
+    """
+    source = _Watched(_ObjectRange(file, *place, known), max(map(len, known.values())))
+    return _measured(source, span, name)
+
+
+def _measured(source: str | BinaryIO, span: AudioSpan, path: str) -> int:
     try:
         info = soundfile.info(source)
         _check(source)
@@ -79,7 +95,7 @@ def measure(data: Recording, span: AudioSpan = AudioSpan()) -> int:
 def decode(data: Recording, span: AudioSpan = AudioSpan()) -> np.ndarray:
     """Decode to (S,) float32 mono at 16 kHz; channels are averaged.
 
-    data: a path or URI, or the bytes of a file in any format libsndfile reads.
+    data: a path or plain URI, or the bytes of a file in any format libsndfile reads.
     Raises AudioError: `unreadable`, `empty`, `not finite`, or `span outside the file`; of an object
     `missing`, and OSError for object storage that does not answer.
     """
@@ -114,7 +130,7 @@ def _source(data: Recording, span: AudioSpan) -> str | BinaryIO:
     """What soundfile opens: a file's name, or the bytes of a recording."""
     if isinstance(data, bytes):
         return io.BytesIO(data)
-    where = place(data)
+    where = _where(data)
     if isinstance(where, ObjectPath):
         return _object(where, span)
     if span.bytes is None:
@@ -127,6 +143,10 @@ def _source(data: Recording, span: AudioSpan) -> str | BinaryIO:
         return io.BytesIO(file.read(length))
 
 
+def _where(data: str | Place) -> Place:
+    return stored(data) if isinstance(data, str) else data
+
+
 def _object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
     """A short recording in one request; a long one where it is needed. Raises AudioError."""
     try:
@@ -135,9 +155,9 @@ def _object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
         offset, length = span.bytes or (0, size)
         length = min(length, max(0, size - offset))
         if length > _WHOLE_BYTES:
-            return _Watched(_ObjectRange(file, offset, length))
+            return _Watched(_ObjectRange(file, offset, length), _READ_AHEAD)
         with file:
-            return io.BytesIO(file.read_at(length, offset))
+            return io.BytesIO(file.read_at(length, offset) if length else b"")
     except FileNotFoundError:
         raise AudioError("missing", f"no such object: {path}") from None
 
@@ -146,9 +166,6 @@ class _Watched(io.BufferedReader):
     """Remembers what storage said: libsndfile takes a read that fails for the end of the file."""
 
     raw: _ObjectRange
-
-    def __init__(self, raw: _ObjectRange) -> None:
-        super().__init__(raw, _READ_AHEAD)
 
     @property
     def failed(self) -> OSError | None:
@@ -213,12 +230,17 @@ class ByteRange(_Range):
 class _ObjectRange(_Range):
     """Of an object. failed: why a request got nothing."""
 
-    def __init__(self, file: Any, offset: int, length: int) -> None:
-        self._file, self._first = file, offset
+    def __init__(
+        self, file: Any, offset: int, length: int, known: Mapping[int, bytes] | None = None
+    ) -> None:
+        self._file, self._first, self._known = file, offset, known or {}
         self.failed: OSError | None = None
         super().__init__(length)
 
     def _fetch(self, count: int, place: int) -> bytes:
+        for first, data in self._known.items():
+            if first <= place < first + len(data):
+                return data[place - first :][:count]
         try:
             return bytes(self._file.read_at(count, self._first + place))
         except OSError as error:
@@ -235,7 +257,7 @@ def decode_patiently(path: str | Place, span: AudioSpan = AudioSpan()) -> np.nda
 
     Raises AudioError for a bad file, and OSError when its whole folder or bucket stays away.
     """
-    where = place(path)
+    where = _where(path)
     if isinstance(where, ObjectPath):
         return patiently(lambda: decode(where, span))
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from omni.data.ahead import ahead
 from omni.data.index import INDEX_FILE, INDEX_VERSION, ManifestError, repeated_id
 from omni.data.parts import about_part, opened, part_name, write_whole
 from omni.data.sources import Part, Source
@@ -24,7 +25,7 @@ Task = tuple[Source, Part]
 
 
 def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
-    """Look over all parts, one in memory at a time but for the ids, and write what belongs to all.
+    """Look over all parts, few in memory at a time but for the ids, and write what belongs to all.
 
     Returns utterances, seconds, rejects by reason, languages, speakers, without_text (utterances
     that nobody has written down), lengths and texts (utterances from each edge of SECONDS and
@@ -41,9 +42,12 @@ def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
     rejects: list[str] = []
     names = [part_name(*task) for task in tasks]
     columns = ["id", "samples", "text", "language", "speaker"]
-    for name in names:
+
+    def read(name: str) -> tuple[pa.Table, dict[str, Any] | None]:
         with opened(out / "parts" / f"{name}.parquet") as file:
-            table = pq.read_table(file, columns=columns)
+            return pq.read_table(file, columns=columns), about_part(out, name)
+
+    for table, about in ahead(read, names):
         ids.append(table["id"])
         for entry in pc.value_counts(table["language"]).to_pylist():
             languages[entry["values"] or "unknown"] += entry["counts"]
@@ -52,7 +56,6 @@ def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
         lengths += _histogram(pc.divide(table["samples"], SAMPLING_RATE), SECONDS)
         said = table["text"].filter(pc.not_equal(table["text"], ""))
         texts += _histogram(pc.utf8_length(said), CHARACTERS)
-        about = about_part(out, name)
         for reject in about["rejects"] if about else []:
             reasons[reject["reason"]] += 1
             rejects.append(json.dumps(reject, ensure_ascii=False) + "\n")

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from omni.data.audio import AudioError, AudioSpan, decode_patiently
-from omni.data.index import ManifestError, beside, leaves, manifest_path
+from omni.data.index import ManifestError, manifest_path
 from omni.data.measure import measure_all, span_of
+from omni.data.named import recording_uri
 from omni.model.logmel import SAMPLING_RATE
-from omni.place import Place
+from omni.place import Place, plain, refuse_absence
 
 _SHORTEST = SAMPLING_RATE // 10  # samples to read: fewer may be no frame of a file at a low rate
 
@@ -77,18 +78,18 @@ def read_clips(
     (seconds) name a span, other fields are of no matter.
 
     Raises ManifestError where a manifest is missing, a row is not such a row, or a recording cannot
-    be used: who makes a run again is to hear the same noises.
+    be used: who makes a run again is to hear the same noises. OSError: storage does not answer.
     """
     clips: list[Clip] = []
     for spec in specs:
         path = manifest_path(spec)
         rows = _rows(path, allow_absolute)
         if not rows:
-            raise ManifestError(f"{spec}: the manifest has no rows")
+            raise ManifestError(f"{plain(spec)}: the manifest has no rows")
         good, bad = measure_all(rows, path, cache_dir, threads)
         if bad:
             raise ManifestError(
-                f"{spec}: {len(bad)} of {len(rows)} recordings cannot be used; the first, "
+                f"{plain(spec)}: {len(bad)} of {len(rows)} recordings cannot be used; the first, "
                 f"{bad[0].id}: {bad[0].reason}: {bad[0].detail}"
             )
         clips += [Clip(r["uri"], span_of(r), r["samples"], r["key"]) for r in good]
@@ -99,6 +100,7 @@ def _rows(path: Place, allow_absolute: bool) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        refuse_absence(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
     numbered = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
     return [_row(place, line, path.parent, allow_absolute) for place, line in numbered]
@@ -111,11 +113,10 @@ def _row(place: str, line: str, folder: Place, allow_absolute: bool) -> dict[str
         raise ManifestError(f"{place}: not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or "\0" in row["audio"]:
         raise ManifestError(f'{place}: expected {{"audio": FILE}}, got {line[:40]!r}')
-    if not allow_absolute and leaves(row["audio"], folder):
-        raise ManifestError(
-            f"{place}: field 'audio': {row['audio']!r} lies outside the manifest's folder; "
-            "data.allow_absolute admits such files"
-        )
+    try:
+        uri = recording_uri(folder, row["audio"], allow_absolute)
+    except ValueError as error:
+        raise ManifestError(f"{place}: field 'audio': {error}") from None
     start, duration = row.get("offset"), row.get("duration")
     for name, value in (("offset", start), ("duration", duration)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -123,7 +124,7 @@ def _row(place: str, line: str, folder: Place, allow_absolute: bool) -> dict[str
             raise ManifestError(f"{place}: field {name!r}: expected seconds, got {value!r}")
     return {
         "id": place,
-        "uri": beside(folder, row["audio"]),
+        "uri": uri,
         "offset": None,
         "length": None,
         "start": float(start or 0.0),

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from omni.data.ahead import ahead
 from omni.data.conversations import answer_of, parse_messages, to_column
 from omni.data.measure import Reject, measure_all
+from omni.data.named import recording_uri
 from omni.data.tar import TarError, read_tar
 from omni.model.conversation import Message
 from omni.model.hub import ASSETS
-from omni.place import Place, StorageError, refuse_absence, without_secrets
+from omni.place import Place, StorageError, plain, refuse_absence
 from omni.place import place as at
 
 INDEX_FILE = "index.json"  # of a folder that jobs.index made
 INDEX_VERSION = 1
 _BATCH = 65_536  # rows that are Python objects at a time
-_READERS = 8  # of parts at a time
 _LONGEST_SECONDS = 1e8  # three years
 _TYPES: dict[str, tuple[type, ...]] = {
     "audio": (str,),
@@ -122,12 +121,12 @@ def manifest_path(spec: str) -> Place:
     if folder:
         if not (path / INDEX_FILE).is_file():
             raise ManifestError(
-                f"{spec}: expected a manifest, or a folder that jobs.index has finished: "
+                f"{plain(spec)}: expected a manifest, or a folder that jobs.index has finished: "
                 f"no {INDEX_FILE} in it"
             )
         return path / INDEX_FILE
     if not there:
-        raise ManifestError(f"{without_secrets(spec)}: no such manifest")
+        raise ManifestError(f"{plain(spec)}: no such manifest")
     return path
 
 
@@ -155,6 +154,7 @@ def build_index(
     """
     tables: list[pa.Table] = []
     rejects: list[Reject] = []
+    names = ", ".join(map(plain, specs))
     for spec in specs:
         path = manifest_path(spec)
         if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
@@ -165,7 +165,7 @@ def build_index(
             continue
         parsed = list(_read_manifest(path, prompt, allow_absolute))
         if not parsed:
-            raise ManifestError(f"{spec}: the manifest has no rows")
+            raise ManifestError(f"{plain(spec)}: the manifest has no rows")
         good, bad = measure_all(parsed, path, cache_dir, threads)
         tables.append(pa.Table.from_pylist(good, SCHEMA))
         rejects += bad
@@ -173,11 +173,11 @@ def build_index(
     if not len(table):
         first = rejects[0]
         raise ManifestError(
-            f"{', '.join(specs)}: all {len(rejects)} rows were rejected; "
+            f"{names}: all {len(rejects)} rows were rejected; "
             f"the first, {first.id}: {first.reason}: {first.detail}"
         )
     if (repeated := repeated_id(table["id"])) is not None:
-        raise ManifestError(f"{', '.join(specs)}: the id {repeated!r} occurs twice")
+        raise ManifestError(f"{names}: the id {repeated!r} occurs twice")
     return Index(table, rejects)
 
 
@@ -207,9 +207,7 @@ def read_built(folder: Place, prompt: str = "") -> tuple[pa.Table, list[Reject]]
         if about["version"] != INDEX_VERSION:
             raise ValueError(f"version {about['version']!r}, expected {INDEX_VERSION}")
         files = [folder / "parts" / f"{Path(name).name}.parquet" for name in about["parts"]]
-        with ThreadPoolExecutor(_READERS) as pool:
-            tables = list(pool.map(_part, files))
-        table = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
+        table = pa.concat_tables([SCHEMA.empty_table(), *ahead(_part, files)]).combine_chunks()
         table.validate(full=True)
         needed = ("id", "uri", "start", "samples", "key", "text", "prompt")
         whole = not any(table[name].null_count for name in needed)
@@ -262,12 +260,10 @@ def checked_row(
     check_row(place, row)
     for part in spoken:
         check_row(place, {**part, "text": part.get("text") or ""})
-        if not tar and not allow_absolute and leaves(part["audio"], path.parent):
-            raise ManifestError(
-                f"{place}: field 'audio': {part['audio']!r} lies outside the manifest's "
-                "folder; data.allow_absolute (--allow_absolute) admits such files"
-            )
-    places = [_place(path, part, tar) for part in spoken]
+    try:
+        places = [_place(path, part, tar, allow_absolute) for part in spoken]
+    except ValueError as error:
+        raise ManifestError(f"{place}: field 'audio': {error}") from None
     identity = row.get("id")
     return {
         "id": place.replace(str(path), f"{path.parent.name}/{path.stem}")
@@ -295,12 +291,12 @@ def _conversation(place: str, row: dict[str, Any]) -> tuple[list[Message], list[
         raise ManifestError(f"{place}: field 'messages': {error}") from None
 
 
-def _place(path: Place, row: dict[str, Any], tar: bool) -> dict[str, Any]:
-    """Where a recording lies."""
+def _place(path: Place, row: dict[str, Any], tar: bool, allow_absolute: bool) -> dict[str, Any]:
+    """Where a recording lies. Raises ValueError where it may not."""
     offset, length = row["bytes"] if tar else (None, None)
     spans = row.get("offset") is not None and row.get("duration") is not None
     return {
-        "uri": str(path) if tar else beside(path.parent, row["audio"]),
+        "uri": str(path) if tar else recording_uri(path.parent, row["audio"], allow_absolute),
         "offset": offset,
         "length": length,
         "start": float(row.get("offset") or 0.0),
@@ -330,23 +326,6 @@ def _tar_rows(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{row['audio']}", row
     except TarError as error:
         raise ManifestError(str(error)) from None
-
-
-def beside(folder: Place, name: str) -> str:
-    """What a file in `folder` means by a name: a URI, a path from the root, or what lies there."""
-    if "://" in name:
-        return str(at(name))
-    if isinstance(folder, Path) or os.path.isabs(name):
-        return str(Path(name) if os.path.isabs(name) else folder / name)
-    return str(folder / os.path.normpath(name))
-
-
-def leaves(name: str, folder: Place | None = None) -> bool:
-    """Whether a path leads out of the folder that it is relative to, by its words alone: a link in
-    that folder is its owner's doing."""
-    if "://" in name:
-        return folder is None or not str(at(name)).startswith(f"{folder}/")
-    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def check_row(place: str, row: dict[str, Any]) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omni.data.audio import AudioError, AudioSpan, measure
-from omni.place import ObjectPath, Place, write_whole
-from omni.place import place as at
+from omni.data.audio import AudioError, AudioSpan, measure, measure_object
+from omni.place import ObjectPath, Place, stored, write_whole
+from omni.retry import patiently
 
 _REQUESTS = 32  # to object storage at a time: they wait more than they work
+_LISTED = 1000  # objects of one folder that are worth a listing of it
+_PATIENCE_SECONDS = 60.0  # for storage that does not answer
 _EDGE = 64 * 1024  # bytes hashed at each end of a file
 
 
@@ -38,8 +40,6 @@ def measure_all(
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Add `samples` and `key` to rows; unchanged files are not opened again."""
     known = _Measurements(manifest, cache_dir)
-    if isinstance(manifest, ObjectPath):
-        threads = max(threads, _REQUESTS)
     results = measure_rows(rows, known, threads)
     good: list[dict[str, Any]] = []
     rejects: list[Reject] = []
@@ -59,8 +59,47 @@ def measure_rows(
 ) -> list[dict[str, Any] | AudioError]:
     """`samples` and `key` of each row, or why it cannot be used."""
     known = known or _Measurements(Path(), None)
-    with ThreadPoolExecutor(threads) as pool:
+    objects = _objects(rows)
+    with ThreadPoolExecutor(max(threads, _REQUESTS) if objects else threads) as pool:
+        if known.kept:
+            known.marks = _marks(objects, pool)
         return list(pool.map(lambda row: _measure_row(row, known), rows))
+
+
+def _objects(rows: list[dict[str, Any]]) -> set[str]:
+    """URIs of what lies in object storage."""
+    named = (place["uri"] for row in rows for place in row["audios"] or [row])
+    return {uri for uri in named if "://" in uri}
+
+
+def _marks(uris: set[str], pool: ThreadPoolExecutor) -> dict[str, str]:
+    """What changes with an object: its size and time. What is not there is missing.
+
+    Where many objects of a folder are named, one listing tells of a thousand at a time.
+    """
+    folders: dict[ObjectPath, list[str]] = {}
+    for uri in uris:
+        path = stored(uri)
+        assert isinstance(path, ObjectPath)
+        folders.setdefault(path.parent, []).append(uri)
+
+    def look(asked: tuple[ObjectPath, list[str]]) -> dict[str, str]:
+        folder, named = asked
+        if len(named) >= _LISTED:
+            found = {f"{folder}/{info.base_name}": info for info in patiently(folder.listing)}
+        else:
+            [uri] = named
+            found = {uri: patiently((folder / uri.rpartition("/")[2]).info)}
+        return {
+            uri: f"{found[uri].size} {int(found[uri].mtime_ns or 0) // 10**9}"
+            for uri in named
+            if uri in found and found[uri].is_file
+        }
+
+    asked: list[tuple[ObjectPath, list[str]]] = []
+    for folder, named in folders.items():
+        asked += [(folder, named)] if len(named) >= _LISTED else [(folder, [u]) for u in named]
+    return {uri: mark for found in pool.map(look, asked) for uri, mark in found.items()}
 
 
 def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
@@ -79,34 +118,60 @@ def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
 
 
 def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
-    found = _size_and_time(at(row["uri"]))
-    if found is None:
-        return AudioError("missing", f"no such file: {row['uri']}")
-    size, time_ns = found
+    path = stored(row["uri"])
     span = span_of(row)
-    name = [row["uri"], row["start"], row["duration"], size, time_ns]
-    name += [span.bytes] if span.bytes else []
-    if (kept := known.get(repr(name))) is not None:
-        return kept
+    name = [row["uri"], row["start"], row["duration"]]
     try:
-        samples = measure(row["uri"], span)
-        result = {"samples": samples, "key": _content_key(row, size)}
+        if isinstance(path, ObjectPath):
+            name += [known.marks.get(row["uri"])] if known.kept else []
+            if name[-1] is None and known.kept:
+                raise AudioError("missing", f"no such object: {path}")
+        else:
+            status = _status(path)
+            name += [status.st_size, status.st_mtime_ns]
+        name += [span.bytes] if span.bytes else []
+        if (kept := known.get(repr(name))) is not None:
+            return kept
+        if isinstance(path, ObjectPath):
+            result = patiently(lambda: _measure_object(path, row), seconds=_PATIENCE_SECONDS)
+        else:
+            result = {"samples": measure(path, span), "key": _content_key(row, status.st_size)}
     except AudioError as error:
         return error
     known.put(repr(name), result)
     return result
 
 
-def _size_and_time(path: Place) -> tuple[int, int] | None:
-    """Bytes, and when they were written; None: there is no such file."""
-    if isinstance(path, ObjectPath):
-        info = path.info()
-        return (info.size, info.mtime_ns) if info.is_file else None
+def _status(path: Path) -> os.stat_result:
     try:
-        status = os.stat(path)
+        return path.stat()
     except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+        raise AudioError("missing", f"no such file: {path}") from None
+
+
+def _measure_object(path: ObjectPath, row: dict[str, Any]) -> dict[str, Any]:
+    """`samples` and `key` of an object, of which as little as possible is read.
+
+    Raises AudioError, and OSError for storage that does not answer.
+    """
+    try:
+        file = path.ranges()
+    except FileNotFoundError:
+        raise AudioError("missing", f"no such object: {path}") from None
+    start, duration = row["start"], row["duration"]
+    with file:
+        size = file.size()
+        first, length = (0, size) if row["length"] is None else (row["offset"], row["length"])
+        there = min(length, max(0, size - first))
+        if there < length or not there:
+            raise AudioError("unreadable", f"{path}: {there} of {length} bytes are there")
+        if length <= 2 * _EDGE:
+            return measure_data(file.read_at(length, first), start, duration)
+        head, tail = (file.read_at(_EDGE, first + at) for at in (0, length - _EDGE))
+        known = {0: head, length - _EDGE: tail}
+        span = AudioSpan(start, duration)
+        samples = measure_object(file, (first, length), span, str(path), known)
+    return {"samples": samples, "key": _key(length, start, duration, head, tail)}
 
 
 def measure_data(data: bytes, start: float, duration: float | None) -> dict[str, Any]:
@@ -121,8 +186,7 @@ def measure_data(data: bytes, start: float, duration: float | None) -> dict[str,
 
 def _content_key(row: dict[str, Any], size: int) -> str:
     first, size = (0, size) if row["length"] is None else (row["offset"], row["length"])
-    path = at(row["uri"])
-    with path.open("rb") if isinstance(path, Path) else path.ranges() as file:
+    with open(row["uri"], "rb") as file:
         file.seek(first)
         head, tail = file.read(min(_EDGE, size)), b""
         if size > _EDGE:
@@ -150,6 +214,7 @@ class _Measurements:
 
     def __init__(self, manifest: Place, cache_dir: Place | None) -> None:
         self._values: dict[str, dict[str, Any]] = {}
+        self.marks: dict[str, str] = {}  # of objects, while `kept`
         self._fresh = False
         self._path: Place | None = None
         if cache_dir is None:
@@ -163,6 +228,10 @@ class _Measurements:
                 self._values[row.pop("file")] = row
         except (OSError, pa.ArrowException, KeyError):
             self._values = {}  # absent or damaged: measure again
+
+    @property
+    def kept(self) -> bool:
+        return self._path is not None
 
     def get(self, name: str) -> dict[str, Any] | None:
         return self._values.get(name)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from omni.config import SourceConfig
 from omni.data.index import Index, ManifestError, build_index
-from omni.place import Place
+from omni.place import Place, plain
 
 
 def build_mixture(
@@ -41,7 +41,9 @@ def build_mixture(
     counts = Counter(name for part in parts for name in part.table["id"].to_pylist())
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
-        raise ManifestError(f"{', '.join(names_of(sources))}: the id {twice!r} occurs twice")
+        raise ManifestError(
+            f"{', '.join(map(plain, names_of(sources)))}: the id {twice!r} occurs twice"
+        )
     joined = np.concatenate(weights)
     return Index(
         pa.concat_tables([part.table for part in parts]),

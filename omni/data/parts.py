@@ -30,6 +30,7 @@ from omni.data.segments import cut_rows
 from omni.data.sources import Options, Part, Row, Source
 from omni.data.sources.base import digest
 from omni.place import ObjectPath, Place, refuse_absence
+from omni.retry import patiently
 
 _BATCH = 256  # rows measured together
 _METADATA = b"omni"
@@ -176,7 +177,7 @@ def _whole(path: Place) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile(prefix="omni-part-") as made:
             yield made
             made.flush()
-            path.upload(Path(made.name))
+            patiently(lambda: path.upload(Path(made.name)))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")

@@ -10,13 +10,12 @@ import functools
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from omni.data.audio import AudioSpan, decode_blocks
+from omni.data.audio import AudioSpan, Recording, decode_blocks
 from omni.model.logmel import SAMPLING_RATE
 
 _CHUNK = 512  # samples that the model hears at a time
@@ -49,7 +48,7 @@ class Segmenting:
 
 
 def speech_spans(
-    data: bytes | str | Path,
+    data: Recording,
     how: Segmenting = Segmenting(),
     within: AudioSpan = _WHOLE,
     block_seconds: float = 30.0,

@@ -14,6 +14,7 @@ from omni.data.collate import sequence_positions
 from omni.data.index import ManifestError, recordings
 from omni.data.speeds import Speeds, changed_length, names_of
 from omni.model.windows import encoder_frames
+from omni.place import why
 
 
 def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:
@@ -54,6 +55,8 @@ def _clips(config: Config, name: str) -> Clips:
         )
     except ManifestError as error:
         raise ConfigError(f"augment.{name}: {error}") from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"augment.{name}: {why(error)}") from error
 
 
 def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:

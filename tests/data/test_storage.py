@@ -89,5 +89,8 @@ def test_a_reader_finds_what_comes_later(location: str, monkeypatch: pytest.Monk
         ("s3://bucket/a/?region=eu-west-1", "s3://bucket/a/x?region=eu-west-1"),
     ],
 )
-def test_a_name_is_joined_before_the_options_of_a_uri(location: str, joined: str) -> None:
+def test_a_name_is_joined_before_the_options_of_a_uri(
+    location: str, joined: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omni.place._known", {})
     assert join(location, "x") == joined

@@ -17,7 +17,7 @@ from omni.data.sources.lines import LineSource, open_lines
 from omni.data.sources.tables import ParquetSource
 from omni.data.sources.tars import SharSource, TarSource
 from omni.data.tar import AUDIO_SUFFIXES
-from omni.place import Place
+from omni.place import Place, plain
 
 __all__ = ["COLUMNS", "Options", "Part", "Row", "Source", "open_source"]
 
@@ -35,6 +35,7 @@ def open_source(spec: str, options: Options = _DEFAULT) -> Source:
     kind, colon, name = spec.partition(":")
     if not colon or kind not in KINDS:
         kind, name = _recognise(spec), spec
+    spec = plain(spec)
     if kind in ("hf", "ms"):
         return _dataset(spec, kind, name, options)
     if kind == "wds":
@@ -67,7 +68,7 @@ def _dataset(spec: str, kind: str, name: str, options: Options) -> Source:
 
 def _recognise(spec: str) -> str:
     """The kind of a place without a prefix. Raises ManifestError where it could be several."""
-    path = absolute(spec)
+    path, spec = absolute(spec), plain(spec)
     if path.is_dir():
         kinds = list(_kinds_of_folder(path))
         if len(kinds) == 1:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from omni.data.index import ManifestError, absolute, beside, leaves
+from omni.data.index import ManifestError, absolute
+from omni.data.named import recording_uri
 from omni.data.voice import Segmenting
-from omni.place import ObjectPath, Place, refuse_absence
+from omni.place import ObjectPath, Place, plain, refuse_absence
 
 COLUMNS = {
     "audio": ("audio", "audio_filepath", "audio_path", "path", "file", "wav"),
@@ -135,16 +136,10 @@ def explain_missing(name: str, columns: list[str], options: Options) -> str:
 
 def inside(place: str, folder: Place, name: str, options: Options) -> str:
     """A file's path as a corpus in `folder` names it. Raises ManifestError where it may not."""
-    within = (
-        isinstance(folder, Path)
-        and os.path.isabs(name)
-        and Path(os.path.normpath(name)).is_relative_to(folder)
-    )
-    if leaves(name, folder) and not within and not options.allow_absolute:
-        raise ManifestError(
-            f"{place}: {name!r} lies outside {folder}; --allow_absolute admits such files"
-        )
-    return beside(folder, name)
+    try:
+        return recording_uri(folder, name, options.allow_absolute)
+    except ValueError as error:
+        raise ManifestError(f"{place}: {error}") from None
 
 
 def file_fingerprint(path: Place) -> str:
@@ -177,7 +172,9 @@ def files_of(spec: str, suffixes: tuple[str, ...]) -> list[Place]:
     else:
         found = _matching(path)
     if not found:
-        raise ManifestError(f"{spec}: expected a file, a folder or a pattern of *{suffixes[0]}")
+        raise ManifestError(
+            f"{plain(spec)}: expected a file, a folder or a pattern of *{suffixes[0]}"
+        )
     return found
 
 

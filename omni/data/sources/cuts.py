@@ -36,7 +36,7 @@ class CutsSource:
         if not isinstance(sources, list) or not all(isinstance(s, dict) for s in sources):
             raise ManifestError(f"{place}: field 'recording.sources': expected a list of objects")
         kinds = {str(source.get("type")) for source in sources}
-        if len(sources) != 1 or kinds != {"file"}:
+        if len(sources) != 1 or not kinds <= {"file", "url"}:
             what = f"{len(sources)} sources of type {', '.join(sorted(kinds))}"
             return Row(
                 id=_name(place, cut), error=("no audio file", f"{place}: expected a file, {what}")
@@ -44,6 +44,8 @@ class CutsSource:
         name = sources[0].get("source")
         if not isinstance(name, str) or not name or "\0" in name:
             raise ManifestError(f"{place}: field 'recording.sources': expected a path, {name!r}")
+        if "://" in name and name.partition(":")[0] in ("http", "https"):
+            return Row(id=_name(place, cut), error=("no audio file", f"{place}: fetch {name!r}"))
         if self.options.audio_folder:
             name = f"{self.options.audio_folder}/{name}"
         path = inside(place, self.path.parent, name, self.options)

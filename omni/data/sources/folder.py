@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from omni.data.ahead import ahead
 from omni.data.index import ManifestError, check_row
 from omni.data.sources.base import Options, Part, Row, digest, names_within
 from omni.data.tar import AUDIO_SUFFIXES
@@ -29,23 +30,23 @@ class FolderSource:
         return parts
 
     def read(self, part: Part) -> Iterator[Row]:
-        for name in part.where:
-            path = self.folder / name
-            text = path.with_suffix(".txt")
-            row = {"id": name.rpartition(".")[0], "audio": str(path)}
-            try:
-                row["text"] = text.read_bytes().decode("utf-8-sig").strip()
-            except FileNotFoundError:
-                if self.options.segment:
-                    yield Row(id=row["id"], uri=str(path), language=self.options.language)
-                    continue
-                yield Row(id=row["id"], uri=str(path), error=("no text", f"{text}: no such file"))
-                continue
-            except (OSError, UnicodeDecodeError) as error:
-                refuse_absence(text, error)
-                raise ManifestError(f"{text}: expected UTF-8 text: {error}") from None
-            check_row(str(text), row)
-            yield Row(id=row["id"], text=row["text"], uri=str(path), language=self.options.language)
+        yield from ahead(self._row, part.where)
+
+    def _row(self, name: str) -> Row:
+        path = self.folder / name
+        text = path.with_suffix(".txt")
+        row = {"id": name.rpartition(".")[0], "audio": str(path)}
+        try:
+            row["text"] = text.read_bytes().decode("utf-8-sig").strip()
+        except FileNotFoundError:
+            if self.options.segment:
+                return Row(id=row["id"], uri=str(path), language=self.options.language)
+            return Row(id=row["id"], uri=str(path), error=("no text", f"{text}: no such file"))
+        except (OSError, UnicodeDecodeError) as error:
+            refuse_absence(text, error)
+            raise ManifestError(f"{text}: expected UTF-8 text: {error}") from None
+        check_row(str(text), row)
+        return Row(id=row["id"], text=row["text"], uri=str(path), language=self.options.language)
 
 
 def _recordings(folder: Place) -> Iterator[tuple[str, str]]:

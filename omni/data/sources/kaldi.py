@@ -10,8 +10,7 @@ from dataclasses import replace
 from omni.data.index import ManifestError, check_row
 from omni.data.sources.base import Options, Part, Row, digest, file_fingerprint, inside
 from omni.data.sources.lines import cut, read_bytes
-from omni.place import Place, refuse_absence
-from omni.place import place as at
+from omni.place import Place, refuse_absence, stored
 
 _BESIDE = ("wav.scp", "text", "utt2spk", "utt2lang")
 
@@ -106,7 +105,7 @@ class KaldiSource:
         path = inside(place, self.folder, name, self.options)
         if offset is None:
             return replace(row, uri=path)
-        ark_file = at(path)
+        ark_file = stored(path)
         try:
             with ark_file.open("rb") as file:
                 total = file.seek(0, io.SEEK_END)

@@ -12,7 +12,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omni.data.index import ManifestError, check_row, leaves
+from omni.data.ahead import ahead
+from omni.data.index import ManifestError, check_row
 from omni.data.sources.base import (
     COLUMNS,
     Options,
@@ -24,9 +25,10 @@ from omni.data.sources.base import (
     file_fingerprint,
     inside,
 )
-from omni.place import Place, refuse_absence
+from omni.place import Place, refuse_absence, without_secrets
 from omni.retry import patiently
 
+_SERVERS = ("http", "https", "hf")  # recordings there are fetched once
 BATCH = 32  # rows in memory at a time, with their audio
 _PATIENCE_SECONDS = 60.0  # for a recording that lies on a server
 
@@ -40,16 +42,9 @@ class ParquetSource:
     def parts(self) -> list[Part]:
         parts = []
         common = os.path.commonpath([str(path.parent) for path in self.paths])
-        for number, path in enumerate(self.paths):
-            mark = file_fingerprint(path)
-            try:
-                with _opened(path) as file:
-                    sizes = [
-                        file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)
-                    ]
-            except (OSError, pa.ArrowException) as error:
-                refuse_absence(path, error)
-                raise ManifestError(f"{path}: expected Parquet: {error}") from None
+        for number, (path, (mark, sizes)) in enumerate(
+            zip(self.paths, ahead(_groups, self.paths), strict=True)
+        ):
             first = 0
             for groups in _gather(sizes, self.options.rows_per_part):
                 name = f"{os.path.relpath(str(path), common)}-{groups[0]:06}"
@@ -81,6 +76,18 @@ class ParquetSource:
 def _opened(path: Place) -> Iterator[pq.ParquetFile]:
     with path.open("rb") if isinstance(path, Path) else path.ranges() as file:
         yield pq.ParquetFile(file)
+
+
+def _groups(path: Place) -> tuple[str, list[int]]:
+    """What changes with a file, and the rows of each of its row groups. Raises ManifestError."""
+    mark = file_fingerprint(path)
+    try:
+        with _opened(path) as file:
+            metadata = file.metadata
+            return mark, [metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    except (OSError, pa.ArrowException) as error:
+        refuse_absence(path, error)
+        raise ManifestError(f"{path}: expected Parquet: {error}") from None
 
 
 def _gather(sizes: list[int], rows: int) -> Iterator[tuple[int, ...]]:
@@ -163,12 +170,15 @@ def _elsewhere(
     """A row whose recording is a file of its own, here or on a server."""
     if not path:
         return Row(**row, error=("missing", f"{place}: neither bytes nor a path"))
-    if "://" not in path or (folder is not None and not leaves(path, folder)):
+    server, mark, _ = path.rpartition("::")[2].partition("://")  # of URLs in a chain, the last
+    if not mark or server not in _SERVERS:
+        if folder is None and not options.allow_absolute:
+            raise ManifestError(f"{place}: {without_secrets(path)!r} is no file of the dataset")
         return Row(**row, uri=inside(place, folder or Path("/"), path, options))
     try:
         return Row(**row, data=patiently(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))
     except (OSError, ValueError, ImportError) as error:
-        return Row(**row, error=("missing", f"{path}: {error}"))
+        return Row(**row, error=("missing", without_secrets(f"{path}: {error}")))
 
 
 def _fetch(url: str) -> bytes:

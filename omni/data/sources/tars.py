@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+from omni.data.ahead import ahead
 from omni.data.index import ManifestError, checked_row
 from omni.data.sources.base import Options, Part, Row, canonical, file_fingerprint
 from omni.data.sources.cuts import row_of_cut
@@ -22,8 +23,10 @@ class TarSource:
 
     def parts(self) -> list[Part]:
         return [
-            Part(f"{path.name}-{n:05}", file_fingerprint(path), (n,))
-            for n, path in enumerate(self.paths)
+            Part(f"{path.name}-{n:05}", mark, (n,))
+            for n, (path, mark) in enumerate(
+                zip(self.paths, ahead(file_fingerprint, self.paths), strict=True)
+            )
         ]
 
     def read(self, part: Part) -> Iterator[Row]:
