@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ _REQUESTS = 32  # to object storage at a time: they wait more than they work
 _LISTED = 1000  # objects of one folder that are worth a listing of it
 _PATIENCE_SECONDS = 60.0  # for storage that does not answer
 _EDGE = 64 * 1024  # bytes hashed at each end of a file
+_SILENT = 1 / 16  # of their bytes is what silence is packed into; speech in no format
+_BLOCK = 4 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -167,11 +171,16 @@ def _measure_object(path: ObjectPath, row: dict[str, Any]) -> dict[str, Any]:
             raise AudioError("unreadable", f"{path}: {there} of {length} bytes are there")
         if length <= 2 * _EDGE:
             return measure_data(file.read_at(length, first), start, duration)
-        head, tail = (file.read_at(_EDGE, first + at) for at in (0, length - _EDGE))
-        known = {0: head, length - _EDGE: tail}
+        known = {at: file.read_at(_EDGE, first + at) for at in (0, length - _EDGE)}
+        key = _key(
+            lambda at, n: known[at] if at in known else file.read_at(n, first + at),
+            length,
+            start,
+            duration,
+        )
         span = AudioSpan(start, duration)
-        samples = measure_object(file, (first, length), span, str(path), known)
-    return {"samples": samples, "key": _key(length, start, duration, head, tail)}
+        samples = measure_object(file, (first, length), span, str(path), known)  # closes it
+    return {"samples": samples, "key": key}
 
 
 def measure_data(data: bytes, start: float, duration: float | None) -> dict[str, Any]:
@@ -180,27 +189,41 @@ def measure_data(data: bytes, start: float, duration: float | None) -> dict[str,
     Raises AudioError.
     """
     samples = measure(data, AudioSpan(start, duration))
-    ends = data[:_EDGE], data[max(_EDGE, len(data) - _EDGE) :]
-    return {"samples": samples, "key": _key(len(data), start, duration, *ends)}
+    key = _key(lambda at, n: data[at : at + n], len(data), start, duration)
+    return {"samples": samples, "key": key}
 
 
 def _content_key(row: dict[str, Any], size: int) -> str:
-    first, size = (0, size) if row["length"] is None else (row["offset"], row["length"])
+    first, length = (0, size) if row["length"] is None else (row["offset"], row["length"])
     with open(row["uri"], "rb") as file:
-        file.seek(first)
-        head, tail = file.read(min(_EDGE, size)), b""
-        if size > _EDGE:
-            file.seek(first + max(_EDGE, size - _EDGE))
-            tail = file.read(min(_EDGE, size - _EDGE))
-    return _key(size, row["start"], row["duration"], head, tail)
+
+        def read(at: int, count: int) -> bytes:
+            file.seek(first + at)
+            return file.read(count)
+
+        return _key(read, length, row["start"], row["duration"])
 
 
-def _key(size: int, start: float, duration: float | None, head: bytes, tail: bytes) -> str:
-    """Hash of the recording's size and both ends (all of a small one) and of the span in it."""
+def _key(read: Callable[[int, int], bytes], size: int, start: float, duration: float | None) -> str:
+    """Hash of the recording's size and both ends and of the span in it; of all of a recording that
+    is small, or that begins and ends in silence, as others of its size may.
+
+    read: bytes of the recording from a place on, at most so many.
+    """
     digest = hashlib.blake2b(f"{size} {start} {duration}".encode(), digest_size=16)
+    last = max(_EDGE, size - _EDGE)
+    head, tail = read(0, min(_EDGE, size)), read(last, size - last) if size > last else b""
     digest.update(head)
+    if last > _EDGE and _is_silent(tail) and _is_silent(head):
+        for at in range(_EDGE, last, _BLOCK):
+            digest.update(read(at, min(_BLOCK, last - at)))
     digest.update(tail)
     return digest.hexdigest()
+
+
+def _is_silent(data: bytes) -> bool:
+    middle = data[len(data) // 2 :][:4096]  # enough to tell speech, in a fraction of the time
+    return all(len(zlib.compress(part, 1)) < _SILENT * len(part) for part in (middle, data))
 
 
 def span_of(row: dict[str, Any]) -> AudioSpan:

@@ -17,6 +17,7 @@ import soundfile
 
 import omni
 from omni.data.index import SCHEMA, Index, ManifestError, build_index, manifest_path
+from omni.data.measure import measure_data
 from omni.score import normalize
 
 Record = Callable[..., Path]
@@ -409,6 +410,30 @@ def test_a_file_has_the_same_key_wherever_it_lies(record: Record, manifest: Mani
     )
     one, again, other = build_index([spec]).table["key"].to_pylist()
     assert one == again != other
+
+
+def _between_silence(path: Path, seed: int, subtype: str) -> None:
+    """A second of noise with five seconds of digital silence before it and after it."""
+    silence, rng = np.zeros(5 * 16_000), np.random.default_rng(seed)
+    samples = np.concatenate([silence, rng.uniform(-0.1, 0.1, 16_000), silence])
+    soundfile.write(path, samples, 16_000, subtype)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "ULAW"])
+def test_recordings_that_begin_and_end_in_silence_have_keys_of_their_own(
+    manifest: Manifest, tmp_path: Path, subtype: str
+) -> None:
+    """They are as long as each other, and have the same bytes at both ends."""
+    names = ["one.wav", "another.wav", "again.wav"]
+    for name, seed in zip(names, (0, 1, 0), strict=True):
+        _between_silence(tmp_path / name, seed, subtype)
+    data = [(tmp_path / name).read_bytes() for name in names]
+    assert data[0] != data[1] and len(data[0]) == len(data[1])
+    assert (data[0][:65536], data[0][-65536:]) == (data[1][:65536], data[1][-65536:])
+    spec = manifest(*({"audio": name, "text": "a"} for name in names))
+    one, another, again = build_index([spec]).table["key"].to_pylist()
+    assert one == again != another
+    assert [measure_data(d, 0.0, None)["key"] for d in data] == [one, another, again]
 
 
 # -- the corpus that comes with omni -----------------------------------------------------------

@@ -175,6 +175,23 @@ def test_measuring_reads_the_ends_of_objects_alone(
         assert found.table[name].to_pylist() == local.table[name].to_pylist(), name
 
 
+def test_an_object_has_the_key_of_its_file_where_both_ends_are_silent(
+    bucket: str, tmp_path: Path
+) -> None:
+    there, rng, rows = _there(bucket, "silent"), np.random.default_rng(0), []
+    for name in ("one.wav", "another.wav"):
+        samples = np.zeros(200 * 16_000)  # 6.4 MB: more than one reading
+        samples[100 * 16_000 :][:16_000] = rng.uniform(-0.1, 0.1, 16_000)
+        soundfile.write(tmp_path / name, samples, 16_000)
+        (there / name).upload(tmp_path / name)
+        rows.append(json.dumps({"audio": name, "text": "hello"}) + "\n")
+    (tmp_path / "m.jsonl").write_text("".join(rows))
+    (there / "m.jsonl").upload(tmp_path / "m.jsonl")
+    keys = build_index([(there / "m.jsonl").uri]).table["key"].to_pylist()
+    assert keys == build_index([str(tmp_path / "m.jsonl")]).table["key"].to_pylist()
+    assert keys[0] != keys[1]
+
+
 @pytest.mark.parametrize("listed", [2, 1000])
 def test_measurements_of_objects_are_kept_between_runs(
     bucket: str,
