@@ -68,4 +68,4 @@ def in_temporary_storage(config: Config) -> Iterator[Config]:
 
 def progress(line: str) -> None:
     """Say what goes on: suites take minutes."""
-    Console(highlight=False, stderr=True).print(f"[dim]{line}[/]")
+    Console(highlight=False, stderr=True, soft_wrap=True).print(f"[dim]{line}[/]")
