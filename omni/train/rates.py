@@ -94,7 +94,8 @@ class Trainer:
             raise ValueError(f"{len(blocks)} blocks do not make a step")
         run = job.config.run.model_copy(update={"storage": self._folder.name})
         optim = optim.model_copy(update={"listen_steps": 0})  # what it costs most of the time
-        config: Config = job.config.model_copy(update={"run": run, "optim": optim})
+        data = job.config.data.model_copy(update={"max_rejects": 1.0})  # the run names them
+        config: Config = job.config.model_copy(update={"run": run, "optim": optim, "data": data})
         config.run_dir.mkdir()
         (config.run_dir / "config.yaml").write_text(config.to_yaml())
         job = replace(job, config=config)
