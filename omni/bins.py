@@ -30,7 +30,7 @@ _COLOURS = 8
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run's plan; with its corpus, where that is still what it was (else `note` says why not)."""
+    """A run's plan, and its corpus where that is still what it was. note: what is missing."""
 
     config: Config
     file: PlanFile
@@ -64,10 +64,18 @@ def read_run(run: Place) -> RunPlan:
         if index.fingerprint != file.index_fingerprint:
             index, note = None, "The corpus is another one now: only the plan is shown."
         elif (run / "tokenizer.json").is_file():
-            tokenizer = SpeechTokenizer.from_json((run / "tokenizer.json").read_text())
+            tokenizer, note = _tokenizer(run / "tokenizer.json")
     except (ConfigError, SourceError) as error:
         note = f"The corpus cannot be read here, only the plan is shown. {error}"
     return RunPlan(config, file, plan, index, tokenizer, note)
+
+
+def _tokenizer(path: Place) -> tuple[SpeechTokenizer | None, str]:
+    """A run's, or none and what to say of that."""
+    try:
+        return SpeechTokenizer.from_json(path.read_text(encoding="utf-8")), ""
+    except Exception as error:  # the tokenizers library raises plain Exception
+        return None, f"The run's tokens are not known: {path} is damaged ({error})."
 
 
 def plan_sections(made: RunPlan, seed: int) -> str:

@@ -209,6 +209,18 @@ def test_a_run_shows_how_its_bins_are_filled(run: Path) -> None:
     assert float(rows[1][2]) == pytest.approx(2 * float(rows[0][2]), rel=0.25)
 
 
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"tokenizer": {}}', b'{"tokenizer": 1}'])
+def test_a_run_with_a_damaged_tokenizer_shows_the_rest(run: Path, data: bytes) -> None:
+    path = run / "tokenizer.json"
+    whole = path.read_bytes()
+    path.write_bytes(data)
+    assert inspect(str(run)) == 0
+    path.write_bytes(whole)
+    page = Page(run / "inspect.html")
+    assert "tokenizer.json is damaged" in page.root.text
+    assert page.all("article") and bars(page, "Fill"), "utterances, bins"
+
+
 def test_a_run_whose_corpus_changed_or_went_away_shows_its_plan(run: Path) -> None:
     manifest = run.parents[1] / "a.jsonl"
     text = manifest.read_text()
