@@ -106,11 +106,15 @@ def _convert(state: dict[str, Any]) -> Tokenizer:
         if len(token) > 1
         for left, right in [_last_merge(ranks, token, rank)]
     ]
+    try:
+        split = Regex(state["pat_str"])
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"its pattern for splitting text: {error}") from None
     vocab = {written(token): rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(state["pat_str"]), behavior="isolated"),
+            pre_tokenizers.Split(split, behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -125,3 +125,14 @@ def test_ranks_with_a_hole_are_refused(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(broken))
     with pytest.raises(ValueError, match="not made of earlier ones"):
         SpeechTokenizer.load(path)
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused(tmp_path: Path) -> None:
+    ranks = {bytes([value]): value for value in range(256)}
+    whole = tiktoken.Encoding("x", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+    path = tmp_path / "tokenizer.pkl"
+    data = pickle.dumps(whole)
+    assert b"(?i:" in data
+    path.write_bytes(data.replace(b"(?i:", b"(?q:"))
+    with pytest.raises(ValueError, match=r"tokenizer.pkl: its pattern .* undefined group option"):
+        SpeechTokenizer.load(path)
