@@ -203,6 +203,6 @@ def test_a_language_model_that_is_refused_is_refused_once(tmp_path: Path) -> Non
     done = subprocess.run(
         command(file, tmp_path / "runs"), cwd=ROOT, capture_output=True, text=True, timeout=400
     )
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr == "error: FalconForCausalLM takes no attention function from outside\n"
     assert not (tmp_path / "runs" / "run" / "events.jsonl").exists(), "no attempt, and no second"
