@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,8 @@ def _preempted(world: World, rng: random.Random) -> None:
     home = next(n for n in world.worker_nodes() if n.node_id in attempts[-1]["nodes"])
     subprocess.run(
         [
-            *("ray", "drain-node", "--address", world.cluster.address, "--node-id", home.node_id),
+            *(Path(sys.executable).with_name("ray"), "drain-node"),
+            *("--address", world.cluster.address, "--node-id", home.node_id),
             *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
             *("--deadline-remaining-seconds", "20"),
         ],
