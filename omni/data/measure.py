@@ -127,9 +127,9 @@ def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
     name = [row["uri"], row["start"], row["duration"]]
     try:
         if isinstance(path, ObjectPath):
-            name += [known.marks.get(row["uri"])] if known.kept else []
-            if name[-1] is None and known.kept:
+            if known.kept and row["uri"] not in known.marks:
                 raise AudioError("missing", f"no such object: {path}")
+            name += [known.marks[row["uri"]]] if known.kept else []
         else:
             status = _status(path)
             name += [status.st_size, status.st_mtime_ns]
