@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from omni.data.ranges import ByteRange, ObjectRange, WatchedReader
 from omni.model.logmel import FRAME, SAMPLING_RATE
 from omni.place import ObjectPath, Place, stored
 from omni.retry import patiently
@@ -72,7 +73,7 @@ def measure_object(
 
     known: bytes of the range that are here already, by their place in it.
     """
-    source = _Watched(_ObjectRange(file, *place, known), max(map(len, known.values())))
+    source = WatchedReader(ObjectRange(file, *place, known), max(map(len, known.values())))
     return _measured(source, span, name)
 
 
@@ -155,101 +156,17 @@ def _object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
         offset, length = span.bytes or (0, size)
         length = min(length, max(0, size - offset))
         if length > _WHOLE_BYTES:
-            return _Watched(_ObjectRange(file, offset, length), _READ_AHEAD)
+            return WatchedReader(ObjectRange(file, offset, length), _READ_AHEAD)
         with file:
             return io.BytesIO(file.read_at(length, offset) if length else b"")
     except FileNotFoundError:
         raise AudioError("missing", f"no such object: {path}") from None
 
 
-class _Watched(io.BufferedReader):
-    """Remembers what storage said: libsndfile takes a read that fails for the end of the file."""
-
-    raw: _ObjectRange
-
-    @property
-    def failed(self) -> OSError | None:
-        return self.raw.failed
-
-
 def _check(source: object) -> None:
     """Raises the OSError of storage that failed while a recording was being read."""
-    if isinstance(source, _Watched) and source.failed is not None:
+    if isinstance(source, WatchedReader) and source.failed is not None:
         raise ConnectionError(str(source.failed))
-
-
-class _Range(io.RawIOBase):
-    """A range of bytes as a file of its own, so that a long recording in an archive is read where
-    it is needed."""
-
-    def __init__(self, length: int) -> None:
-        self._length, self._place = length, 0
-
-    def _fetch(self, count: int, place: int) -> bytes:
-        raise NotImplementedError
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        self._place = max(0, base + offset)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)
-        count = min(len(view), max(0, self._length - self._place))
-        data = self._fetch(count, self._place)
-        view[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-
-class ByteRange(_Range):
-    """Of a file."""
-
-    def __init__(self, path: str, offset: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
-        self._first = offset
-        super().__init__(min(length, max(0, os.fstat(self._file.fileno()).st_size - offset)))
-
-    def _fetch(self, count: int, place: int) -> bytes:
-        return os.pread(self._file.fileno(), count, self._first + place)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _ObjectRange(_Range):
-    """Of an object. failed: why a request got nothing."""
-
-    def __init__(
-        self, file: Any, offset: int, length: int, known: Mapping[int, bytes] | None = None
-    ) -> None:
-        self._file, self._first, self._known = file, offset, known or {}
-        self.failed: OSError | None = None
-        super().__init__(length)
-
-    def _fetch(self, count: int, place: int) -> bytes:
-        for first, data in self._known.items():
-            if first <= place < first + len(data):
-                return data[place - first :][:count]
-        try:
-            return bytes(self._file.read_at(count, self._first + place))
-        except OSError as error:
-            self.failed = error
-            return b""
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def decode_patiently(path: str | Place, span: AudioSpan = AudioSpan()) -> np.ndarray:

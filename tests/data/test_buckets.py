@@ -14,6 +14,7 @@ import soundfile
 from omni.data import audio
 from omni.data.audio import AudioError, AudioSpan, decode, decode_blocks, measure
 from omni.data.index import ManifestError, build_index
+from omni.data.ranges import ObjectRange
 from omni.data.sources import Options, open_source
 from omni.place import ObjectPath, place
 from tests.data.test_sources import (
@@ -143,14 +144,14 @@ def test_a_span_of_a_long_recording_is_read_where_it_lies(
     far.upload(local)
     assert local.stat().st_size > 4 * audio._WHOLE_BYTES
     read: list[int] = []
-    fetch = audio._ObjectRange._fetch
+    fetch = ObjectRange._fetch
 
-    def counted(self: audio._ObjectRange, count: int, at: int) -> bytes:
+    def counted(self: ObjectRange, count: int, at: int) -> bytes:
         data = fetch(self, count, at)
         read.append(len(data))
         return data
 
-    monkeypatch.setattr(audio._ObjectRange, "_fetch", counted)
+    monkeypatch.setattr(ObjectRange, "_fetch", counted)
     span = AudioSpan(500.0, 2.0)
     assert measure(far, span) == 2 * rate
     assert np.array_equal(decode(str(far), span), decode(local, span))

@@ -19,11 +19,12 @@ import pytest
 import soundfile
 
 import omni
-from omni.data.audio import ByteRange, decode
+from omni.data.audio import decode
 from omni.data.built import finish
 from omni.data.index import Index, ManifestError, build_index
 from omni.data.measure import span_of
 from omni.data.parts import about_part, fingerprint, part_name, write_part
+from omni.data.ranges import ByteRange
 from omni.data.sources import Options, Row, open_source
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
