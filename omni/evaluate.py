@@ -25,6 +25,7 @@ from omni.model.conversation import Message, Template, make_template, transcript
 from omni.model.hub import SourceError
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
+from omni.model.precision import compute_dtype
 from omni.model.whisper import WhisperEncoder
 from omni.place import Place, place, plain, why
 from omni.train.checkpoint import CheckpointError, read_state
@@ -67,7 +68,8 @@ class Transcriber:
                     f"{facts['source']!r} now holds"
                 )
             config = yaml.safe_load((found.path / "config.yaml").read_text())
-            bf16 = config["train"]["precision"] == "bf16"
+            wanted = torch.bfloat16 if config["train"]["precision"] == "bf16" else torch.float32
+            bf16 = compute_dtype(wanted, torch.device(device)) == torch.bfloat16
             model = found.load_model(torch.bfloat16 if bf16 else None).to(device).eval()
             template = make_template(found.tokenizer(), config["data"].get("template", "auto"))
         except (CheckpointError, SourceError, ValueError) as error:

@@ -30,6 +30,7 @@ from omni.model.batch import Batch
 from omni.model.hub import read_whisper_files, whisper_folder
 from omni.model.logmel import SAMPLING_RATE
 from omni.model.omni import OmniModel
+from omni.model.precision import compute_dtype
 from omni.model.whisper import WhisperEncoder
 from omni.train.evaluation import Layout
 from omni.train.optim import make_optimizers, schedule, set_rates, trainable
@@ -114,7 +115,7 @@ class Peer:
         torch.set_num_threads(self.threads)
         rows = [self._rows[n] for n in range(6)]
         self._model.eval()
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), self._autocast():
             theirs = self._model(self._batch(rows))
             e = self._config.encoder
             source = None if e.weights == "hub" else e.weights
@@ -124,9 +125,13 @@ class Peer:
         self._model.train()
         return abs(float(theirs.loss / theirs.tokens) / float(packed.loss / packed.tokens) - 1)
 
+    def _autocast(self) -> torch.autocast:
+        enabled = compute_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
     def _step(self) -> int:
         rows = next(self._batches)
-        with torch.autocast("cpu", torch.bfloat16):
+        with self._autocast():
             out = self._model(self._batch(rows))
             loss = out.loss / out.tokens
         loss.backward()

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from omni.bench.measure import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.bench.prepared import Sample, in_temporary_storage, progress, take_sample
 from omni.config import Config, ConfigError
+from omni.data.codec import DTYPES
 from omni.data.collate import Utterance
 from omni.model.batch import Batch
 from omni.model.gpt import GPT, GPTConfig
 from omni.model.omni import OmniConfig, OmniModel
+from omni.model.precision import compute_dtype
 from omni.train.optim import make_optimizers, trainable
 
 _SIZES = {"2 x 128": (2, 128, 2), "6 x 256": (6, 256, 4), "8 x 384": (8, 384, 6)}
@@ -112,7 +114,7 @@ def _compare(
             done[kind].append(_filled(group))
 
         jobs[kind] = job
-    ceiling = Ceiling(torch.bfloat16, device)
+    ceiling = Ceiling(compute_dtype(torch.bfloat16, device), device)
     jobs["matmul"] = lambda: ceiling.multiply(_CEILING_REPEATS)
     taken = alternate(jobs, rounds=8, device=device)
     # Seconds per position, so that a turn with fewer utterances is not a faster one.
@@ -171,7 +173,8 @@ class _Step:
         return sum(kept.values())
 
     def _loss(self, batch: Batch) -> Tensor:
-        bf16 = self._config.train.precision == "bf16"
+        dtype = compute_dtype(DTYPES[self._config.train.precision], self._device)
+        bf16 = dtype == torch.bfloat16
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             out = self._model(batch.to(self._device))
             total: Tensor = out.loss + self._config.optim.ctc_weight * out.ctc

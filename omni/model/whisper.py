@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from omni.model.hub import read_whisper_files, whisper_folder
 from omni.model.logmel import FRAME, HOP, SAMPLING_RATE, WINDOW_SAMPLES
+from omni.model.precision import compute_dtype
 from omni.model.windows import Mode, Window, clip_mel, plan_windows
 
 CPU_FRAMES = 1_500  # per batch: enough rows for the matrix products, small enough for the caches
@@ -127,7 +128,8 @@ class WhisperEncoder(nn.Module):
         hidden states) or "all" puts them side by side, each normalised (LayerNorm without
         weights), since their sizes differ by orders of magnitude: `feature_dim` is
         len(layers) * d_model.
-    dtype: fp32 or bf16, for weights, activations and features.
+    dtype: fp32 or bf16, of features, and of weights and activations where the device computes in it
+        (see `compute_dtype`).
     frame_budget: encoder frames per batch in `encode`; a longer window is a batch of its own. None:
         1,500 (30 s) on CPU, 48,000 on an accelerator.
     padded: how windows of a batch attend, see `_Packing`. None: by device.
@@ -169,7 +171,8 @@ class WhisperEncoder(nn.Module):
         self.feature_dim = max(1, len(self.layer_ids)) * self.d_model
         self.load_state_dict(state, assign=True)
         self.fingerprint = _fingerprint(state)
-        self.to(device=device, dtype=dtype)
+        self.dtype = dtype
+        self.to(device=device, dtype=compute_dtype(dtype, torch.device(device)))
         self.requires_grad_(False)
         super().train(False)
         on_cpu = self.device.type == "cpu"
@@ -184,10 +187,6 @@ class WhisperEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.conv1.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv1.weight.dtype
 
     def preprocess(self, audio_arrays: Sequence[np.ndarray]) -> Tensor:
         """Log-mel of clips of at most 30 s: (B, n_mels, T_mel) fp32, padded to the longest.
@@ -280,13 +279,13 @@ class WhisperEncoder(nn.Module):
         if self.layer_ids:
             hidden[-1] = x
             x = torch.cat([F.layer_norm(hidden[n], (self.d_model,)) for n in self.layer_ids], -1)
-        return list(x.split(lengths))
+        return list(x.to(self.dtype).split(lengths))
 
     def _stem_each(self, mels: Sequence[Tensor]) -> Tensor:
         """Convolutions and positions, window after window: (N, d_model)."""
         parts = []
         for mel in mels:
-            x = F.gelu(self.conv1(mel[None].to(self.device, self.dtype)))
+            x = F.gelu(self.conv1(mel[None].to(self.conv1.weight)))
             x = F.gelu(self.conv2(x))[0].transpose(0, 1)
             parts.append(x + self.embed_positions.weight[: len(x)])
         return torch.cat(parts)
@@ -296,7 +295,7 @@ class WhisperEncoder(nn.Module):
         batch = _pad(mels)
         if self.device.type == "cuda":
             batch = batch.pin_memory()
-        x = F.gelu(self.conv1(batch.to(self.device, self.dtype, non_blocking=True)))
+        x = F.gelu(self.conv1(batch.to(self.conv1.weight, non_blocking=True)))
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.embed_positions.weight[: x.shape[1]]
         return torch.cat([row[: mel.shape[1] // 2] for row, mel in zip(x, mels, strict=True)])

@@ -25,6 +25,7 @@ from omni.data.text import TextPolicy, apply_policy
 from omni.environment import differences
 from omni.model.hub import HubError, SourceError
 from omni.model.omni import OmniConfig, OmniModel
+from omni.model.precision import has_bf16
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.whisper import WhisperEncoder
 from omni.place import Place, join, why, without_secrets
@@ -118,7 +119,7 @@ def prepare(config: Config) -> Prepared:
                     "more tokens than soft tokens (model.stack)"
                 )
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
-    notes += _overlap(indexes) + augmentation_notes(config)
+    notes += _overlap(indexes) + augmentation_notes(config) + _precision_notes(config)
     augmentation = splits["train"].augmentation
     fingerprints = {
         "data.train": indexes["train"].fingerprint,
@@ -237,6 +238,17 @@ def _identity(encoder: dict[str, Any]) -> list[str]:
     identity = [str(encoder[name]) for name in names]
     layers = encoder.get("layers")
     return identity + (["layers" + ".".join(map(str, layers))] if layers else [])
+
+
+def _precision_notes(config: Config) -> list[str]:
+    on_cpu = {
+        "train.precision": config.train.precision if not config.train.gpus else None,
+        "encoder.dtype": config.encoder.dtype if not config.encoder.gpus else None,
+    }
+    settings = [name for name, wanted in on_cpu.items() if wanted == "bf16"]
+    if not settings or has_bf16("cpu"):
+        return []
+    return [f"{', '.join(settings)}: this CPU has no bf16 instructions, it computes in fp32"]
 
 
 def _overlap(indexes: dict[str, Index]) -> list[str]:

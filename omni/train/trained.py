@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from omni.config import Config
 from omni.model.distill import Distillation
 from omni.model.omni import OmniConfig, OmniModel
+from omni.model.precision import compute_dtype
 from omni.model.pretrained import load_lm
 from omni.train.checkpoint import Checkpoint, CheckpointError
 from omni.train.optim import (
@@ -79,7 +80,8 @@ class Trained:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        wanted = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        return compute_dtype(wanted, self.device)
 
     def autocast(self) -> torch.autocast:
         enabled = self._dtype == torch.bfloat16

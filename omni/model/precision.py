@@ -1,0 +1,24 @@
+"""Choose the dtype that a device computes in."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def compute_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return `wanted`, or fp32 for bf16 on a processor that has no instructions for it.
+
+    Such a processor multiplies bf16 in software: several times slower than fp32 forward, and tens
+    of times backward.
+    """
+    return wanted if wanted != torch.bfloat16 or has_bf16(device.type) else torch.float32
+
+
+@functools.cache
+def has_bf16(device_type: str) -> bool:
+    """Tell whether this machine's devices of a type multiply bf16 in hardware."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
