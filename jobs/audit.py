@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from jobs.cli import run
-from omni.place import Place, place
+from omni.storage.path import Place, place
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _audit(run_dir: Place) -> None:
-    from omni.audit import audit
+    from omni.run.audit import audit
 
     found = audit(run_dir)
     print(

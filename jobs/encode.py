@@ -10,8 +10,8 @@ from jobs.cli import parse_config, run
 def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         config, _ = parse_config("encode", __doc__ or "", argv)
-        from omni.data.features import more_room
-        from omni.encode import fill_cache
+        from omni.run.fill_cache import fill_cache
+        from omni.stream.feature_cache import more_room
 
         done = fill_cache(config, lambda line: print(f"  {line}", flush=True))
         rate = done["audio_seconds"] / done["seconds"] if done["seconds"] else 0.0

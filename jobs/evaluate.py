@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from jobs.cli import run
-from omni.place import place
+from omni.storage.path import place
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
-    from omni.evaluate import Transcriber, evaluate
-    from omni.train.metrics import append_json
+    from omni.inference.transcriber import Transcriber, evaluate
+    from omni.metrics.run_files import append_json
 
     torch.set_num_threads(arguments.threads)
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from jobs.cli import run
-from omni.place import place
+from omni.storage.path import place
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def job() -> None:
-        from omni.export import export
+        from omni.inference.export import export
 
         for path in export(arguments.checkpoint, arguments.to, arguments.out):
             print(path)

@@ -10,10 +10,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from jobs.cli import run
-from omni.place import place
+from omni.storage.path import place
 
 if TYPE_CHECKING:
-    from omni.data.voice import Segmenting
+    from omni.audio.vad import Segmenting
 
 
 _SECONDS = {
@@ -25,8 +25,8 @@ _SECONDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    from omni.data.sources.base import COLUMNS
-    from omni.data.voice import Segmenting
+    from omni.audio.vad import Segmenting
+    from omni.corpus.sources.base import COLUMNS
 
     about, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser("python -m jobs.index", description=about, epilog=more)
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _index(arguments: argparse.Namespace) -> None:
     from omni.config import ConfigError
-    from omni.data.built import summary_lines
-    from omni.data.sources.base import COLUMNS, Options
-    from omni.index import make_index
+    from omni.corpus.build import make_index
+    from omni.corpus.built_index import summary_lines
+    from omni.corpus.sources.base import COLUMNS, Options
 
     rows_per_part = arguments.rows_per_part
     if rows_per_part is None:  # a task that cuts long recordings takes its time
@@ -87,8 +87,8 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _segmenting(arguments: argparse.Namespace) -> Segmenting | None:
+    from omni.audio.vad import Segmenting
     from omni.config import ConfigError
-    from omni.data.voice import Segmenting
 
     values = {name: getattr(arguments, f"{name}_seconds") for name in _SECONDS}
     given = {name: value for name, value in values.items() if value is not None}

@@ -34,7 +34,7 @@ def _number(text: str) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from omni.inspect import write_page
+    from omni.report.corpus_page import write_page
 
     path = write_page(
         arguments.target,

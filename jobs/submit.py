@@ -24,7 +24,7 @@ def _submit(argv: list[str] | None) -> int:
     folder = Path(arguments.working_dir)
     if not folder.is_dir():
         raise ConfigError(f"--working_dir: {folder} is no folder")
-    from omni.submit import Follower, Request, check_settings, connect, submit
+    from omni.cluster.job_client import Follower, Request, check_settings, connect, submit
 
     check_settings(config)
     request = Request(

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         config, given = parse_config("train", __doc__ or "", argv, FLAGS)
         # Ray, only once the arguments are right
-        from omni.train.trainer import dry_run, train
+        from omni.run.run import dry_run, train
 
         if given.dry_run:
             dry_run(config)

@@ -13,7 +13,7 @@ import sys
 
 from jobs.cli import run
 from omni.config import ConfigError
-from omni.place import StorageError, place, plain, why
+from omni.storage.path import StorageError, place, plain, why
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 def _transcribe(arguments: argparse.Namespace) -> None:
     import torch
 
-    from omni.evaluate import Transcriber, transcribe_files
-    from omni.spans import transcribe_index, transcribe_speech
+    from omni.inference.spans import transcribe_index, transcribe_speech
+    from omni.inference.transcriber import Transcriber, transcribe_files
 
     torch.set_num_threads(arguments.threads)
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from omni.place import Place, join, place, why, without_secrets
+from omni.storage.path import Place, join, place, why, without_secrets
 
 
 class ConfigError(ValueError):

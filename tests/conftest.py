@@ -9,3 +9,5 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.helpers.recordings", "tests.helpers.encoder", "tests.helpers.tiny_run"]

@@ -15,8 +15,8 @@ import pytest
 import soundfile
 
 import omni
-from omni.data.audio import decode
-from tests.data.long_recordings import bridges, uncovered, write_long
+from omni.audio.decode import decode
+from tests.helpers.long_recordings import bridges, uncovered, write_long
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 GAP = np.zeros(4_800, np.float32)
@@ -25,14 +25,14 @@ SLACK = {20: 40, 60: 60, 120: 150}  # MB by minutes; their samples alone are 77,
 _TRANSCRIBE = """
 import resource, sys
 import torch
-from omni.data.audio import decode_blocks
-from omni.data.codec import FeatureCodec
-from omni.evaluate import Transcriber
-from omni.model.conversation import Template
-from omni.model.gpt import GPTConfig
-from omni.model.omni import OmniConfig, OmniModel
+from omni.audio.decode import decode_blocks
+from omni.stream.codec import FeatureCodec
+from omni.inference.transcriber import Transcriber
+from omni.model.chat_template import Template
+from omni.model.lm.gpt import GPTConfig
+from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
-from omni.model.whisper import WhisperEncoder
+from omni.model.encoder.whisper import WhisperEncoder
 torch.set_num_threads(1)
 tokenizer = SpeechTokenizer.train(["you are entering conference number seven"], 300)
 gpt = GPTConfig(256, tokenizer.vocab_size, 1, 1, 1, 64, "L")
@@ -48,9 +48,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 _LOAD = """
 import resource, sys
 from omni.config import load_config
-from omni.train.job import encoder_settings
-from omni.train.prepare import prepare
-from omni.train.rates import loaded_blocks, without_cache
+from omni.run.make_job import encoder_settings
+from omni.run.prepare import prepare
+from omni.run.rates import loaded_blocks, without_cache
 overrides = ["--data.train", sys.argv[1] + ".jsonl", "--run.storage", sys.argv[1] + ".runs"]
 config = load_config("configs/smoke.yaml", [*overrides, "--optim.steps", "5"])
 prepared = prepare(config)
@@ -66,7 +66,7 @@ _CUT = """
 import json, resource, sys
 import torch
 from pathlib import Path
-from omni.data.voice import speech_spans
+from omni.audio.vad import speech_spans
 torch.set_num_threads(1)
 Path(sys.argv[1] + ".json").write_text(json.dumps(speech_spans(sys.argv[1])))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -75,12 +75,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 _IN_ARCHIVE = """
 import resource, sys
 from pathlib import Path
-from omni.data.audio import decode
-from omni.data.built import finish
-from omni.data.index import build_index
-from omni.data.measure import span_of
-from omni.data.parts import write_part
-from omni.data.sources import Options, open_source
+from omni.audio.decode import decode
+from omni.corpus.built_index import finish
+from omni.corpus.index import build_index
+from omni.corpus.lengths import span_of
+from omni.corpus.build_part import write_part
+from omni.corpus.sources import Options, open_source
 options = Options()
 source = open_source(sys.argv[1] + ".tar", options)
 tasks = [(source, part) for part in source.parts()]

@@ -11,7 +11,7 @@ import pytest
 import jobs
 import omni
 from omni.config import load_config, without_secrets
-from omni.train.trainer import runtime_environment
+from omni.run.run import runtime_environment
 
 PACKAGES = [Path(module.__file__ or "").parent for module in (omni, jobs)]
 RUNS_CODE = {
@@ -37,7 +37,7 @@ def test_nothing_runs_a_shell_or_unpickles() -> None:
         if ast.unparse(call.func) in RUNS_CODE or any(k.arg == "shell" for k in call.keywords)
     }
     # The benchmark starts jobs of its own, and git says what it ignores; neither by a shell.
-    programs = {"omni/bench/job.py", "omni/workdir.py"}
+    programs = {"omni/bench/whole_run.py", "omni/cluster/working_dir.py"}
     assert {place.partition(":")[0] for place in found} <= programs
     assert all(call.startswith("subprocess.run([") for call in found.values()), found
 

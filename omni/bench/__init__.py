@@ -7,15 +7,23 @@ import importlib
 from rich.console import Console
 from rich.table import Table
 
-from omni.bench.measure import Result
+from omni.bench.timing import Result
 from omni.config import Config
+
+_MODULES = {
+    "encode": "encode_speed",
+    "train-step": "step_speed",
+    "stream": "stream_speed",
+    "peer": "peer",
+    "scale": "scale",
+    "corpus": "corpus_speed",
+}
 
 
 def run_suite(name: str, config: Config) -> Result:
-    """Run a suite: omni/bench/NAME.py, function bench_NAME."""
-    name = name.replace("-", "_")
-    module = importlib.import_module(f"omni.bench.{name}")
-    result: Result = getattr(module, f"bench_{name}")(config)
+    """Run a suite: function bench_NAME of its module."""
+    module = importlib.import_module(f"omni.bench.{_MODULES[name]}")
+    result: Result = getattr(module, f"bench_{name.replace('-', '_')}")(config)
     return result
 
 

@@ -19,22 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from omni.bench.job import JobRun, for_timing, run_job, steps_of_epochs
-from omni.bench.measure import Result, describe_machine, median
-from omni.bench.prepared import in_temporary_storage, progress
+from omni.audio.decode import AudioSpan, decode
+from omni.audio.logmel import SAMPLING_RATE
+from omni.bench.prepared_run import in_temporary_storage, progress
+from omni.bench.timing import Result, describe_machine, median
+from omni.bench.whole_run import JobRun, for_timing, run_job, steps_of_epochs
 from omni.config import Config
-from omni.data.audio import AudioSpan, decode
-from omni.data.codec import DTYPES
-from omni.data.collate import Utterance
 from omni.model.batch import Batch
-from omni.model.hub import read_whisper_files, whisper_folder
-from omni.model.logmel import SAMPLING_RATE
-from omni.model.omni import OmniModel
+from omni.model.download import read_whisper_files, whisper_folder
+from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
-from omni.model.whisper import WhisperEncoder
+from omni.model.speech_lm import OmniModel
+from omni.run.prepare import Prepared, prepare
+from omni.stream.codec import DTYPES
+from omni.stream.collate import Utterance
 from omni.train.evaluation import Layout
 from omni.train.optim import make_optimizers, schedule, set_rates, trainable
-from omni.train.prepare import Prepared, prepare
 
 _SLICE_SECONDS = 50.0
 _ROUNDS = 2

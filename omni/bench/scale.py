@@ -7,14 +7,14 @@ import time
 
 import torch
 
-from omni.bench.job import for_timing, run_job, steps_of_epochs
-from omni.bench.measure import Result, describe_machine, median
-from omni.bench.prepared import in_temporary_storage, progress, take_sample
+from omni.bench.prepared_run import in_temporary_storage, progress, take_sample
+from omni.bench.timing import Result, describe_machine, median
+from omni.bench.whole_run import for_timing, run_job, steps_of_epochs
 from omni.config import Config
-from omni.data.stages import EncodeStage
-from omni.train.job import make_job
-from omni.train.rates import Trainer, audio_seconds
-from omni.train.sizing import Played, best_split, simulate
+from omni.run.make_job import make_job
+from omni.run.rates import Trainer, audio_seconds
+from omni.run.sizing import Played, best_split, simulate
+from omni.stream.stages import EncodeStage
 
 _BINS = 24
 _ROUNDS = 2

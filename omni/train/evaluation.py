@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omni.config import Config
-from omni.data.collate import Utterance, collate, sequence_positions
-from omni.data.packing import pack
+from omni.inference.decode_batch import HeldUtterance, summarize, transcribe
+from omni.metrics.score import Errors
 from omni.model.batch import Batch
-from omni.model.conversation import Template
-from omni.model.omni import OmniConfig, OmniModel
-from omni.score import Errors
-from omni.transcribe import HeldUtterance, summarize, transcribe
+from omni.model.chat_template import Template
+from omni.model.speech_lm import OmniConfig, OmniModel
+from omni.plan.packing import pack
+from omni.stream.collate import Utterance, collate, sequence_positions
 
 _SUMS = 5  # loss, tokens, correct, ctc, kl; behind them those of each task
 

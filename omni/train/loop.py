@@ -18,12 +18,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from omni.data.plan import epochs_done
-from omni.model.conversation import Template
-from omni.model.omni import OmniModel
-from omni.model.tokenizer import SpeechTokenizer
-from omni.train.books import Books, Publisher
-from omni.train.checkpoint import (
+from omni.checkpoint.checkpoint import (
     Checkpoint,
     CheckpointError,
     TrainState,
@@ -32,17 +27,22 @@ from omni.train.checkpoint import (
     resume_point,
     save_checkpoint,
 )
+from omni.checkpoint.writer import Saver
+from omni.cluster.watchdog import Watchdog
+from omni.inference.decode_batch import by_language
+from omni.metrics.rows import eval_row
+from omni.metrics.run_files import append_json, keep_lines, remove_lines
+from omni.model.chat_template import Template
+from omni.model.speech_lm import OmniModel
+from omni.model.tokenizer import SpeechTokenizer
+from omni.plan.plan import epochs_done
+from omni.run.make_job import Job
+from omni.run.signals import StopRequest
+from omni.train.batches import Feed
 from omni.train.evaluation import HeldOut, Layout, all_gather
-from omni.train.feed import Feed
-from omni.train.job import Job
-from omni.train.metrics import append_json, keep_lines, remove_lines
-from omni.train.rows import eval_row
-from omni.train.saving import Saver
+from omni.train.model_state import Trained
+from omni.train.recorder import Books, Publisher
 from omni.train.step import REJECTED, STOP, Steps
-from omni.train.stopping import StopRequest
-from omni.train.trained import Trained
-from omni.transcribe import by_language
-from omni.watchdog import Watchdog
 
 _FIRST_BLOCK_PATIENCE = 3.0  # the stream starts, actors load the encoder
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import OptimConfig
-from omni.model.lora import is_adapter
-from omni.train.sharding import like
+from omni.model.lm.lora import is_adapter
+from omni.train.distributed import like
 
 Optimizers = dict[str, torch.optim.Optimizer]
 

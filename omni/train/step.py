@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni.checkpoint.checkpoint import TrainState
 from omni.config import Config
-from omni.model.omni import LossSums
-from omni.train.checkpoint import TrainState
+from omni.metrics.stopwatch import Stopwatch
+from omni.model.speech_lm import LossSums
+from omni.train.batches import Feed, Microbatch
 from omni.train.evaluation import all_sum
-from omni.train.feed import Feed, Microbatch
-from omni.train.stopwatch import Stopwatch
-from omni.train.trained import Trained
+from omni.train.model_state import Trained
 
 # Fields of the sums that ranks add up at each step.
 LOSS, TOKENS, CORRECT, CTC, KL, UTTERANCES, SAMPLES = range(7)

@@ -15,21 +15,21 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Reference
 
 from jobs import bench
+from omni.audio.decode import measure
 from omni.bench import show
-from omni.bench.corpus import alone, bench_corpus, repeat_files
-from omni.bench.encode import encoder_flops, typical_clips
-from omni.bench.job import for_timing, steps_of_epochs
-from omni.bench.measure import Result, alternate, describe_machine, ratio_of
+from omni.bench.corpus_speed import alone, bench_corpus, repeat_files
+from omni.bench.encode_speed import encoder_flops, typical_clips
 from omni.bench.peer import Peer
-from omni.bench.prepared import take_sample
-from omni.bench.train_step import padded_batch
+from omni.bench.prepared_run import take_sample
+from omni.bench.step_speed import padded_batch
+from omni.bench.timing import Result, alternate, describe_machine, ratio_of
+from omni.bench.whole_run import for_timing, steps_of_epochs
 from omni.config import Config, load_config
-from omni.data.audio import measure
-from omni.data.index import build_index
-from omni.model.hub import EMBEDDED_WHISPER
-from omni.train.job import make_job
-from omni.train.prepare import prepare
-from omni.train.rates import Trainer, audio_seconds
+from omni.corpus.index import build_index
+from omni.model.download import EMBEDDED_WHISPER
+from omni.run.make_job import make_job
+from omni.run.prepare import prepare
+from omni.run.rates import Trainer, audio_seconds
 
 SMALL = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
 

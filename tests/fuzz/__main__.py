@@ -137,7 +137,7 @@ def _recordings(folder: Path, count: int, seed: int) -> Counter[str]:
 
 
 def _trained_ids(run: Path) -> set[str]:
-    from omni.train.planfile import read_plan_file
+    from omni.plan.plan_file import read_plan_file
 
     [plan] = (run / "plan").glob("*.parquet")
     ids = read_plan_file(plan).ids

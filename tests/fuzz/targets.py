@@ -24,14 +24,14 @@ from safetensors.torch import load_file
 
 import omni
 from jobs import cli
+from omni.checkpoint.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
 from omni.config import ConfigError, load_config
-from omni.data.features import FeatureCache
-from omni.model.hub import SourceError
-from omni.model.nanochat import load_nanochat
-from omni.model.omni import OmniConfig, OmniModel
-from omni.model.pretrained import find_pretrained
-from omni.train.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
-from omni.train.prepare import prepare
+from omni.model.download import SourceError
+from omni.model.lm.nanochat import load_nanochat
+from omni.model.lm.pretrained import find_pretrained
+from omni.model.speech_lm import OmniConfig, OmniModel
+from omni.run.prepare import prepare
+from omni.stream.feature_cache import FeatureCache
 from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_folders import VOCABULARY, wrapped
 from torch import Tensor
 
-from omni.data.collate import Utterance, collate
 from omni.model.batch import IGNORED, Batch
-from omni.model.conversation import AUDIO
+from omni.model.chat_template import AUDIO
 from omni.model.ctc import TiedCTC
 from omni.model.distill import Distillation
-from omni.model.lora import LoraShape
-from omni.model.omni import OmniConfig, OmniModel
+from omni.model.lm.lora import LoraShape
+from omni.model.speech_lm import OmniConfig, OmniModel
+from omni.stream.collate import Utterance, collate
+from tests.helpers.hf_folders import VOCABULARY, wrapped
 
 END = 2
 TEXTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omni.model import precision
-from omni.model.whisper import WhisperEncoder
+from omni.model.encoder.whisper import WhisperEncoder
 
 CPU = torch.device("cpu")
 

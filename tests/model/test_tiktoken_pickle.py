@@ -11,7 +11,7 @@ import tiktoken
 
 from omni.config import ConfigError, load_config
 from omni.model.tokenizer import SPECIAL_TOKENS, SPLIT, SpeechTokenizer
-from omni.train.prepare import prepare
+from omni.run.prepare import prepare
 
 TEXTS = [
     "Please enter your mailbox number, followed by the pound key.",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from omni.model.hub import ASSETS
+from omni.model.download import ASSETS
 from omni.model.tokenizer import SPECIAL_TOKENS, SpeechTokenizer
 
 NANOCHAT_ORDER = [

@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from utterances import spoken
 
 from omni.config import OptimConfig
-from omni.data.collate import collate
 from omni.model.batch import Batch
-from omni.model.gpt import GPTConfig
-from omni.model.omni import OmniConfig, OmniModel
+from omni.model.lm.gpt import GPTConfig
+from omni.model.speech_lm import OmniConfig, OmniModel
+from omni.stream.collate import collate
 from omni.train.optim import (
     Optimizers,
     WeightAverage,
@@ -25,6 +24,7 @@ from omni.train.optim import (
     set_rates,
     trainable,
 )
+from tests.helpers.utterances import spoken
 
 GPT = GPTConfig(sequence_len=64, vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 ADAMW = OptimConfig(lr=1e-2, weight_decay=0.1)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from omni.config import load_config
-from omni.data.features import FeatureCache
-from omni.data.stages import EncodeStage, StreamSettings, load_bin
-from omni.train.job import encoder_settings, make_job
-from omni.train.prepare import Prepared, prepare
-from omni.train.rates import Trainer, encoder_rate, loaded_blocks, without_cache
-from omni.train.rows import Window
+from omni.metrics.rows import Window
+from omni.run.make_job import encoder_settings, make_job
+from omni.run.prepare import Prepared, prepare
+from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
+from omni.stream.feature_cache import FeatureCache
+from omni.stream.stages import EncodeStage, StreamSettings, load_bin
 from omni.train.step import LOSS, TOKENS
 
 STEPS, BINS = 50, 10

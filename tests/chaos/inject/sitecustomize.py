@@ -38,7 +38,7 @@ def _nan() -> bool:
 
 
 def _hang() -> bool:
-    stages = sys.modules.get("omni.data.stages")
+    stages = sys.modules.get("omni.stream.stages")
     if stages is None:
         return False
 

@@ -1,0 +1,146 @@
+"""Augmentation of training audio: what is changed in a recording, drawn for each epoch.
+
+What a recording becomes is a pure function of (run.seed, epoch, its content, the settings and
+corpora): not of the order, of the worker, or of where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from omni.audio.logmel import HOP, SAMPLING_RATE
+from omni.audio.windows import Window
+from omni.augment import effects
+from omni.augment.noise import Clips
+from omni.augment.speed import Speeds, names_of
+from omni.config import AugmentConfig
+
+_DIRECT_DB = (0.0, 10.0)  # direct sound over the tail of a made response: far and near speakers
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one recording in one epoch. Good for one use: its generators go on."""
+
+    speed: float
+    reverb: bool
+    snr_db: float | None
+    telephone: bool
+    gain_db: float | None
+    masks: bool
+    room: np.random.Generator = field(repr=False)  # which one
+    noise: np.random.Generator = field(repr=False)  # which one, and from where
+    places: np.random.Generator = field(repr=False)  # of the masks
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing happens."""
+        changed = self.reverb or self.telephone or self.masks or self.speed != 1.0
+        return not changed and self.snr_db is None and self.gain_db is None
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """All that changes training audio; picklable. speeds: None where all keep their own."""
+
+    settings: AugmentConfig
+    seed: int
+    speeds: Speeds | None = None
+    noise: Clips = Clips("noise")
+    rooms: Clips = Clips("reverb")
+
+    @property
+    def identity(self) -> str:
+        """Changes with whatever changes a recording, but for the run's seed."""
+        settings = self.settings.model_dump(mode="json", exclude={"noise", "reverb"})
+        parts = [json.dumps(settings, sort_keys=True), self.noise.identity, self.rooms.identity]
+        return hashlib.blake2b(" ".join(parts).encode(), digest_size=12).hexdigest()
+
+    def change(self, number: int, keys: Sequence[str], epoch: int) -> list[Change]:
+        """For each recording of an utterance, by its content; one speed for all of them."""
+        speed = 1.0 if self.speeds is None else self.speeds.of(number, epoch)
+        names = names_of(keys).tolist()
+        return [self._draw(speed, [self.seed, epoch, part, n]) for part, n in enumerate(names)]
+
+    def _draw(self, speed: float, entropy: list[int]) -> Change:
+        """Everything is drawn whether it is used or not: an effect more leaves the others alone."""
+        seeds = np.random.SeedSequence(entropy).spawn(4)
+        drawn, room, sounds, places = (np.random.default_rng(seed) for seed in seeds)
+        settings = self.settings
+        reverb, noise, telephone, gain = drawn.random(4)
+        snr_db, gain_db = drawn.uniform(*settings.noise_snr_db), drawn.uniform(*settings.gain_db)
+        return Change(
+            speed=speed,
+            reverb=bool(reverb < settings.reverb_probability),
+            snr_db=snr_db if noise < settings.noise_probability else None,
+            telephone=bool(telephone < settings.telephone_probability),
+            gain_db=gain_db if gain < settings.gain_probability else None,
+            masks=settings.masks,
+            room=room,
+            noise=sounds,
+            places=places,
+        )
+
+
+def augment(audio: np.ndarray, change: Change, augmentation: Augmentation) -> np.ndarray:
+    """The changed recording: (S,) float32 at 16 kHz in and out, S by `changed_length`.
+
+    A room hears the voice and its noise comes on top; a telephone hears both. Raises AudioError
+    where a noise or an impulse response cannot be decoded.
+    """
+    audio = effects.change_speed(audio, change.speed)
+    if change.reverb:
+        audio = effects.reverberate(audio, _response(augmentation, change.room))
+    if change.snr_db is not None:
+        noise = augmentation.noise.excerpt(change.noise, len(audio))
+        audio = effects.mix(audio, noise, change.snr_db)
+    if change.telephone:
+        audio = effects.telephone(audio)
+    if change.gain_db is not None:
+        audio = effects.gain(audio, change.gain_db)
+    return audio
+
+
+def _response(augmentation: Augmentation, generator: np.random.Generator) -> np.ndarray:
+    if augmentation.rooms.clips:
+        return augmentation.rooms.whole(generator)
+    seconds = generator.uniform(*augmentation.settings.reverb_seconds)
+    return effects.made_response(generator, seconds, generator.uniform(*_DIRECT_DB))
+
+
+def spec_augment(
+    mel: np.ndarray, settings: AugmentConfig, generator: np.random.Generator
+) -> np.ndarray:
+    """A log-mel (n_mels, T) with time and frequency masks (Park et al. 2019, without warping).
+
+    Masked values become the clip's mean, to which the paper's zeros are equal: it normalises.
+    """
+    masked = mel.copy()
+    mean = float(mel.mean(dtype=np.float64))
+    frames = mel.shape[1]
+    longest = int(settings.time_mask_seconds * SAMPLING_RATE / HOP)
+    longest = min(longest, int(settings.time_mask_share * frames))
+    for _ in range(settings.time_masks):
+        effects.mask(masked, 1, longest, generator, mean)
+    for _ in range(settings.freq_masks):
+        effects.mask(masked, 0, settings.freq_mask_bins, generator, mean)
+    return masked
+
+
+def mask_windows(
+    mel: np.ndarray, windows: Sequence[Window], settings: AugmentConfig, change: Change
+) -> np.ndarray:
+    """`spec_augment` of each window of a clip's log-mel, without the padding at their ends."""
+    masked = mel.copy()
+    first = 0
+    for window in windows:
+        real = slice(first, first + min(window.padded, window.stop - window.start) // HOP)
+        if real.stop > real.start:
+            masked[:, real] = spec_augment(mel[:, real], settings, change.places)
+        first += window.padded // HOP
+    return masked

@@ -1,0 +1,135 @@
+"""Corpora of noises and of room impulse responses: manifests of recordings, without text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from omni.audio.decode import AudioError, AudioSpan, decode_patiently
+from omni.audio.logmel import SAMPLING_RATE
+from omni.corpus.audio_paths import recording_uri
+from omni.corpus.index import ManifestError, manifest_path
+from omni.corpus.lengths import measure_all, span_of
+from omni.storage.path import Place, plain, refuse_absence
+
+_SHORTEST = SAMPLING_RATE // 10  # samples to read: fewer may be no frame of a file at a low rate
+
+
+@dataclass(frozen=True)
+class Clip:
+    uri: str
+    span: AudioSpan
+    samples: int  # at 16 kHz
+    key: str  # of its content
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Recordings to draw from. Reading raises AudioError for one that cannot be decoded."""
+
+    kind: str  # of what, for messages
+    clips: tuple[Clip, ...] = ()
+
+    def excerpt(self, generator: np.random.Generator, samples: int) -> np.ndarray:
+        """(samples,) float32 of one of them, from anywhere; a shorter one is repeated."""
+        clip = self.clips[int(generator.integers(len(self.clips)))]
+        length = max(samples, _SHORTEST)
+        first = int(generator.integers(max(1, clip.samples - length + 1)))
+        shift = int(generator.integers(clip.samples))
+        if clip.samples < length:
+            return np.resize(np.roll(self._read(clip, clip.span), -shift), samples)
+        start = clip.span.start + first / SAMPLING_RATE
+        span = AudioSpan(start, length / SAMPLING_RATE, clip.span.bytes)
+        return np.resize(self._read(clip, span), samples)
+
+    def whole(self, generator: np.random.Generator) -> np.ndarray:
+        """One of them from start to end."""
+        clip = self.clips[int(generator.integers(len(self.clips)))]
+        return self._read(clip, clip.span)
+
+    def _read(self, clip: Clip, span: AudioSpan) -> np.ndarray:
+        try:
+            return decode_patiently(clip.uri, span)
+        except AudioError as error:
+            raise AudioError(f"unusable {self.kind}", str(error)) from None
+
+    @property
+    def identity(self) -> str:
+        """Changes with the content, the length or the order of the recordings; not with paths."""
+        digest = hashlib.blake2b(digest_size=12)
+        digest.update(repr([(clip.key, clip.samples) for clip in self.clips]).encode())
+        return digest.hexdigest()
+
+
+def read_clips(
+    specs: Sequence[str],
+    kind: str,
+    *,
+    cache_dir: Place | None = None,
+    threads: int = 8,
+    allow_absolute: bool = False,
+) -> Clips:
+    """The recordings of manifests with rows such as {"audio": "rain.wav"}; `offset` and `duration`
+    (seconds) name a span, other fields are of no matter.
+
+    Raises ManifestError where a manifest is missing, a row is not such a row, or a recording cannot
+    be used: who makes a run again is to hear the same noises. OSError: storage does not answer.
+    """
+    clips: list[Clip] = []
+    for spec in specs:
+        path = manifest_path(spec)
+        rows = _rows(path, allow_absolute)
+        if not rows:
+            raise ManifestError(f"{plain(spec)}: the manifest has no rows")
+        good, bad = measure_all(rows, path, cache_dir, threads)
+        if bad:
+            raise ManifestError(
+                f"{plain(spec)}: {len(bad)} of {len(rows)} recordings cannot be used; the first, "
+                f"{bad[0].id}: {bad[0].reason}: {bad[0].detail}"
+            )
+        clips += [Clip(r["uri"], span_of(r), r["samples"], r["key"]) for r in good]
+    return Clips(kind, tuple(clips))
+
+
+def _rows(path: Place, allow_absolute: bool) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        refuse_absence(path, error)
+        raise ManifestError(f"{path}: cannot be read: {error}") from None
+    numbered = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    return [_row(place, line, path.parent, allow_absolute) for place, line in numbered]
+
+
+def _row(place: str, line: str, folder: Place, allow_absolute: bool) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{place}: not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or "\0" in row["audio"]:
+        raise ManifestError(f'{place}: expected {{"audio": FILE}}, got {line[:40]!r}')
+    try:
+        uri = recording_uri(folder, row["audio"], allow_absolute)
+    except ValueError as error:
+        raise ManifestError(f"{place}: field 'audio': {error}") from None
+    start, duration = row.get("offset"), row.get("duration")
+    for name, value in (("offset", start), ("duration", duration)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < 1e8):
+            raise ManifestError(f"{place}: field {name!r}: expected seconds, got {value!r}")
+    return {
+        "id": place,
+        "uri": uri,
+        "offset": None,
+        "length": None,
+        "start": float(start or 0.0),
+        # As in a manifest of speech: without an offset it is the whole file.
+        "duration": None if start is None or duration is None else float(duration),
+        "text": "a sound",  # what has none would be rejected
+        "audios": None,
+    }

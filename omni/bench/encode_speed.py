@@ -1,0 +1,157 @@
+"""How fast recordings become features: against transformers, and against the machine's ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.audio.decode import AudioSpan, decode
+from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import clip_mel
+from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
+from omni.config import Config
+from omni.corpus.lengths import span_of
+from omni.corpus.mixture import build_mixture
+from omni.model.download import read_whisper_files, whisper_folder
+from omni.model.encoder.whisper import WhisperEncoder
+from omni.stream.codec import DTYPES
+
+_CLIPS = 24
+_NAIVE_BATCH = 8
+_TRIM_REPEATS, _CEILING_REPEATS = 8, 20  # short jobs, to last as long as the others
+
+
+def bench_encode(config: Config) -> Result:
+    """`encode` suite, on clips with the length distribution of data.train."""
+    settings = config.encoder
+    torch.set_num_threads(settings.threads)
+    device = torch.device("cuda" if settings.gpus else "cpu")
+    result = Result("encode", describe_machine(device, settings.threads))
+    paths = typical_clips(config)
+    audio = [decode(path, span) for path, span in paths]
+    seconds = sum(map(len, audio)) / SAMPLING_RATE
+    result.notes.append(
+        f"{len(audio)} clips, {seconds:.0f} s, at even quantiles of the lengths of data.train"
+    )
+    _encoders(config, device, audio, result)
+    _front_end(audio, result)
+    _decoding(paths, seconds, result)
+    return result
+
+
+def typical_clips(config: Config, count: int = _CLIPS) -> list[tuple[Path, AudioSpan]]:
+    """Clips of data.train at even quantiles of length: the corpus's distribution, in small."""
+    table = build_mixture(
+        config.data.train, cache_dir=config.cache_dir, allow_absolute=config.data.allow_absolute
+    ).table
+    order = np.argsort(table["samples"].to_numpy(), kind="stable")
+    count = min(count, len(order))
+    chosen = order[((np.arange(count) + 0.5) / count * len(order)).astype(int)]
+    return [(Path(r["uri"]), span_of(r)) for r in table.take(chosen).to_pylist()]
+
+
+def encoder_flops(config: dict[str, Any], frames: int) -> float:
+    """Multiply-adds times two of one window of `frames` output frames: convolutions, projections,
+    attention. Whisper's config.json gives the widths."""
+    width, ffn, n_mels = config["d_model"], config["encoder_ffn_dim"], config["num_mel_bins"]
+    stem = 2 * frames * 3 * n_mels * width + frames * 3 * width * width
+    layer = frames * (4 * width * width + 2 * width * ffn) + 2 * frames * frames * width
+    return 2.0 * (stem + config["encoder_layers"] * layer)
+
+
+def _encoders(
+    config: Config, device: torch.device, audio: Sequence[np.ndarray], result: Result
+) -> None:
+    source = None if config.encoder.weights == "hub" else config.encoder.weights
+    dtype = DTYPES[config.encoder.dtype]
+    shared: dict[str, Any] = {"dtype": dtype, "device": device}
+    full = WhisperEncoder(source, mode="full", **shared)
+    trim = WhisperEncoder(
+        source, margin_seconds=config.encoder.margin_seconds, mode="trim", **shared
+    )
+    samples = [len(clip) for clip in audio]
+    full_mels, trim_mels = ([e.front_end(clip) for clip in audio] for e in (full, trim))
+    ceiling = Ceiling(dtype, device)
+    jobs: dict[str, Callable[[], Any]] = {
+        "naive": _reference(source, full_mels, torch.float32, device),
+        "transformers": _reference(source, full_mels, dtype, device),
+        "full": lambda: full.encode_mels(full_mels, samples),
+        "trim": lambda: [trim.encode_mels(trim_mels, samples) for _ in range(_TRIM_REPEATS)],
+        "matmul": lambda: ceiling.multiply(_CEILING_REPEATS),
+        "copy": ceiling.copy,
+    }
+    with torch.inference_mode():
+        taken = alternate(jobs, rounds=3, device=device)
+    taken["trim"] = [t / _TRIM_REPEATS for t in taken["trim"]]
+    taken["matmul"] = [t / _CEILING_REPEATS for t in taken["matmul"]]
+
+    windows = sum(-(-count // (30 * SAMPLING_RATE)) for count in samples)
+    full_flops = windows * encoder_flops(full.config, 1500)
+    trim_flops = sum(encoder_flops(full.config, mel.shape[1] // 2) for mel in trim_mels)
+    seconds = sum(samples) / SAMPLING_RATE
+    peak = ceiling.flops / median(taken["matmul"]) / 1e9
+    result.add("ceiling: matmul", peak, "GFLOP/s", str(dtype).removeprefix("torch."))
+    result.add("ceiling: copy", ceiling.copied_bytes / median(taken["copy"]) / 1e9, "GB/s")
+    for name, flops, what in (
+        ("naive", full_flops, "transformers, padded to 30 s, fp32"),
+        ("transformers", full_flops, "the same in the run's dtype"),
+        ("full", full_flops, "omni, padded to 30 s"),
+        ("trim", trim_flops, "omni, real length and margin"),
+    ):
+        result.add(f"encoder {name}", seconds / median(taken[name]), "audio-s/s", what)
+        share = [
+            flops / t / (ceiling.flops / c)
+            for t, c in zip(taken[name], taken["matmul"], strict=True)
+        ]
+        result.add(f"encoder {name}", median(share), "of the ceiling")
+        if name == "naive":
+            continue
+        result.ratio[f"encode.{name}_vs_naive"] = ratio_of(taken, "naive", name)
+        result.ratio[f"encode.{name}_share_of_ceiling"] = median(share)
+
+
+def _reference(
+    source: str | None, mels: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> Callable[[], Any]:
+    """transformers' own encoder over windows padded to 30 s, in batches."""
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder as Reference
+
+    folder = whisper_folder(source)
+    _, state = read_whisper_files(folder)
+    model = Reference(WhisperConfig.from_pretrained(folder)).eval()
+    model.load_state_dict(state)
+    model.to(device, dtype)
+    windows = torch.stack([part for mel in mels for part in mel.split(3000, dim=1)])
+    batches = [b.to(device, dtype) for b in windows.split(_NAIVE_BATCH)]
+    return lambda: [model(batch).last_hidden_state for batch in batches]
+
+
+def _front_end(audio: Sequence[np.ndarray], result: Result) -> None:
+    """Log-mel: transformers pads every clip to 30 s, omni computes what is there."""
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor()
+    jobs: dict[str, Callable[[], Any]] = {
+        "transformers": lambda: extractor(
+            list(audio), sampling_rate=SAMPLING_RATE, return_tensors="np"
+        ),
+        "full": lambda: [clip_mel(clip, 80, "full", 0.0) for clip in audio],
+        "trim": lambda: [clip_mel(clip, 80, "trim", 0.5) for clip in audio],
+    }
+    taken = alternate(jobs, rounds=5)
+    seconds = sum(map(len, audio)) / SAMPLING_RATE
+    for name in jobs:
+        result.add(f"log-mel {name}", seconds / median(taken[name]), "audio-s/s")
+    result.ratio["mel.vs_transformers"] = ratio_of(taken, "transformers", "trim")
+    result.ratio["mel.full_vs_transformers"] = ratio_of(taken, "transformers", "full")
+
+
+def _decoding(paths: Sequence[tuple[Path, AudioSpan]], seconds: float, result: Result) -> None:
+    taken = alternate({"decode": lambda: [decode(path, span) for path, span in paths]}, rounds=5)
+    result.add("decode and resample", seconds / median(taken["decode"]), "audio-s/s")

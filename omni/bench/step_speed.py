@@ -1,0 +1,181 @@
+"""One training step: packed bins against the same utterances padded to the longest of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omni.bench.prepared_run import Sample, in_temporary_storage, progress, take_sample
+from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
+from omni.config import Config, ConfigError
+from omni.model.batch import Batch
+from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.precision import compute_dtype
+from omni.model.speech_lm import OmniConfig, OmniModel
+from omni.stream.codec import DTYPES
+from omni.stream.collate import Utterance
+from omni.train.optim import make_optimizers, trainable
+
+_SIZES = {"2 x 128": (2, 128, 2), "6 x 256": (6, 256, 4), "8 x 384": (8, 384, 6)}
+_BINS = 16
+_CEILING_REPEATS = 10
+
+
+def bench_train_step(config: Config) -> Result:
+    """`train-step` suite: the config's model, and others of fixed sizes (layers x width)."""
+    device = torch.device("cuda" if config.train.gpus else "cpu")
+    result = Result("train-step", describe_machine(device, config.train.threads))
+    with in_temporary_storage(config) as inside:
+        sample = take_sample(inside, _BINS, seconds=0)
+    torch.set_num_threads(config.train.threads)
+    bins = sample.bins()
+    packed = [sample.layout.batch([bin]) for bin in bins]
+    padded = _padded(sample, [u for bin in bins for u in bin])
+    _describe(packed, padded, result)
+    base, lm = sample.prepared.model, sample.prepared.model.lm
+    if not isinstance(lm, GPTConfig) or base.source is not None:
+        raise ConfigError("model.lm: this suite makes its models from a seed; expected scratch")
+    own = (lm.n_layer, lm.n_embd, lm.n_head)
+    for name, shape in {"config": own, **_SIZES}.items():
+        if name != "config" and shape == own:
+            continue
+        progress(f"model {name}: {shape[0]} layers of {shape[1]}")
+        layers, width, heads = shape
+        gpt = replace(lm, n_layer=layers, n_embd=width, n_head=heads, n_kv_head=heads)
+        model = replace(base, lm=gpt, projector_hidden=None)
+        _compare(name, model, config, packed, padded, device, result)
+    return result
+
+
+def _padded(sample: Sample, members: list[Utterance]) -> list[Batch]:
+    """Batches of as many utterances as a bin holds on average, in random order, each a row."""
+    rows = max(1, round(len(members) / len(sample.bins())))
+    order = np.random.default_rng(0).permutation(len(members)).tolist()
+    return [
+        padded_batch(sample, [members[n] for n in order[i : i + rows]])
+        for i in range(0, len(order), rows)
+    ]
+
+
+def padded_batch(sample: Sample, members: list[Utterance]) -> Batch:
+    """One utterance in each row, all as long as the longest."""
+    longest = max(sample.layout.length(member) for member in members)
+    return replace(sample.layout, positions=longest).batch([[member] for member in members])
+
+
+def _describe(packed: list[Batch], padded: list[Batch], result: Result) -> None:
+    for name, batches in (("packed", packed), ("padded", padded)):
+        shapes = [batch.tokens_BT.numel() for batch in batches]
+        result.add(f"positions filled, {name}", _filled(batches) / sum(shapes), "of all")
+    result.notes.append(
+        f"{len(packed)} bins against {len(padded)} padded batches of the same utterances"
+    )
+
+
+def _filled(batches: list[Batch]) -> int:
+    return sum(int((batch.segments_BT > 0).sum()) for batch in batches)
+
+
+def _compare(
+    name: str,
+    shape: OmniConfig,
+    config: Config,
+    packed: list[Batch],
+    padded: list[Batch],
+    device: torch.device,
+    result: Result,
+) -> None:
+    """Two models of one shape take turns, a quarter of the batches at a time."""
+    parameters = 0
+    jobs: dict[str, Callable[[], None]] = {}
+    saved: dict[str, int] = {}
+    done: dict[str, list[int]] = {"packed": [], "padded": []}
+    for kind, batches in (("packed", packed), ("padded", padded)):
+        step = _Step(shape, config, device)
+        parameters = step.layer_parameters
+        saved[kind] = max(step.activation_bytes(batch) for batch in batches)
+        quarter = -(-len(batches) // 4)
+        groups = [batches[i : i + quarter] for i in range(0, len(batches), quarter)]
+        turns = iter(range(1_000_000))
+
+        def job(
+            step: _Step = step,
+            groups: list[list[Batch]] = groups,
+            kind: str = kind,
+            turns: object = turns,
+        ) -> None:
+            group = groups[next(turns) % len(groups)]  # type: ignore[call-overload]
+            for batch in group:
+                step(batch)
+            done[kind].append(_filled(group))
+
+        jobs[kind] = job
+    ceiling = Ceiling(compute_dtype(torch.bfloat16, device), device)
+    jobs["matmul"] = lambda: ceiling.multiply(_CEILING_REPEATS)
+    taken = alternate(jobs, rounds=8, device=device)
+    # Seconds per position, so that a turn with fewer utterances is not a faster one.
+    each = {
+        kind: [t / n for t, n in zip(taken[kind], done[kind][1:], strict=True)] for kind in done
+    }
+    peak = ceiling.flops * _CEILING_REPEATS / median(taken["matmul"])
+    for kind in done:
+        rate = 1 / median(each[kind])
+        result.add(f"{name}, {kind}", rate, "positions/s")
+        result.add(
+            f"{name}, {kind}", 6 * parameters * rate / peak, "MFU", "6 x weights of the layers"
+        )
+        result.add(f"{name}, {kind}", saved[kind] / 1e6, "MB", "kept for backward, at most")
+    key = "" if name == "config" else f".{name.replace(' ', '')}"
+    result.ratio[f"train_step.packed_vs_padded{key}"] = ratio_of(each, "padded", "packed")
+
+
+class _Step:
+    """A model with its optimizer, trained on one batch at a call, as `TrainLoop` does."""
+
+    def __init__(self, shape: OmniConfig, config: Config, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._model = OmniModel(shape)
+        self._model.init_weights(config.run.seed)
+        self._model.to(device).train()
+        self._optimizers = make_optimizers(self._model, config.optim)
+
+    @property
+    def layer_parameters(self) -> int:
+        """What every position is multiplied with: no embeddings, projector or vocabulary."""
+        assert isinstance(self._model.lm, GPT)
+        return sum(p.numel() for p in self._model.lm.transformer.h.parameters())
+
+    def __call__(self, batch: Batch) -> None:
+        self._loss(batch).backward()
+        nn.utils.clip_grad_norm_(list(trainable(self._model).values()), self._config.optim.clip)
+        for optimizer in self._optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def activation_bytes(self, batch: Batch) -> int:
+        """Bytes that autograd keeps between forward and backward, parameters not counted."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self._loss(batch)
+        for parameter in self._model.parameters():
+            kept.pop(parameter.untyped_storage().data_ptr(), None)
+        del loss
+        return sum(kept.values())
+
+    def _loss(self, batch: Batch) -> Tensor:
+        dtype = compute_dtype(DTYPES[self._config.train.precision], self._device)
+        bf16 = dtype == torch.bfloat16
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
+            out = self._model(batch.to(self._device))
+            total: Tensor = out.loss + self._config.optim.ctc_weight * out.ctc
+        return total / out.tokens

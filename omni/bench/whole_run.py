@@ -1,0 +1,85 @@
+"""Whole training jobs as a user starts them, in a process of their own, timed by their metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omni.config import Config
+from omni.metrics.run_files import read_json_lines
+from omni.run.prepare import prepare
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """What a job wrote about itself. steps: one row of metrics.jsonl for each step."""
+
+    steps: list[dict[str, Any]]
+    summary: dict[str, Any]
+    wall_seconds: float  # with the start of Ray and the scoring at the end
+
+    def over(self, first: int, last: int) -> dict[str, float]:
+        """Sums over the steps (first, last], counted from 1."""
+        rows = [row for row in self.steps if first < row["step"] <= last]
+        seconds = sum(row["step_seconds"] for row in rows)
+        audio = sum(r["audio_seconds_per_second"] * r["step_seconds"] for r in rows)
+        waited = sum(r["data_wait_fraction"] * r["step_seconds"] for r in rows)
+        return {
+            "seconds": seconds,
+            "audio_seconds": audio,
+            "utterances": sum(row["utterances"] for row in rows),
+            "rate": audio / seconds,
+            "waited": waited / seconds,
+            "encode_seconds": sum(row["encode_seconds"] for row in rows),
+        }
+
+
+def for_timing(config: Config, steps: int) -> Config:
+    """The config with `steps` steps, each logged, and next to nothing but training in it."""
+    data = config.data.model_copy(update={"test": []})
+    optim = config.optim.model_copy(update={"steps": steps})
+    train = config.train.model_copy(update={"log_every": 1, "checkpoint_every": steps})
+    evaluation = config.eval.model_copy(
+        update={"every": steps, "max_utterances": 1, "wer_utterances": 1, "patience": None}
+    )
+    changed = {"data": data, "optim": optim, "train": train, "eval": evaluation}
+    return config.model_copy(update=changed)
+
+
+def steps_of_epochs(config: Config, epochs: int) -> list[int]:
+    """The step that each of the first epochs ends in."""
+    optim = config.optim.model_copy(update={"steps": 1})
+    while True:
+        plan = prepare(config.model_copy(update={"optim": optim})).splits["train"].plan
+        if len(plan.epoch_ends) > epochs:
+            return [-(-int(end) // optim.bins_per_step) for end in plan.epoch_ends[:epochs]]
+        optim = optim.model_copy(update={"steps": 2 * optim.steps})
+
+
+def run_job(config: Config) -> JobRun:
+    """Train in a fresh folder, so with an empty cache. Raises RuntimeError with its last line."""
+    with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder:
+        run = config.run.model_copy(update={"storage": folder})
+        inside = config.model_copy(update={"run": run})
+        path = Path(folder) / "config.yaml"
+        path.write_text(inside.to_yaml())
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.train", "--config", str(path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        wall = time.monotonic() - began
+        if done.returncode:
+            raise RuntimeError(f"the training job failed: {(done.stderr or done.stdout)[-500:]}")
+        rows = read_json_lines(inside.run_dir / "metrics.jsonl")
+        summary = json.loads((inside.run_dir / "summary.json").read_text())
+        return JobRun([row for row in rows if row["kind"] == "train"], summary, wall)

@@ -1,0 +1,60 @@
+"""What a corpus may mean by the name of a recording."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from pathlib import Path
+
+from omni.storage.path import ObjectPath, Place, bare, plain
+
+_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "oss")
+
+
+def recording_uri(folder: Place, name: str, allow_absolute: bool) -> str:
+    """Where the recording `name` of a manifest in `folder` lies: a path, or a URI of an object.
+
+    Raises ValueError where it may not lie there: outside the folder unless `allow_absolute`, on
+    this machine while the manifest is in a bucket, or with credentials and options of its own,
+    which would hold for everything else in that bucket.
+    """
+    scheme, mark, rest = name.partition("://")
+    if mark and scheme != "file":
+        uri = _object(folder, scheme, rest, name)
+        within = uri.startswith(f"{folder}/")
+    elif isinstance(folder, ObjectPath):
+        if mark or os.path.isabs(name):
+            raise ValueError(
+                f"{name!r} lies outside the manifest's folder, and on this machine: a manifest in "
+                "a bucket names objects"
+            )
+        root = str(folder).removesuffix(str(folder.path))
+        uri = root + posixpath.normpath(folder.path / name)
+        within = uri.startswith(f"{folder}/")
+    else:
+        path = rest if mark else name
+        uri, normal = str(folder / path), os.path.normpath(path)
+        # By its words alone: a link in that folder is its owner's doing.
+        within = normal.split(os.sep)[0] != os.pardir
+        if os.path.isabs(path):
+            uri = os.path.normpath(path) if mark else str(Path(path))
+            within = Path(normal).is_relative_to(folder)
+    if not (within or allow_absolute):
+        raise ValueError(
+            f"{plain(name)!r} lies outside the manifest's folder {folder}; "
+            "data.allow_absolute or --allow_absolute admits such files"
+        )
+    return uri
+
+
+def _object(folder: Place, scheme: str, rest: str, name: str) -> str:
+    own = str(folder).partition("://")[0] if isinstance(folder, ObjectPath) else None
+    if scheme not in (*_STORES, own):
+        raise ValueError(f"{plain(name)!r}: expected a path, or a URI of {', '.join(_STORES)}")
+    bucket, _, key = rest.partition("/")
+    if "?" in rest or bare(scheme, bucket) != bucket:
+        raise ValueError(
+            f"{scheme}://{bare(scheme, bucket)}/{key.partition('?')[0]}: its credentials and "
+            "options belong into the environment, or the URI of the manifest"
+        )
+    return f"{scheme}://{bucket}{posixpath.normpath(f'/{key}')}"

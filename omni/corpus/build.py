@@ -1,0 +1,162 @@
+"""Index corpora ahead of training: every part of every source, measured by Ray Data tasks.
+
+A part that is there and was made of the same is not done again, so the same command continues an
+interrupted one, and takes up what was added to a corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from filelock import FileLock, Timeout
+
+from omni.audio.logmel import SAMPLING_RATE
+from omni.config import Config, ConfigError
+from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
+from omni.corpus.built_index import Task, finish
+from omni.corpus.index import INDEX_FILE, ManifestError
+from omni.corpus.sources import Options, open_source
+from omni.model.download import HubError
+from omni.run.run import start_ray
+from omni.storage.ahead import ahead
+from omni.storage.path import Place, StorageError, plain, why, without_secrets
+from omni.storage.retry import patiently
+
+_SAY_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0  # for storage that does not answer
+
+
+def make_index(
+    specs: Sequence[str], out: Place, options: Options, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Index the sources in `out`, and count; `say` gets a line of progress now and then.
+
+    Returns the counts of `omni.corpus.built_index.finish`, `parts`, and `done`: those made in this
+    call.
+    Raises ConfigError when a source is not what it should be, and RuntimeError for what may pass.
+    """
+    if isinstance(out, Path):
+        out = out.expanduser().absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            return _index(specs, out, options, say)
+    except Timeout:
+        raise ConfigError(f"--out {out}: another job is writing it") from None
+    except ManifestError as error:
+        raise ConfigError(f"--source: {without_secrets(str(error))}") from None
+    except HubError as error:
+        raise RuntimeError(f"--source: {without_secrets(str(error))}") from error
+    except StorageError as error:
+        raise ConfigError(f"--out: {error}") from None
+    except OSError as error:
+        raise RuntimeError(f"{error.filename or out}: {why(error)}") from error
+
+
+def _alone(out: Place) -> contextlib.AbstractContextManager[Any]:
+    """One job at a time; object storage has no locks."""
+    return FileLock(out / ".lock", timeout=0) if isinstance(out, Path) else contextlib.nullcontext()
+
+
+def _index(
+    specs: Sequence[str], out: Place, options: Options, say: Callable[[str], None]
+) -> dict[str, Any]:
+    tasks: list[Task] = []
+    for spec in specs:
+        try:
+            source = open_source(spec, options)
+            parts = source.parts()
+        except StorageError as error:
+            raise ManifestError(str(error)) from None
+        except OSError as error:
+            raise RuntimeError(f"--source {plain(spec)}: {why(error)}") from error
+        if not parts:
+            raise ManifestError(f"{plain(spec)}: no utterances in it")
+        say(f"{plain(spec)}: {len(parts):,} parts")
+        tasks += [(source, part) for part in parts]
+    names = [part_name(*task) for task in tasks]
+    if len(set(names)) < len(names):
+        raise ManifestError("the same source is given twice")
+    if isinstance(out, Path):
+        for stale in out.glob("*/*.tmp"):  # of a job that was killed: this one holds the lock
+            stale.unlink(missing_ok=True)
+
+    def is_done(number: int) -> bool:
+        about = about_part(out, names[number])
+        return about is not None and about["fingerprint"] == fingerprint(tasks[number][1], options)
+
+    todo = [n for n, done in enumerate(ahead(is_done, range(len(tasks)))) if not done]
+    if todo:
+        (out / INDEX_FILE).unlink(missing_ok=True)  # training must not read a mixture of two
+        start_ray(Config())
+        _follow(tasks, todo, options, out, say)
+    result = finish(tasks, out)
+    known = set(names)
+    for old in [*(out / "parts").glob("*.parquet"), *(out / "audio").glob("*.bin")]:
+        if old.stem not in known:  # of a corpus as it was before
+            old.unlink()
+    return {**result, "parts": len(tasks), "done": len(todo)}
+
+
+def _follow(
+    tasks: list[Task], todo: list[int], options: Options, out: Place, say: Callable[[str], None]
+) -> None:
+    """Have the parts made, one task each, and tell from time to time."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` tells what it would
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    held = {"tasks": ray.put(tasks)}  # in a container, or Ray would resolve it before each task
+
+    def make(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        [number] = batch["id"].tolist()
+        return _make_part(ray.get(held["tasks"])[todo[number]], options, out)
+
+    made = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(make, batch_size=1)
+    began = shown = time.monotonic()
+    total: Counter[str] = Counter()
+    try:
+        for row in made.iter_rows():
+            if row["error"]:
+                raise ManifestError(row["error"])
+            if row["away"]:  # what is made stays; the same command goes on
+                raise RuntimeError(f"indexing stopped: {row['away']}")
+            total.update({name: row[name] for name in ("rows", "samples", "rejects", "bytes")})
+            total["parts"] += 1
+            now = time.monotonic()
+            if now - shown > _SAY_SECONDS or total["parts"] == len(todo):
+                shown = now
+                say(_progress(total, len(todo), now - began))
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"indexing stopped: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _progress(total: Counter[str], parts: int, seconds: float) -> str:
+    left = seconds / total["parts"] * (parts - total["parts"])
+    return (
+        f"{total['parts']:,}/{parts:,} parts, {total['rows']:,} utterances, "
+        f"{total['samples'] / SAMPLING_RATE / 3600:,.2f} h, {total['rejects']:,} rejects, "
+        f"{total['bytes'] / 1e9:,.2f} GB kept, {total['rows'] / seconds:,.0f}/s, {left:,.0f} s left"
+    )
+
+
+def _make_part(task: Task, options: Options, out: Place) -> dict[str, Any]:
+    """A row of counts, and of what went wrong."""
+    counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
+    counts |= {"error": "", "away": ""}  # what is wrong with the source, and with its storage
+    try:
+        made = patiently(lambda: write_part(*task, options, out), seconds=_PATIENCE_SECONDS)
+        counts |= {**made, "rejects": len(made["rejects"])}
+    except ManifestError as error:
+        counts["error"] = str(error)
+    except OSError as error:
+        counts["away"] = why(error)
+    return {name: [value] for name, value in counts.items()}

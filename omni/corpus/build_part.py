@@ -1,0 +1,197 @@
+"""Parts of an index on disk: measured rows of a part of a source, each file whole or not there.
+
+DIR/index.json            sources, counts, and the order of the parts
+DIR/parts/NAME.parquet    rows of omni.corpus.index.SCHEMA; in its metadata what it was made of
+DIR/audio/NAME.bin        recordings that had no place of their own, one after another
+DIR/rejects.jsonl         what was left out, with reasons
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from omni.audio.decode import AudioError
+from omni.corpus.index import INDEX_VERSION, SCHEMA
+from omni.corpus.lengths import Reject, measure_data, measure_rows
+from omni.corpus.segments import cut_rows
+from omni.corpus.sources import Options, Part, Row, Source
+from omni.corpus.sources.base import digest
+from omni.storage.path import ObjectPath, Place, refuse_absence
+from omni.storage.retry import patiently
+
+_BATCH = 256  # rows measured together
+_METADATA = b"omni"
+
+
+def part_name(source: Source, part: Part) -> str:
+    """The name of a part's files, the same in every run."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", part.name)[-60:].lstrip(".-")
+    return f"{plain}-{digest(source.spec, part.name)}"
+
+
+def fingerprint(part: Part, options: Options) -> str:
+    """What a part's files were made of."""
+    return digest(INDEX_VERSION, part.fingerprint, part.where, options.fingerprint)
+
+
+def about_part(folder: Place, name: str) -> dict[str, Any] | None:
+    """`fingerprint`, `rejects` and `audio` (bytes) of a part that is there; None: it is not."""
+    try:
+        with opened(folder / "parts" / f"{name}.parquet") as file:
+            metadata = pq.read_metadata(file).metadata
+        about: dict[str, Any] = json.loads(metadata[_METADATA])
+        audio = folder / "audio" / f"{name}.bin"
+        if about["audio"] and _size(audio) != about["audio"]:
+            return None
+        return about
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        refuse_absence(folder, error)
+        return None
+
+
+def opened(path: Place) -> Any:
+    """A file for pyarrow to read, which asks for ranges of it. Raises OSError."""
+    return path.open("rb") if isinstance(path, Path) else path.ranges()
+
+
+def _size(path: Place) -> int | None:
+    return path.stat().st_size if isinstance(path, Path) else path.info().size
+
+
+def write_part(source: Source, part: Part, options: Options, folder: Place) -> dict[str, Any]:
+    """Measure a part and write its files; returns its rows, samples, rejects and bytes of audio.
+
+    Raises ManifestError where the source is not what it should be.
+    """
+    name = part_name(source, part)
+    made: dict[str, Any] = {"rows": 0, "samples": 0, "rejects": [], "bytes": 0}
+    audio, table = folder / "audio" / f"{name}.bin", folder / "parts" / f"{name}.parquet"
+    # Closed from the right: the table appears last, when its recordings are there.
+    with _whole(table) as sink, _whole(audio) as sound, pq.ParquetWriter(sink, SCHEMA) as writer:
+        rows = source.read(part)
+        if options.number_ids:
+            rows = (replace(row, id=f"{name}:{n}") for n, row in enumerate(rows, start=1))
+        if options.segment:
+            rows = cut_rows(rows, options.segment)
+        untranscribed, kept = options.segment is not None, _Kept(sound, f"audio/{name}.bin")
+        while taken := _next_batch(rows, kept, untranscribed):
+            good, bad = _measured(taken, folder, untranscribed)
+            writer.write_table(pa.Table.from_pylist(good, SCHEMA))
+            made["rows"] += len(good)
+            made["samples"] += sum(row["samples"] for row in good)
+            made["rejects"] += bad
+        made["bytes"] = sound.tell()
+        rejects = [reject.to_dict() for reject in made["rejects"]]
+        about = {"fingerprint": fingerprint(part, options), "audio": made["bytes"]}
+        text = json.dumps({**about, "rejects": rejects})
+        writer.add_key_value_metadata({_METADATA.decode(): text})
+    if not made["bytes"]:
+        audio.unlink()
+    return made
+
+
+class _Kept:
+    """Recordings one after another in a file. Rows that are spans of one come in a row."""
+
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        self._file, self._uri = file, uri
+        self._last, self._offset = b"", 0
+
+    def place(self, data: bytes) -> dict[str, Any]:
+        """Where in the file it now lies."""
+        if data is not self._last:
+            self._last, self._offset = data, self._file.tell()
+            self._file.write(data)
+        return {"uri": self._uri, "offset": self._offset, "length": len(data)}
+
+
+def _next_batch(
+    rows: Iterator[Row], kept: _Kept, untranscribed: bool
+) -> list[tuple[Row, dict[str, Any] | AudioError | None]]:
+    """Rows with what they measure, where they brought their recording; it is kept if it is good."""
+    taken: list[tuple[Row, dict[str, Any] | AudioError | None]] = []
+    for row in islice(rows, _BATCH):
+        if row.data is None or row.error is not None:
+            taken.append((row, None))
+            continue
+        found: dict[str, Any] | AudioError
+        try:
+            found = measure_data(row.data, row.start, row.duration)
+            if row.text or untranscribed:
+                found |= kept.place(row.data)
+        except AudioError as error:
+            found = error
+        plain = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "data"}
+        taken.append((Row(**plain), found))
+    return taken
+
+
+def _measured(
+    taken: list[tuple[Row, dict[str, Any] | AudioError | None]], folder: Place, untranscribed: bool
+) -> tuple[list[dict[str, Any]], list[Reject]]:
+    """Rows of the index, in order, and what cannot be used."""
+    unmeasured = [row for row, found in taken if found is None and row.error is None]
+    measured = iter(measure_rows([vars(row) for row in unmeasured]))
+    good: list[dict[str, Any]] = []
+    bad: list[Reject] = []
+    for row, found in taken:
+        if row.error is not None:
+            bad.append(Reject(row.id, row.uri, *row.error))
+            continue
+        found = next(measured) if found is None else found
+        if isinstance(found, AudioError):
+            bad.append(Reject(row.id, row.uri, found.reason, found.detail))
+        elif not (row.text or untranscribed):
+            bad.append(Reject(row.id, row.uri, "empty text", "nothing to learn from"))
+        else:
+            columns = {k: v for k, v in asdict(row).items() if k in SCHEMA.names}
+            columns |= found
+            columns["uri"] = _relative(columns["uri"], folder)
+            columns["prompt"] = columns["prompt"] or ""
+            good.append(columns)
+    return good, bad
+
+
+def _relative(uri: str, folder: Place) -> str:
+    """A place inside the index's folder moves with it."""
+    return uri.removeprefix(f"{folder}/")
+
+
+@contextmanager
+def _whole(path: Place) -> Iterator[IO[bytes]]:
+    """A file that appears under its name when all of it is written."""
+    if isinstance(path, ObjectPath):
+        with tempfile.NamedTemporaryFile(prefix="omni-part-") as made:
+            yield made
+            made.flush()
+            patiently(lambda: path.upload(Path(made.name)))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Place, data: bytes) -> None:
+    with _whole(path) as file:
+        file.write(data)

@@ -1,0 +1,131 @@
+"""A finished index: what all its parts come to, and the file that says so."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from omni.audio.logmel import SAMPLING_RATE
+from omni.corpus.build_part import about_part, opened, part_name, write_whole
+from omni.corpus.index import INDEX_FILE, INDEX_VERSION, ManifestError, repeated_id
+from omni.corpus.sources import Part, Source
+from omni.storage.ahead import ahead
+from omni.storage.path import Place, without_secrets
+
+SECONDS = [0, 1, 2, 4, 8, 16, 30, 60, 600]  # lower edges of the histogram of lengths
+CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'
+
+Task = tuple[Source, Part]
+
+
+def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
+    """Look over all parts, few in memory at a time but for the ids, and write what belongs to all.
+
+    Returns utterances, seconds, rejects by reason, languages, speakers, without_text (utterances
+    that nobody has written down), lengths and texts (utterances from each edge of SECONDS and
+    CHARACTERS).
+
+    Raises ManifestError for an id that occurs twice.
+    """
+    ids: list[pa.ChunkedArray] = []
+    languages: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    speakers: set[str] = set()
+    lengths, texts = np.zeros(len(SECONDS), np.int64), np.zeros(len(CHARACTERS), np.int64)
+    samples = 0
+    rejects: list[str] = []
+    names = [part_name(*task) for task in tasks]
+    columns = ["id", "samples", "text", "language", "speaker"]
+
+    def read(name: str) -> tuple[pa.Table, dict[str, Any] | None]:
+        with opened(out / "parts" / f"{name}.parquet") as file:
+            return pq.read_table(file, columns=columns), about_part(out, name)
+
+    for table, about in ahead(read, names):
+        ids.append(table["id"])
+        for entry in pc.value_counts(table["language"]).to_pylist():
+            languages[entry["values"] or "unknown"] += entry["counts"]
+        speakers.update(pc.unique(table["speaker"].drop_null()).to_pylist())
+        samples += int(pc.sum(table["samples"]).as_py() or 0)
+        lengths += _histogram(pc.divide(table["samples"], SAMPLING_RATE), SECONDS)
+        said = table["text"].filter(pc.not_equal(table["text"], ""))
+        texts += _histogram(pc.utf8_length(said), CHARACTERS)
+        for reject in about["rejects"] if about else []:
+            reasons[reject["reason"]] += 1
+            rejects.append(json.dumps(reject, ensure_ascii=False) + "\n")
+    every = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
+    if (repeated := repeated_id(every)) is not None:
+        raise ManifestError(_twice(repeated, ids, tasks))
+    if not len(every):
+        first = f"; the first: {rejects[0].strip()}" if rejects else ""
+        raise ManifestError(f"all {len(rejects)} rows were rejected{first}")
+    result = {
+        "utterances": len(every),
+        "seconds": samples / SAMPLING_RATE,
+        "rejects": dict(reasons.most_common()),
+        "languages": dict(languages.most_common()),
+        "speakers": len(speakers),
+        "without_text": len(every) - int(texts.sum()),
+        "lengths": lengths.tolist(),
+        "texts": texts.tolist(),
+    }
+    write_whole(out / "rejects.jsonl", "".join(rejects).encode(errors="replace"))
+    sources = list(dict.fromkeys(without_secrets(source.spec) for source, _ in tasks))
+    about = {"version": INDEX_VERSION, "sources": sources, **result, "parts": names}
+    write_whole(out / INDEX_FILE, json.dumps(about, indent=1, ensure_ascii=False).encode())
+    return result
+
+
+def _histogram(values: pa.ChunkedArray, edges: list[int]) -> np.ndarray:
+    """How many values lie from each edge up to the next."""
+    counts, _ = np.histogram(values.to_numpy(), [*edges, np.inf])
+    return counts
+
+
+def _twice(repeated: str, ids: list[pa.ChunkedArray], tasks: list[Task]) -> str:
+    places = []
+    for column, (source, part) in zip(ids, tasks, strict=True):
+        found = pc.sum(pc.equal(column, repeated)).as_py() or 0
+        places += [f"{source.spec} (part {part.name})"] * found
+    return (
+        f"the id {repeated!r} occurs twice: in {places[0]} and in {places[1]}; "
+        "ids must differ (--id_column names another column, --number_ids makes ids of places)"
+    )
+
+
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """The closing table of a finished index."""
+    lines = [
+        f"utterances  {result['utterances']:,}",
+        f"hours       {result['seconds'] / 3600:,.2f}",
+        f"languages   {_listed(result['languages'])}",
+        f"speakers    {result['speakers'] or 'unknown'}",
+        f"left out    {_listed(result['rejects']) if result['rejects'] else 'none'}",
+    ]
+    if result["without_text"]:
+        lines.insert(1, f"no text     {result['without_text']:,}: only jobs.transcribe reads them")
+    for title, edges, counts in (
+        ("seconds", SECONDS, result["lengths"]),
+        ("characters", CHARACTERS, result["texts"]),
+    ):
+        top = max(counts)
+        if not top:
+            continue
+        lines.append(f"{title}:")
+        for number, count in enumerate(counts):
+            upto = f"to {edges[number + 1]}" if number + 1 < len(edges) else "and more"
+            bar = "#" * -(-40 * count // top)
+            lines.append(f"  {f'{edges[number]} {upto}':>14} {count:>12,} {bar}".rstrip())
+    return lines
+
+
+def _listed(counts: dict[str, int], most: int = 12) -> str:
+    named = [f"{name} {count:,}" for name, count in list(counts.items())[:most]]
+    rest = [f"{len(counts) - most} more"] if len(counts) > most else []
+    return ", ".join(named + rest)

@@ -1,0 +1,66 @@
+"""Several corpora as one index, each with its weight, prompt and language."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from omni.config import SourceConfig
+from omni.corpus.index import Index, ManifestError, build_index
+from omni.storage.path import Place, plain
+
+
+def build_mixture(
+    sources: Sequence[str | SourceConfig],
+    *,
+    prompt: str = "",
+    cache_dir: Place | None = None,
+    allow_absolute: bool = False,
+) -> Index:
+    """Index the sources, in order; of plain paths alone it is what `build_index` makes of them.
+
+    Raises ManifestError as it does, also where one of the sources has no usable row.
+    """
+    paths = [source for source in sources if isinstance(source, str)]
+    if len(paths) == len(sources):
+        return build_index(paths, prompt=prompt, cache_dir=cache_dir, allow_absolute=allow_absolute)
+    parts, weights = [], []
+    for source in sources:
+        entry = SourceConfig(source=source) if isinstance(source, str) else source
+        part = build_index(
+            [entry.source],
+            prompt=prompt if entry.prompt is None else entry.prompt,
+            cache_dir=cache_dir,
+            allow_absolute=allow_absolute,
+        )
+        parts.append(_in_language(part, entry.language))
+        weights.append(np.full(len(part), entry.weight))
+    counts = Counter(name for part in parts for name in part.table["id"].to_pylist())
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise ManifestError(
+            f"{', '.join(map(plain, names_of(sources)))}: the id {twice!r} occurs twice"
+        )
+    joined = np.concatenate(weights)
+    return Index(
+        pa.concat_tables([part.table for part in parts]),
+        [reject for part in parts for reject in part.rejects],
+        None if (joined == 1).all() else joined,
+    )
+
+
+def names_of(sources: Sequence[str | SourceConfig]) -> list[str]:
+    """The manifests alone."""
+    return [source if isinstance(source, str) else source.source for source in sources]
+
+
+def _in_language(index: Index, language: str | None) -> Index:
+    """With the language of rows that name none."""
+    if language is None:
+        return index
+    at = index.table.schema.get_field_index("language")
+    filled = index.table["language"].fill_null(language)
+    return Index(index.table.set_column(at, "language", filled), index.rejects)

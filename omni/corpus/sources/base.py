@@ -1,0 +1,207 @@
+"""What all sources of utterances share: rows, parts, and the names that people give to columns."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from omni.audio.vad import Segmenting
+from omni.corpus.audio_paths import recording_uri
+from omni.corpus.index import ManifestError, absolute
+from omni.storage.path import ObjectPath, Place, plain, refuse_absence
+
+COLUMNS = {
+    "audio": ("audio", "audio_filepath", "audio_path", "path", "file", "wav"),
+    "text": ("text", "sentence", "transcription", "transcript", "normalized_text"),
+    "id": ("id", "utt_id", "utterance_id"),
+    "speaker": ("speaker", "speaker_id"),
+    "language": ("language", "lang", "locale"),
+    "prompt": ("prompt",),
+    "task": ("task",),
+    "offset": ("offset",),
+    "duration": ("duration",),
+}
+_WORDS = ("id", "speaker", "language")  # numbers will do where a text is expected
+
+
+@dataclass(frozen=True)
+class Options:
+    """How corpora are read. columns: a corpus's own name for a field of COLUMNS."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    language: str | None = None  # of rows that do not say
+    audio_folder: str = ""  # put before the recordings' paths, as Common Voice's `clips`
+    number_ids: bool = False  # ids are made of places, whatever rows call themselves
+    rows_per_part: int = 1000
+    allow_absolute: bool = False  # corpora may name files outside their own folder
+    segment: Segmenting | None = None  # rows may lack text; long recordings of theirs are cut
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what changes rows, but not the way they are cut into parts."""
+        settings: tuple[Any, ...] = (
+            sorted(self.columns.items()), self.language, self.audio_folder, self.number_ids,
+        )  # fmt: skip
+        return repr(settings if self.segment is None else (*settings, self.segment))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a source that is read on its own: some lines of a file, a shard, row groups.
+
+    name: the same whenever the same corpus is cut the same way.
+    fingerprint: changes when the part's content does.
+    where: what `read` needs to find it.
+    """
+
+    name: str
+    fingerprint: str
+    where: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """An utterance: who says what, and where it lies (or `data`, its encoded audio file).
+
+    uri, offset, length: a file, or a range of its bytes. start, duration: seconds in the recording.
+    messages, audios: of a conversation, as the index has them.
+    error: why it cannot be used, a reason and a detail; the place is then of no interest.
+    """
+
+    id: str
+    text: str = ""
+    uri: str = ""
+    offset: int | None = None
+    length: int | None = None
+    start: float = 0.0
+    duration: float | None = None
+    prompt: str | None = None
+    language: str | None = None
+    speaker: str | None = None
+    task: str | None = None
+    messages: str | None = None
+    audios: list[dict[str, Any]] | None = None
+    data: bytes | None = None
+    error: tuple[str, str] | None = None
+
+
+class Source(Protocol):
+    """A corpus. Pickled into every task: it holds names and settings, no open file."""
+
+    spec: str
+
+    def parts(self) -> list[Part]:
+        """In order. Raises ManifestError."""
+        ...
+
+    def read(self, part: Part) -> Iterator[Row]:
+        """The rows of a part, one at a time. Raises ManifestError naming file, row and field."""
+        ...
+
+
+def canonical(row: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """A row's fields under the names of a manifest."""
+    found: dict[str, Any] = {}
+    for name, usual in COLUMNS.items():
+        candidates = (options.columns[name],) if name in options.columns else usual
+        column = next((c for c in candidates if c in row), None)
+        if column is not None:
+            value = row[column]
+            number = isinstance(value, int) and not isinstance(value, bool)
+            found[name] = str(value) if name in _WORDS and number else value
+    if options.audio_folder and isinstance(found.get("audio"), str):
+        found["audio"] = f"{options.audio_folder}/{found['audio']}"
+    if found.get("language") is None:
+        found["language"] = options.language
+    unnamed = "text" in found or "text" not in options.columns
+    if options.segment and unnamed and found.get("text") is None:
+        found["text"] = ""
+    return found
+
+
+def explain_missing(name: str, columns: list[str], options: Options) -> str:
+    """Where a column is not there: what was looked for, and what there is."""
+    wanted = options.columns.get(name) or " or ".join(COLUMNS[name])
+    return (
+        f"field {name!r} is missing: expected a column {wanted} (--{name}_column names another), "
+        f"found {', '.join(columns)}"
+    )
+
+
+def inside(place: str, folder: Place, name: str, options: Options) -> str:
+    """A file's path as a corpus in `folder` names it. Raises ManifestError where it may not."""
+    try:
+        return recording_uri(folder, name, options.allow_absolute)
+    except ValueError as error:
+        raise ManifestError(f"{place}: {error}") from None
+
+
+def file_fingerprint(path: Place) -> str:
+    """Size and time of a file."""
+    try:
+        if isinstance(path, ObjectPath):
+            info = path.info()
+            if not info.is_file:
+                raise FileNotFoundError(errno.ENOENT, "no such object")
+            return f"{info.size} {info.mtime_ns}"
+        status = path.stat()
+    except OSError as error:
+        refuse_absence(path, error)
+        raise ManifestError(f"{path}: {error.strerror}") from None
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
+
+
+def files_of(spec: str, suffixes: tuple[str, ...]) -> list[Place]:
+    """The files that a path names: itself, those in a folder (at any depth), or of a pattern."""
+    path = absolute(spec)
+    found: list[Place]
+    if path.is_dir():
+        found = [path / n for n in sorted(names_within(path)) if n.endswith(suffixes)]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = _matching(path)
+    if not found:
+        raise ManifestError(
+            f"{plain(spec)}: expected a file, a folder or a pattern of *{suffixes[0]}"
+        )
+    return found
+
+
+def names_within(folder: Place) -> dict[str, str]:
+    """All files of a folder, at any depth, by their names relative to it; and what changes with
+    them: size and time.
+    """
+    if isinstance(folder, ObjectPath):
+        found = folder.files_within()
+        return {name: repr((info.size, info.mtime_ns)) for name, info in found.items()}
+    names: dict[str, str] = {}
+    for base, _, files in os.walk(folder, followlinks=True):
+        for file in files:
+            path = os.path.join(base, file)
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+                status = os.stat(path)
+                names[os.path.relpath(path, folder)] = repr((status.st_size, status.st_mtime_ns))
+    return names
+
+
+def _matching(path: Place) -> list[Place]:
+    if isinstance(path, ObjectPath):
+        fixed = path
+        while any(mark in str(fixed.path) for mark in "*["):
+            fixed = fixed.parent
+        pattern = str(path.path.relative_to(fixed.path))
+        names = (n for n in sorted(fixed.files_within()) if PurePosixPath(n).match(pattern))
+        return [fixed / name for name in names if name.count("/") == pattern.count("/")]
+    anchor = Path(path.anchor)
+    return sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())

@@ -1,0 +1,173 @@
+"""Manifests of a line (or CSV record) per utterance, cut into parts by their bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from typing import IO, Any, Literal
+
+from omni.corpus.index import ManifestError, checked_row
+from omni.corpus.sources.base import Options, Part, Row, canonical, explain_missing
+from omni.storage.path import Place, refuse_absence
+
+Kind = Literal["jsonl", "csv", "tsv"]
+_NUMBERS = ("offset", "duration")
+_LARGEST_FIELD = 1 << 24  # characters of a CSV field; Python's own limit is 128 KiB
+
+
+@contextlib.contextmanager
+def open_lines(path: Place) -> Iterator[IO[bytes]]:
+    """A text file's bytes, unpacked where its name ends in .gz."""
+    with path.open("rb") as file:
+        if path.suffix == ".gz":
+            with gzip.open(file, "rb") as unpacked:
+                yield unpacked  # type: ignore[misc]
+        else:
+            yield file
+
+
+def cut(path: Place, rows: int, kind: Kind = "jsonl") -> list[Part]:
+    """Parts of `rows` records; where: (first byte, bytes, number of the first line).
+
+    A part's fingerprint is that of its bytes: what is appended to a file changes the end only.
+    Raises ManifestError.
+    """
+    parts: list[Part] = []
+    if path.suffix == ".gz":
+        rows *= 10  # it cannot be entered in the middle: every part unpacks what lies before it
+    try:
+        with open_lines(path) as file:
+            lines = iter(file)
+            position, number = 0, 1
+            if kind != "jsonl":
+                header = next(_records(lines, kind), b"")
+                position, number = len(header), 1 + header.count(b"\n")
+            records = _records(lines, kind) if kind != "jsonl" else lines
+            while block := list(itertools.islice(records, rows)):
+                data = b"".join(block)
+                name = f"{path.name}-{len(parts):06}"
+                digest = hashlib.blake2b(data, digest_size=12).hexdigest()
+                parts.append(Part(name, digest, (position, len(data), number)))
+                position += len(data)
+                number += data.count(b"\n")
+    except (OSError, EOFError) as error:
+        refuse_absence(path, error)
+        raise ManifestError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, csv.Error) as error:
+        raise ManifestError(f"{path}: expected UTF-8 {kind.upper()}: {error}") from None
+    return parts
+
+
+def read_bytes(path: Place, part: Part) -> bytes:
+    """The bytes of a part that `cut` made."""
+    position, length, _ = part.where
+    try:
+        with open_lines(path) as file:
+            file.seek(position)
+            return file.read(length)
+    except (OSError, EOFError) as error:
+        refuse_absence(path, error)
+        raise ManifestError(f"{path}: cannot be read: {error}") from None
+
+
+def json_objects(path: Place, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) of each line that is not blank. Raises ManifestError."""
+    for number, line in enumerate(io.BytesIO(read_bytes(path, part)), start=part.where[2]):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ManifestError(f"{path}:{number}: expected an object, got {line[:40]!r}")
+        yield f"{path}:{number}", row
+
+
+def _records(lines: Iterator[bytes], kind: Kind) -> Iterator[bytes]:
+    """CSV records as bytes: one line each, or more where quotes span lines."""
+    csv.field_size_limit(_LARGEST_FIELD)
+    taken: list[bytes] = []
+
+    def texts() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line.decode("utf-8-sig")
+
+    for _ in csv.reader(texts(), **_dialect(kind)):
+        yield b"".join(taken)
+        taken.clear()
+
+
+def _dialect(kind: Kind) -> dict[str, Any]:
+    # Tab-separated files of speech (Common Voice) hold quotation marks as they are.
+    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
+
+
+class LineSource:
+    """A JSONL, CSV or TSV manifest; its recordings' paths are relative to it."""
+
+    def __init__(self, spec: str, path: Place, kind: Kind, options: Options) -> None:
+        self.spec, self.path, self.kind, self.options = spec, path, kind, options
+
+    def parts(self) -> list[Part]:
+        return cut(self.path, self.options.rows_per_part, self.kind)
+
+    def read(self, part: Part) -> Iterator[Row]:
+        rows = json_objects(self.path, part) if self.kind == "jsonl" else self._csv(part)
+        for place, fields in rows:
+            if "messages" in fields:  # a conversation names its parts itself
+                row = fields
+            else:
+                row = canonical(fields, self.options)
+                for name in ("audio", "text"):
+                    if name not in row:
+                        missing = explain_missing(name, list(fields), self.options)
+                        raise ManifestError(f"{place}: {missing}")
+            checked = checked_row(self.path, place, row, allow_absolute=self.options.allow_absolute)
+            yield Row(**checked)
+
+    def _csv(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            with open_lines(self.path) as file:
+                header = next(_records(iter(file), self.kind)).decode("utf-8-sig")
+            names = next(csv.reader([header], **_dialect(self.kind)))
+            data = read_bytes(self.path, part)
+            reader = csv.reader(io.StringIO(data.decode(), newline=""), **_dialect(self.kind))
+            for values in reader:
+                place = f"{self.path}:{part.where[2] + reader.line_num - 1}"
+                if not values:
+                    continue
+                if len(values) != len(names):
+                    raise ManifestError(
+                        f"{place}: expected {len(names)} columns ({', '.join(names)}), "
+                        f"got {len(values)}"
+                    )
+                yield place, self._typed(place, dict(zip(names, values, strict=True)))
+        except (ValueError, csv.Error) as error:
+            if isinstance(error, ManifestError):
+                raise
+            raise ManifestError(f"{self.path}: expected UTF-8 CSV: {error}") from None
+
+    def _typed(self, place: str, fields: dict[str, str]) -> dict[str, Any]:
+        """Numbers as numbers; what is empty is absent, but for the text."""
+        typed: dict[str, Any] = {}
+        own = {self.options.columns.get(name, name): name for name in _NUMBERS}
+        texts = canonical(fields, self.options)
+        for name, value in fields.items():
+            if name in own and value:
+                try:
+                    typed[name] = float(value)
+                except ValueError:
+                    raise ManifestError(
+                        f"{place}: field {name!r}: expected a number, got {value!r}"
+                    ) from None
+            else:
+                typed[name] = value if value or value is texts.get("text") else None
+        return typed

@@ -1,0 +1,130 @@
+"""Kaldi data folders: wav.scp, text, and where they are segments, utt2spk, utt2lang."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from omni.corpus.index import ManifestError, check_row
+from omni.corpus.sources.base import Options, Part, Row, digest, file_fingerprint, inside
+from omni.corpus.sources.jsonl_csv import cut, read_bytes
+from omni.storage.path import Place, refuse_absence, stored
+
+_BESIDE = ("wav.scp", "text", "utt2spk", "utt2lang")
+
+
+class KaldiSource:
+    """A data folder; a part is some lines of segments, or of wav.scp.
+
+    Recordings are files, or WAV files inside an ark (`file.ark:OFFSET`). Commands are not run.
+    """
+
+    def __init__(self, spec: str, folder: Place, options: Options) -> None:
+        self.spec, self.folder, self.options = spec, folder, options
+        self.segments = (folder / "segments").is_file()
+        self.list = folder / ("segments" if self.segments else "wav.scp")
+
+    def parts(self) -> list[Part]:
+        if not self.options.segment and not (self.folder / "text").is_file():
+            raise ManifestError(f"{self.folder}: expected a file `text` beside {self.list.name}")
+        files = [self.folder / name for name in _BESIDE]
+        mark = [file_fingerprint(file) for file in files if file.is_file() and file != self.list]
+        parts = cut(self.list, self.options.rows_per_part)
+        return [replace(part, fingerprint=digest(part.fingerprint, mark)) for part in parts]
+
+    def read(self, part: Part) -> Iterator[Row]:
+        lines = []
+        for number, raw in enumerate(io.BytesIO(read_bytes(self.list, part)), part.where[2]):
+            place = f"{self.list}:{number}"
+            if fields := _fields(place, raw, 4 if self.segments else 2):
+                lines.append((place, fields))
+        ids = {fields[0] for _, fields in lines}
+        texts, speakers, languages = (
+            self._look_up(name, ids) for name in ("text", "utt2spk", "utt2lang")
+        )
+        named = {fields[1] for _, fields in lines} if self.segments else set()
+        scp = self._look_up("wav.scp", named)
+        for place, fields in lines:
+            name = fields[0]
+            recording = scp.get(fields[1]) if self.segments else fields[1]
+            if recording is None:
+                raise ManifestError(f"{place}: no recording {fields[1]!r} in wav.scp")
+            start, end = self._times(place, fields)
+            row = Row(
+                id=name,
+                text=texts.get(name, ""),
+                start=start,
+                duration=None if end is None else end - start,
+                speaker=speakers.get(name),
+                language=languages.get(name, self.options.language),
+            )
+            named_row = {"id": name, "text": row.text, "speaker": row.speaker}
+            check_row(place, {**named_row, "audio": recording})
+            yield self._placed(place, row, recording)
+
+    def _look_up(self, file: str, keys: set[str]) -> dict[str, str]:
+        """The lines of these keys: such a file is as long as the corpus."""
+        path, found = self.folder / file, {}
+        if not keys or not path.is_file():
+            return {}
+        with path.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                fields = _fields(f"{path}:{number}", raw, 2)
+                if fields and fields[0] in keys:
+                    found[fields[0]] = fields[1] if len(fields) > 1 else ""
+        return found
+
+    def _times(self, place: str, fields: list[str]) -> tuple[float, float | None]:
+        if not self.segments:
+            return 0.0, None
+        try:
+            start, end = float(fields[2]), float(fields[3])
+        except (ValueError, IndexError):
+            raise ManifestError(f"{place}: expected UTTERANCE RECORDING START END") from None
+        if end == -1:  # Kaldi's way to say: to the end
+            return start, None
+        if not 0 <= start < end < 1e8:
+            raise ManifestError(f"{place}: expected 0 <= START < END in seconds")
+        return start, end
+
+    def _placed(self, place: str, row: Row, recording: str) -> Row:
+        """The row with its recording's place."""
+        if recording.endswith("|") or recording.startswith("|"):
+            raise ManifestError(
+                f"{place}: {recording[:60]!r} is a command, and omni runs none: convert the "
+                "recordings first, e.g. with wav-copy scp:wav.scp ark,scp:wav.ark,new.scp"
+            )
+        if recording.endswith("]"):
+            raise ManifestError(f"{place}: {recording[-60:]!r}: ranges are not supported")
+        ark = re.fullmatch(r"(.+):(\d+)", recording)
+        name, offset = (ark[1], int(ark[2])) if ark else (recording, None)
+        if self.options.audio_folder:
+            name = f"{self.options.audio_folder}/{name}"
+        path = inside(place, self.folder, name, self.options)
+        if offset is None:
+            return replace(row, uri=path)
+        ark_file = stored(path)
+        try:
+            with ark_file.open("rb") as file:
+                total = file.seek(0, io.SEEK_END)
+                file.seek(offset)
+                head = file.read(12)
+        except OSError as error:
+            refuse_absence(ark_file, error)
+            return replace(row, uri=path, error=("missing", f"{path}: {error.strerror}"))
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            detail = f"{path}: no WAV file at byte {offset}"
+            return replace(row, uri=path, error=("unreadable", detail))
+        length = min(int.from_bytes(head[4:8], "little") + 8, total - offset)
+        return replace(row, uri=path, offset=offset, length=length)
+
+
+def _fields(place: str, raw: bytes, count: int) -> list[str]:
+    """A line's words, of which the last takes what is left; none of a blank one."""
+    try:
+        fields = raw.decode().split(maxsplit=count - 1)
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{place}: expected UTF-8: {error}") from None
+    return [*fields[:-1], fields[-1].rstrip()] if fields else []

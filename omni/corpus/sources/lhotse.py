@@ -1,0 +1,110 @@
+"""Cut manifests of lhotse: JSON lines with a recording, a span, and supervisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omni.corpus.index import ManifestError, check_row
+from omni.corpus.sources.base import Options, Part, Row, inside
+from omni.corpus.sources.jsonl_csv import cut as cut_lines
+from omni.corpus.sources.jsonl_csv import json_objects
+from omni.storage.path import Place
+
+_ROUNDING = 1e-3  # seconds
+
+
+class CutsSource:
+    """cuts.jsonl or cuts.jsonl.gz; paths are relative to it. An utterance is a whole cut."""
+
+    def __init__(self, spec: str, path: Place, options: Options) -> None:
+        self.spec, self.path, self.options = spec, path, options
+
+    def parts(self) -> list[Part]:
+        return cut_lines(self.path, self.options.rows_per_part)
+
+    def read(self, part: Part) -> Iterator[Row]:
+        for place, cut in json_objects(self.path, part):
+            yield self._row(place, cut)
+
+    def _row(self, place: str, cut: dict[str, Any]) -> Row:
+        recording = cut.get("recording")
+        if not isinstance(recording, dict):
+            reason = "it has features only" if "features" in cut else "it has no recording"
+            return Row(id=_name(place, cut), error=("no recording", f"{place}: {reason}"))
+        sources = recording.get("sources")
+        if not isinstance(sources, list) or not all(isinstance(s, dict) for s in sources):
+            raise ManifestError(f"{place}: field 'recording.sources': expected a list of objects")
+        kinds = {str(source.get("type")) for source in sources}
+        if len(sources) != 1 or not kinds <= {"file", "url"}:
+            what = f"{len(sources)} sources of type {', '.join(sorted(kinds))}"
+            return Row(
+                id=_name(place, cut), error=("no audio file", f"{place}: expected a file, {what}")
+            )
+        name = sources[0].get("source")
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise ManifestError(f"{place}: field 'recording.sources': expected a path, {name!r}")
+        if "://" in name and name.partition(":")[0] in ("http", "https"):
+            return Row(id=_name(place, cut), error=("no audio file", f"{place}: fetch {name!r}"))
+        if self.options.audio_folder:
+            name = f"{self.options.audio_folder}/{name}"
+        path = inside(place, self.path.parent, name, self.options)
+        return row_of_cut(place, cut, self.options, (path, None, None))
+
+
+def row_of_cut(
+    place: str, cut: dict[str, Any], options: Options, where: tuple[str, int | None, int | None]
+) -> Row:
+    """A cut whose recording lies at `where`: uri, offset, length. Raises ManifestError."""
+    name, recording = _name(place, cut), cut.get("recording") or {}
+    kind = cut.get("type", "MonoCut")
+    if kind not in ("MonoCut", "MultiCut"):
+        return Row(id=name, error=("mixed cut", f"{place}: expected a MonoCut, got {kind}"))
+    if recording.get("transforms"):
+        detail = f"{place}: {recording['transforms']!r}: save the transformed audio"[:200]
+        return Row(id=name, error=("transformed recording", detail))
+    channels = recording.get("channel_ids") or [0]
+    if kind == "MonoCut" and len(channels) > 1:
+        detail = f"{place}: channel {cut.get('channel')} of {channels}"
+        return Row(id=name, error=("one channel of several", detail))
+    start, duration = cut.get("start", 0.0), cut.get("duration")
+    if duration is None:
+        raise ManifestError(f"{place}: field 'duration' is missing")
+    spoken = [s for s in cut.get("supervisions") or [] if isinstance(s, dict)]
+    said = [s.get("text") or "" for s in sorted(spoken, key=lambda s: s.get("start") or 0.0)]
+    row = {
+        "id": name,
+        "audio": where[0],
+        "text": " ".join(said).strip() if all(isinstance(t, str) for t in said) else said,
+        "offset": start,
+        "duration": duration,
+        "speaker": _shared(spoken, "speaker"),
+        "language": _shared(spoken, "language") or options.language,
+    }
+    check_row(place, row)
+    total = recording.get("duration")
+    whole = isinstance(total, (int, float)) and not start and abs(total - duration) < _ROUNDING
+    return Row(
+        id=name,
+        text=row["text"],
+        uri=where[0],
+        offset=where[1],
+        length=where[2],
+        start=0.0 if whole else float(start),
+        duration=None if whole else float(duration),
+        speaker=row["speaker"],
+        language=row["language"],
+    )
+
+
+def _name(place: str, cut: dict[str, Any]) -> str:
+    name = cut.get("id")
+    if not isinstance(name, str) or not name:
+        raise ManifestError(f"{place}: field 'id': expected a text, got {name!r}")
+    return name
+
+
+def _shared(supervisions: list[dict[str, Any]], field: str) -> str | None:
+    """What all supervisions of a cut say."""
+    values = {str(s[field]) for s in supervisions if s.get(field) is not None}
+    return values.pop() if len(values) == 1 else None

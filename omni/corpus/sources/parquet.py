@@ -1,0 +1,187 @@
+"""Tables of utterances: Parquet, with audio files inside or named, and what `datasets` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from omni.corpus.index import ManifestError, check_row
+from omni.corpus.sources.base import (
+    COLUMNS,
+    Options,
+    Part,
+    Row,
+    canonical,
+    digest,
+    explain_missing,
+    file_fingerprint,
+    inside,
+)
+from omni.storage.ahead import ahead
+from omni.storage.path import Place, refuse_absence, without_secrets
+from omni.storage.retry import patiently
+
+_SERVERS = ("http", "https", "hf")  # recordings there are fetched once
+BATCH = 32  # rows in memory at a time, with their audio
+_PATIENCE_SECONDS = 60.0  # for a recording that lies on a server
+
+
+class ParquetSource:
+    """Parquet files; a part is some row groups of one of them."""
+
+    def __init__(self, spec: str, paths: list[Place], options: Options) -> None:
+        self.spec, self.paths, self.options = spec, paths, options
+
+    def parts(self) -> list[Part]:
+        parts = []
+        common = os.path.commonpath([str(path.parent) for path in self.paths])
+        for number, (path, (mark, sizes)) in enumerate(
+            zip(self.paths, ahead(_groups, self.paths), strict=True)
+        ):
+            first = 0
+            for groups in _gather(sizes, self.options.rows_per_part):
+                name = f"{os.path.relpath(str(path), common)}-{groups[0]:06}"
+                parts.append(Part(name, digest(mark, groups), (number, groups, first)))
+                first += sum(sizes[g] for g in groups)
+        return parts
+
+    def read(self, part: Part) -> Iterator[Row]:
+        number, groups, first = part.where
+        path = self.paths[number]
+        try:
+            with _opened(path) as file:
+                names = file.schema_arrow.names
+                columns = [name for name in names if name in wanted_columns(self.options)]
+                batches = file.iter_batches(BATCH, row_groups=list(groups), columns=columns)
+                for batch in batches:
+                    table = pa.Table.from_batches([batch])
+                    yield from rows_of(
+                        table, str(path), f"{path.parent.name}/{path.stem}", first, path.parent,
+                        self.options, names,
+                    )  # fmt: skip
+                    first += len(table)
+        except (OSError, pa.ArrowException) as error:
+            refuse_absence(path, error)
+            raise ManifestError(f"{path}: damaged Parquet: {error}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Place) -> Iterator[pq.ParquetFile]:
+    with path.open("rb") if isinstance(path, Path) else path.ranges() as file:
+        yield pq.ParquetFile(file)
+
+
+def _groups(path: Place) -> tuple[str, list[int]]:
+    """What changes with a file, and the rows of each of its row groups. Raises ManifestError."""
+    mark = file_fingerprint(path)
+    try:
+        with _opened(path) as file:
+            metadata = file.metadata
+            return mark, [metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    except (OSError, pa.ArrowException) as error:
+        refuse_absence(path, error)
+        raise ManifestError(f"{path}: expected Parquet: {error}") from None
+
+
+def _gather(sizes: list[int], rows: int) -> Iterator[tuple[int, ...]]:
+    """Neighbouring row groups that hold about `rows` rows."""
+    groups: list[int] = []
+    held = 0
+    for group, size in enumerate(sizes):
+        groups.append(group)
+        held += size
+        if held >= rows:
+            yield tuple(groups)
+            groups, held = [], 0
+    if groups:
+        yield tuple(groups)
+
+
+def wanted_columns(options: Options) -> set[str]:
+    return {name for usual in COLUMNS.values() for name in usual} | set(options.columns.values())
+
+
+def rows_of(
+    table: pa.Table,
+    place: str,
+    name: str,
+    first: int,
+    folder: Place | None,
+    options: Options,
+    columns: list[str],
+) -> Iterator[Row]:
+    """The utterances of a table. `place`, `name`: what it is part of, in messages and in ids.
+
+    first: the number of its first row, from 0. folder: what paths are relative to; None: there are
+    none. columns: all that the corpus has, for messages. Raises ManifestError.
+    """
+    for number, fields in enumerate(table.to_pylist(), start=first + 1):
+        row = canonical(fields, options)
+        for field in ("audio", "text"):
+            if field not in row:
+                missing = explain_missing(field, columns, options)
+                raise ManifestError(f"{place}:{number}: {missing}")
+        row["text"] = "" if row["text"] is None else row["text"]
+        audio = row.pop("audio")
+        held = _held(f"{place}:{number}", audio)
+        if held is not None:
+            # Times of a recording that the rows were cut from: they carry what was cut.
+            for time in {"offset", "duration"} - options.columns.keys():
+                row.pop(time, None)
+        check_row(f"{place}:{number}", {**row, "audio": ""})
+        row["text"] = row["text"].strip()
+        start, duration = row.pop("offset", None), row.pop("duration", None)
+        row["start"] = float(start or 0.0)
+        row["duration"] = float(duration) if None not in (start, duration) else None
+        row["id"] = f"{name}:{number}" if row.get("id") is None else row["id"]
+        if held is not None:
+            yield Row(**row, data=held)
+            continue
+        path = audio["path"] if isinstance(audio, dict) else audio
+        yield _elsewhere(row, f"{place}:{number}", path, folder, options)
+
+
+def _held(place: str, audio: Any) -> bytes | None:
+    """The audio file inside a row, if it is there."""
+    if isinstance(audio, dict) and not {"bytes", "path"} & audio.keys():
+        raise ManifestError(
+            f"{place}: field 'audio': expected an encoded audio file (bytes or path), "
+            f"got {', '.join(audio)}"
+        )
+    if isinstance(audio, (dict, bytes, str)) or audio is None:
+        data = audio.get("bytes") if isinstance(audio, dict) else audio
+        return data if isinstance(data, bytes) else None
+    raise ManifestError(
+        f"{place}: field 'audio': expected an encoded audio file, its path, or both, "
+        f"got {type(audio).__name__}"
+    )
+
+
+def _elsewhere(
+    row: dict[str, Any], place: str, path: str | None, folder: Place | None, options: Options
+) -> Row:
+    """A row whose recording is a file of its own, here or on a server."""
+    if not path:
+        return Row(**row, error=("missing", f"{place}: neither bytes nor a path"))
+    server, mark, _ = path.rpartition("::")[2].partition("://")  # of URLs in a chain, the last
+    if not mark or server not in _SERVERS:
+        if folder is None and not options.allow_absolute:
+            raise ManifestError(f"{place}: {without_secrets(path)!r} is no file of the dataset")
+        return Row(**row, uri=inside(place, folder or Path("/"), path, options))
+    try:
+        return Row(**row, data=patiently(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))
+    except (OSError, ValueError, ImportError) as error:
+        return Row(**row, error=("missing", without_secrets(f"{path}: {error}")))
+
+
+def _fetch(url: str) -> bytes:
+    with fsspec.open(url, "rb") as file:
+        data: bytes = file.read()
+    return data

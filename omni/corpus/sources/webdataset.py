@@ -1,0 +1,90 @@
+"""Tar shards, read in place by byte range: WebDataset's, and lhotse Shar's."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from omni.corpus.index import ManifestError, checked_row
+from omni.corpus.sources.base import Options, Part, Row, canonical, file_fingerprint
+from omni.corpus.sources.jsonl_csv import json_objects
+from omni.corpus.sources.lhotse import row_of_cut
+from omni.corpus.tar import TarError, read_tar, refuse_unsafe
+from omni.storage.ahead import ahead
+from omni.storage.path import Place, refuse_absence
+
+
+class TarSource:
+    """WebDataset tars; a part is one of them. `0001.flac` with `0001.txt` or `0001.json`."""
+
+    def __init__(self, spec: str, paths: list[Place], options: Options) -> None:
+        self.spec, self.paths, self.options = spec, paths, options
+
+    def parts(self) -> list[Part]:
+        return [
+            Part(f"{path.name}-{n:05}", mark, (n,))
+            for n, (path, mark) in enumerate(
+                zip(self.paths, ahead(file_fingerprint, self.paths), strict=True)
+            )
+        ]
+
+    def read(self, part: Part) -> Iterator[Row]:
+        path = self.paths[part.where[0]]
+        try:
+            for found in read_tar(path, self._fields):
+                place = f"{path}:{found['audio']}"
+                yield Row(**checked_row(path, place, found))
+        except TarError as error:
+            raise ManifestError(str(error)) from None
+
+    def _fields(self, row: dict[str, Any]) -> dict[str, Any]:
+        return canonical({k: v for k, v in row.items() if k != "audio"}, self.options)
+
+
+class SharSource:
+    """lhotse Shar: cuts.000000.jsonl.gz beside recording.000000.tar. A part is one shard."""
+
+    def __init__(self, spec: str, folder: Place, options: Options) -> None:
+        self.spec, self.folder, self.options = spec, folder, options
+
+    def parts(self) -> list[Part]:
+        parts = []
+        found: list[Place] = [*self.folder.glob("cuts.*.jsonl*")]
+        for cuts in sorted(found, key=str):
+            number = cuts.name.split(".")[1]
+            shard = self.folder / f"recording.{number}.tar"
+            if not shard.is_file():
+                raise ManifestError(f"{cuts}: expected {shard.name} beside it")
+            mark = f"{file_fingerprint(cuts)} {file_fingerprint(shard)}"
+            parts.append(Part(f"shard-{number}", mark, (cuts.name, shard.name)))
+        return parts
+
+    def read(self, part: Part) -> Iterator[Row]:
+        cuts, shard = (self.folder / name for name in part.where)
+        whole = Part("", "", (0, -1, 1))
+        recordings = _recordings(shard)
+        for place, cut in json_objects(cuts, whole):
+            name, offset, length = next(recordings, ("", 0, 0))
+            if name.rpartition(".")[0] != str(cut.get("id")):
+                raise ManifestError(
+                    f"{place}: expected its recording at the same place in {shard.name}, "
+                    f"found {name or 'nothing'}"
+                )
+            yield row_of_cut(place, cut, self.options, (str(shard), offset, length))
+
+
+def _recordings(path: Place) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and length of each audio file; each is followed by its JSON."""
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
+            for member in shard:
+                refuse_unsafe(path, member)
+                shard.members = []  # type: ignore[attr-defined]  # or it would keep them all
+                if member.isfile() and not member.name.endswith((".json", ".nometa")):
+                    yield member.name, member.offset_data, member.size
+    except TarError as error:
+        raise ManifestError(str(error)) from None
+    except (OSError, tarfile.TarError, EOFError) as error:
+        refuse_absence(path, error)
+        raise ManifestError(f"{path}: expected an uncompressed tar: {error}") from None

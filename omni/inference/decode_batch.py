@@ -1,0 +1,110 @@
+"""Features to transcripts and their scores: one path for training and for the jobs after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omni.corpus.text import language_code
+from omni.metrics.score import Errors, by_characters, count_errors, total, units
+from omni.model.chat_template import Template
+from omni.model.lm.generate import generate
+from omni.model.speech_lm import OmniModel
+from omni.stream.collate import Utterance
+
+_DECODE_BATCH = 32
+SHORT_WORDS = 2  # isolated words and letters, hard to hear out of context: counted apart
+_WORD_CHARACTERS = 2  # of a word in a language without spaces, for that purpose
+
+
+@dataclass(frozen=True)
+class HeldUtterance:
+    """An utterance in a rank's memory, with what a transcript table needs."""
+
+    utterance: Utterance
+    id: str
+    uri: str
+    text: str
+    language: str = "en"
+
+
+def transcribe(
+    model: OmniModel, template: Template, held: Sequence[HeldUtterance]
+) -> list[dict[str, Any]]:
+    """Decode utterances, similar lengths together; one transcript row each, shortest first."""
+    usable = [h for h in held if h.utterance.features is not None]
+    usable.sort(key=_length)
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(usable), _DECODE_BATCH):
+        rows += _transcribe_group(model, template, usable[first : first + _DECODE_BATCH])
+    return rows
+
+
+def _length(held: HeldUtterance) -> tuple[int, int]:
+    return sum(map(len, held.utterance.features or ())), held.utterance.number
+
+
+def _transcribe_group(
+    model: OmniModel, template: Template, group: list[HeldUtterance]
+) -> list[dict[str, Any]]:
+    """Decode utterances together; one transcript row each."""
+    answers = generate(
+        model,
+        [held.utterance.prompt for held in group],
+        [held.utterance.features or () for held in group],
+        end=template.end,
+    )
+    rows = []
+    for held, ids in zip(group, answers, strict=True):
+        hypothesis = template.tokenizer.decode(ids).strip()
+        errors = count_errors(held.text, hypothesis, held.language)
+        rows.append(
+            {
+                "number": held.utterance.number,
+                "id": held.id,
+                "audio": held.uri,
+                "language": held.language,
+                "reference": held.text,
+                "hypothesis": hypothesis,
+                "wer": errors.wer,
+                "errors": errors,
+            }
+        )
+    return rows
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Errors]:
+    """Edit counts of transcript rows: all, and short and longer references apart."""
+    short = [_is_short(row["reference"], row["language"]) for row in rows]
+    return {
+        "all": total([row["errors"] for row in rows]),
+        "short": total([row["errors"] for row, s in zip(rows, short, strict=True) if s]),
+        "long": total([row["errors"] for row, s in zip(rows, short, strict=True) if not s]),
+    }
+
+
+def _is_short(reference: str, language: str) -> bool:
+    characters = _WORD_CHARACTERS if by_characters(language) else 1
+    return len(units(reference, language)) <= SHORT_WORDS * characters
+
+
+def by_language(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Error rates of transcript rows by language, where there are several.
+
+    wer, cer: of 1, None where there are no words. by: which of them is the language's headline.
+    """
+    languages = sorted({language_code(row["language"]) for row in rows})
+    if len(languages) < 2:
+        return {}
+    found = {}
+    for language in languages:
+        those = [row["errors"] for row in rows if language_code(row["language"]) == language]
+        errors = total(those)
+        found[language] = {
+            "wer": errors.wer,
+            "cer": errors.cer,
+            "utterances": len(those),
+            "by": "cer" if by_characters(language) else "wer",
+        }
+    return found

@@ -1,0 +1,219 @@
+"""A trained model in other projects' formats.
+
+nanochat: its checkpoint folder (language model, tokenizer), with the audio part beside it, since
+nanochat has no place for that. hf: Voxtral's format of transformers, which fits a Whisper encoder
+on whole 30 s windows, the mlp projector, and a language model whose logits are its head's alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_state
+from omni.config import ConfigError
+from omni.model.chat_template import PLACEHOLDER, Template, make_template
+from omni.model.download import SourceError, read_whisper_files, whisper_folder
+from omni.model.lm.gpt import GPT
+from omni.model.lm.hf import HFLanguageModel
+from omni.model.lm.lora import merge_lora
+from omni.model.lm.nanochat import save_nanochat
+from omni.model.projector import Projector
+from omni.model.speech_lm import OmniModel
+from omni.storage.path import Place
+
+Format = Literal["nanochat", "hf"]
+_WINDOW_FRAMES = 1500  # that Voxtral's encoder makes of 30 s
+
+
+def export(checkpoint: Place, to: Format, out: Path) -> list[Path]:
+    """Write the folder `out`; returns its files. Raises ConfigError where a format does not fit."""
+    try:
+        found = read_state(checkpoint, verify=True)
+        model = found.load_model().eval()
+        config = _config_of(found)
+        template = make_template(found.tokenizer(), config["data"].get("template", "auto"))
+    except (CheckpointError, SourceError, ValueError) as error:
+        raise ConfigError(f"--checkpoint: {error}") from None
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out: {out}: expected a new or empty folder")
+    if model.config.lora is not None:
+        merge_lora(model.lm)
+    if to == "nanochat":
+        _to_nanochat(found, model, template, out)
+    else:
+        _to_voxtral(found, model, template, config["data"]["prompt"], out)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _config_of(found: Checkpoint) -> dict[str, Any]:
+    import yaml
+
+    config: dict[str, Any] = yaml.safe_load((found.path / "config.yaml").read_text())
+    return config
+
+
+# --- nanochat ------------------------------------------------------------------------------------
+
+
+def _to_nanochat(found: Checkpoint, model: OmniModel, template: Template, out: Path) -> None:
+    if not isinstance(model.lm, GPT):
+        raise ConfigError(f"--to: {found.path} holds a model of transformers; expected hf")
+    try:
+        save_nanochat(model.lm, out, found.state.step, template.tokenizer)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"--to nanochat: tokenizer.pkl: {error}") from None
+    audio = {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("lm.", "ctc_head."))
+    }
+    save_file(audio, out / "audio.safetensors")
+    shape = {k: v for k, v in model.config.to_dict().items() if k not in ("lm", "source", "lora")}
+    encoder = {k: v for k, v in found.encoder.items() if k != "longest_seconds"}
+    facts = {"model": shape, "encoder": encoder, "template": template.kind}
+    (out / "audio.json").write_text(json.dumps(facts, indent=1))
+
+
+# --- transformers --------------------------------------------------------------------------------
+
+
+def _to_voxtral(
+    found: Checkpoint, model: OmniModel, template: Template, prompt: str, out: Path
+) -> None:
+    from transformers import (
+        AutoConfig,
+        GenerationConfig,
+        VoxtralConfig,
+        VoxtralEncoderConfig,
+        VoxtralForConditionalGeneration,
+        WhisperFeatureExtractor,
+    )
+
+    lm = model.lm
+    _fits_voxtral(found, model)
+    assert isinstance(lm, HFLanguageModel) and isinstance(model.projector, Projector)
+    source = found.encoder["source"]
+    folder = whisper_folder(None if source == "hub" else source)
+    whisper, encoder = read_whisper_files(folder)
+    tokenizer = template.tokenizer.to_transformers()
+    tokenizer.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]})
+    audio_id = int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))
+    rows = max(lm.vocab_size, audio_id + 1)
+    text = dict(lm.config.architecture) | {"vocab_size": rows, "tie_word_embeddings": False}
+    config = VoxtralConfig(
+        audio_config=VoxtralEncoderConfig(
+            hidden_size=whisper["d_model"],
+            intermediate_size=whisper["encoder_ffn_dim"],
+            num_hidden_layers=whisper["encoder_layers"],
+            num_attention_heads=whisper["encoder_attention_heads"],
+            num_mel_bins=whisper["num_mel_bins"],
+            max_source_positions=whisper["max_source_positions"],
+        ),
+        text_config=AutoConfig.for_model(text.pop("model_type"), **text),
+        audio_token_id=audio_id,
+    )
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        target = VoxtralForConditionalGeneration(config)
+    state = {f"model.audio_tower.{name}": t.float() for name, t in encoder.items()}
+    size = 1.0 if model.soft_size is None else float(model.soft_size)
+    state["model.multi_modal_projector.linear_1.weight"] = model.projector.fc1.weight
+    state["model.multi_modal_projector.linear_2.weight"] = model.projector.fc2.weight * size
+    for name, tensor in lm.model.get_decoder().state_dict().items():
+        state[f"model.language_model.{name}"] = tensor
+    embeddings = "model.language_model." + _name_of(
+        lm.model.get_decoder(), lm.model.get_input_embeddings()
+    )
+    state[embeddings] = _with_rows(lm.embedding_matrix(), rows)
+    state["lm_head.weight"] = _with_rows(lm.model.get_output_embeddings().weight, rows)
+    # Tensors of tied weights share memory, which safetensors does not write.
+    state = {name: tensor.detach().clone() for name, tensor in state.items()}
+    missing, unexpected = target.load_state_dict(state, strict=False, assign=True)
+    if missing or unexpected:
+        raise ConfigError(f"--to hf: the language model does not fit: {missing + unexpected}")
+    target.generation_config = GenerationConfig(
+        eos_token_id=template.end, pad_token_id=template.end, suppress_tokens=[audio_id]
+    )
+    target.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    WhisperFeatureExtractor(feature_size=whisper["num_mel_bins"]).save_pretrained(out)
+    (out / "transcribe.py").write_text(_script(template, model.config.stack, prompt))
+
+
+def _fits_voxtral(found: Checkpoint, model: OmniModel) -> None:
+    """Raises ConfigError naming what Voxtral's format has no place for."""
+    if not isinstance(model.lm, HFLanguageModel):
+        raise ConfigError(f"--to: {found.path} holds a GPT of nanochat's kind; expected nanochat")
+    shape, encoder = model.config, found.encoder
+    caps = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    wrong = []
+    if encoder["mode"] != "full":
+        wrong.append("encoder.mode full")
+    if encoder.get("layers"):
+        wrong.append("encoder.layers last")
+    if shape.projector != "mlp" or shape.projector_hidden not in (None, shape.lm.width):
+        wrong.append("model.projector mlp, as wide as the language model")
+    if shape.stack != 4:
+        wrong.append("model.stack 4")
+    if any(shape.lm.architecture.get(name) for name in caps):  # type: ignore[union-attr]
+        wrong.append("a language model without a factor or cap on its logits")
+    if wrong:
+        raise ConfigError(
+            f"--to hf: Voxtral's format needs a model trained with {', '.join(wrong)}"
+        )
+
+
+def _name_of(parent: nn.Module, child: nn.Module) -> str:
+    name = next(name for name, module in parent.named_modules() if module is child)
+    return f"{name}.weight"
+
+
+def _with_rows(weight: Tensor, rows: int) -> Tensor:
+    """The matrix with rows of zeros behind it."""
+    return torch.cat((weight, weight.new_zeros(rows - len(weight), weight.shape[1])))
+
+
+def _script(template: Template, stack: int, prompt: str) -> str:
+    """A program that writes down a recording with nothing but transformers and soundfile."""
+    from omni.model.chat_template import AUDIO, transcription
+
+    ids = template.render([transcription(prompt, "")])[0]
+    cut = next(i for i, learnt in enumerate(ids.supervised) if learnt)
+    given = ids.ids[:cut]
+    at = given.index(AUDIO)
+    return f'''"""Write down recordings at 16 kHz: python transcribe.py FILE..."""
+
+import sys
+from pathlib import Path
+
+import soundfile
+import torch
+from transformers import (
+    AutoFeatureExtractor,
+    PreTrainedTokenizerFast,
+    VoxtralForConditionalGeneration,
+)
+
+HERE = Path(__file__).parent
+BEFORE, AFTER = {given[:at]}, {given[at + 1 :]}  # the prompt around the recording
+PER_WINDOW = {_WINDOW_FRAMES // stack}  # positions of 30 s
+
+model = VoxtralForConditionalGeneration.from_pretrained(HERE, dtype=torch.float32).eval()
+tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE)
+extract = AutoFeatureExtractor.from_pretrained(HERE)
+for file in sys.argv[1:]:
+    audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    assert rate == 16_000, f"{{file}}: {{rate}} Hz, expected 16000"
+    features = extract(audio.mean(1), sampling_rate=rate, return_tensors="pt").input_features
+    ids = BEFORE + [model.config.audio_token_id] * (PER_WINDOW * len(features)) + AFTER
+    written = model.generate(
+        input_ids=torch.tensor([ids]), input_features=features, max_new_tokens=200, do_sample=False
+    )
+    print(tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).strip())
+'''

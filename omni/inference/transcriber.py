@@ -1,0 +1,261 @@
+"""A checkpoint at work: score a manifest, or write down any recording."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_patiently, fit
+from omni.audio.logmel import SAMPLING_RATE
+from omni.checkpoint.checkpoint import CheckpointError, read_state
+from omni.config import ConfigError
+from omni.corpus.index import build_index, recordings
+from omni.corpus.lengths import Reject, span_of
+from omni.corpus.messages import messages_of
+from omni.corpus.text import TextPolicy, apply_policy, join
+from omni.inference.decode_batch import HeldUtterance, by_language, summarize, transcribe
+from omni.model.chat_template import Message, Template, make_template, transcription
+from omni.model.download import SourceError
+from omni.model.encoder.whisper import WhisperEncoder
+from omni.model.precision import compute_dtype
+from omni.model.speech_lm import OmniModel
+from omni.plan.sequences import DEFAULT_TASK
+from omni.storage.path import Place, place, plain, why
+from omni.stream.codec import DTYPES, FeatureCodec
+from omni.stream.collate import Utterance
+
+ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
+
+
+@dataclass(frozen=True)
+class Transcriber:
+    """Encoder and model of a checkpoint, as they were in training."""
+
+    encoder: WhisperEncoder
+    codec: FeatureCodec
+    model: OmniModel
+    template: Template
+    prompt: str
+    bf16: bool
+    longest_seconds: float  # what nearly all training utterances stay under
+    policy: TextPolicy = TextPolicy()
+
+    @classmethod
+    def load(cls, checkpoint: Place, device: str = "cpu") -> Transcriber:
+        """Raises ConfigError when the checkpoint or its encoder cannot be used."""
+        try:
+            found = read_state(checkpoint, verify=True)
+            facts = found.encoder
+            encoder = WhisperEncoder(
+                None if facts["source"] == "hub" else facts["source"],
+                mode=facts["mode"],
+                margin_seconds=facts["margin_seconds"],
+                layers=facts.get("layers") or "last",
+                dtype=DTYPES[facts["dtype"]],
+                device=device,
+            )
+            if encoder.fingerprint != facts["fingerprint"]:
+                raise CheckpointError(
+                    f"{checkpoint}: trained on features of other encoder weights than "
+                    f"{facts['source']!r} now holds"
+                )
+            config = yaml.safe_load((found.path / "config.yaml").read_text())
+            wanted = torch.bfloat16 if config["train"]["precision"] == "bf16" else torch.float32
+            bf16 = compute_dtype(wanted, torch.device(device)) == torch.bfloat16
+            model = found.load_model(torch.bfloat16 if bf16 else None).to(device).eval()
+            template = make_template(found.tokenizer(), config["data"].get("template", "auto"))
+        except (CheckpointError, SourceError, ValueError) as error:
+            raise ConfigError(f"--checkpoint: {error}") from None
+        return cls(
+            encoder,
+            FeatureCodec.of(facts),
+            model,
+            template,
+            config["data"]["prompt"],
+            bf16,
+            facts["longest_seconds"],
+            TextPolicy.of(config["data"]),
+        )
+
+    def features_of(self, audio: np.ndarray) -> Tensor:
+        """Features (T, d_model) as training saw them, of (S,) fp32 mono at 16 kHz."""
+        return self.codec.as_travelled(self.encoder.encode([audio])[0])
+
+    def utterance(
+        self, spoken: Sequence[np.ndarray], messages: Sequence[Message], number: int
+    ) -> Utterance:
+        """What the model is given of a conversation with these recordings."""
+        features = [self.features_of(audio) for audio in spoken]
+        rendered = self.template.render([messages])[0]
+        return Utterance(features, rendered.ids, rendered.supervised, number)
+
+    def write(self, held: Sequence[HeldUtterance]) -> list[dict[str, Any]]:
+        """Transcript rows of utterances that have features."""
+        device = self.encoder.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            return transcribe(self.model, self.template, held)
+
+    def text_of(self, blocks: Iterable[np.ndarray], language: str | None = None) -> str:
+        """What is said in a recording of any length: blocks of (S,) fp32 mono at 16 kHz.
+
+        language: for the prompt, of a model that was trained with data.language_tag.
+        The audio is cut at quiet places into pieces of a length that the model knows, a few of
+        which are in memory at a time.
+        """
+        pieces = cut_at_quiet(blocks, self.longest_piece)
+        return join([text for text in self.texts_of(pieces, language) if text])
+
+    @property
+    def longest_piece(self) -> float:
+        """Seconds of a recording that it is given at a time."""
+        return max(self.longest_seconds, 2.0)
+
+    def texts_of(self, pieces: Iterable[np.ndarray], language: str | None = None) -> Iterator[str]:
+        """What is said in each piece, of (S,) fp32 mono at 16 kHz; a few of them are in memory."""
+        default = self.policy.prompts.get(DEFAULT_TASK, "")
+        prompt = self.policy.prompt(self.prompt or default, language or self.policy.language)
+        pieces = iter(pieces)
+        while group := list(itertools.islice(pieces, ENCODE_BATCH)):
+            held = [
+                HeldUtterance(self.utterance([piece], transcription(prompt, ""), i), "", "", "")
+                for i, piece in enumerate(group)
+            ]
+            rows = sorted(self.write(held), key=lambda row: row["number"])
+            yield from (row["hypothesis"] for row in rows)
+
+    def check_language(self, language: str | None) -> None:
+        """Raises ConfigError for one that is no code, or that the model was not trained to be
+        told."""
+        if language is None:
+            return
+        if not self.policy.language_tag:
+            raise ConfigError("--language: the checkpoint was trained without data.language_tag")
+        try:
+            self.policy.prompt("", language)
+        except ValueError as error:
+            raise ConfigError(f"--language: {error}") from None
+
+
+def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterator[np.ndarray]:
+    """Cut where a 100 ms window is quietest, so that no piece exceeds `longest_seconds`."""
+    longest = round(longest_seconds * SAMPLING_RATE)
+    window = SAMPLING_RATE // 10
+    audio = np.zeros(0, dtype=np.float32)
+    for block in blocks:
+        audio = np.concatenate((audio, block))
+        while len(audio) > longest:
+            # Look in the second half only: a piece is at least half of what it may be.
+            candidates = audio[longest // 2 : longest]
+            frames = candidates[: len(candidates) // window * window].reshape(-1, window)
+            quietest = int(np.square(frames).mean(axis=1).argmin())
+            cut = longest // 2 + quietest * window + window // 2
+            yield audio[:cut]
+            audio = audio[cut:]
+    if len(audio):
+        yield audio
+
+
+def evaluate(
+    transcriber: Transcriber, manifest: str, *, allow_absolute: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score a manifest: the summary, and one row per utterance.
+
+    Raises ConfigError when the manifest cannot be used. Recordings that cannot be read are
+    counted, and are not part of the error rates.
+    """
+    try:
+        index = build_index([manifest], prompt=transcriber.prompt, allow_absolute=allow_absolute)
+        index = apply_policy(index, transcriber.policy)
+    except ValueError as error:  # of which ManifestError is one
+        raise ConfigError(f"--data: {error}") from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"--data: {why(error)}") from error
+    rows: list[dict[str, Any]] = []
+    rejects = list(index.rejects)
+    for batch in index.table.to_batches(max_chunksize=ENCODE_BATCH):
+        held, bad = hold(transcriber, batch.to_pylist(), len(rows))
+        rejects += bad
+        rows += sorted(transcriber.write(held), key=lambda row: row["number"])
+    errors = summarize(rows)
+    counts: dict[str, int] = {}
+    for reject in rejects:
+        counts[reject.reason] = counts.get(reject.reason, 0) + 1
+    summary = {
+        "manifest": plain(manifest),
+        "utterances": len(rows),
+        "wer": errors["all"].wer,
+        "wer_short": errors["short"].wer,
+        "wer_long": errors["long"].wer,
+        "cer": errors["all"].cer,
+        "words": errors["all"].words,
+        "word_errors": errors["all"].word_errors,
+        **({"languages": languages} if (languages := by_language(rows)) else {}),
+        "rejects": counts,
+    }
+    return summary, [{k: v for k, v in r.items() if k not in ("errors", "number")} for r in rows]
+
+
+def hold(
+    transcriber: Transcriber, rows: list[dict[str, Any]], first: int
+) -> tuple[list[HeldUtterance], list[Reject]]:
+    """Rows of an index, numbered from `first` on, with their features; and what cannot be read.
+
+    Raises RuntimeError for object storage that stays away.
+    """
+    held, bad = [], []
+    prompts = transcriber.policy.prompts
+    for number, row in enumerate(rows, start=first):
+        row["prompt"] = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
+        try:
+            spoken = [fit(_heard(r["uri"], span_of(r)), r["samples"]) for r in recordings(row)]
+        except AudioError as error:
+            bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
+            continue
+        held.append(
+            HeldUtterance(
+                transcriber.utterance(spoken, messages_of(row), number),
+                row["id"],
+                row["uri"],
+                row["text"],
+                row["language"] or "en",
+            )
+        )
+    return held, bad
+
+
+def _heard(uri: str, span: AudioSpan) -> np.ndarray:
+    """`decode`; object storage that is away is waited for."""
+    try:
+        return decode_patiently(uri, span) if "://" in uri else decode(uri, span)
+    except OSError as error:
+        raise RuntimeError(f"{uri}: {why(error)}") from error
+
+
+def transcribe_files(
+    transcriber: Transcriber, files: Sequence[str], language: str | None = None
+) -> Iterator[dict[str, str]]:
+    """{"audio", "text"} of each file, or {"audio", "error"} of one that cannot be read.
+
+    Raises ConfigError for a language that is no code, or that the model was not trained to be told.
+    """
+    transcriber.check_language(language)
+    for file in files:
+        path, file = place(file), plain(file)
+        try:
+            if isinstance(path, Path) and not path.is_file():
+                raise AudioError("missing", f"no such file: {file}")
+            text = transcriber.text_of(decode_blocks(path), language)
+        except OSError as error:
+            raise RuntimeError(f"{file}: {why(error)}") from error
+        except AudioError as error:
+            yield {"audio": file, "error": str(error)}
+            continue
+        yield {"audio": file, "text": text}

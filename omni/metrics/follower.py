@@ -1,0 +1,202 @@
+"""Following a run's own files while it goes on, and telling others what is new in them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+from omni.metrics.run_files import event_files
+from omni.storage.append import segment
+from omni.storage.path import ObjectPath, Place
+
+METRICS = "metrics.jsonl"
+POLL_SECONDS = 0.5
+_POLL_AFAR_SECONDS = 3.0  # requests to object storage
+_JOIN_SECONDS = 10.0  # a storage that is away must not hold up the end
+Row = dict[str, Any]
+
+
+class Listener(Protocol):
+    """Hears of every row of metrics.jsonl and of every new event, in order."""
+
+    seen: int  # rows that it had before it began to listen
+
+    def rewound(self, rows: int, step: int) -> None:
+        """Only the first `rows` rows count from now on; those of `step` and later come again.
+
+        Also said once before the first row.
+        """
+
+    def rows(self, rows: Sequence[Row]) -> None: ...
+
+    def events(self, events: Sequence[Row]) -> None: ...
+
+
+class Follower:
+    """Use as a context manager: listeners are told by a thread until it ends, or call `poll`.
+
+    metrics.jsonl grows, and is cut back to the checkpoint when workers start again.
+    """
+
+    def __init__(self, run_dir: Place, listeners: Sequence[Listener]) -> None:
+        self._run_dir, self._listeners = run_dir, listeners
+        self._every = POLL_SECONDS if isinstance(run_dir, Path) else _POLL_AFAR_SECONDS
+        self._metrics = _tail(run_dir / METRICS)
+        self._events: dict[Place, _Tail | _ObjectTail] = {}
+        self._steps: list[int] = []  # of the rows that listeners have had
+        self._began = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="follow")
+        self._new_events()  # what befell earlier attempts is no news
+
+    def __enter__(self) -> Follower:
+        with contextlib.suppress(OSError):
+            self.poll()  # now, so that what comes next is new
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(_JOIN_SECONDS)
+        if not self._thread.is_alive():
+            with contextlib.suppress(OSError):
+                self.poll()
+
+    def poll(self) -> None:
+        """Tell what is new. Raises OSError where it cannot be read."""
+        kept, rows = self._metrics.new()
+        if not self._began:
+            self._began = True
+            for listener in self._listeners:
+                _catch_up(listener, rows)
+        else:
+            if kept < len(self._steps):
+                del self._steps[kept:]
+                step = self._steps[-1] + 1 if self._steps else 0
+                for listener in self._listeners:
+                    listener.rewound(kept, step)
+            if rows:
+                for listener in self._listeners:
+                    listener.rows(rows)
+        self._steps += [row["step"] for row in rows]
+        events = self._new_events()
+        if events:
+            for listener in self._listeners:
+                listener.events(events)
+
+    def _new_events(self) -> list[Row]:
+        rows = []
+        for path in event_files(self._run_dir):
+            rows += self._events.setdefault(path, _tail(path)).new()[1]
+        return rows
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._every):
+            with contextlib.suppress(OSError):  # storage that is away comes back
+                self.poll()
+
+
+def _catch_up(listener: Listener, rows: list[Row]) -> None:
+    """Tell what it has not had, whole steps: one whose rows it had in part comes again."""
+    first = min(listener.seen, len(rows))
+    while 0 < first < len(rows) and rows[first]["step"] == rows[first - 1]["step"]:
+        first -= 1
+    after = rows[-1]["step"] + 1 if rows else 0
+    listener.rewound(first, rows[first]["step"] if first < len(rows) else after)
+    if rows[first:]:
+        listener.rows(rows[first:])
+
+
+def _tail(path: Place) -> _Tail | _ObjectTail:
+    return _Tail(path) if isinstance(path, Path) else _ObjectTail(path)
+
+
+class _Tail:
+    """The whole lines of a file of JSON objects, each given once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = -1, 0
+        self._given: list[int] = []  # hashes of the lines
+
+    def new(self) -> tuple[int, list[Row]]:
+        """How many of the rows given so far are still there, and the rows after them.
+
+        Rows are taken back by replacing the file (`keep_lines`): then the new one is compared with
+        what was given, line by line.
+        """
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            self._inode, self._offset, self._given = -1, 0, []
+            return 0, []
+        found: list[tuple[int, Row]] = []
+        with file:
+            stat = os.fstat(file.fileno())
+            replaced = stat.st_ino != self._inode or stat.st_size < self._offset
+            if replaced:
+                self._inode, self._offset = stat.st_ino, 0
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # being written
+                    break
+                self._offset += len(line)
+                row = _parse(line)
+                if row is not None:
+                    found.append((hash(line), row))
+        kept = len(self._given)
+        if replaced:
+            pairs = zip(self._given, found, strict=False)
+            kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1][0], pairs))
+            del self._given[kept:], found[:kept]
+        self._given += [number for number, _ in found]
+        return kept, [row for _, row in found]
+
+
+class _ObjectTail:
+    """The same, of a file in segments (omni/storage/append.py): those that changed are read."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path = path
+        self._parts: list[tuple[tuple[int | None, int | None], int]] = []  # what it was; rows in it
+        self._given: list[int] = []  # hashes of the lines
+
+    def new(self) -> tuple[int, list[Row]]:
+        """As `_Tail.new`."""
+        infos = {info.base_name: info for info in self._path.parent.listing()}
+        same = 0
+        while same < len(self._parts):
+            info = infos.get(segment(self._path, same).name)
+            if info is None or self._parts[same][0] != (info.size, info.mtime_ns):
+                break
+            same += 1
+        first = sum(rows for _, rows in self._parts[:same])
+        del self._parts[same:]
+        found: list[tuple[int, Row]] = []
+        while (info := infos.get((part := segment(self._path, len(self._parts))).name)) is not None:
+            rows = [
+                (hash(line), row)
+                for line in part.read_bytes().splitlines(keepends=True)
+                if (row := _parse(line)) is not None
+            ]
+            self._parts.append(((info.size, info.mtime_ns), len(rows)))
+            found += rows
+        pairs = zip(self._given[first:], found, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1][0], pairs))
+        kept = first + common
+        self._given[kept:] = [number for number, _ in found[common:]]
+        return kept, [row for _, row in found[common:]]
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None

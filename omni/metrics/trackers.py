@@ -1,0 +1,309 @@
+"""Where curves are shown: TensorBoard, and W&B, MLflow and SwanLab, each as the same few calls.
+
+A package is imported when its tracker is opened, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from omni.config import Config, ConfigError
+from omni.storage.path import ObjectPath, Place
+
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "swanlab": "swanlab"}  # by module
+PROJECT = "omni"  # where the environment names no other
+_SKIPPED = {"kind", "step", "steps", "examples"}
+_GROUPS = {
+    **dict.fromkeys(("epoch", "seconds", "bins", "utterances", "skipped"), "progress"),
+    **dict.fromkeys(
+        (
+            *("audio_seconds_per_second", "tokens_per_second", "data_wait_fraction", "busy"),
+            *("load_seconds", "encode_seconds", "encoded_audio_seconds", "step_seconds"),
+        ),
+        "throughput",
+    ),
+}
+_ON_TOP = {"phases", "layers"}  # groups of their own
+_UPLOAD_SECONDS = 30.0  # between two copies of TensorBoard's files into object storage
+_MLFLOW_BATCH = 100  # the most parameters that it takes at a time
+
+
+class Tracker(Protocol):
+    """An open run of a tracker. Any exception that it raises ends its part in the run."""
+
+    def rewind(self, step: int) -> None:
+        """What it has of `step` and later is void: those steps come again."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+        """What the model wrote, and what was said: `reference` and `hypothesis`."""
+
+    def flush(self) -> None: ...
+
+    def close(self, complete: bool) -> None: ...
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ConfigError naming the first package that is not installed, or has no place."""
+    for name in config.run.trackers:
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"run.trackers: {name} is not installed here: pip install {PACKAGES[name]}"
+            )
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        if name == "mlflow" and isinstance(config.run_dir, ObjectPath) and not server:
+            raise ConfigError(
+                "run.trackers: mlflow needs MLFLOW_TRACKING_URI where run.storage is a bucket: its "
+                "own database is a file"
+            )
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a row of metrics.jsonl by the names they have in trackers: group/name."""
+    dev = row.get("kind") == "eval"
+    found = {}
+    for key, value in row.items():
+        if key in _SKIPPED or (dev and key in ("epoch", "seconds")):  # the train rows have them
+            continue
+        if dev and key not in _ON_TOP:
+            name = f"dev/{key.removeprefix('dev_')}"
+        else:
+            name = key if key in _ON_TOP else f"{_GROUPS.get(key, 'train')}/{key}"
+        found.update(flat(value, name))
+    return {name: float(v) for name, v in found.items() if _is_figure(v)}
+
+
+def results(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of summary.json, likewise."""
+    return {name: float(v) for name, v in flat(summary, "summary").items() if _is_figure(v)}
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with names joined by slashes."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    nested = (flat(v, f"{name}/{k}" if name else str(k)) for k, v in value.items())
+    return {key: item for part in nested for key, item in part.items()}
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, without credentials."""
+    values = flat(yaml.safe_load(config.to_yaml()))
+    return {key.replace("/", "."): value for key, value in values.items()}
+
+
+class Scratch:
+    """A folder on this machine for packages that write files, and where they are to be kept: the
+    same one, or object storage.
+    """
+
+    def __init__(self, kept: Place) -> None:
+        self._kept = kept
+        self._sizes: dict[Path, int] = {}
+        if isinstance(kept, Path):
+            self.folder = kept
+        else:
+            self._temporary = tempfile.TemporaryDirectory(prefix="omni-trackers-")
+            self.folder = Path(self._temporary.name)
+
+    def upload(self) -> None:
+        """What is new, or has grown. Raises OSError."""
+        if isinstance(self._kept, Path):
+            return
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and self._sizes.get(path) != (size := path.stat().st_size):
+                (self._kept / path.relative_to(self.folder).as_posix()).upload(path)
+                self._sizes[path] = size
+
+
+class TensorBoard:
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._kept = Scratch(config.run_dir / "tensorboard")
+        self._uploaded = time.monotonic()
+        self._from = 0
+        self._writer: Any = None
+        self._described = False
+
+    def rewind(self, step: int) -> None:
+        self.close(False)
+        self._from = step
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        writer = self._open()
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+
+    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+        lines = (
+            f"    {kind}  {' '.join(example[key].split())}"  # indented: shown as it is
+            for example in examples
+            for kind, key in (("said ", "reference"), ("wrote", "hypothesis"))
+        )
+        self._open().add_text("dev/examples", "\n".join(lines), step)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+            if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+                self._kept.upload()
+                self._uploaded = time.monotonic()
+
+    def close(self, complete: bool) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self._kept.upload()
+
+    def _open(self) -> Any:
+        """A writer whose file hides what others hold of `self._from` and later."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard.summary import hparams
+
+            self._writer = SummaryWriter(str(self._kept.folder), purge_step=self._from)
+            if not self._described:
+                self._described = True
+                shown = self._config.to_yaml().replace("\n", "\n    ")
+                self._writer.add_text("config", f"    {shown}", self._from)
+                kinds = (bool, int, float, str)
+                values = {
+                    name: value if isinstance(value, kinds) else json.dumps(value)
+                    for name, value in _settings(self._config).items()
+                }
+                for part in hparams(values, {"train/loss": 0, "dev/loss": 0, "dev/wer": 0}):
+                    self._writer.file_writer.add_summary(part)
+        return self._writer
+
+
+class Wandb:
+    def __init__(self, config: Config, folder: Path, id: str | None) -> None:
+        import wandb
+
+        # Another one for a run that is trained again in an emptied folder.
+        self.id = id or f"{config.run.name[:100]}-{secrets.token_hex(4)}"
+        self._table = wandb.Table
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=config.run.name,
+            id=self.id,
+            resume="allow",
+            dir=str(folder),
+            config=yaml.safe_load(config.to_yaml()),
+            allow_val_change=True,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )
+        # W&B's own step never goes back, ours does after a crash: it is a metric like others.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def rewind(self, step: int) -> None: ...
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+        rows = [[example["reference"], example["hypothesis"]] for example in examples]
+        table = self._table(columns=["said", "wrote"], data=rows)
+        self._run.log({"step": step, "dev/examples": table})
+
+    def flush(self) -> None: ...
+
+    def close(self, complete: bool) -> None:
+        self._run.finish(exit_code=0 if complete else 1)
+
+
+class Mlflow:
+    def __init__(self, config: Config, folder: Path, id: str | None) -> None:
+        # Of its own, it tries a server that is silent for a quarter of an hour.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        here = f"sqlite:///{config.run_dir.parent / 'mlflow.db'}"
+        self._metric = Metric
+        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or here)
+        if id is not None:
+            self.id = id
+            self._client.update_run(id, status="RUNNING")
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        self.id = self._client.create_run(experiment, run_name=config.run.name).info.run_id
+        params = [Param(key, str(value)) for key, value in _settings(config).items()]
+        for first in range(0, len(params), _MLFLOW_BATCH):
+            self._client.log_batch(self.id, params=params[first : first + _MLFLOW_BATCH])
+
+    def rewind(self, step: int) -> None: ...
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            self._metric(re.sub(r"[^\w./ -]", "_", name), value, now, step)
+            for name, value in scalars.items()
+        ]
+        self._client.log_batch(self.id, metrics=metrics)
+
+    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+        """Would need a store for files, which not every server has."""
+
+    def flush(self) -> None: ...
+
+    def close(self, complete: bool) -> None:
+        self._client.set_terminated(self.id, status="FINISHED" if complete else "KILLED")
+
+
+class SwanLab:
+    def __init__(self, config: Config, folder: Path, id: str | None) -> None:
+        import swanlab
+
+        self.id = id or secrets.token_hex(11)[:21]  # older versions take no other length
+        self._text = swanlab.Text
+        self._run: Any = swanlab.init(
+            project=os.environ.get("SWANLAB_PROJ_NAME", PROJECT),
+            experiment_name=config.run.name,
+            id=self.id,
+            resume="allow",
+            logdir=str(folder / "swanlab"),
+            config=yaml.safe_load(config.to_yaml()),
+        )
+
+    def rewind(self, step: int) -> None: ...
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+        texts = [self._text(f"said: {e['reference']}\nwrote: {e['hypothesis']}") for e in examples]
+        self._run.log({"dev/examples": texts}, step=step)
+
+    def flush(self) -> None: ...
+
+    def close(self, complete: bool) -> None:
+        self._run.finish() if complete else self._run.finish(state="aborted")
+
+
+OPEN: dict[str, Callable[[Config, Path, str | None], Tracker]] = {
+    "wandb": Wandb,
+    "mlflow": Mlflow,
+    "swanlab": SwanLab,
+}

@@ -1,0 +1,245 @@
+"""nanochat's GPT, for packed sequences of text and soft tokens.
+
+Rotary positions, QK norm, grouped heads, relu^2 MLP, value embeddings, smear, per-layer residual
+scalars, backout, sliding windows and a logit softcap, with nanochat's initialisation and
+state-dict names, so that its checkpoints fit. B batch, T positions, C = n_embd, H = n_head,
+G = n_kv_head, D = C / H, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from omni.model.lm.gpt_block import (
+    ROTARY_BASE,
+    SMEAR_GATE_CHANNELS,
+    Block,
+    GPTConfig,
+    KVCache,
+    rms,
+)
+from omni.model.loss import token_losses
+from omni.model.packed_attention import SegmentLayout
+
+SOFTCAP = 15.0
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: GPTConfig, with_value: list[int]) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, i, i in with_value) for i in range(config.n_layer))
+
+
+class GPT(nn.Module):
+    """nanochat's language model with a hook for soft tokens.
+
+    dropout: on embeddings and on each residual branch, in training only (nanochat has none; small
+    speech corpora need it).
+    """
+
+    def __init__(self, config: GPTConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = dropout
+        self._recompute = False
+        vocabulary, width = config.padded_vocab_size, config.n_embd
+        kv_width = config.n_kv_head * (width // config.n_head)
+        with_value = [i for i in range(config.n_layer) if i % 2 == (config.n_layer - 1) % 2]
+        self.transformer = Transformer(config, with_value)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(vocabulary, kv_width) for i in with_value}
+        )
+        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        self.smear_gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """nanochat's: embedding 0.8, matrices uniform of std 1/sqrt(C), outputs zero."""
+        bound = math.sqrt(3.0 / self.config.n_embd)
+        self.transformer.wte.weight.normal_(0.0, 0.8, generator=generator)
+        self.lm_head.weight.normal_(0.0, 0.001, generator=generator)
+        for table in self.value_embeds.parameters():
+            table.uniform_(-bound, bound, generator=generator)
+        for block in self.blocks():
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                linear.weight.uniform_(-bound, bound, generator=generator)
+            block.mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if block.attn.ve_gate is not None:
+                block.attn.ve_gate.weight.uniform_(0.0, 0.02, generator=generator)
+        self.smear_gate.weight.uniform_(0.0, 0.02, generator=generator)
+        depth = torch.linspace(0, 1, self.config.n_layer)
+        self.resid_lambdas.copy_(1.15 - 0.10 * depth)
+        self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+
+    def blocks(self) -> list[Block]:
+        return [block for block in self.transformer.h if isinstance(block, Block)]
+
+    def embedding_matrix(self) -> Tensor:
+        """(V, C), as stored."""
+        return self.transformer.wte.weight
+
+    def embed(self, idx_BT: Tensor) -> Tensor:
+        """Normed token embeddings (B, T, C): the place where soft tokens enter."""
+        return rms(self.transformer.wte(idx_BT))
+
+    def trunk(
+        self,
+        x_BTC: Tensor,
+        idx_BT: Tensor,
+        layout: SegmentLayout,
+        value_mask_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """All blocks over embeddings x: the normed final hidden states (B, T, C).
+
+        value_mask_BT: False where a position has no token id (a soft token), hence no value
+        embedding; None means every position has one.
+        """
+        if cache is not None and x_BTC.shape[1] > 1 and cache.last_embedding_BC is not None:
+            raise ValueError("a cache that holds a prefix is continued one position at a time")
+        previous = layout.shift(x_BTC)
+        if cache is not None and x_BTC.shape[1] == 1 and cache.last_embedding_BC is not None:
+            previous = cache.last_embedding_BC[:, None]
+        if cache is not None:
+            cache.last_embedding_BC = layout.last(x_BTC)
+        gate = torch.sigmoid(self.smear_gate(x_BTC[..., :SMEAR_GATE_CHANNELS]))
+        x = self._drop(x_BTC + self.smear_lambda * gate * previous)
+
+        cos_sin = self._rotary(layout.positions_BT, x)
+        x0, middle = x, x
+        for i, (block, window) in enumerate(zip(self.blocks(), self.config.windows(), strict=True)):
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            value = self._value(i, idx_BT, value_mask_BT)
+            if self._recompute and cache is None and torch.is_grad_enabled():
+                arguments = (value, cos_sin, layout, window, None)
+                x = checkpoint(self._through, x, block, *arguments, use_reentrant=False)
+            else:
+                x = self._through(x, block, value, cos_sin, layout, window, cache)
+            if i == self.config.n_layer // 2:
+                middle = x
+        if cache is not None:
+            cache.lengths_B = layout.next_positions()
+        return rms(x - self.backout_lambda * middle)
+
+    def _through(
+        self,
+        x: Tensor,
+        block: Block,
+        value: Tensor | None,
+        cos_sin: tuple[Tensor, Tensor],
+        layout: SegmentLayout,
+        window: int,
+        cache: KVCache | None,
+    ) -> Tensor:
+        x = x + self._drop(block.attn(rms(x), value, cos_sin, layout, window, cache))
+        return x + self._drop(block.mlp(rms(x)))
+
+    def recompute(self) -> None:
+        """Keep layers' inputs only, and compute the rest again for the backward pass."""
+        self._recompute = True
+
+    def shards(self) -> list[nn.Module]:
+        """What FSDP gathers one at a time; the trunk calls a block's two halves by themselves."""
+        return [half for block in self.blocks() for half in (block.attn, block.mlp)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped fp32 logits (..., V) of normed hidden states (..., C)."""
+        raw = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        return SOFTCAP * torch.tanh(raw / SOFTCAP)
+
+    def loss(self, hidden_SC: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each of S supervised positions, and which are predicted rightly."""
+        return token_losses(self.logits, self.config.padded_vocab_size, hidden_SC, targets_S)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits (B, T, V) in fp32, or with targets the cross-entropy.
+
+        idx, targets: (B, T) token ids; targets of -1 are ignored.
+        audio_features: soft tokens already of width C. Without `audio_mask`, (B, N, C) is
+        prepended to the text, LLaVA-style, and logits and targets cover N + T positions (targets
+        of the audio are ignored). With `audio_mask` (B, T), (M, C) replaces the M masked positions
+        in row-major order, whose ids are ignored.
+        segments: (B, T) utterance numbers of a packed row, 0 for padding; nothing crosses from one
+        to the next. None: each row is one sequence.
+        """
+        x = self.embed(idx)
+        if audio_features is not None and audio_mask is None:
+            batch, count = audio_features.shape[:2]
+            x = torch.cat((audio_features.to(x.dtype), x), dim=1)
+            idx = F.pad(idx, (count, 0))
+            if targets is not None:
+                targets = F.pad(targets, (count, 0), value=-1)
+            audio_mask = torch.zeros_like(idx, dtype=torch.bool)
+            audio_mask[:, :count] = True
+            if segments is not None:
+                raise ValueError("prepended audio_features and segments exclude each other")
+        elif audio_features is not None and audio_mask is not None:
+            x = scatter_soft_tokens(x, audio_features, audio_mask)
+        if segments is not None:
+            layout = SegmentLayout.packed(segments)
+        else:
+            start = kv_cache.lengths_B if kv_cache is not None else None
+            layout = SegmentLayout.plain(idx.shape, idx.device, start)
+        value_mask = None if audio_mask is None else ~audio_mask
+        hidden = self.trunk(x, idx, layout, value_mask, kv_cache)
+        if targets is None:
+            return self.logits(hidden)
+        if reduction not in ("mean", "sum"):
+            logits = self.logits(hidden).flatten(0, 1)
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=reduction)
+        supervised = targets != -1
+        losses, _ = self.loss(hidden[supervised], targets[supervised])
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def _value(self, layer: int, idx_BT: Tensor, mask_BT: Tensor | None) -> Tensor | None:
+        if str(layer) not in self.value_embeds:
+            return None
+        value = self.value_embeds[str(layer)](idx_BT)
+        if mask_BT is not None:
+            value = value * mask_BT.unsqueeze(-1)
+        return value.unflatten(-1, (self.config.n_kv_head, -1))
+
+    def _rotary(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.config.n_embd // self.config.n_head
+        steps = torch.arange(0, head, 2, dtype=torch.float32, device=like.device)
+        angles = positions_BT.float()[..., None] * ROTARY_BASE ** (-steps / head)
+        dtype = (
+            torch.get_autocast_dtype(like.device.type)
+            if torch.is_autocast_enabled(like.device.type)
+            else like.dtype
+        )
+        return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
+
+
+def scatter_soft_tokens(x_BTC: Tensor, audio_MC: Tensor, mask_BT: Tensor) -> Tensor:
+    """Put M soft tokens at the M True positions of mask, in row-major order."""
+    flat = x_BTC.flatten(0, 1)
+    where = mask_BT.flatten().nonzero().squeeze(1)
+    return flat.index_copy(0, where, audio_MC.to(flat.dtype)).view_as(x_BTC)

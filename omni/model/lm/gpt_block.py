@@ -1,0 +1,163 @@
+"""nanochat's GPT, part by part: its shape, attention, MLP, and the cache for decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni.model.packed_attention import SegmentLayout
+
+ROTARY_BASE = 100_000.0
+QK_SCALE = 1.2
+VALUE_GATE_CHANNELS = 12
+SMEAR_GATE_CHANNELS = 24
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """nanochat's `model_config`, field for field."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"head width {self.n_embd // self.n_head} is odd; rotary needs pairs")
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+            )
+        if self.n_embd < SMEAR_GATE_CHANNELS:
+            raise ValueError(
+                f"n_embd {self.n_embd} is under {SMEAR_GATE_CHANNELS} (the smear gate)"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern {self.window_pattern!r}: expected letters S and L")
+
+    @property
+    def width(self) -> int:
+        return self.n_embd
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 64) * 64
+
+    def windows(self) -> list[int]:
+        """Left positions each layer sees besides itself; the last layer always sees all."""
+        short = -(-(self.sequence_len // 4) // 128) * 128
+        pattern = self.window_pattern
+        letters = [pattern[i % len(pattern)] for i in range(self.n_layer)]
+        letters[-1] = "L"
+        return [short if letter == "S" else self.sequence_len for letter in letters]
+
+
+def rms(x: Tensor) -> Tensor:
+    """RMS normalisation over the last axis, without a weight."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotate(x_BTHD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding over half-split pairs, a rotation by minus theta as in nanochat."""
+    cos, sin = cos_sin
+    x1, x2 = x_BTHD.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class KVCache:
+    """Keys, values and the smear's last embedding of B sequences while they are decoded."""
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor) -> None:
+        head = config.n_embd // config.n_head
+        shape = (config.n_layer, batch, capacity, config.n_kv_head, head)
+        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.zeros_like(self.k)
+        self.lengths_B = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.last_embedding_BC: Tensor | None = None
+
+    def store(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor, positions_BT: Tensor) -> None:
+        rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+        self.k[layer][rows, positions_BT] = k_BTGD.to(self.k.dtype)
+        self.v[layer][rows, positions_BT] = v_BTGD.to(self.v.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, has_value_embedding: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head = config.n_embd // config.n_head
+        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head, bias=False)
+        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head, bias=False)
+        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.ve_gate = (
+            nn.Linear(VALUE_GATE_CHANNELS, self.n_kv_head, bias=False)
+            if has_value_embedding
+            else None
+        )
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        value_BTGD: Tensor | None,
+        cos_sin: tuple[Tensor, Tensor],
+        layout: SegmentLayout,
+        window: int,
+        cache: KVCache | None,
+    ) -> Tensor:
+        batch, length, width = x_BTC.shape
+        q = self.c_q(x_BTC).view(batch, length, self.n_head, self.head)
+        k = self.c_k(x_BTC).view(batch, length, self.n_kv_head, self.head)
+        v = self.c_v(x_BTC).view(batch, length, self.n_kv_head, self.head)
+        if self.ve_gate is not None and value_BTGD is not None:
+            gate = 3.0 * torch.sigmoid(self.ve_gate(x_BTC[..., :VALUE_GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value_BTGD.to(v.dtype)
+        q = (rms(rotate(q, cos_sin)) * QK_SCALE).to(v.dtype)
+        k = (rms(rotate(k, cos_sin)) * QK_SCALE).to(v.dtype)
+        if cache is not None:
+            cache.store(self.layer, k, v, layout.positions_BT)
+        if cache is not None and length == 1:
+            out = self._decode(q, cache, window)
+        else:
+            out = layout.attend(q, k, v, window)
+        return self.c_proj(out.reshape(batch, length, width))
+
+    def _decode(self, q_B1HD: Tensor, cache: KVCache, window: int) -> Tensor:
+        """One new position per row against the cache, which already holds that position."""
+        seen = int(cache.lengths_B.max()) + 1
+        k, v = cache.k[self.layer][:, :seen], cache.v[self.layer][:, :seen]
+        repeats = self.n_head // self.n_kv_head
+        k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
+        distance = cache.lengths_B[:, None] - torch.arange(seen, device=k.device)
+        visible = (distance >= 0) & (distance <= window)
+        out = F.scaled_dot_product_attention(
+            q_B1HD.transpose(1, 2), k, v, attn_mask=visible[:, None, None, :]
+        )
+        return out.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width, bias=False)
+        self.c_proj = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, has_value_embedding: bool) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer, has_value_embedding)
+        self.mlp = MLP(config.n_embd)

@@ -1,0 +1,86 @@
+"""Low-rank adapters (peft) in a frozen language model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from omni.model.lm.gpt import GPT
+
+GPT_TARGETS = ("c_q", "c_k", "c_v", "c_proj", "c_fc")
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """rank and alpha (the update is scaled by alpha / rank), and the names of the linear layers
+    that get one; none: all of the transformer's.
+    """
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...] = ()
+
+
+def add_lora(lm: nn.Module, shape: LoraShape, seed: int = 0) -> None:
+    """Freeze `lm` and put adapters into it, in fp32. They begin as nothing: B is zero.
+
+    Raises ValueError where no layer has such a name.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets: str | list[str] = list(shape.targets)
+    if not targets:
+        targets = list(GPT_TARGETS) if isinstance(lm, GPT) else _linears(lm)
+    config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, lm)
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def without_adapters(lm: nn.Module) -> Iterator[None]:
+    """The language model as it came, while the context lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    trains = [p for p in lm.parameters() if p.requires_grad]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+        for parameter in lm.parameters():  # peft switches these as well
+            parameter.requires_grad_(False)
+        for parameter in trains:
+            parameter.requires_grad_(True)
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def merge_lora(lm: nn.Module) -> None:
+    """Add the adapters to the weights that they adapt, and remove them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(lm.get_submodule(parent), last, module.get_base_layer())
+
+
+def _linears(lm: nn.Module) -> list[str]:
+    """Last names of the linear layers but the output head."""
+    names = {name for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+    return sorted({name.rpartition(".")[2] for name in names if not name.endswith("lm_head")})

@@ -1,0 +1,134 @@
+"""Language models that are trained already: where they are, their tokenizers, their weights.
+
+nanochat:DIR[@STEP]       a checkpoint folder of nanochat, its newest step if none is named
+hf:DIR                    a folder in transformers layout, or with one GGUF file
+hf:ID[@REVISION]          the same from Hugging Face; ms:ID[@REVISION] from ModelScope
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from omni.model.download import HubModel, SourceError, fetch, first_line
+from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.lm.hf import HFConfig, HFLanguageModel, gguf_argument, load_pretrained, read_config
+from omni.model.lm.nanochat import find_nanochat, find_tokenizer, load_nanochat
+from omni.model.speech_lm import LMSource, OmniConfig
+from omni.model.tokenizer import SpeechTokenizer
+
+_LM_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model"]
+_WEIGHTS = (["model*.safetensors"], ["*.gguf"])
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A language model that was found: its shape, and what its checkpoint is called."""
+
+    shape: GPTConfig | HFConfig
+    source: LMSource
+    tokenizer: SpeechTokenizer | None  # None: `tokenizer.path` has to name one
+
+
+def find_pretrained(uri: str, with_tokenizer: bool = True) -> Pretrained:
+    """Shape, identity and tokenizer; weights are hashed, not loaded. Raises SourceError."""
+    kind, folder, step = _locate(uri)
+    if kind == "nanochat":
+        shape, path = find_nanochat(folder, step)
+        tokenizer = _nanochat_tokenizer(folder) if with_tokenizer else None
+        return Pretrained(shape, LMSource(uri, _digest([path])), tokenizer)
+    found = read_config(folder)
+    tokenizer = hf_tokenizer(folder) if with_tokenizer else None
+    return Pretrained(found, LMSource(uri, _digest(_weight_files(folder))), tokenizer)
+
+
+def load_lm(config: OmniConfig, frozen: torch.dtype | None = None) -> GPT | HFLanguageModel | None:
+    """The pretrained language model of `config`, or None where it has none.
+
+    frozen: the dtype of weights that nobody trains; None: fp32, as masters are.
+    Raises SourceError, also where the weights are not those that `config` was made with.
+    """
+    if config.source is None:
+        return None
+    uri = config.source.uri
+    kind, folder, step = _locate(uri)
+    path = find_nanochat(folder, step)[1] if kind == "nanochat" else None
+    held = _digest([path] if path is not None else _weight_files(folder))
+    if held != config.source.fingerprint:
+        raise SourceError(f"{uri}: its weights are not those that were trained with")
+    if kind == "nanochat":
+        model = load_nanochat(folder, step).train()
+        return model if frozen is None else model.to(frozen)
+    assert isinstance(config.lm, HFConfig)
+    lm = HFLanguageModel(config.lm, load_pretrained(folder, frozen or torch.float32))
+    lm.check_head()
+    return lm
+
+
+def hf_tokenizer(folder: Path) -> SpeechTokenizer:
+    """The tokenizer of a model's folder. Raises SourceError."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, **gguf_argument(folder))
+        inner = found.backend_tokenizer
+    except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
+        raise SourceError(f"{folder}: no fast tokenizer: {first_line(error)}") from None
+    if found.eos_token is None:
+        raise SourceError(f"{folder}: its tokenizer has no end-of-sequence token")
+    begins = found("x").input_ids[:1] == [found.bos_token_id]
+    template = found.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return SpeechTokenizer(
+        inner,
+        bos_token=found.bos_token if begins else None,
+        end_token=found.eos_token,
+        chat_template=template,
+    )
+
+
+def _nanochat_tokenizer(folder: Path) -> SpeechTokenizer:
+    path = find_tokenizer(folder)
+    try:
+        return SpeechTokenizer.load(path)
+    except (OSError, ValueError) as error:
+        raise SourceError(str(error)) from None
+
+
+def _locate(uri: str) -> tuple[str, Path, int | None]:
+    """Kind, local folder and (of nanochat) step; what is on a hub is fetched."""
+    kind, _, name = uri.partition(":")
+    if kind == "nanochat":
+        match = re.fullmatch(r"(.+?)(?:@(\d+))?", name)
+        if match is None:
+            raise SourceError(f"{uri}: expected nanochat:DIR or nanochat:DIR@STEP")
+        return kind, Path(match[1]).expanduser(), int(match[2]) if match[2] else None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return kind, folder, None
+    if name.startswith((".", "/", "~")):
+        raise SourceError(f"{uri}: no such folder")
+    model = HubModel.parse("ModelScope" if kind == "ms" else "Hugging Face", name)
+    return kind, fetch([model], _LM_FILES, _WEIGHTS), None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.gguf"))
+    if not files:
+        raise SourceError(f"{folder}: expected model*.safetensors, or one GGUF file")
+    return files
+
+
+def _digest(files: list[Path]) -> str:
+    """Of contents: the same weights in another place are the same."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

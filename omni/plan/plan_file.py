@@ -1,0 +1,95 @@
+"""What a plan was made of, kept in the run's directory: enough to make it again without the corpus.
+
+plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan);
+                            of a mixture the weight; where speeds change: name, and positions at
+                            each speed
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from omni.augment.speed import Speeds
+from omni.metrics.run_files import write_bytes
+from omni.plan.plan import Plan, make_plan
+from omni.run.prepare import Prepared
+from omni.storage.path import Place
+
+_KEY = b"omni.plan"
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    ids: list[str]
+    lengths: np.ndarray  # (n,) positions
+    index_fingerprint: str
+    seed: int
+    bin_positions: int
+    bins_per_step: int
+    speeds: Speeds | None = None
+    weights: np.ndarray | None = None  # (n,) occurrences in an epoch
+
+    def plan(self, steps: int) -> Plan:
+        """The plan's first `steps` steps."""
+        return make_plan(
+            self.lengths,
+            index_fingerprint=self.index_fingerprint,
+            seed=self.seed,
+            bin_positions=self.bin_positions,
+            bins_per_step=self.bins_per_step,
+            max_steps=steps,
+            speeds=self.speeds,
+            weights=self.weights,
+        )
+
+
+def plan_path(run_dir: Place, fingerprint: str) -> Place:
+    return run_dir / "plan" / f"{fingerprint}.parquet"
+
+
+def write_plan_file(prepared: Prepared) -> None:
+    config, split = prepared.config, prepared.splits["train"]
+    path = plan_path(config.run_dir, split.plan.fingerprint)
+    if path.is_file():
+        return
+    facts: dict[str, Any] = {
+        "index_fingerprint": prepared.fingerprints["data.train"],
+        "seed": config.run.seed,
+        "bin_positions": config.optim.bin_positions,
+        "bins_per_step": config.optim.bins_per_step,
+    }
+    table = pa.table({"id": split.table["id"], "positions": pa.array(prepared.lengths, pa.int32())})
+    if prepared.weights is not None:
+        table = table.append_column("weight", pa.array(prepared.weights, pa.float64()))
+    speeds = None if split.augmentation is None else split.augmentation.speeds
+    if speeds is not None:
+        facts["speeds"] = speeds.speeds
+        table = table.append_column("name", pa.array(speeds.names))
+        for number, positions in enumerate(speeds.positions):
+            table = table.append_column(f"positions {number}", pa.array(positions))
+    path.parent.mkdir(exist_ok=True)
+    made = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), made)
+    write_bytes(path, made.getvalue().to_pybytes())
+
+
+def read_plan_file(path: Place) -> PlanFile:
+    """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
+    with path.open("rb") as file:
+        table = pq.read_table(file)
+    facts = json.loads((table.schema.metadata or {})[_KEY])
+    weights = table["weight"].to_numpy() if "weight" in table.column_names else None
+    lengths = table["positions"].to_numpy().astype(np.int64)
+    factors = facts.pop("speeds", None)
+    speeds = None
+    if factors is not None:
+        positions = np.stack([table[f"positions {n}"].to_numpy() for n in range(len(factors))])
+        names = table["name"].to_numpy()
+        speeds = Speeds(tuple(factors), positions, lengths, names, facts["seed"])
+    return PlanFile(table["id"].to_pylist(), lengths, speeds=speeds, weights=weights, **facts)

@@ -1,0 +1,205 @@
+"""Was every utterance of every epoch trained exactly once? The books of a run against its plan.
+
+Reads only the run's directory: the plan is made again from `plan/`, the ledger says what each step
+took, events.jsonl which attempt followed which plan, the newest checkpoint how far it got.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from omni.checkpoint.checkpoint import newest_checkpoint, read_state
+from omni.metrics.run_files import read_events, read_json_lines
+from omni.plan.plan import Plan, passes
+from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
+from omni.storage.path import Place
+
+_SHOWN = 10  # steps or ids in a message
+
+
+class AuditError(RuntimeError):
+    """A run's directory lacks what an audit needs; the message names it."""
+
+
+@dataclass
+class Audit:
+    """What was found. `problems` is empty where every utterance counts exactly once."""
+
+    steps: int = 0  # of the newest checkpoint
+    bins: int = 0
+    utterances: int = 0  # trained, counted as often as they were
+    epochs: float = 0.0
+    attempts: int = 0
+    redone: int = 0  # steps that a fault made the run repeat
+    later: int = 0  # steps in the books after the newest checkpoint
+    skipped: dict[int, str] = field(default_factory=dict)  # steps without an update, with reasons
+    rejected: int = 0  # times that an utterance was left out of its bin
+    plans: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def audit(run_dir: Place) -> Audit:
+    """Check a run. Raises AuditError where there is nothing to check."""
+    path = newest_checkpoint(run_dir / "checkpoints")
+    if path is None:
+        raise AuditError(f"{run_dir}: no checkpoint: nothing counts yet")
+    state = read_state(path).state
+    found = Audit(steps=state.step)
+    events = read_events(run_dir)
+    attempts = [row for row in events if row["event"] == "attempt"]
+    found.attempts = len(attempts)
+    found.redone = sum(int(row.get("redone") or 0) for row in attempts)
+    ledger = _ledger(run_dir, found)
+    rejected = {r["id"] for r in read_json_lines(run_dir / "rejects.jsonl") if "step" in r}
+    trained: Counter[int] = Counter()
+    for first, last, fingerprint in _segments(attempts, state.step):
+        file = _plan_file(run_dir, fingerprint)
+        plan = file.plan(last)
+        if plan.fingerprint != fingerprint:
+            found.problems.append(f"plan/{fingerprint}.parquet makes plan {plan.fingerprint}")
+            continue
+        found.plans.append(fingerprint)
+        for step in range(first + 1, last + 1):
+            trained.update(_check_step(step, plan, file, ledger.get(step, []), rejected, found))
+        _check_epochs(plan, file, found)
+        found.epochs = plan.epoch(last * plan.bins_per_step)
+        if last == state.step and state.bins_consumed != last * plan.bins_per_step:
+            found.problems.append(
+                f"the checkpoint of step {last} says {state.bins_consumed} bins, "
+                f"the plan {last * plan.bins_per_step}"
+            )
+    if len(found.plans) == 1 and not found.problems and file.weights is None:
+        _check_counts(trained, found)
+    found.later = sum(step > state.step for step in ledger)
+    found.utterances = trained.total()
+    _check_metrics(run_dir, state.step, found)
+    return found
+
+
+def _segments(attempts: Sequence[dict[str, Any]], steps: int) -> list[tuple[int, int, str]]:
+    """(first, last, plan): steps first+1..last follow that plan. The last attempt to reach a step
+    is the one that counts."""
+    if not attempts:
+        raise AuditError("events.jsonl: no attempt is recorded")
+    segments: list[tuple[int, int, str]] = []
+    for row in attempts:
+        start = int(row["step"])
+        segments = [(a, min(b, start), plan) for a, b, plan in segments if a < start]
+        segments.append((start, steps, str(row["plan"])))
+    joined: list[tuple[int, int, str]] = []
+    for first, last, plan in segments:
+        if joined and joined[-1][2] == plan:
+            joined[-1] = (joined[-1][0], last, plan)
+        elif first < last:
+            joined.append((first, last, plan))
+    return [part for part in joined if part[0] < part[1]]
+
+
+def _plan_file(run_dir: Place, fingerprint: str) -> PlanFile:
+    path = plan_path(run_dir, fingerprint)
+    try:
+        return read_plan_file(path)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise AuditError(f"{path}: missing or damaged ({error})") from None
+
+
+def _ledger(run_dir: Place, found: Audit) -> dict[int, list[dict[str, Any]]]:
+    """Rows of all ranks by step."""
+    steps: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    paths: list[Place] = [*(run_dir / "ledger").glob("rank-*.jsonl")]
+    for path in sorted(paths, key=str):
+        before = 0
+        for row in read_json_lines(path):
+            try:
+                step, _, _ = int(row["step"]), int(row["bin"]), list(row["utterances"])
+            except (KeyError, TypeError, ValueError):
+                found.problems.append(f"{path.name}: {str(row)[:80]} is no ledger row")
+                continue
+            if step < before:
+                found.problems.append(f"{path.name}: step {step} stands after step {before}")
+            before = step
+            steps[step].append(row)
+    return steps
+
+
+def _check_step(
+    step: int,
+    plan: Plan,
+    file: PlanFile,
+    rows: Sequence[dict[str, Any]],
+    rejected: set[str],
+    found: Audit,
+) -> list[int]:
+    """The utterances that a step trained; whatever the plan does not say becomes a problem."""
+    first = (step - 1) * plan.bins_per_step
+    wanted = Counter(range(first, min(first + plan.bins_per_step, plan.bins)))
+    given = Counter(row["bin"] for row in rows)
+    for numbers, what in (
+        (sorted((wanted - given).elements()), "not trained"),
+        (sorted((given - wanted).elements()), "trained once too often"),
+    ):
+        if numbers:
+            found.problems.append(f"step {step}: bins {_some(numbers)} {what}")
+    trained: list[int] = []
+    for row in rows:
+        members = Counter(plan.bin(row["bin"]).tolist()) if row["bin"] < plan.bins else Counter()
+        took = Counter(row["utterances"])
+        absent = [n for n in (members - took).elements() if file.ids[n] not in rejected]
+        if absent:
+            ids = _some([file.ids[n] for n in absent])
+            found.problems.append(f"step {step}: bin {row['bin']} lacks {ids}, not rejected either")
+        if extra := sorted((took - members).elements()):
+            found.problems.append(f"step {step}: bin {row['bin']} holds utterances {_some(extra)}")
+        found.rejected += (members - took).total() - len(absent)
+        if "skipped" in row:
+            found.skipped[step] = row["skipped"]
+        trained += row["utterances"]
+    found.bins += given.total()
+    return trained
+
+
+def _check_epochs(plan: Plan, file: PlanFile, found: Audit) -> None:
+    """Each epoch of the plan is every usable utterance once, or as often as its weight says."""
+    usable = np.flatnonzero(file.lengths > 0)
+    often = "once" if file.weights is None else "as often as its weight says"
+    first = epoch = 0
+    while True:
+        wanted = usable
+        if file.weights is not None:
+            groups = passes(usable, file.weights, file.seed, epoch)
+            wanted = np.sort(np.concatenate(groups)) if groups else usable[:0]
+        if first + len(wanted) > len(plan.members):
+            return
+        part = np.sort(plan.members[first : first + len(wanted)])
+        if not np.array_equal(part, wanted):
+            found.problems.append(f"epoch {epoch} of the plan is not every utterance {often}")
+        first, epoch = first + len(wanted), epoch + 1
+
+
+def _check_counts(trained: Counter[int], found: Audit) -> None:
+    """Over a whole run the counts of two usable utterances differ by one at most, or by rejects."""
+    if trained and not found.rejected:
+        least, most = min(trained.values()), max(trained.values())
+        if most - least > 1:
+            found.problems.append(f"some utterances were trained {least} times, others {most}")
+
+
+def _check_metrics(run_dir: Place, steps: int, found: Audit) -> None:
+    logged = Counter(
+        row["step"]
+        for row in read_json_lines(run_dir / "metrics.jsonl")
+        if row.get("kind") == "train" and isinstance(row.get("step"), int)
+    )
+    if twice := sorted(step for step, count in logged.items() if count > 1 and step <= steps):
+        found.problems.append(f"metrics.jsonl: steps {_some(twice)} are logged twice")
+
+
+def _some(items: Sequence[Any]) -> str:
+    shown = ", ".join(map(str, items[:_SHOWN]))
+    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"

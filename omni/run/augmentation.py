@@ -1,0 +1,79 @@
+"""What augmentation is decided before a run starts: its corpora, every utterance's speeds, and what
+a person should know about the feature cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from omni.audio.windows import encoder_frames
+from omni.augment.augment import Augmentation
+from omni.augment.noise import Clips, read_clips
+from omni.augment.speed import Speeds, changed_length, names_of
+from omni.config import Config, ConfigError
+from omni.corpus.index import ManifestError, recordings
+from omni.storage.path import why
+from omni.stream.collate import sequence_positions
+
+
+def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:
+    """What changes the training utterances; None where nothing does.
+
+    table: the index with token ids. lengths: (n,) positions at their own speed; 0: not in the plan.
+    Raises ConfigError where a corpus of noises or rooms cannot be used.
+    """
+    settings = config.augment
+    if settings.clean_share == 1:
+        return None
+    return Augmentation(
+        settings,
+        config.run.seed,
+        None if settings.speed == [1.0] else _speeds(config, table, lengths),
+        _clips(config, "noise"),
+        _clips(config, "reverb"),
+    )
+
+
+def augmentation_notes(config: Config) -> list[str]:
+    """What the feature cache is still good for, which its owner might not expect."""
+    share = config.augment.clean_share
+    if share == 1 or config.cache is None:
+        return []
+    held = " and ".join(name for name in ("dev", "test") if getattr(config.data, name))
+    left = f", and the {share:.0%} of training audio that an epoch leaves as it is" if share else ""
+    return [f"augment: the feature cache serves only {held}{left}; the encoder runs in every epoch"]
+
+
+def _clips(config: Config, name: str) -> Clips:
+    try:
+        return read_clips(
+            getattr(config.augment, name),
+            name,
+            cache_dir=config.cache_dir,
+            allow_absolute=config.data.allow_absolute,
+        )
+    except ManifestError as error:
+        raise ConfigError(f"augment.{name}: {error}") from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"augment.{name}: {why(error)}") from error
+
+
+def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:
+    speeds = config.augment.speed
+    samples = [[r["samples"] for r in recordings(row)] for row in _places(table)]
+    ids = [len(tokens) for tokens in table["tokens"].to_pylist()]
+    positions = np.zeros((len(speeds), len(ids)), dtype=np.int32)
+    for number, speed in enumerate(speeds):
+        for i, (of_row, count) in enumerate(zip(samples, ids, strict=True)):
+            changed = [changed_length(n, speed) for n in of_row]
+            frames = [encoder_frames(n, config.encoder.mode) for n in changed]
+            need = sequence_positions(frames, count, config.model.stack)
+            positions[number, i] = need if need <= config.optim.bin_positions else 0
+    return Speeds(
+        tuple(speeds), positions, lengths, names_of(table["key"].to_pylist()), config.run.seed
+    )
+
+
+def _places(table: pa.Table) -> list[dict[str, object]]:
+    return table.select(["samples", "audios"]).to_pylist()

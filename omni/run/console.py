@@ -1,0 +1,165 @@
+"""What a person sees while a run goes on: lines of the run's own metrics file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+
+from omni.checkpoint.checkpoint import TrainState
+from omni.run.prepare import Prepared
+from omni.storage.path import Place
+
+
+class LiveView:
+    """Prints what a `Follower` of the run finds in metrics.jsonl and events.jsonl."""
+
+    seen = sys.maxsize  # what an earlier driver showed is not shown again
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._resumed_seconds = 0.0
+        self._resumed_step = 0
+
+    def header(self, prepared: Prepared, state: TrainState | None) -> None:
+        config = prepared.config
+        say = self._console.print
+        say(f"[bold]omni[/] {config.run_dir}")
+        for name, split in prepared.splits.items():
+            hours = pc.sum(split.table["samples"]).as_py() / 16_000 / 3600
+            say(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
+        plan = prepared.splits["train"].plan
+        say(
+            f"  plan   {config.optim.steps:,} steps of {config.optim.bins_per_step} x "
+            f"{config.optim.bin_positions} positions, {prepared.filled:.1%} filled, "
+            f"{plan.epoch(plan.bins):.1f} epochs"
+        )
+        if prepared.rejects:
+            first = prepared.rejects[0]
+            say(
+                f"  [yellow]{len(prepared.rejects)} rows left out[/] "
+                f"(rejects.jsonl); the first, {first.id}: {first.reason}"
+            )
+        for note in prepared.notes:
+            say(f"  [yellow]note[/] {note}")
+        if state is not None:
+            self._resumed_step, self._resumed_seconds = state.step, state.seconds
+            say(f"  continuing from step {state.step}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text)
+
+    def warn(self, text: str) -> None:
+        self._console.print(f"  [yellow]note[/] {_one_line(text)}")
+
+    def complete(self, run_dir: Place) -> None:
+        self._console.print(f"  complete; remove {run_dir} to train it again")
+
+    def footer(self, summary: dict[str, Any], report: Place) -> None:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name in (
+            "steps",
+            "best_step",
+            "train_loss",
+            "dev_loss",
+            "shuffled_audio_gap",
+            "dev_wer",
+            "test_wer",
+            "audio_seconds_per_second",
+            "data_wait_fraction",
+            "wall_seconds",
+            "rejects",
+        ):
+            value = summary.get(name)
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for split, rates in summary.get("languages", {}).items():
+            table.add_row(f"{split} by language", _by_language(rates).strip(" ()"))
+        self._console.print(table)
+        self._console.print(f"report: {report}")
+
+    def rewound(self, rows: int, step: int) -> None:
+        """The attempt that is told of says it."""
+
+    def rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        for row in rows:
+            self._console.print(self._line(row))
+            for example in row.get("examples", []):
+                self._console.print(f"         [dim]said[/]  {_one_line(example['reference'])}")
+                self._console.print(f"         [dim]wrote[/] {_one_line(example['hypothesis'])}")
+
+    def events(self, events: Sequence[dict[str, Any]]) -> None:
+        for event in events:
+            if (text := describe_event(event)) is not None:
+                self._console.print(f"{event['step'] or 0:>7} [yellow]{_plain(text)}[/]")
+
+    def _line(self, row: dict[str, Any]) -> str:
+        if row["kind"] == "note":
+            return f"{row['step']:>7} [yellow]note[/] {_plain(row['text'])}"
+        if row["kind"] == "eval":
+            wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
+            ctc = f"ctc {row['dev_ctc']:.3f}  " if "dev_ctc" in row else ""
+            return (
+                f"[bold]{row['step']:>7}[/] dev loss {row['dev_loss']:.3f}  {ctc}"
+                f"next token {row['dev_accuracy']:.1%}  shuffled-audio gap "
+                f"{row['shuffled_audio_gap']:.2f}  [bold]WER {wer}[/]"
+                f"{_by_language(row.get('dev_languages', {}))}"
+            )
+        done, total = row["step"], row["steps"]
+        pace = (row["seconds"] - self._resumed_seconds) / max(1, done - self._resumed_step)
+        listening = row["loss"] is None  # the language model was left out
+        loss = f"ctc {row['ctc']:.3f}" if listening else f"loss {row['loss']:.3f}"
+        return (
+            f"{done:>7}/{total} {loss}  lr {row['lr']:.1e}  "
+            f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
+            f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%} "
+            f"({row['limit']}-bound)  ETA {_clock(pace * (total - done))}"
+        )
+
+
+def describe_event(event: dict[str, Any]) -> str | None:
+    """One line for a person; None for what is no news."""
+    kind, reason = event["event"], str(event.get("reason", ""))
+    if kind == "attempt":
+        workers = event.get("workers")
+        start = f"continuing from step {event['step']}" if event.get("step") else "starting"
+        return f"{start} with {workers} worker{'s' * (workers != 1)}"
+    told = {
+        "failure": "an attempt failed",
+        "stalled": "no progress",
+        "moving": "starting again elsewhere",
+        "recomputed": "computing the step again",
+        "skipped": "no update in this step",
+        "checkpoint failed": "the checkpoint could not be written, training goes on",
+        "damaged checkpoint": "a damaged checkpoint was passed over",
+        "override": "going on in spite of other fingerprints",
+    }
+    return f"{told[kind]}: {reason or event.get('fields')}" if kind in told else None
+
+
+def _by_language(rates: dict[str, dict[str, Any]]) -> str:
+    """The headline of each language of an evaluation, e.g. `(fr 41.0%, zh CER 20.2%)`."""
+    said = [
+        f"{_plain(name)} {'CER ' if r['by'] == 'cer' else ''}{r[r['by']]:.1%}"
+        for name, r in rates.items()
+        if r[r["by"]] is not None
+    ]
+    return f"  ({', '.join(said)})" if said else ""
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _one_line(text: str) -> str:
+    """A model that has not learnt to stop writes pages."""
+    return _plain(" ".join(text.split()))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,122 @@
+"""The model of a run: which language model, which tokenizer and template, which shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from omni.config import Config, ConfigError
+from omni.corpus.index import Index
+from omni.model.chat_template import Template, make_template
+from omni.model.download import HubError, SourceError
+from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.hf import HFConfig
+from omni.model.lm.lora import LoraShape
+from omni.model.lm.pretrained import Pretrained, find_pretrained
+from omni.model.speech_lm import OmniConfig
+from omni.model.tokenizer import SpeechTokenizer
+from omni.storage.path import Place
+
+
+def pretrained_of(config: Config) -> Pretrained | None:
+    if config.model.lm == "scratch":
+        return None
+    try:
+        return find_pretrained(config.model.lm, with_tokenizer=config.tokenizer.path is None)
+    except HubError:
+        raise
+    except SourceError as error:
+        raise ConfigError(f"model.lm: {error}") from None
+
+
+def tokenizer_of(
+    config: Config, resume: Place | None, train: Index, lm: Pretrained | None
+) -> SpeechTokenizer:
+    """The run's own when it continues with the same settings, else the given one, else that of the
+    language model, else one trained on the corpus.
+    """
+    if resume is not None:
+        before = yaml.safe_load((resume / "config.yaml").read_text())
+        if before.get("tokenizer") == config.tokenizer.model_dump(mode="json"):
+            return SpeechTokenizer.from_json((resume / "tokenizer.json").read_text())
+    if config.tokenizer.path is not None:
+        try:
+            return SpeechTokenizer.load(config.tokenizer.path)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from None
+    if lm is not None and lm.tokenizer is not None:
+        return lm.tokenizer
+    texts = train.table["text"].to_pylist() + train.table["prompt"].to_pylist()
+    return SpeechTokenizer.train(texts, config.tokenizer.vocab_size)
+
+
+def template_of(config: Config, tokenizer: SpeechTokenizer) -> Template:
+    try:
+        return make_template(tokenizer, config.data.template)
+    except ValueError as error:
+        raise ConfigError(f"data.template: {error}") from None
+
+
+def model_of(
+    config: Config, tokenizer: SpeechTokenizer, encoder: dict[str, Any], lm: Pretrained | None
+) -> OmniConfig:
+    m = config.model
+    shape: GPTConfig | HFConfig
+    try:
+        shape = (
+            lm.shape
+            if lm is not None
+            else GPTConfig(
+                sequence_len=m.sequence_len,
+                vocab_size=tokenizer.vocab_size,
+                n_layer=m.n_layer,
+                n_head=m.n_head,
+                n_kv_head=m.n_kv_head or m.n_head,
+                n_embd=m.n_embd,
+                window_pattern=m.window_pattern,
+            )
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"tokenizer: it has {tokenizer.vocab_size} tokens, the language model "
+            f"{config.model.lm} {shape.vocab_size}"
+        )
+    context = shape.sequence_len
+    if context is not None and config.optim.bin_positions > context:
+        setting = "model.sequence_len" if lm is None else f"model.lm {config.model.lm}"
+        raise ConfigError(
+            f"optim.bin_positions: {config.optim.bin_positions}, and the model's context is "
+            f"{context} positions ({setting}); expected at most that, and optim.bins_per_block for "
+            "more at a time"
+        )
+    gpt = isinstance(shape, GPTConfig)
+    if m.dropout and not gpt:
+        raise ConfigError("model.dropout: only a GPT has it; lora and projector take none")
+    projector = m.projector or ("mlp" if gpt else "swiglu")
+    if projector == "conv" and m.stack & (m.stack - 1):
+        raise ConfigError(f"model.stack: expected a power of two for conv, got {m.stack}")
+    if config.optim.kl_weight and "lm" in m.train:
+        raise ConfigError(
+            "optim.kl_weight: the language model that reads the transcript must stay as it is; "
+            "expected model.train without lm"
+        )
+    layers = encoder["layers"]
+    return OmniConfig(
+        lm=shape,
+        feature_dim=encoder["d_model"],
+        layers=len(layers) if layers else 1,
+        stack=m.stack,
+        projector=projector,
+        projector_hidden=m.projector_hidden,
+        dropout=m.dropout,
+        token_dropout=m.token_dropout,
+        audio_dropout=m.audio_dropout,
+        ctc=config.optim.ctc_weight > 0,
+        source=None if lm is None else lm.source,
+        lora=LoraShape(m.lora_rank, m.lora_alpha or 2 * m.lora_rank, tuple(m.lora_targets))
+        if "lora" in m.train
+        else None,
+    )

@@ -1,0 +1,204 @@
+"""What can be known before any GPU is taken for long: is there room, can every node write and read
+where the run does, does a block come through, how long will it take.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from omni.cluster import nodes
+from omni.cluster.capacity import Demand, shortage, workers_that_fit
+from omni.config import Config, ConfigError
+from omni.corpus.index import recordings
+from omni.model.download import first_line
+from omni.run.encoder_actors import sized
+from omni.run.estimate import Estimate, estimate
+from omni.run.make_job import encoder_settings
+from omni.run.prepare import Prepared
+from omni.run.trial import Trial, try_pipe
+from omni.storage.folder import open_folder
+from omni.storage.path import Place, why, without_secrets
+
+_SETTLE_SECONDS = 15.0  # a cluster whose nodes are still coming up
+_NODE_SECONDS = 60.0  # for a node's answer
+
+
+def preflight(prepared: Prepared, say: Callable[[str], None], *, trial: bool) -> Prepared:
+    """Check the plan against the cluster; with `encoder.actors: auto`, choose their number.
+
+    trial: also take a block through the pipe, and say how long the run will take. A run that goes
+    on has been through that. Raises ConfigError, in one line that names the setting, and
+    RuntimeError where a block does not come through.
+    """
+    config = prepared.config
+    _check_room(config)
+    _check_nodes(prepared)
+    auto = config.encoder.actors == "auto"
+    if not trial and not auto:
+        return prepared
+    tried = try_pipe(prepared, seconds=2.0 if auto else 0.0, blocks=8 if auto else 2)
+    missing = _missing(prepared)
+    if auto:
+        prepared = sized(prepared, tried, missing)
+    expected = _estimate(prepared, tried, missing)
+    if expected is not None:
+        say(f"  before the start: a block came through; {expected}")
+    return prepared
+
+
+# -- room --------------------------------------------------------------------------------------
+
+
+def _check_room(config: Config) -> None:
+    """Raises ConfigError where the pools do not fit a cluster that has had time to come up."""
+    least, most = config.train.least, config.train.most
+    demand = Demand.of(config)
+    deadline = time.monotonic() + (_SETTLE_SECONDS if os.environ.get("RAY_ADDRESS") else 0)
+    while (problem := shortage(nodes.nodes(), demand, least, most)) is not None:
+        if _will_grow(demand, least):
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(problem)
+        time.sleep(1.0)
+
+
+def _will_grow(demand: Demand, workers: int) -> bool:
+    """Whether an autoscaler could bring what is missing."""
+    reachable = nodes.reachable()
+    if reachable is None:
+        return False
+    return all(
+        demand.worker.get(name, 0) * workers + demand.encoder.get(name, 0) * demand.encoders
+        <= reachable.get(name, 0)
+        for name in ("GPU", "CPU")
+    )
+
+
+# -- nodes -------------------------------------------------------------------------------------
+
+
+def _check_nodes(prepared: Prepared) -> None:
+    """Raises ConfigError where a node that may get work does not see what this one sees."""
+    here = ray.get_runtime_context().get_node_id()
+    others = [n for n in nodes.nodes() if n.id != here and n.resources.get("CPU")]
+    config, word = prepared.config, uuid.uuid4().hex
+    seen = {node.id: config.run_dir / f".preflight-{node.id[:12]}" for node in others}
+    answers = {}
+    for node in others:
+        strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        look: Any = ray.remote(_look).options(
+            num_cpus=0, scheduling_strategy=strategy, max_retries=1
+        )
+        answers[node.id] = look.remote(seen[node.id], word, config.cache, _needed(prepared))
+    for node in others:
+        try:
+            problem = ray.get(answers[node.id], timeout=_NODE_SECONDS)
+        except ray.exceptions.RayError as error:
+            raise RuntimeError(
+                f"node {node.address} does not answer: {first_line(error)}"
+            ) from None
+        if problem is None:
+            problem = _not_shared(seen[node.id], word, config)
+        if problem is not None:
+            raise ConfigError(problem.format(node=node.address))
+
+
+def _needed(prepared: Prepared) -> dict[str, str]:
+    """Files that every node reads, by setting."""
+    config = prepared.config
+    first = recordings(prepared.splits["train"].table.slice(0, 1).to_pylist()[0])[0]
+    needed = {"data.train": first["uri"]}
+    augmentation = prepared.splits["train"].augmentation
+    if augmentation is not None:
+        for clips in (augmentation.noise, augmentation.rooms):
+            needed |= {f"augment.{clips.kind}": clip.uri for clip in clips.clips[:1]}
+    if config.encoder.weights not in ("hub", "embedded"):
+        needed["encoder.weights"] = config.encoder.weights
+    kind, _, name = config.model.lm.partition(":")
+    if kind == "nanochat" or Path(name).is_absolute():
+        needed["model.lm"] = name.partition("@")[0]
+    return {name: path for name, path in needed.items() if "://" not in path}
+
+
+def _look(mark: Place, word: str, cache: str | None, needed: dict[str, str]) -> str | None:
+    """On a node: what it cannot do, with a place for its name. Leaves `mark` behind."""
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(word)
+    except OSError as error:
+        return f"run.storage: node {{node}} cannot write {mark.parent}: {why(error)}"
+    try:
+        if cache is not None:
+            open_folder(cache).list()
+            if "://" not in cache:
+                probe = Path(cache) / mark.name
+                probe.parent.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+                probe.unlink()
+    except OSError as error:
+        reason = why(error)
+        return f"data.cache: node {{node}} cannot use {without_secrets(cache or '')}: {reason}"
+    for setting, path in needed.items():
+        if not os.path.exists(path):
+            return f"{setting}: node {{node}} does not see {path}; expected it on every node"
+    return None
+
+
+def _not_shared(mark: Place, word: str, config: Config) -> str | None:
+    """A folder of the same name that is another one would keep that rank's books from us."""
+    deadline = time.monotonic() + 5  # a network file system may show it late
+    while True:
+        try:
+            if mark.read_text() == word:
+                mark.unlink()
+                return None
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return (
+                f"run.storage: what node {{node}} writes into {config.run_dir} is not seen here; "
+                "expected a folder that all nodes share"
+            )
+        time.sleep(0.2)
+
+
+# -- how long ----------------------------------------------------------------------------------
+
+
+def _missing(prepared: Prepared) -> float:
+    """Share of the training utterances that the cache lacks now, or is not asked for."""
+    keys = prepared.splits["train"].table["key"].to_pylist()
+    cache = encoder_settings(prepared.config, prepared.encoder).open_cache()
+    if cache is None:
+        return 1.0
+    absent = sum(key not in cache for key in keys) / len(keys)
+    return 1 - (1 - absent) * prepared.config.augment.clean_share
+
+
+def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | None:
+    if tried.block is None:
+        return None
+    config, split = prepared.config, prepared.splits["train"]
+    actors, train = config.encoder.actors, config.train
+    found = nodes.nodes()
+    alone = len(found) == 1 and not (train.gpus or config.encoder.gpus)
+    return estimate(
+        config,
+        split.plan,
+        split.table["samples"].to_numpy(),
+        workers=max(1, workers_that_fit(found, Demand.of(config), train.least, train.most)),
+        encoders=1 if actors == "auto" else actors,
+        decode_rate=tried.decode_rate,
+        encoder_rate=tried.encoder_rate,
+        block=tried.block,
+        missing=missing,
+        cores=float(os.cpu_count() or 1) if alone else None,
+    )

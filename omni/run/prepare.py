@@ -1,0 +1,314 @@
+"""Everything that is decided before a worker starts: index, tokenizer, plan, model shape.
+
+Runs on the driver, without Ray, so that a wrong config, a missing manifest or a corpus that cannot
+be used is one clear error before anything has been started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from omni.checkpoint.checkpoint import newest_checkpoint, read_state
+from omni.cluster.versions import differences
+from omni.config import Config, ConfigError
+from omni.corpus.index import Index, ManifestError
+from omni.corpus.lengths import Reject
+from omni.corpus.mixture import build_mixture
+from omni.corpus.text import TextPolicy, apply_policy
+from omni.metrics.score import normalize
+from omni.model.download import HubError, SourceError
+from omni.model.encoder.whisper import WhisperEncoder
+from omni.model.precision import has_bf16
+from omni.model.speech_lm import OmniConfig, OmniModel
+from omni.model.tokenizer import SpeechTokenizer
+from omni.plan.plan import Split, make_plan
+from omni.plan.sequences import beyond_ctc, task_names, with_tokens
+from omni.run.augmentation import augmentation_notes, augmentation_of
+from omni.run.model_setup import model_of, pretrained_of, template_of, tokenizer_of
+from omni.storage.folder import open_folder
+from omni.storage.path import Place, join, why, without_secrets
+
+
+@dataclass(frozen=True)
+class Prepared:
+    config: Config
+    splits: dict[str, Split]  # train, dev and, where given, test
+    rejects: list[Reject]  # rows that never reach the stream
+    tokenizer: SpeechTokenizer
+    template: Literal["plain", "chat"]
+    tasks: list[str]  # their numbers are those of the batches
+    model: OmniConfig
+    encoder: dict[str, Any]  # see encoder_facts
+    lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
+    weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
+    fingerprints: dict[str, str]
+    resume: Place | None  # the checkpoint that the run continues from
+    notes: list[str]  # what a person should know before it starts
+    filled: float  # share of the plan's positions that hold an utterance
+
+
+def prepare(config: Config) -> Prepared:
+    """Index the splits, make or load the tokenizer, plan every step.
+
+    Raises ConfigError, naming the field or file, for everything that is wrong with the input.
+    """
+    run = config.run_dir
+    resume = newest_checkpoint(run / "checkpoints")
+    notes = differences()
+    for name in ("train", "dev"):
+        if not getattr(config.data, name):
+            raise ConfigError(f"data.{name}: expected at least one manifest")
+    indexes = build_indexes(config)
+    encoder = encoder_facts(config, indexes["train"])
+    lm = pretrained_of(config)
+    tokenizer = tokenizer_of(config, resume, indexes["train"], lm)
+    model = model_of(config, tokenizer, encoder, lm)
+    template = template_of(config, tokenizer)
+    tasks = task_names(config, indexes)
+    splits: dict[str, Split] = {}
+    filled, planned = 0.0, np.zeros(0, dtype=np.int64)
+    weights: np.ndarray | None = None
+    rejects: list[Reject] = []
+    for name, index in indexes.items():
+        table, lengths, too_long = with_tokens(index, template, tasks, config)
+        rejects += [*index.rejects, *too_long]
+        bad, rows = len(index.rejects) + len(too_long), len(index) + len(index.rejects)
+        if name == "train" and bad > config.data.max_rejects * rows:
+            worst = (index.rejects + too_long)[0]
+            raise ConfigError(
+                f"data.max_rejects: {bad} of {rows} rows of data.train cannot be used, more than "
+                f"{config.data.max_rejects:.0%}; the first, {worst.id}: {worst.reason}: "
+                f"{worst.detail}"
+            )
+        if name != "train":
+            lengths[config.eval.max_utterances :] = 0
+        augmentation = augmentation_of(config, table, lengths) if name == "train" else None
+        speeds = None if augmentation is None else augmentation.speeds
+        train = name == "train"
+        try:
+            plan = make_plan(
+                lengths,
+                index_fingerprint=index.fingerprint,
+                seed=config.run.seed,
+                bin_positions=config.optim.bin_positions,
+                bins_per_step=config.optim.bins_per_step if train else 1,
+                epochs=None if train else 1,
+                max_steps=config.optim.steps if train else None,
+                speeds=speeds,
+                weights=index.weights,
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.{name}: {error} (optim.bin_positions)") from None
+        splits[name] = Split(name, table, plan, augmentation)
+        if train:
+            planned = lengths
+            weights = index.weights
+            shortest = lengths if speeds is None else speeds.shortest
+            beyond = beyond_ctc(table, shortest) if config.optim.ctc_weight else 0
+            if beyond:
+                fast = "" if speeds is None else " at their fastest"
+                notes.append(
+                    f"CTC learns nothing from {beyond} of {len(index)} utterances{fast}: they have "
+                    "more tokens than soft tokens (model.stack)"
+                )
+            filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
+    notes += _overlap(indexes) + augmentation_notes(config) + _precision_notes(config)
+    augmentation = splits["train"].augmentation
+    fingerprints = {
+        "data.train": indexes["train"].fingerprint,
+        "tokenizer": hashlib.blake2b(tokenizer.to_json().encode(), digest_size=12).hexdigest(),
+        "plan": splits["train"].plan.fingerprint,
+        "model": hashlib.blake2b(
+            json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
+        ).hexdigest(),
+        "encoder": " ".join(_identity(encoder)),
+        "augment": "" if augmentation is None else augmentation.identity,
+    }
+    return Prepared(
+        config,
+        splits,
+        rejects,
+        tokenizer,
+        template.kind,
+        tasks,
+        model,
+        encoder,
+        planned,
+        weights,
+        fingerprints,
+        resume,
+        notes,
+        filled,
+    )
+
+
+def build_indexes(config: Config) -> dict[str, Index]:
+    """The index of each split that the config names. Raises ConfigError."""
+    try:
+        if config.cache is not None:
+            open_folder(join(config.cache, "encoder"))
+    except (OSError, ValueError, NotImplementedError) as error:
+        reason = without_secrets(str(error))
+        raise ConfigError(f"data.cache: expected a folder or a URI: {reason}") from None
+    if config.cache_dir is not None:  # measured lengths go there
+        try:
+            config.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            within = str(config.cache_dir).startswith(str(config.run_dir.parent))
+            setting, where = (
+                ("run.storage", config.run_dir.parent)
+                if within
+                else ("data.cache", config.cache_dir)
+            )
+            raise ConfigError(f"{setting}: {where} cannot be written: {why(error)}") from None
+    policy = TextPolicy.of(config.data.model_dump())
+    try:
+        indexes = {
+            name: build_mixture(
+                specs,
+                prompt=config.data.prompt,
+                cache_dir=config.cache_dir,
+                allow_absolute=config.data.allow_absolute,
+            )
+            for name, specs in (
+                ("train", config.data.train),
+                ("dev", config.data.dev),
+                ("test", config.data.test),
+            )
+            if specs
+        }
+    except ManifestError as error:
+        raise ConfigError(f"data: {error}") from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"data: {why(error)}") from error
+    try:
+        indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
+    except ValueError as error:
+        raise ConfigError(f"data.language_tag: {error}") from None
+    if without := [name for name, index in indexes.items() if not len(index)]:
+        raise ConfigError(f"data.punctuation: no text is left of data.{without[0]}")
+    return indexes
+
+
+def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
+    """What made the features, and how long the utterances were: checkpoints keep it."""
+    settings = config.encoder
+    source = None if settings.weights == "hub" else settings.weights
+    try:
+        encoder = WhisperEncoder(
+            source,
+            mode=settings.mode,
+            margin_seconds=settings.margin_seconds,
+            layers=settings.layers,
+        )
+    except HubError:
+        raise
+    except (SourceError, ValueError) as error:
+        raise ConfigError(f"encoder.weights: {error}") from None
+    return {
+        "source": settings.weights,
+        "mode": settings.mode,
+        "margin_seconds": settings.margin_seconds,
+        "dtype": settings.dtype,
+        "format": settings.format,
+        "fingerprint": encoder.fingerprint,
+        "d_model": encoder.d_model,
+        "layers": encoder.layer_ids,
+        "n_mels": encoder.n_mels,
+        "longest_seconds": float(np.quantile(train.table["samples"].to_numpy(), 0.99)) / 16_000,
+    }
+
+
+def encoder_key(encoder: dict[str, Any]) -> str:
+    """Names the folder of features that this encoder makes."""
+    return "-".join(_identity(encoder))
+
+
+def _identity(encoder: dict[str, Any]) -> list[str]:
+    """What two encoders must share to make the same features."""
+    names = ["fingerprint", "mode", "margin_seconds", "dtype"]
+    names += ["format"] if encoder["format"] != "exact" else []
+    identity = [str(encoder[name]) for name in names]
+    layers = encoder.get("layers")
+    return identity + (["layers" + ".".join(map(str, layers))] if layers else [])
+
+
+def _precision_notes(config: Config) -> list[str]:
+    on_cpu = {
+        "train.precision": config.train.precision if not config.train.gpus else None,
+        "encoder.dtype": config.encoder.dtype if not config.encoder.gpus else None,
+    }
+    settings = [name for name, wanted in on_cpu.items() if wanted == "bf16"]
+    if not settings or has_bf16("cpu"):
+        return []
+    return [f"{', '.join(settings)}: this CPU has no bf16 instructions, it computes in fp32"]
+
+
+def _overlap(indexes: dict[str, Index]) -> list[str]:
+    """A WER on sentences that were trained on says little: count them."""
+
+    def sentences(name: str) -> Iterator[str]:
+        for text in indexes[name].table["text"]:
+            # Not the English normaliser: to it "zero" and the letter "o" are one word.
+            yield normalize(text.as_py(), language="")
+
+    held = {name: list(sentences(name)) for name in indexes if name != "train"}
+    asked = {sentence for of_split in held.values() for sentence in of_split}
+    trained = {sentence for sentence in sentences("train") if sentence in asked}
+    notes = []
+    for name, of_split in held.items():
+        known = sum(sentence in trained for sentence in of_split)
+        if known:
+            notes.append(
+                f"{known} of {len(indexes[name])} {name} sentences also occur in training: "
+                f"its WER flatters"
+            )
+    return notes
+
+
+def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
+    """Refuse to continue a run as something else: ConfigError naming what changed.
+
+    Returns what changed and is in `run.override_fingerprint`.
+    """
+    config = prepared.config
+    # Runs from before there was augmentation have no word of it, and none in them.
+    changed = [
+        name for name, value in prepared.fingerprints.items() if saved.get(name, "") != value
+    ]
+    refused = [name for name in changed if name not in config.run.override_fingerprint]
+    if refused:
+        flags = " ".join(f"--run.override_fingerprint {name}" for name in refused)
+        raise ConfigError(
+            f"run.name: {config.run_dir} was trained with another {', '.join(refused)}; choose "
+            f"another run.name, remove that folder to start over, or go on knowingly with {flags}"
+        )
+    if "model" in changed and prepared.resume is not None:
+        _check_shapes(prepared, prepared.resume)
+    return changed
+
+
+def _check_shapes(prepared: Prepared, checkpoint: Place) -> None:
+    """Dropouts may change under way, shapes may not. Raises ConfigError naming a tensor."""
+    with torch.device("meta"):
+        whole = OmniModel(prepared.model)
+    whole.train_parts(prepared.config.model.train)
+    wanted = {
+        name: tuple(p.shape)
+        for name, p in whole.named_parameters()
+        if not whole.kept_by_reference(name)
+    }
+    held = read_state(checkpoint).shapes()
+    for name in sorted(wanted.keys() | held.keys()):
+        if wanted.get(name) != held.get(name):
+            raise ConfigError(
+                f"run.override_fingerprint model: {name} is {held.get(name, 'absent')} in "
+                f"{checkpoint} and {wanted.get(name, 'absent')} in this configuration"
+            )

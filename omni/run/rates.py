@@ -1,0 +1,138 @@
+"""What one encoder and one trainer achieve alone, measured on a run's own first bins.
+
+Without Ray: the numbers that `encoder.actors: auto` and the benchmarks compare the stream with.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import torch
+
+from omni.audio.logmel import SAMPLING_RATE
+from omni.config import Config, OptimConfig
+from omni.plan.plan import Plan, Split, padded_step
+from omni.run.make_job import Job
+from omni.stream.schema import LOADED_SCHEMA
+from omni.stream.stages import EncodeStage, StreamSettings, load_bin
+from omni.train.loop import TrainLoop
+
+
+def first_rows(plan: Plan, bins: int, optim: OptimConfig) -> list[int]:
+    """Rows of the stream of one worker for the plan's first steps, about `bins` bins of them."""
+    steps = max(1, bins // optim.bins_per_step)
+    return plan.rows(0, steps, 1, optim.bins_per_block).tolist()
+
+
+def loaded_blocks(
+    split: Split, bins: Sequence[int], settings: StreamSettings
+) -> tuple[list[pa.Table], float]:
+    """Blocks of log-mels as the load stage makes them without a cache, and the seconds it took."""
+    began = time.perf_counter()
+    rows = [load_bin(split, number, settings, None) for number in bins]
+    seconds = time.perf_counter() - began
+    size = settings.bins_per_block
+    blocks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [pa.Table.from_pylist(block, LOADED_SCHEMA) for block in blocks], seconds
+
+
+def without_cache(settings: StreamSettings) -> StreamSettings:
+    return replace(settings, cache=None)
+
+
+def encoder_rate(
+    stage: EncodeStage, blocks: Sequence[pa.Table], seconds: float
+) -> tuple[float, list[pa.Table]]:
+    """Audio seconds per second of an encoder that lacks nothing, and the encoded blocks.
+
+    The stage must have no cache. Goes through the blocks once at least, and on for `seconds`.
+    """
+    encoded = [stage(blocks[0])]  # the first call warms up
+    began = time.perf_counter()
+    audio = 0.0
+    passes = 0
+    while passes == 0 or time.perf_counter() - began < seconds:
+        for number, block in enumerate(blocks):
+            out = stage(block)
+            audio += audio_seconds(out)
+            if passes == 0 and number:
+                encoded.append(out)
+        passes += 1
+    return audio / (time.perf_counter() - began), encoded
+
+
+def audio_seconds(block: pa.Table) -> float:
+    return float(sum(sum(row) for row in block["samples"].to_pylist())) / SAMPLING_RATE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of training: seconds of a block forward and backward, and of the update of a step."""
+
+    seconds: float
+    update_seconds: float
+
+
+class Trainer:
+    """A training loop of one rank over the blocks of `first_rows`, again and again.
+
+    Writes into a temporary folder; the run that `job` describes is not touched.
+    """
+
+    def __init__(self, job: Job, blocks: Sequence[pa.Table], device: torch.device) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._blocks = list(blocks)
+        optim = job.config.optim
+        rows = padded_step(optim.bins_per_step, 1, optim.bins_per_block)
+        self.blocks_per_step = rows // optim.bins_per_block
+        self._steps = len(blocks) // self.blocks_per_step
+        if not self._steps:
+            raise ValueError(f"{len(blocks)} blocks do not make a step")
+        run = job.config.run.model_copy(update={"storage": self._folder.name})
+        optim = optim.model_copy(update={"listen_steps": 0})  # what it costs most of the time
+        data = job.config.data.model_copy(update={"max_rejects": 1.0})  # the run names them
+        config: Config = job.config.model_copy(update={"run": run, "optim": optim, "data": data})
+        config.run_dir.mkdir()
+        (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        job = replace(job, config=config)
+        self._loop = TrainLoop(job, self._cycle(), 0, 1, device)
+        self._loop.trained.model.train()
+
+    def _cycle(self) -> Iterator[pa.Table]:
+        while True:
+            yield from self._blocks[: self._steps * self.blocks_per_step]
+
+    def step(self) -> float:
+        """One optimizer step; returns the seconds of audio in it."""
+        state = self._loop.state
+        if state.step == self._steps:  # the blocks begin again, and with them the plan
+            state.step = 0
+        first = state.step * self.blocks_per_step
+        self._loop.step()
+        return sum(audio_seconds(b) for b in self._blocks[first : first + self.blocks_per_step])
+
+    def cost(self, seconds: float) -> Cost:
+        """What a step of one block costs, over `seconds`, after one that warms up."""
+        self.step()
+        self._loop.books.watch.take()
+        began, steps = time.perf_counter(), 0
+        while steps == 0 or time.perf_counter() - began < seconds:
+            self.step()
+            steps += 1
+        spent = self._loop.books.watch.take()
+        block = sum(spent[phase] for phase in ("copy", "forward", "backward"))
+        return Cost(block / steps, spent["optimizer"] / steps)
+
+    def rate(self, seconds: float, least: int = 3) -> float:
+        """Audio seconds per second over `seconds`, after two steps that warm up."""
+        for _ in range(2):
+            self.step()
+        began, audio, steps = time.perf_counter(), 0.0, 0
+        while steps < least or time.perf_counter() - began < seconds:
+            audio += self.step()
+            steps += 1
+        return audio / (time.perf_counter() - began)

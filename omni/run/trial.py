@@ -1,0 +1,119 @@
+"""One block through load, encode and train, where the stages of a run will be, before it begins.
+
+What it took is what `omni.run.estimate` and `encoder.actors: auto` reckon with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from omni.config import ConfigError
+from omni.model.download import HubError, SourceError, first_line
+from omni.plan.plan import Split
+from omni.run.make_job import Job, encoder_settings, make_job
+from omni.run.prepare import Prepared
+from omni.run.rates import (
+    Cost,
+    Trainer,
+    audio_seconds,
+    encoder_rate,
+    loaded_blocks,
+    without_cache,
+)
+from omni.stream.stages import EncodeStage, StreamSettings
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Rates in audio seconds per second: of one loading task, of one encoder actor. Of one worker
+    what a block costs, or None where that cannot be tried by one worker alone.
+    """
+
+    decode_rate: float
+    encoder_rate: float
+    block: Cost | None
+
+
+def try_pipe(prepared: Prepared, seconds: float = 0.0, blocks: int = 2) -> Trial:
+    """Load and encode the plan's first `blocks` blocks, then train on them, for `seconds` each at
+    least. Nothing of it is kept.
+
+    Raises ConfigError where a block does not fit the trainer's memory or the language model is
+    refused, RuntimeError where a block does not come through.
+    """
+    config = prepared.config
+    encoder, train = config.encoder, config.train
+    per_block = config.optim.bins_per_block
+    alone = config.optim.model_copy(update={"bins_per_step": per_block})
+    prepared = replace(prepared, config=config.model_copy(update={"optim": alone}))
+    bins = np.arange(min(blocks, -(-prepared.splits["train"].plan.bins // per_block)) * per_block)
+    split = ray.put(prepared.splits["train"])
+    settings = without_cache(encoder_settings(prepared.config, prepared.encoder))
+    patience = config.train.timeout_seconds
+    task: Any = ray.remote(_load_and_encode).options(
+        num_cpus=encoder.cpus, num_gpus=encoder.gpus, label_selector=encoder.labels, max_retries=1
+    )
+    found = _get(task.remote([split], bins.tolist(), settings, seconds), patience, "encoder")
+    decode_rate, rate, encoded = found
+    task = ray.remote(_train).options(
+        num_cpus=train.cpus, num_gpus=train.gpus, label_selector=train.labels, max_retries=1
+    )
+    try:
+        cost = _get(task.remote(make_job(prepared), encoded, seconds), patience, "trainer")
+    except _NoRoom:
+        if train.strategy == "ddp" or train.most == 1:
+            raise
+        cost = None  # the whole model; the run's workers will hold a shard of it each
+    return Trial(decode_rate, rate, cost)
+
+
+class _NoRoom(ConfigError):
+    pass
+
+
+def _get(result: Any, patience: float, who: str) -> Any:
+    """What the task returned, its failure in a person's words."""
+    try:
+        return ray.get(result, timeout=patience)
+    except GetTimeoutError:
+        raise RuntimeError(f"the {who} took over {patience:.0f} s for its first block") from None
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+            raise _NoRoom(
+                f"optim.bins_per_block: a block does not fit into the {who}'s memory "
+                f"({first_line(cause)}); expected fewer or shorter bins (optim.bin_positions), or "
+                "train.recompute"
+            ) from None
+        if isinstance(cause, SourceError) and not isinstance(cause, HubError):
+            raise ConfigError(f"{first_line(cause)}") from None
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        raise RuntimeError(f"the {who}'s first block failed: {reason}") from error
+    except RayError as error:
+        raise RuntimeError(f"the {who} died over its first block: {first_line(error)}") from error
+
+
+def _load_and_encode(
+    splits: list[ray.ObjectRef], bins: list[int], settings: StreamSettings, seconds: float
+) -> tuple[float, float, list[pa.Table]]:
+    """Audio seconds per second of loading and of encoding, and the encoded blocks."""
+    torch.set_num_threads(settings.config.encoder.threads)
+    split: Split = ray.get(splits[0])
+    loaded, took = loaded_blocks(split, bins, settings)
+    audio = sum(map(audio_seconds, loaded))
+    rate, encoded = encoder_rate(EncodeStage(settings), loaded, seconds)
+    return audio / took, rate, encoded
+
+
+def _train(job: Job, blocks: list[pa.Table], seconds: float) -> Cost:
+    """What a block costs a worker that never waits."""
+    torch.set_num_threads(job.config.train.threads)
+    device = torch.device("cuda" if job.config.train.gpus else "cpu")
+    return Trainer(job, blocks, device).cost(seconds)

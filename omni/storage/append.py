@@ -1,0 +1,92 @@
+"""Files that grow, in object storage, where nothing can be appended to.
+
+    metrics.jsonl  metrics.jsonl.1  metrics.jsonl.2
+
+The last segment is written anew with every append, from memory, until it is large enough; then the
+next begins. One process writes such a file at a time; readers find whole appends only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from omni.storage.path import ObjectPath
+
+SEGMENT_BYTES = 1 << 20
+
+
+@dataclass
+class _Last:
+    number: int
+    data: bytes
+
+
+_last: dict[ObjectPath, _Last] = {}
+_lock = threading.Lock()
+
+
+def append(path: ObjectPath, data: bytes) -> None:
+    """Raises OSError; then nothing has been appended."""
+    with _lock:
+        last = _last.get(path)
+        if last is None or _size(segment(path, last.number)) != len(last.data):
+            last = _find(path)  # another process has written since
+        longer = _Last(last.number, last.data + data)
+        _last.pop(path, None)
+        segment(path, longer.number).write_bytes(longer.data)
+        if len(longer.data) < SEGMENT_BYTES:
+            _last[path] = longer
+
+
+def replace(path: ObjectPath, data: bytes) -> None:
+    """Make `data` the whole content. Cut short, it leaves the old content's end behind the new."""
+    with _lock:
+        _last.pop(path, None)
+        path.write_bytes(data)
+        _remove(path, 1)
+
+
+def remove(path: ObjectPath) -> None:
+    """All segments; nothing where there are none."""
+    with _lock:
+        _last.pop(path, None)
+        _remove(path, 0)
+
+
+def segments(path: ObjectPath) -> Iterator[ObjectPath]:
+    """Those that are there, in order."""
+    number = 0
+    while (part := segment(path, number)).is_file():
+        yield part
+        number += 1
+
+
+def segment(path: ObjectPath, number: int) -> ObjectPath:
+    """The name of the part with a number, from 0."""
+    return path.with_name(f"{path.name}.{number}") if number else path
+
+
+def read(path: ObjectPath) -> Iterator[bytes]:
+    """Lines, with their ends; nothing where there is no such file."""
+    for part in segments(path):
+        yield from part.read_bytes().splitlines(keepends=True)
+
+
+def _size(path: ObjectPath) -> int | None:
+    return path.info().size
+
+
+def _find(path: ObjectPath) -> _Last:
+    number = len(list(segments(path))) - 1
+    if number < 0:
+        return _Last(0, b"")
+    full = (_size(segment(path, number)) or 0) >= SEGMENT_BYTES
+    return _Last(number + 1, b"") if full else _Last(number, segment(path, number).read_bytes())
+
+
+def _remove(path: ObjectPath, first: int) -> None:
+    """From the last one down: what is left is always the beginning."""
+    for part in reversed(list(segments(path))[first:]):
+        part.unlink(missing_ok=True)

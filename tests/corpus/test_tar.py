@@ -1,0 +1,152 @@
+"""Tar shards: the utterances of the files they hold, and no way out of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import omni
+from jobs import train
+from omni.audio.decode import decode
+from omni.corpus.index import ManifestError, build_index
+from omni.corpus.lengths import span_of
+
+ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
+ROWS = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()][:12]
+
+Shard = Callable[..., Path]
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    """A shard of the given (member, bytes)."""
+
+    def write(*members: tuple[str | tarfile.TarInfo, bytes], name: str = "shard.tar") -> Path:
+        path = tmp_path / name
+        with tarfile.open(path, "w") as tar:
+            for member, data in members:
+                info = _member(member) if isinstance(member, str) else member
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write
+
+
+def _corpus() -> list[tuple[str | tarfile.TarInfo, bytes]]:
+    """The rows, half with text files and half with JSON, in folders, with their audio last."""
+    members: list[tuple[str | tarfile.TarInfo, bytes]] = [(_member("a", tarfile.DIRTYPE), b"")]
+    for number, row in enumerate(ROWS):
+        audio = (ASSETS / row["audio"]).read_bytes()
+        if number % 2:
+            fields = {"text": row["text"], "id": row["id"], "language": "en", "duration": 1e4}
+            members.append((f"a/{number:04}.json", json.dumps(fields).encode()))
+        else:
+            members.append((f"a/{number:04}.txt", row["text"].encode()))
+        members.append((f"a/{number:04}{Path(row['audio']).suffix}", audio))
+    return members
+
+
+def test_a_shard_holds_the_utterances_of_its_files(shard: Shard) -> None:
+    rows = build_index([str(shard(*_corpus()))]).table.to_pylist()
+    files = build_index([str(ASSETS / "train.jsonl")]).table.to_pylist()[: len(ROWS)]
+    assert [row["id"] for row in rows] == [
+        source["id"] if number % 2 else f"a/{number:04}" for number, source in enumerate(ROWS)
+    ]
+    for row, file in zip(rows, files, strict=True):
+        assert (row["samples"], row["text"]) == (file["samples"], file["text"])
+        assert row["key"] == file["key"], "the feature cache should know it by its content"
+        audio = decode(row["uri"], span_of(row))
+        assert np.array_equal(audio, decode(file["uri"], span_of(file)))
+
+
+def test_spans_lie_inside_members(shard: Shard, tmp_path: Path) -> None:
+    samples = np.linspace(-0.5, 0.5, 32_000, dtype=np.float32)
+    wav = io.BytesIO()
+    soundfile.write(wav, samples, 16_000, format="WAV", subtype="FLOAT")
+    fields = json.dumps({"text": "b", "offset": 0.5, "duration": 0.25}).encode()
+    path = shard(("other.txt", b"x"), ("other.wav", wav.getvalue()), ("u.wav", wav.getvalue()))
+    with tarfile.open(path, "a") as tar:
+        info = _member("u.json")
+        info.size = len(fields)
+        tar.addfile(info, io.BytesIO(fields))
+    row = build_index([str(path)]).table.to_pylist()[1]
+    assert row["samples"] == 4_000
+    assert np.array_equal(decode(path, span_of(row)), samples[8_000:12_000])
+
+
+def test_a_recording_cut_short_is_a_reject(shard: Shard) -> None:
+    members = _corpus()
+    name, data = members[2]
+    members[2] = (name, data[:100])
+    index = build_index([str(shard(*members))])
+    assert [reject.id for reject in index.rejects] == ["a/0000"]
+    assert len(index) == len(ROWS) - 1
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd.wav", "a/../../b.wav", "/etc/passwd.wav", "..", "a/.."]
+)
+def test_a_member_that_points_outside_is_refused(shard: Shard, name: str) -> None:
+    path = shard(*_corpus(), (name, b"x"))
+    with pytest.raises(ManifestError, match="points outside the archive"):
+        build_index([str(path)])
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_refused(shard: Shard, kind: bytes) -> None:
+    path = shard(*_corpus(), (_member("z.wav", kind, "/etc/passwd"), b""))
+    with pytest.raises(ManifestError, match="is a link or a device"):
+        build_index([str(path)])
+
+
+def test_the_job_says_so_and_exits_2(
+    shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shard(*_corpus(), ("../../etc/passwd", b"root"))
+    arguments = ["--data.train", str(path), "--run.storage", str(tmp_path / "runs")]
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and "'../../etc/passwd' points outside" in error
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ([("a.wav", b"x")], "'a' has no text"),
+        ([("a.txt", b"x")], "'a' has 0 audio members"),
+        ([("a.txt", b"x"), ("a.wav", b"x"), ("a.flac", b"x")], "'a' has 2 audio members"),
+        ([("a.json", b"[1]"), ("a.wav", b"x")], "'a': expected an object"),
+        ([("a.json", b"{"), ("a.wav", b"x")], "'a': Expecting"),
+        ([("a.txt", b"\xff\xfe"), ("a.wav", b"x")], "'a': 'utf-8'"),
+        ([("a.json", b'{"text": 1}'), ("a.wav", b"x")], "field 'text': expected str"),
+    ],
+)
+def test_incomplete_rows_name_shard_and_key(
+    shard: Shard, members: list[tuple[str, bytes]], expected: str
+) -> None:
+    path = shard(*members)
+    with pytest.raises(ManifestError) as caught:
+        build_index([str(path)])
+    assert str(path) in str(caught.value) and expected in str(caught.value)
+
+
+def test_what_is_no_tar_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(b"not a tar at all" * 100)
+    with pytest.raises(ManifestError, match="expected an uncompressed tar"):
+        build_index([str(path)])

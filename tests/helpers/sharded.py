@@ -1,0 +1,110 @@
+"""A rank of a small training without Ray: what test_trained.py starts in processes of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from omni.checkpoint.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
+from omni.config import parse_config
+from omni.model.batch import Batch
+from omni.model.chat_template import AUDIO
+from omni.model.lm.lora import LoraShape
+from omni.model.lm.pretrained import find_pretrained
+from omni.model.speech_lm import OmniConfig
+from omni.stream.collate import Utterance
+from omni.train.evaluation import Layout, all_sum
+from omni.train.model_state import Trained
+
+BLOCKS = 6  # of a step, over all ranks: equally many for one, two and three
+SHAPE = OmniConfig.from_dict(
+    {
+        "gpt": {"sequence_len": 128, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 64}
+        | {"n_kv_head": 2},
+        "feature_dim": 8,
+        "ctc": True,
+    }
+)
+ADAPTED = ["projector", "lora"]
+
+
+def work(
+    rank: int, world: int, strategy: str, steps: int, folder: str, port: int, kind: str
+) -> None:
+    """Train to step `steps` from the newest checkpoint in `folder`, and write one.
+
+    kind: "gpt", "muon", or the folder of a transformers model that gets adapters.
+    """
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    config = parse_config(
+        {
+            "train": {"workers": world, "strategy": strategy, "precision": "fp32"},
+            "optim": {"ema": 0.9, "lr": 1e-3, "warmup_steps": 0, "steps": 100}
+            | ({"muon_lr": 1e-3} if kind == "muon" else {})
+            | ({"kl_weight": 0.5} if kind not in ("gpt", "muon") else {}),
+        }
+        | ({} if kind in ("gpt", "muon") else {"model": {"lm": kind, "train": ADAPTED}})
+    )
+    shape = SHAPE if kind in ("gpt", "muon") else adapted(kind)
+    trained = Trained(config, shape, torch.device("cpu"), world)
+    assert trained.sharded == (strategy == "fsdp" and world > 1)
+    path, first = newest_checkpoint(Path(folder)), 0
+    if path is not None:
+        found = read_state(path)
+        trained.load(found)
+        first = found.state.step
+    for step in range(first, steps):
+        _step(trained, step, rank, world)
+    weights, rest = trained.snapshot(keep=rank == 0)
+    with trained.evaluating() as model, torch.no_grad():
+        # Ranks may evaluate different amounts.
+        losses = [float(model(_batch(99, place)).loss) for place in range(rank + 1)]
+    if rank == 0:
+        state = TrainState(step=steps, best_value=losses[0])
+        save_checkpoint(
+            Path(folder),
+            state=state,
+            model=shape,
+            encoder={},
+            weights=weights,
+            optimizer=rest,
+            config_yaml="",
+            tokenizer_json="",
+        )
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _step(trained: Trained, step: int, rank: int, world: int) -> None:
+    mine = range(rank, BLOCKS, world)
+    tokens = torch.zeros(1, dtype=torch.float64)
+    for place in mine:
+        with trained.accumulating(last=place == mine[-1]):
+            out = trained.wrapped(_batch(step, place, trained.model.distillation is not None))
+            (out.loss + 0.5 * out.ctc + 0.5 * out.kl).backward()
+        tokens += out.tokens
+    trained.gradient_norm(float(all_sum(tokens)))
+    trained.update(step)
+
+
+def adapted(lm: str) -> OmniConfig:
+    """The same around a language model that is trained already."""
+    found = find_pretrained(lm, with_tokenizer=False)
+    return OmniConfig(found.shape, 8, source=found.source, lora=LoraShape(4, 8), ctc=True)
+
+
+def _batch(step: int, place: int, teacher: bool = False) -> Batch:
+    numbers = torch.Generator().manual_seed(step * BLOCKS + place)
+    frames = torch.randn(60, 8, generator=numbers)
+    text = torch.randint(0, 250, (6 + place,), generator=numbers).tolist()
+    ids = [AUDIO, 290, *text, 291]
+    flags = [False, False] + [True] * (len(text) + 1)
+    utterance = Utterance([frames], ids, flags, heard=[text])
+    return Layout(64, SHAPE.stack, 8, teacher).batch([[utterance]])

@@ -1,0 +1,108 @@
+"""The cache is filled ahead of training, by a job that can be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+import omni
+from omni.stream.codec import FeatureCodec
+from omni.stream.feature_cache import FeatureCache
+
+ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
+ROOT = Path(omni.__file__).parents[1]
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 recordings, of which only decoding finds out that one is no sound, and one row twice."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()]
+    rows = [{**row, "audio": str(ASSETS / row["audio"])} for row in rows[: ROWS - 1]]
+    broken = folder / "broken.wav"
+    soundfile.write(broken, np.full(16_000, np.nan, dtype=np.float32), 16_000, subtype="FLOAT")
+    rows.append({"audio": str(broken), "text": "silence", "id": "broken"})
+    rows.append({**rows[0], "id": "again"})
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _command(job: str, corpus: Path, storage: Path, *overrides: str) -> list[str]:
+    settings = ["--data.train", str(corpus), "--data.dev", "embedded:dev"]
+    settings += ["--data.allow_absolute", "true", "--run.storage"]
+    return [sys.executable, "-m", f"jobs.{job}", *settings, str(storage), *overrides]
+
+
+def _run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        _command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_path: Path) -> None:
+    compact = ["--encoder.format", "int8"]
+    job = subprocess.Popen(
+        _command("encode", corpus, tmp_path, *compact),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("cache/*/*.arrow")):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+
+    done = _run("encode", corpus, tmp_path, *compact)
+    assert done.returncode == 0, done.stderr
+    [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    cache = FeatureCache(folder)
+    distinct = ROWS + len((ASSETS / "dev.jsonl").read_text().splitlines())
+    before = int(done.stdout.split("utterances, ")[1].split(" of them")[0])
+    assert 0 < before < distinct, "the second command found some of it"
+    kept = len(cache)
+    assert f"encoded {kept - before:,} utterances" in done.stdout
+    assert f"the cache holds {kept:,} of {distinct:,}" in done.stdout
+    assert kept == distinct - 1 and "left out: 1 not finite" in done.stdout
+    whole = cache.get(list(cache._places))
+    codec = FeatureCodec(384, format="int8")
+    assert len(whole) == kept and all(codec.frames(data) > 0 for data in whole.values())
+
+    small = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
+    steps = ["--optim.steps", "3", "--optim.bin_positions", "512", "--run.name", "after"]
+    trained = _run("train", corpus, tmp_path, *compact, *small, *steps)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads((tmp_path / "after" / "summary.json").read_text())
+    assert summary["cached_fraction"] == 1.0
+    assert summary["encoder_audio_seconds_per_second"] is None
+    assert len(FeatureCache(folder)) == kept
+
+
+@pytest.mark.slow
+def test_a_full_cache_stops_the_job_and_names_the_setting(corpus: Path, tmp_path: Path) -> None:
+    done = _run("encode", corpus, tmp_path, "--data.cache_gb", "0.004")
+    assert done.returncode == 1
+    [last] = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "limit of 0.004 GB" in last and "raise data.cache_gb" in last
+    stored = sum(path.stat().st_size for path in tmp_path.glob("cache/*/*.bin"))
+    assert 2_000_000 < stored <= 4_000_000
+
+
+@pytest.mark.parametrize("cache", ["null", "nowhere://bucket", "s3://"])
+def test_no_place_for_the_cache_is_a_wrong_config(corpus: Path, tmp_path: Path, cache: str) -> None:
+    done = _run("encode", corpus, tmp_path, "--data.cache", cache)
+    assert done.returncode == 2 and done.stderr.startswith("error: data.cache: expected a folder")

@@ -1,0 +1,224 @@
+"""What a pretrained language model, tasks and conversations change in the preparation of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from omni.config import Config, ConfigError, parse_config
+from omni.model.chat_template import AUDIO
+from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.lm.hf import HFConfig
+from omni.model.lm.nanochat import save_nanochat
+from omni.model.tokenizer import SpeechTokenizer
+from omni.run.prepare import prepare
+from tests.helpers.hf_folders import CHAT, save_folder
+from tests.run.test_prepare import CORPUS, SHORT, _configure, _error
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    def make(**sections: dict[str, Any]) -> Config:
+        """No shape of its own: that is the language model's."""
+        values = _configure(tmp_path).model_dump(exclude_unset=True)
+        values.pop("model")
+        values.pop("tokenizer")
+        for name, fields in sections.items():
+            values[name] = {**values.get(name, {}), **fields}
+        return parse_config(values)
+
+    return make
+
+
+# --- nanochat ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nanochat(tmp_path: Path) -> Path:
+    """A checkpoint with a tokenizer beside it."""
+    tokenizer = SpeechTokenizer.train([row["text"] for row in SHORT], 300)
+    folder = tmp_path / "nanochat" / "d2"
+    model = GPT(GPTConfig(256, tokenizer.vocab_size, 2, 2, 2, 32, "SL"))
+    save_nanochat(model, folder, 5, tokenizer)
+    return folder
+
+
+def test_a_nanochat_checkpoint_gives_shape_and_tokenizer(
+    configure: Configure, nanochat: Path
+) -> None:
+    prepared = prepare(configure(model={"lm": f"nanochat:{nanochat}"}))
+    assert prepared.model.lm == GPTConfig(256, prepared.tokenizer.vocab_size, 2, 2, 2, 32, "SL")
+    assert prepared.model.source is not None
+    assert prepared.model.projector == "mlp" and prepared.template == "plain"
+    chat = prepare(configure(model={"lm": f"nanochat:{nanochat}@5"}, data={"template": "chat"}))
+    row = chat.splits["train"].table.to_pylist()[0]
+    special = chat.tokenizer.special_ids
+    assert row["tokens"][:3] == [special["<|bos|>"], special["<|user_start|>"], AUDIO]
+    assert row["supervised"].count(True) == len(chat.tokenizer.encode(row["text"])) + 1
+
+
+def test_other_weights_are_another_run(configure: Configure, nanochat: Path) -> None:
+    config = configure(model={"lm": f"nanochat:{nanochat}"})
+    before = prepare(config).fingerprints
+    torch.manual_seed(1)
+    vocabulary = prepare(config).tokenizer.vocab_size
+    save_nanochat(GPT(GPTConfig(256, vocabulary, 2, 2, 2, 32, "SL")), nanochat, 5)
+    after = prepare(config).fingerprints
+    assert {name for name in before if before[name] != after[name]} == {"model"}
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_before_the_run(
+    configure: Configure, nanochat: Path, tmp_path: Path
+) -> None:
+    assert "no such folder" in _error(configure(model={"lm": f"nanochat:{tmp_path}/absent"}))
+    error = _error(configure(model={"lm": f"nanochat:{nanochat}@6"}))
+    assert error.startswith("model.lm: ") and "no step 6; there are 5" in error
+    (nanochat / "tokenizer.pkl").unlink()
+    assert "tokenizer.path names one" in _error(configure(model={"lm": f"nanochat:{nanochat}"}))
+    large = tmp_path / "tokenizer.json"
+    SpeechTokenizer.train([row["text"] for row in SHORT] + ["xyz qwerty zebra"], 330).save(large)
+    error = _error(configure(model={"lm": f"nanochat:{nanochat}"}, tokenizer={"path": str(large)}))
+    assert error.startswith("tokenizer: it has ") and "the language model nanochat:" in error
+
+
+# --- transformers --------------------------------------------------------------------------------
+
+
+def test_a_transformers_folder_gives_shape_tokenizer_and_chat(
+    configure: Configure, tmp_path: Path
+) -> None:
+    folder = save_folder(tmp_path / "lm")
+    config = configure(
+        model={"lm": f"hf:{folder}", "train": ["projector", "lora"], "lora_rank": 4},
+        data={"prompt": "Write:"},
+    )
+    prepared = prepare(config)
+    assert isinstance(prepared.model.lm, HFConfig) and prepared.model.projector == "swiglu"
+    assert prepared.model.lora is not None
+    assert (prepared.model.lora.rank, prepared.model.lora.alpha) == (4, 8)
+    assert prepared.tokenizer.chat_template == CHAT and prepared.template == "chat"
+    row = prepared.splits["train"].table.to_pylist()[0]
+    audio = row["tokens"].index(AUDIO)
+    assert prepared.tokenizer.decode(row["tokens"][audio + 1 :]).startswith("Write:")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"lm": "gpt2"}, "model.lm: expected scratch, nanochat:DIR, hf:ID_OR_DIR or ms:ID"),
+        ({"lm": "hf:x", "n_layer": 3}, "model: n_layer: hf:x has its own; leave it out"),
+        ({"lm": "hf:x", "train": ["lm", "lora"]}, "model: train: lora leaves"),
+        ({"train": ["lora"]}, "model: train: lora adapts a language model that is trained"),
+    ],
+)
+def test_settings_that_exclude_each_other(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"model": model})
+    assert str(caught.value).startswith(message)
+
+
+def test_settings_that_do_not_fit_the_model(configure: Configure, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "lm")
+    model = {"lm": f"hf:{folder}"}
+    assert _error(configure(model={**model, "dropout": 0.1})).startswith(
+        "model.dropout: only a GPT"
+    )
+    error = _error(configure(model=model, optim={"kl_weight": 1.0}))
+    assert error.startswith("optim.kl_weight: the language model that reads the transcript must")
+    error = _error(configure(model={**model, "projector": "conv", "stack": 6}))
+    assert error == "model.stack: expected a power of two for conv, got 6"
+    error = _error(configure(encoder={"layers": [2, 9]}))
+    assert "expected last, all, or numbers from 0 to 4" in error
+
+
+# --- tasks and conversations ---------------------------------------------------------------------
+
+
+def _rows(**fields: list[Any]) -> list[dict[str, Any]]:
+    rows = [dict(row) for row in SHORT[:8]]
+    for name, values in fields.items():
+        for row, value in zip(rows, values, strict=False):
+            row[name] = value
+    return rows
+
+
+def test_tasks_have_prompts_and_numbers(tmp_path: Path) -> None:
+    rows = _rows(task=["emotion", "transcribe", "emotion"], prompt=[None, None, "How?"])
+    tasks = {"emotion": {"prompt": "Feel:", "weight": 2}, "transcribe": {"prompt": "Write:"}}
+    config = _configure(tmp_path, rows, data={"tasks": tasks, "prompt": ""})
+    prepared = prepare(config)
+    assert prepared.tasks == ["emotion", "transcribe"]
+    table = prepared.splits["train"].table.to_pylist()
+    assert [row["task_number"] for row in table] == [0, 1, 0, 1, 1, 1, 1, 1]
+    prompts = [prepared.tokenizer.decode(row["tokens"][1:]) for row in table[:4]]
+    starts = ["Feel:", "Write:", "How?", "Write:"]
+    assert all(text.startswith(start) for text, start in zip(prompts, starts, strict=True))
+
+
+def test_a_task_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    rows = _rows(task=["emotion"])
+    error = _error(_configure(tmp_path, rows, data={"tasks": {"transcribe": {}}}))
+    assert error == (
+        "data.tasks: data.train has rows of the task 'emotion'; expected one of: transcribe"
+    )
+    assert prepare(_configure(tmp_path, rows)).tasks == ["emotion", "transcribe"]
+
+
+def _talk(number: int, said: str | None) -> dict[str, Any]:
+    audio = str(CORPUS / SHORT[number]["audio"])
+    spoken = {"audio": audio} if said is None else {"audio": audio, "text": said}
+    return {
+        "id": f"talk-{number}",
+        "messages": [
+            {"role": "user", "content": [spoken, {"audio": audio, "text": "again"}]},
+            {"role": "assistant", "content": "Heard."},
+        ],
+    }
+
+
+def _with_talks(tmp_path: Path, talks: list[dict[str, Any]], **sections: Any) -> Config:
+    config = _configure(tmp_path, **sections)
+    with Path(config.data.train[0]).open("a") as file:
+        file.writelines(json.dumps(talk) + "\n" for talk in talks)
+    return config
+
+
+def test_a_conversation_takes_the_positions_of_all_its_recordings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(_with_talks(tmp_path, [_talk(0, None)]))
+    table = prepared.splits["train"].table.to_pylist()
+    talk, alone = table[-1], table[0]
+    assert talk["tokens"].count(AUDIO) == 2
+    soft = int(prepared.lengths[0]) - (len(alone["tokens"]) - 2)
+    assert int(prepared.lengths[-1]) == 2 * soft + len(talk["tokens"]) - 3
+
+
+def test_a_teacher_needs_what_is_said(tmp_path: Path) -> None:
+    sections = {"optim": {"kl_weight": 1.0}, "model": {"train": ["projector"]}}
+    error = _error(_with_talks(tmp_path, [_talk(0, None)], **sections))
+    assert error.startswith("optim.kl_weight: talk-0: distillation reads what is said")
+    prepared = prepare(_with_talks(tmp_path, [_talk(0, "hello")], **sections))
+    row = prepared.splits["train"].table.to_pylist()[-1]
+    assert [prepared.tokenizer.decode(ids) for ids in row["heard"]] == ["hello", "again"]
+
+
+def test_the_referee_checkpoint_is_a_language_model_too(
+    tmp_path: Path, configure: Configure
+) -> None:
+    referee = Path(__file__).parents[1] / "model" / "nanochat"
+    folder = tmp_path / "base"
+    folder.mkdir()
+    torch.save(load_file(referee / "model_000010.safetensors"), folder / "model_000010.pt")
+    (folder / "meta_000010.json").write_bytes((referee / "meta_000010.json").read_bytes())
+    (folder / "tokenizer.pkl").write_bytes((referee / "tokenizer.pkl").read_bytes())
+    prepared = prepare(configure(model={"lm": f"nanochat:{folder}"}))
+    assert prepared.model.lm.vocab_size == prepared.tokenizer.vocab_size == 1024

@@ -1,0 +1,311 @@
+"""The feature cache: what was put in comes out whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omni.storage.folder import _OPEN_FILES
+from omni.stream.feature_cache import FeatureCache
+
+
+def _items(first: int, last: int) -> dict[str, bytes]:
+    return {f"key-{n}": f"features of {n} ".encode() * (n + 1) for n in range(first, last)}
+
+
+def _written(folder: Path, items: dict[str, bytes]) -> Path:
+    """Write items as one shard; returns its data file."""
+    before = set(folder.glob("*.bin"))
+    cache = FeatureCache(folder)
+    cache.put(items)
+    cache.flush()
+    [shard] = set(folder.glob("*.bin")) - before
+    return shard
+
+
+def test_what_one_instance_wrote_another_reads(tmp_path: Path) -> None:
+    items = _items(0, 20)
+    _written(tmp_path / "cache", items)
+    reader = FeatureCache(tmp_path / "cache")
+    assert len(reader) == 20
+    assert reader.get(items) == items
+    assert reader.get(["key-3", "unknown", "key-3"]) == {"key-3": items["key-3"]}
+
+
+def test_an_empty_or_missing_folder_holds_nothing(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "nowhere")
+    assert cache.get(["key-0"]) == {} and len(cache) == 0
+    cache.flush()
+    assert not (tmp_path / "nowhere").exists(), "nothing gathered, nothing written"
+
+
+def test_features_are_served_before_they_are_on_disk(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, flush_bytes=1 << 30, flush_seconds=3600)
+    cache.put(_items(0, 3))
+    assert cache.get(["key-1"]) == _items(1, 2) and len(cache) == 3
+    assert list(tmp_path.iterdir()) == []
+    assert FeatureCache(tmp_path).get(["key-1"]) == {}
+
+
+@pytest.mark.parametrize("limits", [{"flush_bytes": 60}, {"flush_seconds": 0.0}])
+def test_enough_or_old_features_become_a_shard(tmp_path: Path, limits: dict[str, int]) -> None:
+    cache = FeatureCache(tmp_path, **{"flush_bytes": 1 << 30, "flush_seconds": 3600, **limits})
+    cache.put({"key": bytes(100)})
+    assert FeatureCache(tmp_path).get(["key"]) == {"key": bytes(100)}
+
+
+def test_a_reader_sees_what_others_finish_later(tmp_path: Path) -> None:
+    reader = FeatureCache(tmp_path / "cache")
+    for first in (0, 5, 10):
+        _written(tmp_path / "cache", _items(first, first + 5))
+        assert reader.get(_items(0, 15)) == _items(0, first + 5)
+    assert FeatureCache(tmp_path / "cache").get(["key-12"]) == _items(12, 13)
+
+
+def test_what_is_known_is_not_written_twice(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    for _ in range(2):
+        cache.put(_items(0, 5))
+        cache.flush()
+    assert len(list(tmp_path.glob("*.bin"))) == 1 and len(cache) == 5
+
+
+def test_two_writers_of_the_same_features_do_no_harm(tmp_path: Path) -> None:
+    one, other = FeatureCache(tmp_path), FeatureCache(tmp_path)
+    for cache in (one, other):
+        cache.put(_items(0, 5))
+    one.flush()
+    other.flush()
+    reader = FeatureCache(tmp_path)
+    assert reader.get(_items(0, 5)) == _items(0, 5) and len(reader) == 5
+
+
+def test_features_may_be_empty(tmp_path: Path) -> None:
+    _written(tmp_path, {"nothing": b"", "something": b"x"})
+    assert FeatureCache(tmp_path).get(["nothing"]) == {"nothing": b""}
+
+
+# -- damage ------------------------------------------------------------------------------------
+
+
+def test_features_beyond_a_truncation_are_absent(tmp_path: Path) -> None:
+    items = _items(0, 10)
+    shard = _written(tmp_path, items)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert FeatureCache(tmp_path).get(items) == _items(0, 9)
+
+
+def test_features_with_a_flipped_byte_are_absent(tmp_path: Path) -> None:
+    items = _items(0, 10)
+    shard = _written(tmp_path, items)
+    data = bytearray(shard.read_bytes())
+    data[len(items["key-0"])] ^= 1  # the first of key-1
+    shard.write_bytes(data)
+    cache = FeatureCache(tmp_path)
+    assert cache.get(items) == {**_items(0, 1), **_items(2, 10)}
+    assert len(cache) == 9
+    cache.put(_items(1, 2))
+    assert cache.get(items) == items, "what was damaged can be put in again"
+
+
+def test_features_whose_data_is_gone_are_absent(tmp_path: Path) -> None:
+    _written(tmp_path, _items(0, 5)).unlink()
+    _written(tmp_path, _items(5, 10))
+    assert FeatureCache(tmp_path).get(_items(0, 10)) == _items(5, 10)
+
+
+def test_a_writer_killed_between_data_and_table_leaves_nothing(tmp_path: Path) -> None:
+    shard = _written(tmp_path, _items(0, 5))
+    shard.with_suffix(".arrow").rename(shard.with_suffix(".tmp"))
+    cache = FeatureCache(tmp_path)
+    assert len(cache) == 0 and cache.get(["key-1"]) == {}
+    cache.put(_items(0, 5))
+    cache.flush()
+    assert FeatureCache(tmp_path).get(_items(0, 5)) == _items(0, 5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b"", lambda b: b"garbage", lambda b: b[:-1], lambda b: b[: len(b) // 2]],
+)
+def test_a_damaged_table_is_ignored(tmp_path: Path, damage: object) -> None:
+    assert callable(damage)
+    table = _written(tmp_path, _items(0, 5)).with_suffix(".arrow")
+    table.write_bytes(damage(table.read_bytes()))
+    _written(tmp_path, _items(5, 10))
+    (tmp_path / "notes.txt").write_text("not of this cache")
+    assert FeatureCache(tmp_path).get(_items(0, 10)) == _items(5, 10)
+
+
+def test_a_table_with_a_flipped_byte_is_ignored(tmp_path: Path) -> None:
+    table = _written(tmp_path, {"key": bytes(0x1234)}).with_suffix(".arrow")
+    data = table.read_bytes()
+    length = (0x1234).to_bytes(8, "little")
+    assert data.count(length) == 1
+    table.write_bytes(data.replace(length, length[:6] + b"\x01" + length[7:]))
+    assert FeatureCache(tmp_path).get(["key"]) == {}
+
+
+_READ_FLIPPED = """
+import hashlib, sys
+from pathlib import Path
+from omni.stream.feature_cache import FeatureCache
+folder = Path(sys.argv[1])
+items = {hashlib.md5(bytes([n])).hexdigest(): bytes([n]) * 50 for n in range(5)}
+cache = FeatureCache(folder)
+cache.put(items)
+cache.flush()
+[table] = folder.glob("*.arrow")
+whole = table.read_bytes()
+for place in range(len(whole)):
+    table.unlink()
+    table.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    found = FeatureCache(folder).get(items)
+    assert all(items[key] == data for key, data in found.items()), place
+print("done")
+"""
+
+
+def test_no_flipped_byte_of_a_table_ends_the_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _READ_FLIPPED, str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_a_damaged_copy_does_not_hide_a_whole_one(tmp_path: Path) -> None:
+    for trial in range(6):
+        folder = tmp_path / str(trial)
+        shard = _written(folder, _items(0, 1))
+        shard.write_bytes(bytes(len(shard.read_bytes())))
+        for copy in range(6):
+            for suffix in (".bin", ".arrow"):
+                shutil.copy(shard.with_suffix(suffix), folder / f"{shard.stem}{copy}{suffix}")
+        repaired = FeatureCache(folder)
+        assert repaired.get(["key-0"]) == {}
+        repaired.put(_items(0, 1))
+        repaired.flush()
+        assert FeatureCache(folder).get(["key-0"]) == _items(0, 1)
+
+
+# -- many shards, many processes ---------------------------------------------------------------
+
+_READ_MANY = """
+import resource, sys
+from pathlib import Path
+from omni.stream.feature_cache import FeatureCache
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
+cache = FeatureCache(Path(sys.argv[1]))
+keys = [f"key-{n}" for n in range(int(sys.argv[3]))]
+for _ in range(2):
+    found = cache.get(keys)
+    assert len(found) == len(keys), f"{len(found)} of {len(keys)}"
+"""
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
+    shards = 3 * _OPEN_FILES
+    cache = FeatureCache(tmp_path, flush_bytes=0)
+    for number in range(shards):
+        cache.put(_items(number, number + 1))
+    assert len(list(tmp_path.glob("*.bin"))) == shards
+    limit = _OPEN_FILES + 24
+    arguments = [str(tmp_path), str(limit), str(shards)]
+    subprocess.run([sys.executable, "-c", _READ_MANY, *arguments], check=True)
+    assert FeatureCache(tmp_path).get(_items(0, shards)) == _items(0, shards)
+
+
+_WRITE = """
+import sys
+from pathlib import Path
+from omni.stream.feature_cache import FeatureCache
+cache = FeatureCache(Path(sys.argv[1]), flush_bytes=2_000)
+print("ready", flush=True)
+sys.stdin.readline()
+for n in range(int(sys.argv[2]), int(sys.argv[3])):
+    cache.put({f"key-{n}": f"features of {n} ".encode() * (n + 1)})
+    cache.get([f"key-{n - 1}", f"key-{n - 60}", f"key-{n + 60}"])
+cache.flush()
+"""
+
+
+def test_processes_write_beside_each_other(tmp_path: Path) -> None:
+    """Two writers whose keys overlap, let go at the same moment."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WRITE, str(tmp_path / "cache"), str(first), str(first + 80)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for first in (0, 60)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    assert len(list((tmp_path / "cache").glob("*.bin"))) > 4
+    assert FeatureCache(tmp_path / "cache").get(_items(0, 140)) == _items(0, 140)
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+def test_the_limit_holds_and_is_told(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, limit_bytes=2_500, flush_bytes=1_000)
+    for n in range(5):
+        cache.put({f"key-{n}": bytes([n]) * 1_000})
+    assert cache.full is not None
+    assert str(tmp_path) in cache.full and "limit of 2.5e-06 GB" in cache.full
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) == 2_000
+    assert cache.get(["key-0", "key-1", "key-4"]).keys() == {"key-0", "key-1"}
+    assert FeatureCache(tmp_path, limit_bytes=2_500).full is None, "there is no word on disk"
+
+
+def test_what_others_wrote_counts(tmp_path: Path) -> None:
+    _written(tmp_path, {"key": bytes(2_000)})
+    cache = FeatureCache(tmp_path, limit_bytes=2_500)
+    _written(tmp_path, {"other": bytes(400)})
+    cache.put({"big": bytes(101)})
+    cache.flush()
+    assert cache.full is not None
+    roomy = FeatureCache(tmp_path, limit_bytes=2_501)
+    roomy.put({"big": bytes(101)})
+    roomy.flush()
+    assert roomy.full is None and roomy.get(["big"]) == {"big": bytes(101)}
+
+
+_FILL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from omni.stream.feature_cache import FeatureCache
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+cache = FeatureCache(Path(sys.argv[1]), flush_bytes=0)
+cache.put({"small": bytes(1_000)})
+assert cache.full is None
+cache.put({"large": bytes(6_000)})
+print(cache.full)
+cache.put({"more": bytes(10)})
+"""
+
+
+def test_a_disk_that_takes_no_more_is_a_full_cache(tmp_path: Path) -> None:
+    """The kernel refuses the write; what lay there before stays, and no rest is left."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FILL_DISK, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout and "File too large" in done.stdout
+    assert len(FeatureCache(tmp_path)) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".arrow"}
