@@ -22,6 +22,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check omni jobs tests
 	$(BIN)/ruff format --check omni jobs tests
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: lint  ## everything that takes seconds to a minute
 	$(BIN)/python -m pytest -m "not slow"

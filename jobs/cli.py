@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 
-from omni.config import Config, ConfigError, load_config
+from omni.config import Config, load_config
+from omni.errors import ConfigError
 
 EPILOG = (
     "Every setting can be given as --section.field VALUE, e.g. --optim.lr 3e-4; lists by repeating "

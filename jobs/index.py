@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from omni.config import ConfigError
     from omni.corpus.build import make_index
     from omni.corpus.built_index import summary_lines
     from omni.corpus.sources.base import COLUMNS, Options
+    from omni.errors import ConfigError
 
     rows_per_part = arguments.rows_per_part
     if rows_per_part is None:  # a task that cuts long recordings takes its time
@@ -88,7 +88,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
 def _segmenting(arguments: argparse.Namespace) -> Segmenting | None:
     from omni.audio.vad import Segmenting
-    from omni.config import ConfigError
+    from omni.errors import ConfigError
 
     values = {name: getattr(arguments, f"{name}_seconds") for name in _SECONDS}
     given = {name: value for name, value in values.items() if value is not None}

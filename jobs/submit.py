@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from jobs.cli import EPILOG, run
-from omni.config import ConfigError, load_config
+from omni.config import load_config
+from omni.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import json
 import sys
 
 from jobs.cli import run
-from omni.config import ConfigError
+from omni.errors import ConfigError
 from omni.storage.path import StorageError, place, plain, why
 
 

@@ -20,11 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from omni.errors import ConfigError
 from omni.storage.path import Place, join, place, why, without_secrets
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong; the message names each field and what was expected."""
 
 
 def _as_list(value: Any) -> Any:

@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 import omni
-from omni.config import Config, ConfigError, load_config, parse_config
+from omni.config import Config, load_config, parse_config
+from omni.errors import ConfigError
 
 Written = Callable[[str], Path]
 

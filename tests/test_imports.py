@@ -13,6 +13,7 @@ WITH_RAY = {
     "omni.bench.stream_speed",
     "omni.cluster.job_client",
     "omni.cluster.nodes",
+    "omni.cluster.ray_init",
     "omni.corpus.build",
     "omni.metrics.prometheus",
     "omni.run.attempts",

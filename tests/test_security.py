@@ -10,8 +10,8 @@ import pytest
 
 import jobs
 import omni
+from omni.cluster.ray_init import runtime_environment
 from omni.config import load_config, without_secrets
-from omni.run.run import runtime_environment
 
 PACKAGES = [Path(module.__file__ or "").parent for module in (omni, jobs)]
 RUNS_CODE = {

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from omni.config import Config
 from omni.plan.plan import Split
-from omni.run.make_job import encoder_settings
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import encoder_rate, first_rows, loaded_blocks, without_cache
 from omni.stream.collate import Utterance
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.schema import utterances
 from omni.stream.stages import EncodeStage, StreamSettings
 from omni.train.evaluation import Layout

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from omni.bench.prepared_run import Sample, in_temporary_storage, progress, take_sample
 from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
-from omni.config import Config, ConfigError
+from omni.config import Config
+from omni.errors import ConfigError
 from omni.model.batch import Batch
 from omni.model.lm.gpt import GPT, GPTConfig
 from omni.model.precision import compute_dtype

@@ -15,12 +15,13 @@ import torch
 from omni.bench.prepared_run import Sample, in_temporary_storage, progress, take_sample
 from omni.bench.timing import Result, describe_machine, median
 from omni.bench.whole_run import JobRun, for_timing, run_job, steps_of_epochs
+from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.plan.plan import Split
-from omni.run.make_job import encoder_settings, make_job
+from omni.run.make_job import make_job
 from omni.run.prepare import prepare
 from omni.run.rates import Trainer, audio_seconds
-from omni.run.run import start_ray
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.pipeline import make_stream
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, StreamSettings, load_bin

@@ -19,8 +19,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from omni.cluster.versions import EXPECTED, PASSED_ON, expected_versions, installed_versions
 from omni.cluster.working_dir import Packed, pack, readable
-from omni.config import Config, ConfigError
-from omni.model.download import first_line
+from omni.config import Config
+from omni.errors import ConfigError, first_line
 from omni.storage.path import without_secrets
 
 SETTINGS = "omni-job.yaml"  # the resolved settings, in the job's working directory

@@ -19,13 +19,14 @@ import ray
 from filelock import FileLock, Timeout
 
 from omni.audio.logmel import SAMPLING_RATE
-from omni.config import Config, ConfigError
+from omni.cluster.ray_init import start_ray
+from omni.config import Config
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import Task, finish
 from omni.corpus.index import INDEX_FILE, ManifestError
 from omni.corpus.sources import Options, open_source
+from omni.errors import ConfigError
 from omni.model.download import HubError
-from omni.run.run import start_ray
 from omni.storage.ahead import ahead
 from omni.storage.path import Place, StorageError, plain, why, without_secrets
 from omni.storage.retry import patiently

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_state
-from omni.config import ConfigError
+from omni.errors import ConfigError
 from omni.model.chat_template import PLACEHOLDER, Template, make_template
 from omni.model.download import SourceError, read_whisper_files, whisper_folder
 from omni.model.lm.gpt import GPT

@@ -10,8 +10,8 @@ from typing import Any
 from omni.audio.decode import AudioError, AudioSpan, decode
 from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.vad import Segmenting, speech_spans
-from omni.config import ConfigError
 from omni.corpus.index import ManifestError, manifest_path, read_built
+from omni.errors import ConfigError
 from omni.inference.transcriber import ENCODE_BATCH, Transcriber, hold
 from omni.plan.sequences import DEFAULT_TASK
 from omni.storage.path import place, plain, why

@@ -16,11 +16,11 @@ from torch import Tensor
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_patiently, fit
 from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.checkpoint import CheckpointError, read_state
-from omni.config import ConfigError
 from omni.corpus.index import build_index, recordings
 from omni.corpus.lengths import Reject, span_of
 from omni.corpus.messages import messages_of
 from omni.corpus.text import TextPolicy, apply_policy, join
+from omni.errors import ConfigError
 from omni.inference.decode_batch import HeldUtterance, by_language, summarize, transcribe
 from omni.model.chat_template import Message, Template, make_template, transcription
 from omni.model.download import SourceError

@@ -12,8 +12,7 @@ from torch import Tensor
 from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.checkpoint import TrainState
 from omni.metrics.score import Errors
-from omni.metrics.throughput import ADVICE, Verdict, judge
-from omni.train.step import (
+from omni.metrics.sums import (
     CORRECT,
     CTC,
     ENCODE_SECONDS,
@@ -26,6 +25,7 @@ from omni.train.step import (
     TOKENS,
     UTTERANCES,
 )
+from omni.metrics.throughput import ADVICE, Verdict, judge
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from omni.config import Config, ConfigError
+from omni.config import Config
+from omni.errors import ConfigError
 from omni.storage.path import ObjectPath, Place
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "swanlab": "swanlab"}  # by module

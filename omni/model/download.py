@@ -21,6 +21,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from omni.errors import first_line
 from omni.model.encoder.ctranslate2 import read_ct2_encoder
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -161,10 +162,6 @@ def once_per_node(model: HubModel | str) -> FileLock:
     folder = Path(tempfile.gettempdir()) / f"omni-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return FileLock(folder / f"{name}.lock")
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def read_whisper_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.augment.speed import Speeds
+from omni.config import Config
 from omni.metrics.run_files import write_bytes
-from omni.plan.plan import Plan, make_plan
-from omni.run.prepare import Prepared
+from omni.plan.plan import Plan, Split, make_plan
 from omni.storage.path import Place
 
 _KEY = b"omni.plan"
@@ -53,20 +53,30 @@ def plan_path(run_dir: Place, fingerprint: str) -> Place:
     return run_dir / "plan" / f"{fingerprint}.parquet"
 
 
-def write_plan_file(prepared: Prepared) -> None:
-    config, split = prepared.config, prepared.splits["train"]
+def write_plan_file(
+    config: Config,
+    split: Split,
+    index_fingerprint: str,
+    lengths: np.ndarray,
+    weights: np.ndarray | None,
+) -> None:
+    """Write what the plan of the training split was made of, where that is not there yet.
+
+    lengths: (n,) positions of each utterance, 0 for one outside the plan. weights: (n,) how often
+    each occurs in an epoch.
+    """
     path = plan_path(config.run_dir, split.plan.fingerprint)
     if path.is_file():
         return
     facts: dict[str, Any] = {
-        "index_fingerprint": prepared.fingerprints["data.train"],
+        "index_fingerprint": index_fingerprint,
         "seed": config.run.seed,
         "bin_positions": config.optim.bin_positions,
         "bins_per_step": config.optim.bins_per_step,
     }
-    table = pa.table({"id": split.table["id"], "positions": pa.array(prepared.lengths, pa.int32())})
-    if prepared.weights is not None:
-        table = table.append_column("weight", pa.array(prepared.weights, pa.float64()))
+    table = pa.table({"id": split.table["id"], "positions": pa.array(lengths, pa.int32())})
+    if weights is not None:
+        table = table.append_column("weight", pa.array(weights, pa.float64()))
     speeds = None if split.augmentation is None else split.augmentation.speeds
     if speeds is not None:
         facts["speeds"] = speeds.speeds

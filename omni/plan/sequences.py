@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from omni.audio.windows import encoder_frames
-from omni.config import Config, ConfigError
+from omni.config import Config
 from omni.corpus.index import Index, recordings
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_of
 from omni.corpus.text import TRANSCRIBE
+from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO, Template
-from omni.stream.collate import sequence_positions
+from omni.model.projector import soft_tokens
 
 DEFAULT_TASK = TRANSCRIBE  # of rows that name none
 _BATCH = 65_536
@@ -131,3 +133,10 @@ def _heard(rows: list[dict[str, Any]], template: Template) -> list[list[list[int
             )
         heard.append(encode(said))
     return heard
+
+
+def sequence_positions(frames: Sequence[int], ids: int, stack: int) -> int:
+    """Positions an utterance takes in a bin: `ids` ids, one for each of its recordings, which have
+    so many frames. The last id is a target, not an input.
+    """
+    return sum(soft_tokens(count, stack) for count in frames) + ids - len(frames) - 1

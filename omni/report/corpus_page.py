@@ -12,10 +12,10 @@ from typing import Any
 
 from omni.audio.decode import AudioError, decode, fit
 from omni.audio.logmel import SAMPLING_RATE
-from omni.config import ConfigError
 from omni.corpus.index import INDEX_FILE, Index, ManifestError, build_index, recordings
 from omni.corpus.lengths import span_of
 from omni.corpus.text import language_code
+from omni.errors import ConfigError
 from omni.model.download import ASSETS
 from omni.model.tokenizer import SpeechTokenizer
 from omni.report.audio_embed import mel_picture, player, waveform

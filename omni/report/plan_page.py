@@ -11,8 +11,10 @@ import pyarrow as pa
 
 from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.windows import encoder_frames
-from omni.config import Config, ConfigError, load_config
+from omni.config import Config, load_config
 from omni.corpus.index import Index, recordings
+from omni.corpus.splits import build_indexes
+from omni.errors import ConfigError
 from omni.metrics.run_files import read_events
 from omni.model.download import SourceError
 from omni.model.projector import soft_tokens
@@ -21,7 +23,6 @@ from omni.plan.plan import Plan
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
 from omni.report.charts import count, histogram, percent, short
 from omni.report.run_page import table
-from omni.run.prepare import build_indexes
 from omni.storage.path import Place
 
 _BINS = 14  # that are drawn

@@ -31,14 +31,17 @@ from omni.metrics.prometheus import RayPublisher
 from omni.metrics.run_files import count_events, last_line, read_events, write_event, write_text
 from omni.model.download import HubError, SourceError
 from omni.plan.plan import Split
-from omni.run.make_job import Job, encoder_settings, held_bins, make_job
+from omni.run.make_job import held_bins, make_job
 from omni.run.prepare import Prepared
-from omni.run.signals import Signals, StopRequest
+from omni.run.signals import Signals
 from omni.storage.path import ObjectPath, Place
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.pipeline import make_stream
 from omni.stream.stages import StreamSettings
 from omni.train.batches import TooManyRejects
 from omni.train.loop import TrainLoop
+from omni.train.stop_request import StopRequest
+from omni.train.worker_spec import WorkerSpec
 
 STREAM = "stream"
 FAILURE = "failure.txt"  # why a run stopped for good, written by rank 0
@@ -229,7 +232,7 @@ def _open_stream(
 
 def _work(arguments: dict[str, Any]) -> None:
     """The function of one Ray Train worker."""
-    job: Job = arguments["job"]
+    job: WorkerSpec = arguments["job"]
     torch.set_num_threads(job.config.train.threads)
     context = ray.train.get_context()
     rank, node = context.get_world_rank(), ray.get_runtime_context().get_node_id()

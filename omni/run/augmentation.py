@@ -11,10 +11,11 @@ from omni.audio.windows import encoder_frames
 from omni.augment.augment import Augmentation
 from omni.augment.noise import Clips, read_clips
 from omni.augment.speed import Speeds, changed_length, names_of
-from omni.config import Config, ConfigError
+from omni.config import Config
 from omni.corpus.index import ManifestError, recordings
+from omni.errors import ConfigError
+from omni.plan.sequences import sequence_positions
 from omni.storage.path import why
-from omni.stream.collate import sequence_positions
 
 
 def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import ray
 
 from omni.checkpoint.checkpoint import read_state
-from omni.config import ConfigError
+from omni.errors import ConfigError
 from omni.metrics.run_files import append_json
 from omni.run.estimate import audio_per_step, step_seconds
 from omni.run.prepare import Prepared

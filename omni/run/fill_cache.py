@@ -19,14 +19,15 @@ import ray
 import torch
 
 from omni.audio.logmel import FRAME, SAMPLING_RATE
-from omni.config import Config, ConfigError
+from omni.cluster.ray_init import start_ray
+from omni.config import Config
 from omni.corpus.index import Index, recordings
+from omni.corpus.splits import build_indexes
+from omni.errors import ConfigError
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
-from omni.run.make_job import encoder_settings
-from omni.run.prepare import build_indexes, encoder_facts, encoder_key
-from omni.run.run import start_ray
 from omni.storage.path import join
+from omni.stream.encoder_facts import encoder_facts, encoder_key, encoder_settings
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.pipeline import make_stream
 from omni.stream.stages import StreamSettings

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
-
 import numpy as np
 
 from omni.config import Config
-from omni.model.speech_lm import OmniConfig
 from omni.plan.plan import EMPTY, Split
-from omni.run.prepare import Prepared, encoder_key
-from omni.storage.path import join
-from omni.stream.codec import DTYPES, FeatureCodec
-from omni.stream.stages import StreamSettings
+from omni.run.prepare import Prepared
+from omni.train.worker_spec import WorkerSpec
 
 
-@dataclass(frozen=True)
-class Job:
-    config: Config
-    model: OmniConfig
-    encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint, d_model, ...
-    tokenizer_json: str
-    template: Literal["plain", "chat"]
-    tasks: list[str]
-    fingerprints: dict[str, str]
-    held_rows: dict[str, int]  # rows of dev and test that lead the stream
-    train_rows: int  # utterances of the training index
-    epoch_ends: list[int]  # bins up to the end of each epoch
-
-
-def make_job(prepared: Prepared, workers: int = 1) -> Job:
+def make_job(prepared: Prepared, workers: int = 1) -> WorkerSpec:
     """The job of one attempt, with so many workers."""
     train = prepared.splits["train"]
-    return Job(
+    return WorkerSpec(
         config=prepared.config,
         model=prepared.model,
         encoder=prepared.encoder,
@@ -48,27 +28,6 @@ def make_job(prepared: Prepared, workers: int = 1) -> Job:
         },
         train_rows=train.table.num_rows,
         epoch_ends=train.plan.epoch_ends.tolist(),
-    )
-
-
-def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
-    """What the stages of the stream need to know of the encoder that `facts` describe."""
-    encoder = config.encoder
-    return StreamSettings(
-        config=config,
-        n_mels=facts["n_mels"],
-        codec=FeatureCodec.of(facts),
-        cache=None if config.cache is None else join(config.cache, encoder_key(facts)),
-        encoder={
-            "source": None if encoder.weights == "hub" else encoder.weights,
-            "mode": encoder.mode,
-            "margin_seconds": encoder.margin_seconds,
-            "layers": encoder.layers,
-            "dtype": DTYPES[encoder.dtype],
-            "frame_budget": encoder.frame_budget,
-        },
-        bins_per_block=config.optim.bins_per_block,
-        fingerprint=facts["fingerprint"],
     )
 
 

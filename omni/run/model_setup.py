@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from omni.config import Config, ConfigError
+from omni.config import Config
 from omni.corpus.index import Index
+from omni.errors import ConfigError
 from omni.model.chat_template import Template, make_template
 from omni.model.download import HubError, SourceError
 from omni.model.lm.gpt import GPTConfig

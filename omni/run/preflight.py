@@ -16,16 +16,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from omni.cluster import nodes
 from omni.cluster.capacity import Demand, shortage, workers_that_fit
-from omni.config import Config, ConfigError
+from omni.config import Config
 from omni.corpus.index import recordings
-from omni.model.download import first_line
+from omni.errors import ConfigError, first_line
 from omni.run.encoder_actors import sized
 from omni.run.estimate import Estimate, estimate
-from omni.run.make_job import encoder_settings
 from omni.run.prepare import Prepared
 from omni.run.trial import Trial, try_pipe
 from omni.storage.folder import open_folder
 from omni.storage.path import Place, why, without_secrets
+from omni.stream.encoder_facts import encoder_settings
 
 _SETTLE_SECONDS = 15.0  # a cluster whose nodes are still coming up
 _NODE_SECONDS = 60.0  # for a node's answer

@@ -17,23 +17,22 @@ import torch
 
 from omni.checkpoint.checkpoint import newest_checkpoint, read_state
 from omni.cluster.versions import differences
-from omni.config import Config, ConfigError
-from omni.corpus.index import Index, ManifestError
+from omni.config import Config
+from omni.corpus.index import Index
 from omni.corpus.lengths import Reject
-from omni.corpus.mixture import build_mixture
-from omni.corpus.text import TextPolicy, apply_policy
+from omni.corpus.splits import build_indexes
+from omni.errors import ConfigError
 from omni.metrics.score import normalize
-from omni.model.download import HubError, SourceError
-from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import Split, make_plan
+from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import beyond_ctc, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import model_of, pretrained_of, template_of, tokenizer_of
-from omni.storage.folder import open_folder
-from omni.storage.path import Place, join, why, without_secrets
+from omni.storage.path import Place
+from omni.stream.encoder_facts import encoder_facts, encoder_identity
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,15 @@ class Prepared:
     resume: Place | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
     filled: float  # share of the plan's positions that hold an utterance
+
+    def write_plan_file(self) -> None:
+        write_plan_file(
+            self.config,
+            self.splits["train"],
+            self.fingerprints["data.train"],
+            self.lengths,
+            self.weights,
+        )
 
 
 def prepare(config: Config) -> Prepared:
@@ -128,7 +136,7 @@ def prepare(config: Config) -> Prepared:
         "model": hashlib.blake2b(
             json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
         ).hexdigest(),
-        "encoder": " ".join(_identity(encoder)),
+        "encoder": " ".join(encoder_identity(encoder)),
         "augment": "" if augmentation is None else augmentation.identity,
     }
     return Prepared(
@@ -147,97 +155,6 @@ def prepare(config: Config) -> Prepared:
         notes,
         filled,
     )
-
-
-def build_indexes(config: Config) -> dict[str, Index]:
-    """The index of each split that the config names. Raises ConfigError."""
-    try:
-        if config.cache is not None:
-            open_folder(join(config.cache, "encoder"))
-    except (OSError, ValueError, NotImplementedError) as error:
-        reason = without_secrets(str(error))
-        raise ConfigError(f"data.cache: expected a folder or a URI: {reason}") from None
-    if config.cache_dir is not None:  # measured lengths go there
-        try:
-            config.cache_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            within = str(config.cache_dir).startswith(str(config.run_dir.parent))
-            setting, where = (
-                ("run.storage", config.run_dir.parent)
-                if within
-                else ("data.cache", config.cache_dir)
-            )
-            raise ConfigError(f"{setting}: {where} cannot be written: {why(error)}") from None
-    policy = TextPolicy.of(config.data.model_dump())
-    try:
-        indexes = {
-            name: build_mixture(
-                specs,
-                prompt=config.data.prompt,
-                cache_dir=config.cache_dir,
-                allow_absolute=config.data.allow_absolute,
-            )
-            for name, specs in (
-                ("train", config.data.train),
-                ("dev", config.data.dev),
-                ("test", config.data.test),
-            )
-            if specs
-        }
-    except ManifestError as error:
-        raise ConfigError(f"data: {error}") from None
-    except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"data: {why(error)}") from error
-    try:
-        indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
-    except ValueError as error:
-        raise ConfigError(f"data.language_tag: {error}") from None
-    if without := [name for name, index in indexes.items() if not len(index)]:
-        raise ConfigError(f"data.punctuation: no text is left of data.{without[0]}")
-    return indexes
-
-
-def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
-    """What made the features, and how long the utterances were: checkpoints keep it."""
-    settings = config.encoder
-    source = None if settings.weights == "hub" else settings.weights
-    try:
-        encoder = WhisperEncoder(
-            source,
-            mode=settings.mode,
-            margin_seconds=settings.margin_seconds,
-            layers=settings.layers,
-        )
-    except HubError:
-        raise
-    except (SourceError, ValueError) as error:
-        raise ConfigError(f"encoder.weights: {error}") from None
-    return {
-        "source": settings.weights,
-        "mode": settings.mode,
-        "margin_seconds": settings.margin_seconds,
-        "dtype": settings.dtype,
-        "format": settings.format,
-        "fingerprint": encoder.fingerprint,
-        "d_model": encoder.d_model,
-        "layers": encoder.layer_ids,
-        "n_mels": encoder.n_mels,
-        "longest_seconds": float(np.quantile(train.table["samples"].to_numpy(), 0.99)) / 16_000,
-    }
-
-
-def encoder_key(encoder: dict[str, Any]) -> str:
-    """Names the folder of features that this encoder makes."""
-    return "-".join(_identity(encoder))
-
-
-def _identity(encoder: dict[str, Any]) -> list[str]:
-    """What two encoders must share to make the same features."""
-    names = ["fingerprint", "mode", "margin_seconds", "dtype"]
-    names += ["format"] if encoder["format"] != "exact" else []
-    identity = [str(encoder[name]) for name in names]
-    layers = encoder.get("layers")
-    return identity + (["layers" + ".".join(map(str, layers))] if layers else [])
 
 
 def _precision_notes(config: Config) -> list[str]:

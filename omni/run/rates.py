@@ -16,10 +16,10 @@ import torch
 from omni.audio.logmel import SAMPLING_RATE
 from omni.config import Config, OptimConfig
 from omni.plan.plan import Plan, Split, padded_step
-from omni.run.make_job import Job
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, StreamSettings, load_bin
 from omni.train.loop import TrainLoop
+from omni.train.worker_spec import WorkerSpec
 
 
 def first_rows(plan: Plan, bins: int, optim: OptimConfig) -> list[int]:
@@ -83,7 +83,7 @@ class Trainer:
     Writes into a temporary folder; the run that `job` describes is not touched.
     """
 
-    def __init__(self, job: Job, blocks: Sequence[pa.Table], device: torch.device) -> None:
+    def __init__(self, job: WorkerSpec, blocks: Sequence[pa.Table], device: torch.device) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._blocks = list(blocks)
         optim = job.config.optim

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
-import ray
 
 from omni.checkpoint.checkpoint import TrainState, newest_step, read_state
-from omni.cluster.versions import PASSED_ON
-from omni.config import Config, ConfigError
+from omni.cluster.ray_init import start_ray
+from omni.config import Config
+from omni.errors import ConfigError
 from omni.metrics.follower import METRICS, Follower
 from omni.metrics.run_files import (
     append_json,
@@ -27,14 +24,13 @@ from omni.metrics.run_files import (
 )
 from omni.metrics.tracker_process import Trackers
 from omni.metrics.trackers import check_trackers
-from omni.plan.plan_file import write_plan_file
 from omni.report.run_page import write_report
 from omni.run.attempts import Attempts
 from omni.run.console import LiveView
 from omni.run.preflight import preflight
 from omni.run.prepare import Prepared, check_fingerprints, prepare
 from omni.run.signals import Signals
-from omni.storage.path import ObjectPath, remove_tree, why, without_secrets
+from omni.storage.path import ObjectPath, remove_tree, why
 
 _COPIES = "working_dir_files"  # where Ray unpacks the folders of jobs
 
@@ -135,7 +131,7 @@ def _claim(prepared: Prepared) -> None:
     _make_folder(config)
     write_text(config.run_dir / "config.yaml", config.to_yaml())
     write_text(config.run_dir / "tokenizer.json", prepared.tokenizer.to_json())
-    write_plan_file(prepared)
+    prepared.write_plan_file()
     _write_index_rejects(prepared)
 
 
@@ -159,53 +155,6 @@ def _finished(config: Config, state: TrainState | None) -> dict[str, Any] | None
         return None
     summary: dict[str, Any] = json.loads(path.read_text())
     return summary if summary.get("steps") == state.step else None
-
-
-def start_ray(config: Config) -> None:
-    """Connect to the cluster (RAY_ADDRESS, or a running driver), or start a local one.
-
-    A local one gets at least as many logical CPUs as the stages ask for: they are shares of the
-    real ones, and a stage that finds none would stand still.
-    """
-    # Trainer processes print through our own files; Ray's copies would double each line.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A submitted job may have set the same variables; Ray would refuse to merge them.
-    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
-    if ray.is_initialized():
-        return
-    options: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-        "runtime_env": runtime_environment(),
-    }
-    if not os.environ.get("RAY_ADDRESS"):
-        # A stage is a process more, not a core more: no warning about their number.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        t, e, d = config.train, config.encoder, config.data
-        actors = max(1, os.cpu_count() or 1) if e.actors == "auto" else e.actors
-        need = t.most * t.cpus + actors * e.cpus + d.loaders + 1
-        options |= {
-            "address": "local",  # not whatever cluster once ran on this machine
-            "num_cpus": max(os.cpu_count() or 1, int(np.ceil(need))),
-            "include_dashboard": False,
-        }
-    ray.init(**options)
-
-
-def runtime_environment() -> dict[str, Any]:
-    """What workers are told beside the job: where weights come from, and nothing secret.
-
-    Ray shows a runtime environment to everyone who sees its dashboard: a URL with credentials stays
-    out of it (set it in the nodes' own environment).
-    """
-    given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    variables = {name: text for name, text in given.items() if without_secrets(text) == text}
-    # A killed driver's claim on the cluster would halve the next one's share for three minutes.
-    variables["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "30"
-    if os.environ.get("RAY_ADDRESS"):  # of several clusters on a machine, the one of this run
-        variables["RAY_ADDRESS"] = os.environ["RAY_ADDRESS"]
-    return {"env_vars": variables}
 
 
 def _saved_state(prepared: Prepared) -> tuple[TrainState | None, list[str]]:

@@ -1,50 +1,10 @@
-"""Stopping in order: signals that the driver gets, and how ranks learn that they should end."""
+"""Note SIGTERM and Ctrl-C in the driver, so that a run can end after its step."""
 
 from __future__ import annotations
 
 import signal
 import threading
-import time
 from typing import Any
-
-from omni.metrics.run_files import write_text
-from omni.storage.path import ObjectPath, Place
-
-_LOOK_SECONDS = 0.5
-_LOOK_AFAR_SECONDS = 2.0  # a request to object storage
-
-
-class StopRequest:
-    """A file in the run's directory: the driver writes it, rank 0 looks for it between steps."""
-
-    def __init__(self, run_dir: Place) -> None:
-        self._path = run_dir / ".stop"
-        afar = isinstance(run_dir, ObjectPath)
-        self._every = _LOOK_AFAR_SECONDS if afar else _LOOK_SECONDS
-        self._looked = 0.0
-        self._found = False
-
-    def write(self, why: str) -> None:
-        write_text(self._path, why)
-
-    def exists(self) -> bool:
-        return self._path.exists()
-
-    def clear(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def asked(self) -> bool:
-        """True once the file is there; looks now and then only."""
-        if not self._found and time.monotonic() - self._looked >= self._every:
-            self._looked = time.monotonic()
-            self._found = self._path.exists()
-        return self._found
-
-    def why(self) -> str:
-        try:
-            return self._path.read_text()
-        except OSError:
-            return ""
 
 
 class Signals:

@@ -14,10 +14,10 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from omni.config import ConfigError
-from omni.model.download import HubError, SourceError, first_line
+from omni.errors import ConfigError, first_line
+from omni.model.download import HubError, SourceError
 from omni.plan.plan import Split
-from omni.run.make_job import Job, encoder_settings, make_job
+from omni.run.make_job import make_job
 from omni.run.prepare import Prepared
 from omni.run.rates import (
     Cost,
@@ -27,7 +27,9 @@ from omni.run.rates import (
     loaded_blocks,
     without_cache,
 )
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.stages import EncodeStage, StreamSettings
+from omni.train.worker_spec import WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _load_and_encode(
     return audio / took, rate, encoded
 
 
-def _train(job: Job, blocks: list[pa.Table], seconds: float) -> Cost:
+def _train(job: WorkerSpec, blocks: list[pa.Table], seconds: float) -> Cost:
     """What a block costs a worker that never waits."""
     torch.set_num_threads(job.config.train.threads)
     device = torch.device("cuda" if job.config.train.gpus else "cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omni.model.batch import IGNORED, Batch
 from omni.model.chat_template import AUDIO
-from omni.model.projector import soft_tokens, stack_frames
+from omni.model.projector import stack_frames
 
 TEACHER_GRAIN = 64  # positions: few shapes
 
@@ -40,13 +40,6 @@ class Utterance:
         while last and self.supervised[last - 1]:
             last -= 1
         return self.ids[:last]
-
-
-def sequence_positions(frames: Sequence[int], ids: int, stack: int) -> int:
-    """Positions an utterance takes in a bin: `ids` ids, one for each of its recordings, which have
-    so many frames. The last id is a target, not an input.
-    """
-    return sum(soft_tokens(count, stack) for count in frames) + ids - len(frames) - 1
 
 
 def collate(

@@ -19,12 +19,13 @@ from omni.metrics.run_files import append_json, keep_lines, read_json_lines
 from omni.metrics.stopwatch import Stopwatch
 from omni.model.batch import Batch
 from omni.plan.plan import EMPTY, padded_step
-from omni.run.make_job import Job
 from omni.storage.retry import patiently
 from omni.stream.codec import FeatureCodec
 from omni.stream.collate import Utterance
 from omni.stream.schema import utterances
-from omni.train.evaluation import HeldOut, Layout, all_gather
+from omni.train.distributed import all_gather
+from omni.train.evaluation import HeldOut, Layout
+from omni.train.worker_spec import WorkerSpec
 
 
 class TooManyRejects(RuntimeError):
@@ -59,7 +60,7 @@ class Microbatch:
 
 @dataclass
 class Feed:
-    job: Job
+    job: WorkerSpec
     blocks: Iterator[pa.Table]
     layout: Layout
     rank: int

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from omni.config import Config
@@ -21,7 +20,9 @@ from omni.model.batch import Batch
 from omni.model.chat_template import Template
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.plan.packing import pack
-from omni.stream.collate import Utterance, collate, sequence_positions
+from omni.plan.sequences import sequence_positions
+from omni.stream.collate import Utterance, collate
+from omni.train.distributed import all_gather, all_sum
 
 _SUMS = 5  # loss, tokens, correct, ctc, kl; behind them those of each task
 
@@ -123,22 +124,3 @@ def _audio_for(utterance: Utterance, other: Utterance) -> list[Tensor]:
     """As many recordings as `utterance` has, but of `other`."""
     given = other.features or ()
     return [given[i % len(given)] for i in range(len(utterance.features or ()))]
-
-
-def all_sum(values: Tensor) -> Tensor:
-    """Sum over ranks; the values themselves without a process group."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        moved = values.to(device)
-        dist.all_reduce(moved)
-        return moved.to(values.device)
-    return values
-
-
-def all_gather(items: list[Any]) -> list[Any]:
-    """The lists of all ranks, one after another."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return items
-    gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]

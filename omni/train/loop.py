@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 
 from omni.checkpoint.checkpoint import (
     Checkpoint,
@@ -32,17 +31,19 @@ from omni.cluster.watchdog import Watchdog
 from omni.inference.decode_batch import by_language
 from omni.metrics.rows import eval_row
 from omni.metrics.run_files import append_json, keep_lines, remove_lines
+from omni.metrics.sums import REJECTED, STOP
 from omni.model.chat_template import Template
 from omni.model.speech_lm import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import epochs_done
-from omni.run.make_job import Job
-from omni.run.signals import StopRequest
 from omni.train.batches import Feed
-from omni.train.evaluation import HeldOut, Layout, all_gather
+from omni.train.distributed import all_gather, barrier
+from omni.train.evaluation import HeldOut, Layout
 from omni.train.model_state import Trained
 from omni.train.recorder import Books, Publisher
-from omni.train.step import REJECTED, STOP, Steps
+from omni.train.step import Steps
+from omni.train.stop_request import StopRequest
+from omni.train.worker_spec import WorkerSpec
 
 _FIRST_BLOCK_PATIENCE = 3.0  # the stream starts, actors load the encoder
 
@@ -54,7 +55,7 @@ class TrainLoop:
 
     def __init__(
         self,
-        job: Job,
+        job: WorkerSpec,
         blocks: Iterator[pa.Table],
         rank: int,
         world: int,
@@ -195,7 +196,7 @@ class TrainLoop:
         # that these steps are done.
         with self.books.watch.phase("checkpoint", on_device=False):
             weights, optimizer = self.trained.snapshot(keep=self.rank == 0)
-            _barrier()
+            barrier()
         if self.rank:
             return
         write = functools.partial(
@@ -216,7 +217,7 @@ class TrainLoop:
         with self._watchdog.off():
             if self.rank == 0:
                 self._saver.wait()
-            _barrier()
+            barrier()
 
     def _event(self, event: str, step: int | None = None, **facts: Any) -> None:
         self.books.event(event, self.state.step if step is None else step, **facts)
@@ -263,7 +264,7 @@ class TrainLoop:
         nodes = all_gather([node])
         plan = self.job.fingerprints.get("plan")
         self._event("attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone)
-        _barrier()
+        barrier()
         self.feed.recall_rejects()
         self.books.recall()
 
@@ -318,8 +319,3 @@ class TrainLoop:
         )
         self._event("finished")
         return summary
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -18,11 +18,12 @@ from omni.metrics.mfu import flops_per_position, peak_flops
 from omni.metrics.rows import Pools, Window, summary_of, train_row
 from omni.metrics.run_files import append_json, last_line, read_json_lines, write_event, write_json
 from omni.metrics.stopwatch import Stopwatch
-from omni.run.make_job import Job
+from omni.metrics.sums import TOKENS
 from omni.stream.feature_cache import more_room
 from omni.train.batches import Feed
 from omni.train.model_state import Trained
-from omni.train.step import TOKENS, Step
+from omni.train.step import Step
+from omni.train.worker_spec import WorkerSpec
 
 _LAST_WORDS_SECONDS = 5.0
 
@@ -45,7 +46,12 @@ class Books:
     """Of one rank. watch: seconds by phase, for whoever does the work to measure with."""
 
     def __init__(
-        self, job: Job, rank: int, world: int, device: torch.device, publisher: Publisher | None
+        self,
+        job: WorkerSpec,
+        rank: int,
+        world: int,
+        device: torch.device,
+        publisher: Publisher | None,
     ) -> None:
         self._job, self._rank, self._device = job, rank, device
         self._publisher = publisher

@@ -14,15 +14,12 @@ from torch import Tensor
 from omni.checkpoint.checkpoint import TrainState
 from omni.config import Config
 from omni.metrics.stopwatch import Stopwatch
+from omni.metrics.sums import LOSS, STOP, SUMS, TOKENS, UTTERANCES
 from omni.model.speech_lm import LossSums
 from omni.train.batches import Feed, Microbatch
-from omni.train.evaluation import all_sum
+from omni.train.distributed import all_sum
 from omni.train.model_state import Trained
 
-# Fields of the sums that ranks add up at each step.
-LOSS, TOKENS, CORRECT, CTC, KL, UTTERANCES, SAMPLES = range(7)
-LOAD_SECONDS, ENCODE_SECONDS, ENCODED, REJECTED, STOP = range(7, 12)
-SUMS = STOP + 1  # behind them (tasks, 3): cross-entropy, tokens, correct ones of each task
 _SPIKE_AFTER = 100  # updates before a gradient norm can be called unusual
 _NORM_MEMORY = 50  # updates
 

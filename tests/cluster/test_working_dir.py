@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from omni.cluster.working_dir import pack, readable
-from omni.config import ConfigError
+from omni.errors import ConfigError
 
 
 def put(path: Path, size: int = 3) -> None:

@@ -24,7 +24,7 @@ from omni.corpus.audio_paths import recording_uri
 from omni.corpus.build_part import part_name
 from omni.corpus.index import ManifestError, build_index
 from omni.corpus.sources import Options, open_source
-from omni.run.prepare import build_indexes
+from omni.corpus.splits import build_indexes
 from omni.storage import path as places
 from omni.storage.ahead import ahead
 from omni.storage.path import ObjectPath, Place, place, plain, stored

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from omni.config import ConfigError, SourceConfig, load_config, parse_config
+from omni.config import SourceConfig, load_config, parse_config
 from omni.corpus.index import Index, ManifestError, build_index
 from omni.corpus.messages import messages_of
 from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy, join, language_code
+from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO, Template
 from omni.model.tokenizer import SpeechTokenizer
 

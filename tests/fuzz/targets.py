@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 import omni
 from jobs import cli
 from omni.checkpoint.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
-from omni.config import ConfigError, load_config
+from omni.config import load_config
+from omni.errors import ConfigError
 from omni.model.download import SourceError
 from omni.model.lm.nanochat import load_nanochat
 from omni.model.lm.pretrained import find_pretrained

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omni.config import Config, ConfigError, load_config, parse_config
+from omni.config import Config, load_config, parse_config
 from omni.corpus.index import ManifestError, build_index
 from omni.corpus.tar import TarError, read_tar
+from omni.errors import ConfigError
 from tests.fuzz.targets import TARGETS
 
 FIELDS = [

@@ -14,7 +14,7 @@ import soundfile
 from omni.audio.windows import encoder_frames
 from omni.corpus.index import build_index
 from omni.model.tokenizer import SpeechTokenizer
-from omni.stream.collate import sequence_positions
+from omni.plan.sequences import sequence_positions
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import find_pretrained
 from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
-from omni.train.evaluation import Layout, all_sum
+from omni.train.distributed import all_sum
+from omni.train.evaluation import Layout
 from omni.train.model_state import Trained
 
 BLOCKS = 6  # of a step, over all ranks: equally many for one, two and three

@@ -27,7 +27,7 @@ from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import find_pretrained, load_lm
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
-from omni.run.prepare import encoder_facts
+from omni.stream.encoder_facts import encoder_facts
 from tests.helpers.hf_folders import chat_tokenizer, save_folder
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"

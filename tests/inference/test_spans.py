@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from omni.audio.vad import Segmenting, speech_spans
-from omni.config import ConfigError
 from omni.corpus.build_part import write_part
 from omni.corpus.built_index import finish
 from omni.corpus.index import build_index
 from omni.corpus.sources import Options, open_source
 from omni.corpus.text import TextPolicy
+from omni.errors import ConfigError
 from omni.inference.spans import transcribe_index, transcribe_speech
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import Template

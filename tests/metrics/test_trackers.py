@@ -15,7 +15,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import train
-from omni.config import Config, ConfigError, load_config
+from omni.config import Config, load_config
+from omni.errors import ConfigError
 from omni.metrics.follower import METRICS, Follower
 from omni.metrics.run_files import append_json, keep_lines
 from omni.metrics.tracker_process import CLOSE_SECONDS, Trackers

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from omni.config import ConfigError, load_config
+from omni.config import load_config
+from omni.errors import ConfigError
 from omni.model.tokenizer import SPECIAL_TOKENS, SPLIT, SpeechTokenizer
 from omni.run.prepare import prepare
 

@@ -18,7 +18,6 @@ from omni.audio.decode import decode
 from omni.config import parse_config
 from omni.metrics.run_files import write_event
 from omni.model.download import ASSETS
-from omni.plan.plan_file import write_plan_file
 from omni.report.audio_embed import mel_picture, player, waveform
 from omni.report.charts import histogram
 from omni.report.plan_page import read_run, soft_of
@@ -178,7 +177,7 @@ def run(tmp_path: Path) -> Path:
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
     (config.run_dir / "tokenizer.json").write_text(prepared.tokenizer.to_json())
-    write_plan_file(prepared)
+    prepared.write_plan_file()
     plan = prepared.fingerprints["plan"]
     write_event(config.run_dir, "attempt", 0, workers=1, plan=plan)
     return config.run_dir

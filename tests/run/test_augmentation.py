@@ -17,16 +17,18 @@ import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
-from omni.config import Config, ConfigError, parse_config
+from omni.config import Config, parse_config
+from omni.errors import ConfigError
 from omni.plan.plan import Split
-from omni.plan.plan_file import plan_path, read_plan_file, write_plan_file
+from omni.plan.plan_file import plan_path, read_plan_file
+from omni.plan.sequences import sequence_positions
 from omni.run.audit import audit
 from omni.run.fill_cache import fill_cache
-from omni.run.make_job import encoder_settings
 from omni.run.preflight import _needed
 from omni.run.prepare import Prepared, check_fingerprints, prepare
 from omni.run.rates import without_cache
-from omni.stream.collate import collate, sequence_positions
+from omni.stream.collate import collate
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import LOADED_SCHEMA, utterances
 from omni.stream.stages import EncodeStage, StreamSettings, load_bin
@@ -193,7 +195,7 @@ def test_the_plan_is_made_again_from_its_file(tmp_path: Path) -> None:
     prepared = prepare(_config(tmp_path, ALL))
     plan, run_dir = prepared.splits["train"].plan, prepared.config.run_dir
     run_dir.mkdir(parents=True)
-    write_plan_file(prepared)
+    prepared.write_plan_file()
     again = read_plan_file(plan_path(run_dir, plan.fingerprint)).plan(10)
     assert again.fingerprint == plan.fingerprint
     assert np.array_equal(again.members, plan.members)

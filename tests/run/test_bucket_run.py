@@ -29,9 +29,9 @@ from omni.metrics.run_files import (
     write_event,
 )
 from omni.report.run_page import write_report
-from omni.run.signals import StopRequest
 from omni.storage import append as growing
 from omni.storage.path import ObjectPath, join, place
+from omni.train.stop_request import StopRequest
 from tests.helpers.loopback_s3 import s3_bucket
 from tests.helpers.whole_runs import ROOT, command, curve, ledger, lines, run_job
 

@@ -19,15 +19,16 @@ from jobs import evaluate
 from omni.checkpoint.checkpoint import read_state
 from omni.config import Config, parse_config
 from omni.inference.decode_batch import HeldUtterance
+from omni.metrics.sums import SUMS
 from omni.model.lm.lora import is_adapter
-from omni.run.make_job import encoder_settings, make_job
+from omni.run.make_job import make_job
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.schema import utterances
 from omni.stream.stages import EncodeStage
 from omni.train.evaluation import HeldOut, Layout
 from omni.train.model_state import Trained
-from omni.train.step import SUMS
 from tests.helpers.hf_folders import save_folder
 from tests.helpers.whole_runs import ROOT, command, embedded, lines, run_job, write_manifest
 

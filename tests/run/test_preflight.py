@@ -14,7 +14,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from omni.config import Config, ConfigError, load_config
+from omni.config import Config, load_config
+from omni.errors import ConfigError
 from omni.plan.plan import Plan
 from omni.run.estimate import duration, estimate
 from omni.run.preflight import _look, _not_shared

@@ -15,11 +15,12 @@ import pytest
 import omni
 from omni.audio.windows import encoder_frames
 from omni.checkpoint.checkpoint import TrainState, save_checkpoint
-from omni.config import Config, ConfigError, parse_config
+from omni.config import Config, parse_config
+from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO
 from omni.model.tokenizer import SpeechTokenizer
+from omni.plan.sequences import sequence_positions
 from omni.run.prepare import Prepared, check_fingerprints, prepare
-from omni.stream.collate import sequence_positions
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"
 TRAIN = [json.loads(line) for line in (CORPUS / "train.jsonl").read_text().splitlines()]

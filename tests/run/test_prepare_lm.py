@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from omni.config import Config, ConfigError, parse_config
+from omni.config import Config, parse_config
+from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO
 from omni.model.lm.gpt import GPT, GPTConfig
 from omni.model.lm.hf import HFConfig

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from omni.config import Config, parse_config
-from omni.run.make_job import encoder_settings
 from omni.run.prepare import Prepared, prepare
 from omni.storage import path as places
 from omni.storage.path import ObjectPath, place
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.stages import load_bin
 from tests.helpers.loopback_s3 import s3_bucket
 from tests.helpers.whole_runs import embedded

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from omni.model.batch import IGNORED, Batch
-from omni.stream.collate import Utterance, collate, sequence_positions
+from omni.plan.sequences import sequence_positions
+from omni.stream.collate import Utterance, collate
 from tests.helpers.utterances import spoken
 
 BOS, END = 50, 51

@@ -12,12 +12,13 @@ import torch
 
 from omni.config import load_config
 from omni.metrics.rows import Window
-from omni.run.make_job import encoder_settings, make_job
+from omni.metrics.sums import LOSS, TOKENS
+from omni.run.make_job import make_job
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
+from omni.stream.encoder_facts import encoder_settings
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.stages import EncodeStage, StreamSettings, load_bin
-from omni.train.step import LOSS, TOKENS
 
 STEPS, BINS = 50, 10
 

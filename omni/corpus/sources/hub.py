@@ -15,7 +15,8 @@ from typing import Any
 from omni.corpus.index import ManifestError
 from omni.corpus.sources.base import Options, Part, Row, digest, explain_missing
 from omni.corpus.sources.parquet import BATCH, rows_of, wanted_columns
-from omni.model.download import HubError, first_line, once_per_node
+from omni.errors import first_line
+from omni.model.download import HubError, once_per_node
 
 
 def is_saved(folder: Path) -> bool:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.model.download import SourceError, first_line
+from omni.errors import first_line
+from omni.model.download import SourceError
 from omni.model.loss import token_losses
 from omni.model.packed_attention import SegmentLayout
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from omni.model.download import HubModel, SourceError, fetch, first_line
+from omni.errors import first_line
+from omni.model.download import HubModel, SourceError, fetch
 from omni.model.lm.gpt import GPT, GPTConfig
 from omni.model.lm.hf import HFConfig, HFLanguageModel, gguf_argument, load_pretrained, read_config
 from omni.model.lm.nanochat import find_nanochat, find_tokenizer, load_nanochat

@@ -1,0 +1,59 @@
+"""Index the train, dev and test splits that a config names."""
+
+from __future__ import annotations
+
+from omni.config import Config
+from omni.corpus.index import Index, ManifestError
+from omni.corpus.mixture import build_mixture
+from omni.corpus.text import TextPolicy, apply_policy
+from omni.errors import ConfigError
+from omni.storage.folder import open_folder
+from omni.storage.path import join, why, without_secrets
+
+
+def build_indexes(config: Config) -> dict[str, Index]:
+    """The index of each split that the config names. Raises ConfigError."""
+    try:
+        if config.cache is not None:
+            open_folder(join(config.cache, "encoder"))
+    except (OSError, ValueError, NotImplementedError) as error:
+        reason = without_secrets(str(error))
+        raise ConfigError(f"data.cache: expected a folder or a URI: {reason}") from None
+    if config.cache_dir is not None:  # measured lengths go there
+        try:
+            config.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            within = str(config.cache_dir).startswith(str(config.run_dir.parent))
+            setting, where = (
+                ("run.storage", config.run_dir.parent)
+                if within
+                else ("data.cache", config.cache_dir)
+            )
+            raise ConfigError(f"{setting}: {where} cannot be written: {why(error)}") from None
+    policy = TextPolicy.of(config.data.model_dump())
+    try:
+        indexes = {
+            name: build_mixture(
+                specs,
+                prompt=config.data.prompt,
+                cache_dir=config.cache_dir,
+                allow_absolute=config.data.allow_absolute,
+            )
+            for name, specs in (
+                ("train", config.data.train),
+                ("dev", config.data.dev),
+                ("test", config.data.test),
+            )
+            if specs
+        }
+    except ManifestError as error:
+        raise ConfigError(f"data: {error}") from None
+    except OSError as error:  # of storage, which may answer later
+        raise RuntimeError(f"data: {why(error)}") from error
+    try:
+        indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
+    except ValueError as error:
+        raise ConfigError(f"data.language_tag: {error}") from None
+    if without := [name for name, index in indexes.items() if not len(index)]:
+        raise ConfigError(f"data.punctuation: no text is left of data.{without[0]}")
+    return indexes

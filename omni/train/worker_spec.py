@@ -1,0 +1,23 @@
+"""Settings and facts that the driver gives to every rank of a worker group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from omni.config import Config
+from omni.model.speech_lm import OmniConfig
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    config: Config
+    model: OmniConfig
+    encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint, d_model, ...
+    tokenizer_json: str
+    template: Literal["plain", "chat"]
+    tasks: list[str]
+    fingerprints: dict[str, str]
+    held_rows: dict[str, int]  # rows of dev and test that lead the stream
+    train_rows: int  # utterances of the training index
+    epoch_ends: list[int]  # bins up to the end of each epoch
