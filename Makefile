@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup smoke test test-all prometheus lint clean
+.PHONY: setup smoke test test-all prometheus lint docs clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $(STAMP)
 
 smoke: $(STAMP)  ## train on the embedded recordings, score unseen sentences, write the report
@@ -23,13 +23,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check omni jobs tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+docs: $(STAMP)  ## the site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: lint  ## everything that takes seconds to a minute
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=25
 
-test-all: lint prometheus  ## also what takes minutes: about an hour
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trackers]'
-	$(BIN)/python -m pytest
+test-all: lint docs prometheus  ## also what takes minutes: about an hour; coverage in build/coverage
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,trackers]'
+	$(BIN)/python -m pytest --durations=25 --cov --cov-report=term --cov-report=html
 	$(BIN)/python -m tests.fuzz --inputs 1000
 	$(BIN)/python -m tests.chaos --faults 30
 
