@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup smoke test test-all prometheus lint docs clean
+.PHONY: setup smoke settings test test-all prometheus lint docs clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 smoke: $(STAMP)  ## train on the embedded recordings, score unseen sentences, write the report
 	$(BIN)/python -m jobs.train --config configs/smoke.yaml
+
+settings: $(STAMP)  ## docs/settings.md and configs/schema.json, from omni/config/settings.py
+	$(BIN)/python -m omni.config.reference
 
 lint: $(STAMP)
 	$(BIN)/ruff check omni jobs tests

@@ -11,7 +11,8 @@ import pytest
 import jobs
 import omni
 from omni.cluster.ray_init import runtime_environment
-from omni.config import load_config, without_secrets
+from omni.config import load_config
+from omni.storage.path import without_secrets
 
 PACKAGES = [Path(module.__file__ or "").parent for module in (omni, jobs)]
 RUNS_CODE = {

@@ -1,0 +1,136 @@
+"""Read settings from YAML files and dotted overrides, and name the fields that are wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from omni.config.settings import Config, SourceConfig
+from omni.errors import ConfigError
+from omni.storage.path import Place, place, why
+
+
+def load_config(path: str | Place | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as ["--optim.lr", "3e-4"].
+
+    A repeated override of a list collects its values. Raises ConfigError.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(place(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"--config {place(path)}: {why(error)}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {path}: not YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"--config {path}: expected sections, found {type(loaded).__name__}")
+        values = loaded or {}
+    for key, value in _parse_overrides(overrides).items():
+        _set(values, key, value)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Validate plain values. Raises ConfigError with one line per wrong field."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_error_text(item) for item in error.errors())) from None
+
+
+def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, list[Any]] = {}
+    pending = list(arguments)
+    while pending:
+        flag = pending.pop(0)
+        if not flag.startswith("--") or "." not in flag.partition("=")[0]:
+            raise ConfigError(f"{flag}: unknown argument; settings are --section.field VALUE")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not pending or pending[0].startswith("--"):
+                raise ConfigError(f"--{key}: expected a value")
+            value = pending.pop(0)
+        found.setdefault(key, []).append(_parse_value(key, value))
+    return {
+        key: values
+        if len(values) > 1 or _is_list(key) and not isinstance(values[0], list)
+        else values[0]
+        for key, values in found.items()
+    }
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """Keep text for a field that takes text; parse any other value as YAML."""
+    annotation = _annotation(key)
+    listed = annotation == list[str] and not text.startswith("[")
+    if annotation is str or listed or (annotation == str | None and text != "null"):
+        return text
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key}: not YAML: {text!r}") from None
+
+
+def _is_list(key: str) -> bool:
+    return get_origin(_annotation(key)) is list
+
+
+def _annotation(key: str) -> Any:
+    """Return the declared type of a dotted field; None for a field that does not exist."""
+    if key == "data.train":
+        return list[str]  # paths; a mixture on the command line is YAML: [{source: ...}]
+    annotation: Any = Config
+    for part in key.split("."):
+        fields = getattr(annotation, "model_fields", {})
+        if part not in fields:
+            return None
+        annotation = fields[part].annotation
+    return annotation
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        if values.get(section) is None:  # The file may have an empty section.
+            values[section] = {}
+        nested = values[section]
+        if not isinstance(nested, dict):
+            raise ConfigError(f"{key}: {section} is not a section")
+        values = nested
+    values[name] = value
+
+
+def _error_text(error: ErrorDetails) -> str:
+    parts = list(error["loc"])
+    # After the number of an entry of data.train, pydantic adds the tag of its kind: not a field.
+    names = [
+        str(p) for before, p in zip([None, *parts], parts, strict=False) if type(before) is not int
+    ]
+    location = ".".join(names)
+    if error["type"] != "extra_forbidden":
+        given = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+        return f"{location}: {error['msg'].removeprefix('Value error, ')}{given}"
+    known = _fields(error["loc"][:-1])
+    close = difflib.get_close_matches(names[-1], known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{location}: unknown field{hint}; expected one of: {', '.join(known)}"
+
+
+def _fields(location: Sequence[int | str]) -> list[str]:
+    """Return the names of the fields of the section at a location."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if part == "mixture":
+            section = SourceConfig
+        annotation = getattr(section.model_fields.get(str(part)), "annotation", None)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+        elif get_origin(annotation) is dict:
+            section = get_args(annotation)[1]
+    return list(section.model_fields)
