@@ -16,7 +16,6 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Refer
 
 from jobs import bench
 from omni.audio.decode import measure
-from omni.bench import show
 from omni.bench.corpus_speed import alone, bench_corpus, repeat_files
 from omni.bench.encode_speed import encoder_flops, typical_clips
 from omni.bench.peer import Peer
@@ -90,8 +89,6 @@ def test_padded_and_packed_batches_hold_the_same_work(config: Config) -> None:
     members = [u for bin in sample.bins() for u in bin]
     padded = padded_batch(sample, members)
     packed = sample.layout.batch(sample.bins())
-    for batch in (padded, packed):
-        batch.audio_NF.float().sum().item()
     count = [(b.targets_BT >= 0).sum() for b in (padded, packed)]
     assert count[0] == count[1]
     assert (padded.segments_BT > 0).sum() == (packed.segments_BT > 0).sum()
@@ -144,10 +141,12 @@ def _hold(count: int) -> int:
     return int(np.ones(count, np.uint8).sum())
 
 
+@pytest.mark.slow  # It holds 2.5 GB.
 def test_a_peak_is_that_of_the_call_alone() -> None:
     here = np.ones(1_500_000_000, np.uint8)  # which a child must not be said to hold
     little, much = alone(_hold, 1), alone(_hold, 1_000_000_000)
-    assert here.any() and little.value == 1 and much.value == 1_000_000_000
+    assert len(here) == 1_500_000_000, "held until both have returned"
+    assert little.value == 1 and much.value == 1_000_000_000
     assert little.peak_gb < 1 and 0.9 < much.peak_gb - little.peak_gb < 1.1
 
 
@@ -184,8 +183,8 @@ def test_results_are_a_table_and_json(
     assert written["ratio"] == {"encode.trim_vs_naive": 27.71}
     assert written["figures"][0]["value"] == 133.7 and written["machine"]["threads"] == 1
     printed = capsys.readouterr().out
-    assert "encoder trim" in printed and "134" in printed and "encode.trim_vs_naive 27.7" in printed
-    show(result)
+    for row in (("encoder trim", "134"), ("encode.trim_vs_naive", "27.7")):
+        assert any(all(word in line for word in row) for line in printed.splitlines())
 
 
 def test_a_wrong_suite_or_config_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,4 +193,4 @@ def test_a_wrong_suite_or_config_is_exit_2(capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 2
     assert bench.main(["encode", "--config", "nowhere.yaml"]) == 2
     assert bench.main(["encode", "--encoder.modus", "trim"]) == 2
-    assert "encoder.modus: unknown field" in capsys.readouterr().err
+    assert "encoder.modus" in capsys.readouterr().err

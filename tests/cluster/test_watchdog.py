@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from omni.cluster.watchdog import EXIT_CODE
 
 _RANK = """
@@ -23,6 +21,16 @@ with dog.off():
 print("evaluated", flush=True)
 dog.beat("waiting for a block")
 time.sleep(60)
+"""
+
+_CLOSED = """
+import time
+from omni.cluster.watchdog import Watchdog
+dog = Watchdog(0.3, lambda doing, seconds: None)
+dog.beat("the last step")
+dog.close()
+time.sleep(1.5)
+print("alive", flush=True)
 """
 
 _STAGE = """
@@ -45,7 +53,7 @@ def test_a_rank_without_progress_says_what_it_did_and_ends(tmp_path: Path) -> No
     assert done.returncode == EXIT_CODE
     assert done.stdout.split() == ["progress", "evaluated"]
     assert said.read_text() == "waiting for a block"
-    assert 'File "<string>", line' in done.stderr, "a traceback says where it hung"
+    assert '"<string>"' in done.stderr, "a traceback says where it hung"
 
 
 def test_a_call_into_c_that_never_returns_is_ended() -> None:
@@ -57,10 +65,9 @@ def test_a_call_into_c_that_never_returns_is_ended() -> None:
     assert "Timeout" in done.stderr
 
 
-@pytest.mark.parametrize("seconds", [30.0])
-def test_a_closed_watchdog_bites_no_more(seconds: float) -> None:
-    from omni.cluster.watchdog import Watchdog
-
-    dog = Watchdog(seconds, lambda doing, passed: None)
-    dog.beat("x")
-    dog.close()
+def test_a_closed_watchdog_bites_no_more() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _CLOSED], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["alive"]

@@ -39,8 +39,8 @@ QUIET = settings(
 @pytest.mark.parametrize("kind", TARGETS)
 def test_damage_is_answered(kind: str, tmp_path: Path) -> None:
     answers = [TARGETS[kind](tmp_path, random.Random(seed)) for seed in range(25)]
-    assert set(answers) <= {"accepted", "rejected", "refused"}
-    assert set(answers) & {"rejected", "refused"}, "no damage was noticed"
+    noticed = "rejected" if kind in ("cache shard", "checkpoint") else "refused"
+    assert answers.count(noticed) >= 20, "damage went unnoticed"
 
 
 @QUIET
@@ -59,7 +59,7 @@ def test_any_command_line_is_taken_or_refused(arguments: list[str]) -> None:
     try:
         load_config(None, arguments)
     except ConfigError as error:
-        assert str(error)
+        assert any(argument.removeprefix("--") in str(error) for argument in arguments)
 
 
 @QUIET
