@@ -162,7 +162,7 @@ def test_audio_is_cut_or_padded_within_a_frame() -> None:
 
 @pytest.mark.parametrize("samples", [16_000 - FRAME - 1, 16_000 + FRAME + 1, 1])
 def test_more_than_a_frame_is_another_file(samples: int) -> None:
-    with pytest.raises(AudioError, match=r"decoded 1\.000 s, the index reserved") as caught:
+    with pytest.raises(AudioError, match=r"\b1\.000 s\b") as caught:
         fit(np.ones(16_000, np.float32), samples)
     assert caught.value.reason == "length mismatch"
 
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_recording(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "claims-to-be.wav"
     path.write_bytes(content)
     assert _refusal(measure, path) == _refusal(decode, path) == "unreadable"
-    with pytest.raises(AudioError, match="^unreadable: bytes: "):
+    with pytest.raises(AudioError, match=r"^unreadable: .*\bbytes\b"):
         decode(content)
 
 

@@ -90,16 +90,16 @@ def test_the_process_keeps_its_threads(long: tuple[Path, Times]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "complaint"),
+    ("settings", "named"),
     [
-        ({"longest": 0.5}, "longest_seconds: expected 1 or more, got 0.5"),
-        ({"longest": 2.0, "padding": 1.0}, "longest_seconds: expected 2.35 or more, got 2"),
-        ({"silence": -1.0}, "silence_seconds: expected 0 or more, got -1.0"),
-        ({"shortest": float("nan")}, "shortest_seconds: expected 0 or more, got nan"),
+        ({"longest": 0.5}, r"^longest_seconds\b.*\b1\b.*\b0\.5\b"),
+        ({"longest": 2.0, "padding": 1.0}, r"^longest_seconds\b.*\b2\.35\b.*\b2\b"),
+        ({"silence": -1.0}, r"^silence_seconds\b.*\b0\b.*-1\b"),
+        ({"shortest": float("nan")}, r"^shortest_seconds\b.*\b0\b.*\bnan\b"),
     ],
 )
-def test_wrong_limits_name_the_field(settings: dict[str, float], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_wrong_limits_name_the_field(settings: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         Segmenting(**settings)
 
 
@@ -114,5 +114,6 @@ def test_blocks_of_a_span_are_what_decode_returns(tmp_path: Path, rate: int) -> 
         blocks = list(decode_blocks(tmp_path / "noise.flac", 0.2, span))
         assert len(blocks) > 5
         assert np.array_equal(np.concatenate(blocks), decode(tmp_path / "noise.flac", span))
-    with pytest.raises(AudioError, match="span outside the file"):
+    with pytest.raises(AudioError, match=r"noise\.flac") as caught:
         list(decode_blocks(tmp_path / "noise.flac", 0.2, AudioSpan(2.5, 1.0)))
+    assert caught.value.reason == "span outside the file"

@@ -67,8 +67,9 @@ def test_what_lies_in_the_folder_may_be_named(folder: Place, name: str, uri: str
 )
 def test_what_lies_elsewhere_has_to_be_admitted(folder: Place, name: str, uri: str) -> None:
     assert recording_uri(folder, name, True) == uri
-    with pytest.raises(ValueError, match=f"{name}' lies outside the manifest's folder"):
+    with pytest.raises(ValueError) as caught:
         recording_uri(folder, name, False)
+    assert repr(name) in str(caught.value)
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -268,8 +269,8 @@ def test_messages_and_names_of_parts_have_no_credentials(bucket: str, tmp_path: 
     there = _there(bucket, "said")
     (there / "m.jsonl").write_text('{"audio": "gone.wav", "text": "a"}\n')
     (there / "empty.jsonl").write_text("")
-    for name, said in (("m.jsonl", "were rejected"), ("empty.jsonl", "has no rows")):
-        with pytest.raises(ManifestError, match=said) as caught:
+    for name, named in (("m.jsonl", "gone.wav"), ("empty.jsonl", "empty.jsonl")):
+        with pytest.raises(ManifestError, match=named) as caught:
             build_index([(there / name).uri])
         assert "secret" not in str(caught.value) and "endpoint" not in str(caught.value)
     spec = (there / "m.jsonl").uri
@@ -299,7 +300,7 @@ def test_parquet_rows_name_objects_in_place(bucket: str, tmp_path: Path) -> None
         return [row.uri for part in source.parts() for row in source.read(part)]
 
     assert uris(allow_absolute=True) == [str(there / "corpus" / "clips" / "a.wav"), outside]
-    with pytest.raises(ManifestError, match=r"m.parquet:2: .*lies outside"):
+    with pytest.raises(ManifestError, match=r"m\.parquet:2: .*/other/a\.wav"):
         uris()
     assert len(decode(outside)) == 16_000
 

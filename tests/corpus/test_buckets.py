@@ -121,9 +121,9 @@ def test_what_is_not_there_is_left_out_and_what_does_not_answer_is_an_error(
     (there / "clips" / "0004.flac").write_bytes(b"no sound")
     found = build_index([(there / "corpus.jsonl").uri])
     assert {r.id: r.reason for r in found.rejects} == {"u0003": "missing", "u0004": "unreadable"}
-    with pytest.raises(AudioError, match="missing: no such object"):
+    with pytest.raises(AudioError, match=r"^missing: .*clips/0003\.flac"):
         decode(str(there / "clips" / "0003.flac"))
-    with pytest.raises(ManifestError, match="no such manifest"):
+    with pytest.raises(ManifestError, match=r"nothing\.jsonl"):
         build_index([(there / "nothing.jsonl").uri])
     with pytest.raises(ManifestError, match="nonsense://"):
         build_index(["nonsense://key:secret@bucket/corpus.jsonl"])
@@ -198,5 +198,5 @@ def test_patterns_and_folders_find_their_files(there: ObjectPath) -> None:
     ):
         source = open_source(spec, Options())
         assert [path.name for path in source.paths] == wanted  # type: ignore[attr-defined]
-    with pytest.raises(ManifestError, match="expected a file, a folder or a pattern"):
+    with pytest.raises(ManifestError, match=r"/c/\*\.tar"):
         open_source(f"wds:{there}/c/*.tar", Options())

@@ -141,58 +141,49 @@ def test_offset_and_duration_give_a_span(record: Record, manifest: Manifest) -> 
 
 
 def test_a_missing_manifest(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="nowhere.jsonl: no such manifest"):
+    with pytest.raises(ManifestError, match=r"nowhere\.jsonl"):
         build_index([str(tmp_path / "nowhere.jsonl")])
 
 
 @pytest.mark.parametrize(
-    "line, complaint",
+    "line, named",
     [
-        ('{"audio": "one.wav", "te', "not JSON"),
-        ("one.wav|hello", "not JSON"),
-        ('["one.wav", "hello"]', "expected an object"),
-        ('{"audio": "one.wav"}', "field 'text' is missing"),
-        ('{"text": "hello"}', "field 'audio' is missing"),
-        ('{"audio": 3, "text": "a"}', "field 'audio': expected str, got 3"),
-        ('{"audio": "one.wav", "text": null}', "field 'text': expected str, got None"),
-        (
-            '{"audio": "one.wav", "text": "a", "offset": "0.5"}',
-            "field 'offset': expected int or float, got '0.5'",
-        ),
-        (
-            '{"audio": "one.wav", "text": "a", "duration": true}',
-            "field 'duration': expected int or float, got True",
-        ),
-        (
-            '{"audio": "one.wav", "text": "a", "id": false}',
-            "field 'id': expected str or int, got False",
-        ),
-        ('{"audio": "one.wav", "text": "a", "language": ["en"]}', "field 'language': expected str"),
-        ('{"audio": "one.wav", "text": "a", "prompt": 1}', "field 'prompt': expected str, got 1"),
-        ('{"audio": "one.wav", "text": "a", "speaker": 7}', "field 'speaker': expected str, got 7"),
+        ('{"audio": "one.wav", "te', ["JSON"]),
+        ("one.wav|hello", ["JSON"]),
+        ('["one.wav", "hello"]', ["one.wav"]),
+        ('{"audio": "one.wav"}', ["'text'"]),
+        ('{"text": "hello"}', ["'audio'"]),
+        ('{"audio": 3, "text": "a"}', ["'audio'", "3"]),
+        ('{"audio": "one.wav", "text": null}', ["'text'", "None"]),
+        ('{"audio": "one.wav", "text": "a", "offset": "0.5"}', ["'offset'", "'0.5'"]),
+        ('{"audio": "one.wav", "text": "a", "duration": true}', ["'duration'", "True"]),
+        ('{"audio": "one.wav", "text": "a", "id": false}', ["'id'", "False"]),
+        ('{"audio": "one.wav", "text": "a", "language": ["en"]}', ["'language'", "['en']"]),
+        ('{"audio": "one.wav", "text": "a", "prompt": 1}', ["'prompt'", "1"]),
+        ('{"audio": "one.wav", "text": "a", "speaker": 7}', ["'speaker'", "7"]),
     ],
 )
 def test_a_wrong_row_is_an_error_with_its_place(
-    record: Record, manifest: Manifest, line: str, complaint: str
+    record: Record, manifest: Manifest, line: str, named: list[str]
 ) -> None:
     record("one.wav")
     spec = manifest({"audio": "one.wav", "text": "fine"}, line)
     with pytest.raises(ManifestError) as caught:
         build_index([spec])
-    assert str(caught.value).startswith(f"{spec}:2: ")
-    assert complaint in str(caught.value)
+    place, _, detail = str(caught.value).partition(":2: ")
+    assert place == spec and all(name in detail for name in named)
 
 
 def test_a_manifest_of_another_encoding_is_an_error_with_its_place(manifest: Manifest) -> None:
     spec = manifest()
     Path(spec).write_bytes('{"audio": "one.wav", "text": "für"}\n'.encode("latin-1"))
-    with pytest.raises(ManifestError, match="corpus.jsonl:1: not JSON"):
+    with pytest.raises(ManifestError, match=r"corpus\.jsonl:1: "):
         build_index([spec])
 
 
 @pytest.mark.parametrize("lines", [(), ("", "  ")])
 def test_an_empty_manifest(manifest: Manifest, lines: tuple[str, ...]) -> None:
-    with pytest.raises(ManifestError, match="corpus.jsonl: the manifest has no rows"):
+    with pytest.raises(ManifestError, match=r"corpus\.jsonl"):
         build_index([manifest(*lines)])
 
 
@@ -200,8 +191,9 @@ def test_ids_must_not_repeat_within_a_split(record: Record, manifest: Manifest) 
     record("one.wav")
     first = manifest({"id": "u1", "audio": "one.wav", "text": "a"}, name="first.jsonl")
     second = manifest({"id": "u1", "audio": "one.wav", "text": "b"}, name="second.jsonl")
-    with pytest.raises(ManifestError, match="the id 'u1' occurs twice"):
+    with pytest.raises(ManifestError, match="'u1'") as caught:
         build_index([first, second])
+    assert first in str(caught.value) and second in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +264,7 @@ def test_a_bad_recording_is_left_out_and_the_rest_kept(
 
 def test_no_row_left_is_an_error_that_shows_the_first_reason(manifest: Manifest) -> None:
     spec = manifest(*({"id": t, "audio": f"{t}.wav", "text": t} for t in "xyz"))
-    with pytest.raises(ManifestError, match=r"all 3 rows were rejected; the first, x: missing"):
+    with pytest.raises(ManifestError, match=r"\b3\b.*\bx: missing: .*x\.wav"):
         build_index([spec])
 
 
@@ -474,7 +466,7 @@ def test_no_held_out_sentence_occurs_in_training(embedded: dict[str, Index], nam
 
 
 def test_an_embedded_name_that_does_not_exist() -> None:
-    with pytest.raises(ManifestError, match="expected embedded:train, embedded:dev or embedded:te"):
+    with pytest.raises(ManifestError, match="embedded:train.*embedded:dev.*embedded:test"):
         manifest_path("embedded:nope")
 
 
@@ -486,7 +478,7 @@ def test_spans_of_no_recording_are_named(
     record("one.wav")
     row = '{"audio": "one.wav", "text": "a", "offset": 0, "duration": 1}'
     line = row.replace(f'"{field}": {0 if field == "offset" else 1}', f'"{field}": {value}')
-    with pytest.raises(ManifestError, match=f"corpus.jsonl:1: field '{field}'"):
+    with pytest.raises(ManifestError, match=rf"corpus\.jsonl:1: .*'{field}'"):
         build_index([manifest(line)])
 
 
@@ -504,8 +496,8 @@ def test_a_manifest_cannot_read_outside_its_folder(
     with pytest.raises(ManifestError) as caught:
         build_index([spec])
     said = str(caught.value)
-    assert f"{spec}:2: field 'audio': {name!r} lies outside" in said
-    assert "data.allow_absolute" in said
+    assert said.startswith(f"{spec}:2: ") and "'audio'" in said
+    assert repr(name) in said and "data.allow_absolute" in said
 
 
 def test_paths_that_come_back_and_links_of_the_owner_stay_inside(

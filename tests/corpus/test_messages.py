@@ -98,30 +98,30 @@ def test_a_recording_that_is_missing_rejects_the_conversation(
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("messages", "named"),
     [
-        ("hello", "'messages': expected a list"),
-        ([], "expected the last message to be the assistant's"),
-        ([{"role": "user"}], "message 0: expected an object with role and content"),
-        ([{"role": "user", "content": 7}], "message 0: content: expected a text, or a list"),
-        ([{"role": "user", "content": [{"image": "x"}]}], "message 0: content: expected a text"),
-        ([*TALK[:2], {"role": "assistant", "content": ""}], "message 2: empty"),
-        ([{"role": "user", "content": "a"}, TALK[-1]], "expected at least one recording"),
+        ("hello", "'messages'.*'hello'"),
+        ([], "'messages'.*assistant"),
+        ([{"role": "user"}], r"message 0\b.*\bcontent\b"),
+        ([{"role": "user", "content": 7}], r"message 0\b.*\bcontent\b.*\b7\b"),
+        ([{"role": "user", "content": [{"image": "x"}]}], r"message 0\b.*\bcontent\b.*'image'"),
+        ([*TALK[:2], {"role": "assistant", "content": ""}], r"message 2\b.*\bempty\b"),
+        ([{"role": "user", "content": "a"}, TALK[-1]], "'messages'.*recording"),
         (
             [{"role": "user", "content": [{"audio": "../../etc/passwd"}]}, TALK[-1]],
-            "lies outside the manifest's folder",
+            r"'\.\./\.\./etc/passwd'",
         ),
         (
             [{"role": "user", "content": [{"audio": "one.wav", "offset": "now"}]}, TALK[-1]],
-            "field 'offset': expected int or float, got 'now'",
+            "'offset'.*'now'",
         ),
     ],
 )
 def test_what_is_wrong_is_named(
-    messages: object, message: str, record: Record, manifest: Manifest
+    messages: object, named: str, record: Record, manifest: Manifest
 ) -> None:
     record("one.wav")
     record("two.wav", 2.0)
-    with pytest.raises(ManifestError, match=message) as caught:
+    with pytest.raises(ManifestError, match=named) as caught:
         build_index([manifest({"id": "t", "messages": messages})])
     assert "corpus.jsonl:1: " in str(caught.value)

@@ -89,7 +89,8 @@ def test_a_long_recording_becomes_its_spans_of_speech(
     assert others == {"short": ("", None), "said": ("activated", None)}
     assert [(r.id, r.reason) for r in built.rejects] == [("silence", "no speech")]
     assert built.counts["without_text"] == len(expected) + 1 and sum(built.counts["texts"]) == 1
-    assert f"no text     {len(expected) + 1}: only" in "\n".join(summary_lines(built.counts))
+    [line] = [line for line in summary_lines(built.counts) if "no text" in line]
+    assert f" {len(expected) + 1}:" in line
 
 
 def test_training_takes_what_has_a_text_and_says_why_not_the_rest(built: Built) -> None:
@@ -103,8 +104,7 @@ def test_an_index_without_any_text_is_not_for_training(talks: Path, tmp_path: Pa
     shutil.copy(talks / "short.flac", tmp_path / "talk.flac")
     _, _, counts = index(tmp_path / "out", f"folder:{tmp_path}")
     assert "characters" not in "\n".join(summary_lines(counts))
-    complaint = "all 1 rows were rejected; the first, talk: no text: nothing to learn from before"
-    with pytest.raises(ManifestError, match=complaint):
+    with pytest.raises(ManifestError, match=r"\btalk: no text: "):
         build_index([str(tmp_path / "out")])
 
 
@@ -182,8 +182,8 @@ def test_given_times_are_taken_and_one_text_for_all_is_not(talks: Path, tmp_path
     assert all(10 <= row["start"] < row["start"] + row["duration"] <= 40 for row in spans)
     [reject] = rejects
     assert (reject.id, reject.reason) == ("whole", "needs segments")
-    assert "with one text: expected times of its utterances (offset and duration)" in reject.detail
-    assert "20 s at most (--longest_seconds)" in reject.detail
+    assert "offset" in reject.detail and "duration" in reject.detail
+    assert "20 s" in reject.detail and "--longest_seconds" in reject.detail
 
 
 def test_without_the_option_all_is_as_before(talks: Path, tmp_path: Path) -> None:
@@ -196,5 +196,5 @@ def test_without_the_option_all_is_as_before(talks: Path, tmp_path: Path) -> Non
 
 def test_a_column_that_was_named_must_be_there(talks: Path, tmp_path: Path) -> None:
     spec = write_jsonl(talks / "long.flac", tmp_path)
-    with pytest.raises(ManifestError, match="field 'text' is missing: expected a column said"):
+    with pytest.raises(ManifestError, match=r"'text'.*\bsaid\b"):
         index(tmp_path / "out", spec, columns={"text": "said"})

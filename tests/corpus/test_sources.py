@@ -452,54 +452,53 @@ FILE = {"sources": [{"type": "file", "source": "a.wav"}], "duration": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("write", "complaint"),
+    ("write", "named"),
     [
-        (_text("m.jsonl", '{"audio": "a.wav", "text": "a"}\n{"audio'), "m.jsonl:2: not JSON"),
-        (_text("m.jsonl", "[1]"), "m.jsonl:1: expected an object"),
-        (_text("m.jsonl", '{"audio": "a.wav", "said": "a"}'), "field 'text' is missing: expected a"
-         " column text or sentence or transcription or transcript or normalized_text "
-         "(--text_column names another), found audio, said"),
-        (_text("m.jsonl", '{"audio": "../a.wav", "text": "a"}'), "outside the manifest's folder"),
-        (_text("m.jsonl", '{"audio": "a.wav", "text": 7}'), "m.jsonl:1: field 'text': expected"),
-        (_text("m.csv", "audio,text\na.wav,a,b\n"), "m.csv:2: expected 2 columns (audio, text)"),
-        (_text("m.csv", 'audio,text\n"a.wav,a\n'), "expected UTF-8 CSV"),
-        (_text("m.csv", "audio,text,offset\na.wav,a,soon\n"), "m.csv:2: field 'offset': expected a "
-         "number, got 'soon'"),
-        (_text("m.parquet", "no table"), "m.parquet: expected Parquet"),
-        (_parquet(audio=["a.wav"], words=["a"]), "x.parquet:1: field 'text' is missing"),
-        (_parquet(audio=["a.wav"], text=[5]), "x.parquet:1: field 'text': expected str, got 5"),
-        (_parquet(audio=[[0.5, 0.1]], text=["a"]), "field 'audio': expected an encoded audio file"),
-        (_parquet(audio=[{"array": [0.1]}], text=["a"]), "(bytes or path), got array"),
-        (_parquet(audio=["/etc/passwd"], text=["a"]), "--allow_absolute admits"),
-        (_text("m.tar", "no tar"), "expected an uncompressed tar"),
-        (_kaldi(scp="u sox a.wav -t wav - |\n"), "is a command, and omni runs none: convert"),
-        (_kaldi(scp="u /a.wav\n"), "wav.scp:1: '/a.wav' lies outside"),
-        (_kaldi(segments="u rec 0.0 1.0\n"), "segments:1: no recording 'rec' in wav.scp"),
-        (_kaldi(segments="u u 1.0\n"), "segments:1: expected UTTERANCE RECORDING START END"),
-        (_kaldi(segments="u u 2.0 1.0\n"), "segments:1: expected 0 <= START < END"),
+        (_text("m.jsonl", '{"audio": "a.wav", "text": "a"}\n{"audio'), r"m\.jsonl:2: .*JSON"),
+        (_text("m.jsonl", "[1]"), r"m\.jsonl:1: .*'\[1\]'"),
+        (_text("m.jsonl", '{"audio": "a.wav", "said": "a"}'),
+         r"m\.jsonl:1: .*'text'.*\bsentence\b.*--text_column.*\baudio, said\b"),
+        (_text("m.jsonl", '{"audio": "../a.wav", "text": "a"}'), r"m\.jsonl:1: .*'\.\./a\.wav'"),
+        (_text("m.jsonl", '{"audio": "a.wav", "text": 7}'), r"m\.jsonl:1: .*'text'.*\b7\b"),
+        (_text("m.csv", "audio,text\na.wav,a,b\n"), r"m\.csv:2: .*\b2\b.*\baudio, text\b.*\b3\b"),
+        (_text("m.csv", 'audio,text\n"a.wav,a\n'), r"m\.csv\b.*CSV"),
+        (_text("m.csv", "audio,text,offset\na.wav,a,soon\n"), r"m\.csv:2: .*'offset'.*'soon'"),
+        (_text("m.parquet", "no table"), r"m\.parquet: .*Parquet"),
+        (_parquet(audio=["a.wav"], words=["a"]), r"x\.parquet:1: .*'text'"),
+        (_parquet(audio=["a.wav"], text=[5]), r"x\.parquet:1: .*'text'.*\b5\b"),
+        (_parquet(audio=[[0.5, 0.1]], text=["a"]), r"x\.parquet:1: .*'audio'.*\blist\b"),
+        (_parquet(audio=[{"array": [0.1]}], text=["a"]), r"x\.parquet:1: .*'audio'.*\barray\b"),
+        (_parquet(audio=["/etc/passwd"], text=["a"]), "'/etc/passwd'.*--allow_absolute"),
+        (_text("m.tar", "no tar"), r"m\.tar: .*\btar\b"),
+        (_kaldi(scp="u sox a.wav -t wav - |\n"), r"wav\.scp:1: .*'sox a\.wav -t wav - \|'"),
+        (_kaldi(scp="u /a.wav\n"), r"wav\.scp:1: .*'/a\.wav'"),
+        (_kaldi(segments="u rec 0.0 1.0\n"), r"segments:1: .*'rec'.*wav\.scp"),
+        (_kaldi(segments="u u 1.0\n"), "segments:1: .*UTTERANCE RECORDING START END"),
+        (_kaldi(segments="u u 2.0 1.0\n"), "segments:1: .*START < END"),
         (_text("c.jsonl", json.dumps({**CUT, "recording": FILE, "duration": None})),
-         "c.jsonl:1: field 'duration' is missing"),
+         r"c\.jsonl:1: .*'duration'"),
         (_text("c.jsonl", json.dumps({**CUT, "recording": FILE, "id": 7})),
-         "c.jsonl:1: field 'id': expected a text, got 7"),
+         r"c\.jsonl:1: .*'id'.*\b7\b"),
         (_text("c.jsonl", json.dumps({**CUT, "recording": {"sources": 3}})),
-         "c.jsonl:1: field 'recording.sources': expected a list"),
-        (_text("m.xyz", ""), "put a kind before it (jsonl:, csv:"),
-        (lambda folder: str(folder / "nothing.jsonl"), "no such file or folder"),
-        (lambda folder: str(folder), "holds no corpus that omni knows"),
-        (lambda folder: f"hf:{folder}", "cannot be opened"),
-        (lambda folder: "hf:a:b:c:d", "expected ID[:config][:split]"),
-        (_text("m.jsonl", ""), "no utterances in it"),
+         r"c\.jsonl:1: .*'recording\.sources'"),
+        (_text("m.xyz", ""), r"m\.xyz: .*\bjsonl:, csv:"),
+        (lambda folder: str(folder / "nothing.jsonl"), r"nothing\.jsonl\b"),
+        (lambda folder: str(folder), r"/in\b"),
+        (lambda folder: f"hf:{folder}", "^hf:/.*/in: "),
+        (lambda folder: "hf:a:b:c:d", r"\ba:b:c:d: .*\[:config\]\[:split\]"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_clear_error(
-    write: Callable[[Path], str], complaint: str, tmp_path: Path
+    write: Callable[[Path], str], named: str, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(ManifestError) as caught:
-        spec = write(tmp_path / "in")
-        if not read_all(spec):
-            raise ManifestError(f"{spec}: no utterances in it")
-    assert complaint in str(caught.value)
+    spec = write(tmp_path / "in")
+    with pytest.raises(ManifestError, match=named):
+        read_all(spec)
+
+
+def test_an_empty_source_has_no_rows(tmp_path: Path) -> None:
+    assert read_all(_text("m.jsonl", "")(tmp_path)) == []
 
 
 def test_an_id_that_occurs_twice_names_both_places(folder: Path, tmp_path: Path) -> None:
@@ -508,7 +507,7 @@ def test_an_id_that_occurs_twice_names_both_places(folder: Path, tmp_path: Path)
     both = [str(folder / "corpus.jsonl"), str(copy / "corpus.jsonl")]
     with pytest.raises(ManifestError) as caught:
         index(tmp_path / "out", *both)
-    assert "the id 'u0000' occurs twice" in str(caught.value)
+    assert "'u0000'" in str(caught.value)
     assert all(name in str(caught.value) for name in both)
     assert len(index(tmp_path / "other", *both, number_ids=True)) == 2 * ROWS
 
@@ -539,7 +538,7 @@ def test_an_index_stands_beside_manifests(built: Path, folder: Path, tmp_path: P
     found = build_index([str(tmp_path / "more" / "m.jsonl"), str(built)], prompt="Listen:")
     assert len(found) == ROWS + 1
     assert found.table["prompt"].to_pylist() == ["Write:"] + ROWS * ["Listen:"]
-    with pytest.raises(ManifestError, match="the id 'u0000' occurs twice"):
+    with pytest.raises(ManifestError, match="'u0000'"):
         build_index([str(built), str(built)])
 
 
@@ -556,13 +555,13 @@ def test_an_index_stands_beside_manifests(built: Path, folder: Path, tmp_path: P
 )
 def test_a_damaged_index_is_one_error(damage: Callable[[Path], Any], built: Path) -> None:
     damage(built)
-    with pytest.raises(ManifestError, match="built: the index is damaged"):
+    with pytest.raises(ManifestError, match="/built: .*damaged"):
         build_index([str(built)])
 
 
 def test_an_unfinished_index_is_no_manifest(built: Path) -> None:
     (built / "index.json").unlink()
-    with pytest.raises(ManifestError, match="a folder that jobs.index has finished"):
+    with pytest.raises(ManifestError, match=r"/built: .*\bjobs\.index\b"):
         build_index([str(built)])
 
 

@@ -102,14 +102,15 @@ def test_a_recording_cut_short_is_a_reject(shard: Shard) -> None:
 )
 def test_a_member_that_points_outside_is_refused(shard: Shard, name: str) -> None:
     path = shard(*_corpus(), (name, b"x"))
-    with pytest.raises(ManifestError, match="points outside the archive"):
+    with pytest.raises(ManifestError) as caught:
         build_index([str(path)])
+    assert str(path) in str(caught.value) and repr(name) in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
 def test_links_and_devices_are_refused(shard: Shard, kind: bytes) -> None:
     path = shard(*_corpus(), (_member("z.wav", kind, "/etc/passwd"), b""))
-    with pytest.raises(ManifestError, match="is a link or a device"):
+    with pytest.raises(ManifestError, match=r"'z\.wav'"):
         build_index([str(path)])
 
 
@@ -120,33 +121,33 @@ def test_the_job_says_so_and_exits_2(
     arguments = ["--data.train", str(path), "--run.storage", str(tmp_path / "runs")]
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
-    assert str(path) in error and "'../../etc/passwd' points outside" in error
+    assert str(path) in error and "'../../etc/passwd'" in error
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/config.yaml"))
 
 
 @pytest.mark.parametrize(
-    ("members", "expected"),
+    ("members", "named"),
     [
-        ([("a.wav", b"x")], "'a' has no text"),
-        ([("a.txt", b"x")], "'a' has 0 audio members"),
-        ([("a.txt", b"x"), ("a.wav", b"x"), ("a.flac", b"x")], "'a' has 2 audio members"),
-        ([("a.json", b"[1]"), ("a.wav", b"x")], "'a': expected an object"),
-        ([("a.json", b"{"), ("a.wav", b"x")], "'a': Expecting"),
-        ([("a.txt", b"\xff\xfe"), ("a.wav", b"x")], "'a': 'utf-8'"),
-        ([("a.json", b'{"text": 1}'), ("a.wav", b"x")], "field 'text': expected str"),
+        ([("a.wav", b"x")], r"'a'.*\ba\.txt\b"),
+        ([("a.txt", b"x")], r"'a'.*\b0\b.*audio"),
+        ([("a.txt", b"x"), ("a.wav", b"x"), ("a.flac", b"x")], r"'a'.*\b2\b.*audio"),
+        ([("a.json", b"[1]"), ("a.wav", b"x")], "'a'.*object"),
+        ([("a.json", b"{"), ("a.wav", b"x")], r"'a'.*\bchar 1\b"),
+        ([("a.txt", b"\xff\xfe"), ("a.wav", b"x")], "'a'.*'utf-8'"),
+        ([("a.json", b'{"text": 1}'), ("a.wav", b"x")], r"\ba\b.*'text'.*\b1\b"),
     ],
 )
 def test_incomplete_rows_name_shard_and_key(
-    shard: Shard, members: list[tuple[str, bytes]], expected: str
+    shard: Shard, members: list[tuple[str, bytes]], named: str
 ) -> None:
     path = shard(*members)
-    with pytest.raises(ManifestError) as caught:
+    with pytest.raises(ManifestError, match=named) as caught:
         build_index([str(path)])
-    assert str(path) in str(caught.value) and expected in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 def test_what_is_no_tar_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "shard.tar"
     path.write_bytes(b"not a tar at all" * 100)
-    with pytest.raises(ManifestError, match="expected an uncompressed tar"):
+    with pytest.raises(ManifestError, match=r"/shard\.tar: .*\btar\b"):
         build_index([str(path)])

@@ -116,7 +116,7 @@ def test_language_tags(prompt: str, language: str | None, expected: str) -> None
 
 
 def test_a_language_that_is_no_code_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a language's code as fr or zh-TW"):
+    with pytest.raises(ValueError, match=r"'<\|audio\|>'"):
         TextPolicy(language_tag=True).prompt("", "<|audio|>")
 
 
@@ -203,7 +203,7 @@ def test_rows_without_text_left_become_rejects(spoken: Callable[..., str]) -> No
     assert kept.table["text"].to_pylist() == ["Yes"]
     [reject] = kept.rejects
     assert (reject.id, reject.reason) == ("corpus-0", "empty text")
-    assert "data.punctuation: strip" in reject.detail
+    assert "data.punctuation" in reject.detail
 
 
 def test_answers_of_other_tasks_keep_case_and_punctuation(spoken: Callable[..., str]) -> None:
@@ -272,22 +272,22 @@ def test_rejects_take_their_weights_along(spoken: Callable[..., str]) -> None:
 
 def test_ids_are_different_in_a_mixture_too(spoken: Callable[..., str]) -> None:
     path = spoken({"text": "A"})
-    with pytest.raises(ManifestError, match="the id 'corpus-0' occurs twice"):
+    with pytest.raises(ManifestError, match="'corpus-0'"):
         _mix(path, {"source": path, "weight": 2})
 
 
 @pytest.mark.parametrize(
-    "entry, message",
+    "entry, named",
     [
-        ({"source": "a", "wieght": 1}, r"data.train.0.wieght: unknown field \(did you mean weight"),
-        ({"weight": 1}, "data.train.0.source: Field required"),
-        ({"source": "a", "weight": 0}, "data.train.0.weight: Input should be greater"),
-        ({"source": "a", "language": "<fr>"}, "data.train.0.language: String should match"),
-        (3, "data.train.0: Input should be a valid string, got 3"),
+        ({"source": "a", "wieght": 1}, r"data\.train\.0\.wieght: .*\bweight\b"),
+        ({"weight": 1}, r"data\.train\.0\.source: "),
+        ({"source": "a", "weight": 0}, r"data\.train\.0\.weight: .*\b0\b"),
+        ({"source": "a", "language": "<fr>"}, r"data\.train\.0\.language: .*<fr>"),
+        (3, r"data\.train\.0: .*\b3\b"),
     ],
 )
-def test_wrong_entries_are_named(entry: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_entries_are_named(entry: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         parse_config({"data": {"train": [entry]}})
 
 

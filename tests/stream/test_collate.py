@@ -81,7 +81,7 @@ def test_a_bin_of_nothing_is_padding(members: list[Utterance]) -> None:
 
 def test_a_bin_may_be_full_but_not_too_full() -> None:
     assert (_collate([LONG, SHORT], positions=9).segments_BT > 0).all()
-    with pytest.raises(ValueError, match="bin 1 holds 9 positions, expected at most 8"):
+    with pytest.raises(ValueError, match=r"bin 1\b.*\b9\b.*\b8\b"):
         _collate([SHORT], [LONG, SHORT], positions=8)
 
 
@@ -93,5 +93,5 @@ def test_the_plan_counts_the_positions_that_are_used(stack: int) -> None:
         need = sequence_positions([frames], len(utterance.ids), stack)
         batch = collate([[utterance]], positions=need, stack=stack, frame_dim=3)
         assert (batch.segments_BT == 1).all()
-        with pytest.raises(ValueError, match=f"holds {need} positions"):
+        with pytest.raises(ValueError, match=rf"\b{need}\b"):
             collate([[utterance]], positions=need - 1, stack=stack, frame_dim=3)
