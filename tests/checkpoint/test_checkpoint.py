@@ -141,7 +141,7 @@ def test_weights_that_do_not_fit_the_model_are_an_error(folder: Path) -> None:
         config_yaml="",
         tokenizer_json=TOKENIZER.to_json(),
     )
-    with pytest.raises(CheckpointError, match=r"missing .*projector.fc1.*unknown .*projector.fc3"):
+    with pytest.raises(CheckpointError, match=r"projector\.fc1.*projector\.fc3"):
         read_state(path).load_model()
 
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over(
     _flip(folder / "step-000020" / name)
     assert newest_checkpoint(folder) == folder / "step-000010"
     said = "".join(capfd.readouterr())
-    assert "step-000020" in said and f"{name} is damaged" in said
+    assert "step-000020" in said and name in said
     _flip(folder / "step-000010" / name)
     assert newest_checkpoint(folder) is None
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over(
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_checkpoint_with_a_missing_file_is_passed_over(folder: Path, name: str) -> None:
     (folder / "step-000020" / name).unlink()
-    with pytest.raises(CheckpointError, match=f"step-000020: {name} is missing"):
+    with pytest.raises(CheckpointError, match=rf"step-000020\b.*\b{name}"):
         read_state(folder / "step-000020")
     assert newest_checkpoint(folder) == folder / "step-000010"
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_with_a_missing_file_is_passed_over(folder: Path, name: str
 @pytest.mark.parametrize("text", ["", "{", "[1", '{"format": 1'])
 def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(folder: Path, text: str) -> None:
     (folder / "step-000020" / "state.json").write_text(text)
-    with pytest.raises(CheckpointError, match="state.json is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"step-000020\b.*\bstate\.json"):
         read_state(folder / "step-000020")
     assert newest_checkpoint(folder) == folder / "step-000010"
 
@@ -240,16 +240,16 @@ def test_a_state_with_a_flipped_byte_is_passed_over(checkpoints: Place) -> None:
 def test_another_format_is_refused_by_its_number(folder: Path, number: object) -> None:
     path = folder / "step-000020" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": number}))
-    with pytest.raises(CheckpointError, match=f"format {number!r}, this version reads 1"):
+    with pytest.raises(CheckpointError, match=rf"format {number!r}.*\b1\b"):
         read_state(folder / "last")
     assert newest_checkpoint(folder) == folder / "step-000010"
 
 
 def test_no_checkpoint_there(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="step-000099: no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="/step-000099: "):
         read_state(folder / "step-000099")
     (folder / "best").symlink_to("step-000099")
-    with pytest.raises(CheckpointError, match="best: no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="/best: "):
         read_state(folder / "best")
 
 
@@ -297,7 +297,7 @@ def test_last_and_best_are_names_in_a_bucket(uploaded: ObjectPath) -> None:
     point(uploaded / "best", uploaded / "step-000010")
     assert read_state(uploaded / "best").path == uploaded / "step-000010"
     assert read_state(uploaded / "last").state.step == 20
-    with pytest.raises(CheckpointError, match="step-000099: no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="/step-000099: "):
         read_state(uploaded / "step-000099")
 
 
@@ -319,11 +319,11 @@ def test_what_a_bucket_lost_is_noticed(
     weights = uploaded / "step-000020" / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged \(checksum differs\)"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*\bchecksum\b"):
         read_state(uploaded / "step-000020").weights()
     weights.write_bytes(data[:-1])
     assert newest_checkpoint(uploaded) == uploaded / "step-000010"
-    assert "model.safetensors is damaged" in capfd.readouterr().err
+    assert "model.safetensors" in capfd.readouterr().err
 
 
 def test_a_bucket_that_is_away_is_not_an_empty_one() -> None:

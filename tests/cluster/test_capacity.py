@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from omni.cluster.capacity import Demand, Node, shortage, workers_that_fit
@@ -69,30 +71,26 @@ def test_pools_stay_on_nodes_with_their_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "settings", "said"),
+    ("workers", "settings", "named"),
     [
         ((6, 6), {}, None),
-        (
-            (7, 7),
-            {},
-            "encoder.actors 4 x 0.5 GPU and 0.5 CPU would starve: beside train.workers",
-        ),
-        ((7, 7), {}, "is room for 2; the cluster has 8 GPUs and 64 CPUs on 1 node"),
+        ((7, 7), {}, r"encoder\.actors 4\b.*\b0\.5 GPU\b.*\b0\.5 CPU\b.*train\.workers\b"),
+        ((7, 7), {}, r"encoder\.actors 4\b.*train\.workers\b.*\b2\b.*\b8 GPUs\b.*\b64 CPUs\b"),
         ((1, 64), {}, None),
-        ((8, 64), {}, "would starve: beside train.workers [8, 64] is room for none"),
-        ((9, 9), {}, "train.workers 9: 9 x 1 GPU and 1 CPU do not fit; the cluster has 8 GPUs"),
-        ((1, 1), {"worker": {"CPU": 99.0}}, "train.cpus: no node has the 99 CPUs of a worker"),
-        ((1, 1), {"encoder_labels": {"pool": "e"}}, "encoder.labels: no node has pool=e"),
+        ((8, 64), {}, r"encoder\.actors 4\b.*train\.workers \[8, 64\]"),
+        ((9, 9), {}, r"train\.workers 9\b.*\b1 GPU\b.*\b1 CPU\b.*\b8 GPUs\b"),
+        ((1, 1), {"worker": {"CPU": 99.0}}, r"train\.cpus\b.*\b99\b"),
+        ((1, 1), {"encoder_labels": {"pool": "e"}}, r"encoder\.labels\b.*\bpool=e\b"),
     ],
 )
 def test_a_shortage_is_named(
-    workers: tuple[int, int], settings: dict[str, object], said: str | None
+    workers: tuple[int, int], settings: dict[str, object], named: str | None
 ) -> None:
     found = shortage([Node("a", GPU_NODE)], _demand(**settings), *workers)
-    assert found is None if said is None else said in (found or "")
+    assert found is None if named is None else re.match(named, found or "")
 
 
 def test_a_cluster_without_gpus_is_named() -> None:
     said = shortage([Node("a", {"CPU": 64.0})], _demand(), 1, 1)
     assert said is not None
-    assert said.startswith("train.gpus: no node has the 1 GPU and 1 CPU of a worker; the cluster")
+    assert re.match(r"train\.gpus\b.*\b1 GPU\b.*\b1 CPU\b.*\b64 CPUs\b", said)

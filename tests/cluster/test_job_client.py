@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from jobs import submit
+from omni.cluster.versions import installed_versions
 from tests.helpers.clusters import ROOT, running_cluster
 
 SETTINGS = """
@@ -61,11 +62,12 @@ def test_a_run_from_another_directory(
     (project / ".env").write_text("SECRET=1")
     assert submit.main(["--config", "c.yaml", "--address", address, "--optim.steps", "15"]) == 0
     out = capsys.readouterr().out
-    assert "without .env (8 B, may hold secrets" in out
-    assert re.search(r"working directory: \d+ files, \d+(\.\d)? MB", out)
+    assert re.search(r"(?<!\S)\.env \(8 B, .*\bsecrets\b", out)
+    assert re.search(r"\b\d+ files, \d+(\.\d)? MB\b", out)
     for step in (5, 10, 15):
         assert len(re.findall(rf"^ +{step}/15 loss ", out, re.M)) == 1, out
-    assert "differ" not in out and "where the job was submitted" not in out
+    for name, version in installed_versions().items():
+        assert f"{name} is {version}" not in out, "no version differs from the one there"
     summary = json.loads((tmp_path / "runs/sent/summary.json").read_text())
     assert summary["steps"] == 15
 
@@ -84,7 +86,7 @@ def test_the_exit_code_is_the_jobs_own(
         ["--config", "c.yaml", "--address", address, "--data.train", "/nowhere/train.jsonl"]
     )
     assert code == 2
-    assert "error: data: /nowhere/train.jsonl: no such manifest" in capsys.readouterr().out
+    assert "error: data: /nowhere/train.jsonl: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -114,7 +116,7 @@ def test_ctrl_c_asks_and_a_stopped_job_leaves_a_checkpoint(
     os.write(keyboard, b"y\n")
     read += process.stdout.read()
     assert process.wait(180) == 130, read
-    assert "stopped; the checkpoint of step" in read
+    assert re.search(r"\bSIG(INT|TERM)\b.*\bcheckpoint\b.*\bstep \d+", read)
     assert (tmp_path / "runs/sent/checkpoints/last/state.json").is_file()
 
 
@@ -128,25 +130,25 @@ def test_a_wrong_token_and_an_address_where_nobody_is(
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     assert submit.main(["--config", "c.yaml", "--address", cluster[0]]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "asks for its token" in error
+    assert error.count("\n") == 1 and "RAY_AUTH_TOKEN" in error
     assert submit.main(["--config", "c.yaml", "--address", "http://127.0.0.1:9"]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no job server at http://127.0.0.1:9" in error
+    assert error.count("\n") == 1 and "http://127.0.0.1:9" in error
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "named"),
     [
-        (("--data.cache", "s3://key:secret@bucket/x"), "a URI with credentials"),
-        (("--optim.steps", "none"), "optim.steps"),
-        (("--working_dir", "/nowhere"), "--working_dir: /nowhere is no folder"),
-        (("--job", "encode", "--dry_run"), "--dry_run: only of --job train"),
+        (("--data.cache", "s3://key:secret@bucket/x"), "AWS_ACCESS_KEY_ID"),
+        (("--optim.steps", "none"), "error: optim.steps: "),
+        (("--working_dir", "/nowhere"), "error: --working_dir: /nowhere"),
+        (("--job", "encode", "--dry_run"), "error: --dry_run: "),
     ],
 )
 def test_what_could_not_work_there_is_refused_before_anyone_is_asked(
-    project: Path, settings: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+    project: Path, settings: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nobody = "http://127.0.0.1:9"
     assert submit.main(["--config", "c.yaml", "--address", nobody, *settings]) == 2
     error = capsys.readouterr().err
-    assert said in error and "secret" not in error.replace("credentials", "")
+    assert named in error and "key:" not in error and "secret" not in error

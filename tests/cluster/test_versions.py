@@ -23,8 +23,6 @@ def test_the_same_machine_has_no_differences() -> None:
 
 def test_each_difference_is_named() -> None:
     expected = installed_versions() | {"torch": "1.0", "nothing-such": "2.0"}
-    lines = differences({EXPECTED: json.dumps(expected)})
-    assert lines == [
-        f"torch is {installed_versions()['torch']} here and 1.0 where the job was submitted",
-        "nothing-such is missing here and 2.0 where the job was submitted",
-    ]
+    torch, absent = differences({EXPECTED: json.dumps(expected)})
+    assert all(word in torch for word in ("torch", installed_versions()["torch"], "1.0"))
+    assert "nothing-such" in absent and "2.0" in absent

@@ -51,7 +51,7 @@ def test_code_and_settings_go_along_and_nothing_else(project: Path, tmp_path: Pa
     assert left.keys() == {".git", ".venv", "omni/__pycache__", ".env", "old"}
     assert [item.size for item in packed.left_out][:3] == [90_000, 70_003, 50_000]
     assert str(left[".venv"]).startswith(".venv (90 kB, ")
-    assert left["old"].why == "a run" and "secrets" in left[".env"].why
+    assert "run" in left["old"].why and "secrets" in left[".env"].why
 
 
 def test_what_git_ignores_stays(project: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_folder_without_omni_gets_this_version(tmp_path: Path) -> None:
 
 def test_too_much_is_refused_naming_the_largest(project: Path, tmp_path: Path) -> None:
     put(project / "corpus/huge.flac", 3_000_000)
-    with pytest.raises(ConfigError, match=r"holds 3 MB, expected at most 1\.05 MB.*corpus/huge"):
+    with pytest.raises(ConfigError, match=r"\b3 MB\b.*\b1\.05 MB\b.*corpus/huge"):
         pack(project, into(tmp_path), limit=1 << 20)
     assert not any((tmp_path / "into").iterdir()), "nothing was copied"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,50 +130,51 @@ def test_every_configuration_of_the_project_is_valid() -> None:
 
 
 def test_an_unknown_field_gets_a_suggestion_and_the_list_of_fields(written: Written) -> None:
+    fields = list(Config().optim.model_dump())
     for message in (
         _error(None, "--optim.warmup", "3"),
         _error(written("optim:\n  warmup: 3\n")),
     ):
-        assert message.startswith("optim.warmup: unknown field (did you mean warmup_steps?); ")
-        assert "expected one of: bin_positions, bins_per_step, " in message and "ema" in message
-    assert "did you mean" not in _error(None, "--optim.zzz", "3")
+        assert message.startswith("optim.warmup: ") and message.endswith(", ".join(fields))
+        assert _suggested(message, fields) == {"warmup_steps"}
+    assert _suggested(_error(None, "--optim.zzz", "3"), fields) == set()
 
 
 def test_an_unknown_section_gets_a_suggestion_and_the_list_of_sections() -> None:
     message = _error(None, "--optimizer.lr", "3")
-    assert message == (
-        "optimizer: unknown field (did you mean optim?); "
-        "expected one of: run, data, augment, encoder, tokenizer, model, optim, train, eval"
-    )
+    sections = list(Config.model_fields)
+    assert message.startswith("optimizer: ") and message.endswith(", ".join(sections))
+    assert _suggested(message, sections) == {"optim"}
+
+
+def _suggested(message: str, names: list[str]) -> set[str]:
+    """The names in a message, without those of the list of all names at its end."""
+    return set(re.findall(r"\w+", message.removesuffix(", ".join(names)))) & set(names)
 
 
 @pytest.mark.parametrize(
-    "flag, value, message",
+    "flag, value, named",
     [
-        ("--optim.steps", "many", "optim.steps: Input should be a valid integer"),
-        ("--optim.steps", "2.5", "optim.steps: Input should be a valid integer"),
-        ("--optim.steps", "0", "optim.steps: Input should be greater than 0, got 0"),
-        ("--optim.lr", "-1", "optim.lr: Input should be greater than 0, got -1"),
-        ("--optim.lr", ".nan", "optim.lr: Input should be greater than 0, got nan"),
-        ("--optim.betas", "0.9", "optim.betas: Input should be a valid tuple, got 0.9"),
-        ("--data.max_rejects", "5", "data.max_rejects: Input should be less than or equal to 1"),
-        ("--model.train", "3", "model.train.0: Input should be 'projector', 'lm' or 'lora', got 3"),
-        ("--encoder.mode", "trimmed", "encoder.mode: Input should be 'trim' or 'full', got 'tri"),
-        ("--run.name", "a/b", "run.name: String should match pattern"),
-        ("--run.seed", "-1", "run.seed: Input should be greater than or equal to 0, got -1"),
-        (
-            "--model.train",
-            "[encoder]",
-            "model.train.0: Input should be 'projector', 'lm' or 'lora'",
-        ),
-        ("--model.train", "[]", "model: train: expected at least one of projector, lm"),
-        ("--tokenizer.vocab_size", "100", "tokenizer.vocab_size: Input should be greater than or"),
+        ("--optim.steps", "many", "optim.steps: .*'many'"),
+        ("--optim.steps", "2.5", r"optim.steps: .*\b2\.5\b"),
+        ("--optim.steps", "0", r"optim.steps: .*\b0\b.*\b0\b"),
+        ("--optim.lr", "-1", r"optim.lr: .*\b0\b.*-1\b"),
+        ("--optim.lr", ".nan", r"optim.lr: .*\b0\b.*\bnan\b"),
+        ("--optim.betas", "0.9", r"optim.betas: .*\b0\.9\b"),
+        ("--data.max_rejects", "5", r"data.max_rejects: .*\b1\b.*\b5\b"),
+        ("--model.train", "3", r"model.train.0: .*'projector'.*'lm'.*'lora'.*\b3\b"),
+        ("--encoder.mode", "trimmed", "encoder.mode: .*'trim'.*'full'.*'trimmed'"),
+        ("--run.name", "a/b", "run.name: .*'a/b'"),
+        ("--run.seed", "-1", r"run.seed: .*\b0\b.*-1\b"),
+        ("--model.train", "[encoder]", "model.train.0: .*'projector'.*'lm'.*'lora'.*'encoder'"),
+        ("--model.train", "[]", r"model: train: .*\bprojector\b.*\blm\b"),
+        ("--tokenizer.vocab_size", "100", r"tokenizer.vocab_size: .*\b100\b"),
     ],
 )
 def test_a_wrong_value_names_the_field_and_what_was_expected(
-    flag: str, value: str, message: str
+    flag: str, value: str, named: str
 ) -> None:
-    assert _error(None, flag, value).startswith(message)
+    assert re.match(named, _error(None, flag, value))
 
 
 def test_each_wrong_field_has_its_line() -> None:
@@ -182,38 +184,38 @@ def test_each_wrong_field_has_its_line() -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere.yaml"
-    assert _error(missing) == f"--config {missing}: No such file or directory"
-    assert _error(tmp_path) == f"--config {tmp_path}: Is a directory"
+    assert _error(missing).startswith(f"--config {missing}: ")
+    assert _error(tmp_path).startswith(f"--config {tmp_path}: ")
 
 
 def test_a_file_that_is_not_yaml(written: Written) -> None:
-    assert "config.yaml: not YAML: " in _error(written("optim: [1, 2\nrun: }"))
+    assert re.search(r"config\.yaml: .*YAML", _error(written("optim: [1, 2\nrun: }")))
     path = written("")
     path.write_bytes(b"\xff\xfe\x00 binary")
-    assert "config.yaml: not YAML: " in _error(path)
+    assert re.search(r"config\.yaml: .*YAML", _error(path))
 
 
 def test_a_file_that_holds_no_sections(written: Written) -> None:
-    assert _error(written("- optim\n- data\n")).endswith("expected sections, found list")
-    assert _error(written("just text\n")).endswith("expected sections, found str")
-    assert _error(written("optim: 3\n")).startswith("optim: Input should be a valid dictionary")
-    assert _error(written("1: 2\n")).startswith("1: Keys should be strings")
+    assert re.search(r"config\.yaml: .*\blist\b", _error(written("- optim\n- data\n")))
+    assert re.search(r"config\.yaml: .*\bstr\b", _error(written("just text\n")))
+    assert re.match(r"optim: .*\b3\b", _error(written("optim: 3\n")))
+    assert _error(written("1: 2\n")).startswith("1: ")
 
 
 @pytest.mark.parametrize("arguments", [["--optim.lr"], ["--optim.lr", "--optim.steps", "3"]])
 def test_an_override_without_a_value(arguments: list[str]) -> None:
-    assert _error(None, *arguments) == "--optim.lr: expected a value"
+    assert _error(None, *arguments).startswith("--optim.lr: ")
 
 
 @pytest.mark.parametrize("argument", ["--lr", "lr", "-x", "optim.lr=3", "--lr=0.5", "--"])
 def test_an_argument_that_is_no_setting(argument: str) -> None:
-    message = f"{argument}: unknown argument; settings are --section.field VALUE"
-    assert _error(None, argument, "3") == message
+    message = _error(None, argument, "3")
+    assert message.startswith(f"{argument}: ") and "--section.field" in message
 
 
 def test_an_override_inside_a_value(written: Written) -> None:
-    assert _error(written("optim: 3\n"), "--optim.lr", "1") == "optim.lr: optim is not a section"
-    assert _error(None, "--optim.lr.peak", "1").startswith("optim.lr: Input should be a valid numb")
+    assert _error(written("optim: 3\n"), "--optim.lr", "1").startswith("optim.lr: ")
+    assert _error(None, "--optim.lr.peak", "1").startswith("optim.lr: ")
 
 
 @pytest.mark.parametrize("value", ["a: b: c", "[half a list", "@name", "%d", "*star", "!bang"])
@@ -234,21 +236,21 @@ def test_one_override_of_a_list_is_a_list_of_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, named",
     [
-        (["--augment.speed", "3"], "augment.speed.0: Input should be less than or equal to 2"),
-        (["--augment.speed", "[]"], "augment: speed: expected different factors"),
-        (["--augment.speed", "[1.0, 1.0]"], "augment: speed: expected different factors"),
-        (["--augment.gain_db", "[6, -6]"], "augment.gain_db: expected [least, most]"),
-        (["--augment.noise_probability", "0.5"], "augment: noise: expected a manifest"),
-        (["--augment.noise", "n.jsonl"], "augment: noise_probability: at 0 no noise is added"),
-        (["--augment.reverb", "r.jsonl"], "augment: reverb_probability: at 0 no reverb is added"),
-        (["--augment.time_mask_share", "1.5"], "augment.time_mask_share: Input should be less"),
-        (["--augment.speeds", "[0.9]"], "augment.speeds: unknown field (did you mean speed?)"),
+        (["--augment.speed", "3"], r"augment.speed.0: .*\b2\b.*\b3\b"),
+        (["--augment.speed", "[]"], "augment: speed: "),
+        (["--augment.speed", "[1.0, 1.0]"], "augment: speed: "),
+        (["--augment.gain_db", "[6, -6]"], r"augment.gain_db: .*\[6(\.0)?, -6(\.0)?\]"),
+        (["--augment.noise_probability", "0.5"], "augment: noise: "),
+        (["--augment.noise", "n.jsonl"], "augment: noise_probability: "),
+        (["--augment.reverb", "r.jsonl"], "augment: reverb_probability: "),
+        (["--augment.time_mask_share", "1.5"], r"augment.time_mask_share: .*\b1\b.*\b1\.5\b"),
+        (["--augment.speeds", "[0.9]"], r"augment.speeds: .*\bspeed\b.*\bspeed\b"),
     ],
 )
-def test_what_augmentation_cannot_do_is_said(settings: list[str], said: str) -> None:
-    assert _error(None, *settings).startswith(said)
+def test_what_augmentation_cannot_do_is_said(settings: list[str], named: str) -> None:
+    assert re.match(named, _error(None, *settings))
 
 
 @pytest.mark.parametrize(

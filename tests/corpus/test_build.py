@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,9 +70,9 @@ def test_two_sources_one_index_and_nothing_is_done_twice(
     arguments = ["--out", str(tmp_path / "out"), *map(str, settings)]
     assert index.main(arguments) == 0
     done = capsys.readouterr().out
-    assert "4 of 4 parts made" in done and "4/4 parts, 31 utterances" in done
-    assert "languages   en 30, fr 1" in done and "left out    unreadable 1" in done
-    assert "speakers    3" in done
+    assert "4 of 4 parts" in done and "31 utterances" in done
+    assert "en 30, fr 1" in done and "unreadable 1" in done
+    assert re.search(r"\bspeakers +3\b", done)
     found = build_index([str(tmp_path / "out")])
     assert found.table["id"].to_pylist() == [f"u{n:04}" for n in range(30)] + ["x"]
     assert [(r.id, r.reason) for r in found.rejects] == [("y", "unreadable")]
@@ -81,8 +82,8 @@ def test_two_sources_one_index_and_nothing_is_done_twice(
     pq.write_table(table.slice(0, 1), tmp_path / "more.parquet")
     assert index.main(arguments) == 0
     again = capsys.readouterr().out
-    assert "1 of 4 parts made" in again, "the lines of the manifest are the same"
-    assert "left out    none" in again
+    assert "1 of 4 parts" in again, "the lines of the manifest are the same"
+    assert "unreadable" not in again
     assert len(list((tmp_path / "out" / "parts").iterdir())) == 4
 
 
@@ -94,8 +95,8 @@ def test_long_recordings_are_cut_by_the_job(
     settings = ["--segment", "vad", "--longest_seconds", "10", "--out", str(tmp_path / "out")]
     assert index.main(["--source", f"folder:{tmp_path / 'in'}", *settings]) == 0
     done = capsys.readouterr().out
-    assert f"no text     {len(said)}: only jobs.transcribe reads them" in done
-    assert "python -m jobs.transcribe --checkpoint CHECKPOINT" in done
+    assert re.search(rf"\bno text +{len(said)}\b", done)
+    assert "python -m jobs.transcribe" in done
     rows = read_built(tmp_path / "out")[0].to_pylist()
     spans = [(row["start"], row["duration"]) for row in rows]
     assert uncovered(said, spans) == [] and bridges(said, spans) == []
@@ -103,19 +104,19 @@ def test_long_recordings_are_cut_by_the_job(
 
 
 @pytest.mark.parametrize(
-    ("settings", "complaint"),
+    ("settings", "named"),
     [
-        (["--longest_seconds", "10"], "--longest_seconds: expected --segment vad beside it"),
-        (["--segment", "vad", "--longest_seconds", "0"], "--longest_seconds: expected 1 or more"),
-        (["--rows_per_part", "0"], "--rows_per_part: expected 1 or more, got 0"),
+        (["--longest_seconds", "10"], "--longest_seconds: .*--segment"),
+        (["--segment", "vad", "--longest_seconds", "0"], r"--longest_seconds: .*\b1\b.*\b0\b"),
+        (["--rows_per_part", "0"], r"--rows_per_part: .*\b1\b.*\b0\b"),
     ],
 )
 def test_wrong_settings_exit_with_2(
-    settings: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--source", "embedded:dev", "--out", str(tmp_path / "out"), *settings]
     assert index.main(arguments) == 2
-    assert f"error: {complaint}" in capsys.readouterr().err
+    assert re.search(f"error: {named}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -126,7 +127,7 @@ def test_wrong_input_exits_with_2_in_one_line(
     manifest.write_text('{"audio": "a.wav", "text": "a"}\n{"audio": "a.wav"}\n')
     assert index.main(["--out", str(tmp_path / "out"), "--source", str(manifest)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: --source") and f"{manifest}:2: field 'text' is missing" in line
+    assert line.startswith("error: --source") and f"{manifest}:2: " in line and "'text'" in line
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -178,7 +179,7 @@ def test_200_utterances_of_a_hub(kind: str, tmp_path: Path) -> None:
     with serve("someone/speech", tmp_path / "hub") as (url, asked):
         done = hub_job(url, tmp_path, f"{kind}:someone/speech:train")
     assert done.returncode == 0, f"{done.stderr}\n{asked}"
-    assert "3 of 3 parts made" in done.stdout
+    assert "3 of 3 parts" in done.stdout
     expected = build_index([str(tmp_path / "corpus.jsonl")])
     assert len(expected) == 200
     found = build_index([str(tmp_path / "out")])
@@ -203,7 +204,7 @@ def test_a_hub_that_is_down_may_come_back(kind: str, tmp_path: Path) -> None:
     done = hub_job(url, tmp_path, f"{kind}:someone/speech:train")
     assert done.returncode == 1, done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"error: --source: {kind}:someone/speech:train: cannot be opened: ")
+    assert line.startswith(f"error: --source: {kind}:someone/speech:train: ")
     assert "Traceback" not in done.stderr
 
 
@@ -227,7 +228,7 @@ def test_a_hub_that_stops_to_serve_may_come_back(corpus: Path, tmp_path: Path) -
     with serve("someone/speech", tmp_path / "hub") as (url, _):
         done = hub_job(url, tmp_path, "hf:someone/speech:train")
     assert done.returncode == 0, done.stderr
-    assert "1 of 3 parts made" in done.stdout
+    assert "1 of 3 parts" in done.stdout
 
 
 @pytest.mark.slow

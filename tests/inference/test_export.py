@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,7 +144,7 @@ def test_transformers_alone_writes_the_same_transcripts(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stack": 8, "projector": "swiglu"}, "model.projector mlp, .*, model.stack 4$"),
+        ({"stack": 8, "projector": "swiglu"}, r"model\.projector mlp\b.*\bmodel\.stack 4\b"),
         ({"layers": 2}, "encoder.layers last"),
     ],
 )
@@ -166,10 +167,8 @@ def test_what_voxtral_has_no_place_for_is_named(
     arguments = ["--checkpoint", str(path), "--to", "hf", "--out", str(tmp_path / "out")]
     assert export.main(arguments) == 2
     error = capsys.readouterr().err
-    assert "Voxtral's format needs a model trained with encoder.mode full" in error
+    assert "encoder.mode full" in error
     assert not (tmp_path / "out").exists()
-    import re
-
     assert re.search(message, error.strip())
 
 
@@ -240,6 +239,6 @@ def test_a_nanochat_folder_writes_the_same_transcripts(
     assert done.stdout.splitlines() == wanted and len(set(wanted)) > 1
     # Once more is refused: nothing is written over.
     assert export.main(arguments) == 2
-    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert f"--out: {arguments[-1]}: " in capsys.readouterr().err
     assert export.main([*arguments[:2], "--to", "hf", "--out", str(tmp_path / "other")]) == 2
-    assert "holds a GPT of nanochat's kind; expected nanochat" in capsys.readouterr().err
+    assert re.search("--to: .*nanochat", capsys.readouterr().err)

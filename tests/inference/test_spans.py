@@ -60,7 +60,8 @@ def test_every_span_of_speech_is_a_line_with_its_times(speech: Transcriber, talk
     assert spans == speech_spans(talk, Segmenting(longest=8.0)) and len(spans) > 5
     assert {row["audio"] for row in rows} == {str(talk)}
     assert len({row["text"] for row in rows}) > 1, "each span is heard for itself"
-    assert last == {"audio": nothing, "error": f"missing: no such file: {nothing}"}
+    assert last.keys() == {"audio", "error"} and last["audio"] == nothing
+    assert last["error"].startswith("missing: ") and nothing in last["error"]
 
 
 def test_an_index_without_texts_becomes_a_manifest(
@@ -90,5 +91,5 @@ def test_a_recording_that_is_gone_is_a_line_too(
 
 
 def test_a_folder_that_is_no_index_is_refused(speech: Transcriber, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a folder that jobs.index has finished"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}: .*\bjobs\.index\b"):
         list(transcribe_index(speech, str(tmp_path)))

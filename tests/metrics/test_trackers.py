@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sqlite3
 import sys
@@ -216,7 +217,9 @@ def test_what_the_model_wrote_and_the_settings_are_shown_as_text(tmp_path: Path)
     found = board(run.folder)
     (text,) = found.Tensors("dev/examples/text_summary")
     shown = text.tensor_proto.string_val[0].decode()
-    assert shown == "    said   you are number seven\n    wrote  <b>you</b> are seven"
+    said, wrote = shown.splitlines()
+    assert said.startswith("    ") and said.endswith(" you are number seven")
+    assert wrote.startswith("    ") and wrote.endswith(" <b>you</b> are seven")
     (text,) = found.Tensors("config/text_summary")
     assert "lr: 0.125" in text.tensor_proto.string_val[0].decode()
     assert any("hparams" in tag for tag in found.summary_metadata)
@@ -247,7 +250,7 @@ def test_a_package_that_is_not_installed_is_said_before_anything_starts(
     arguments = ["--run.storage", str(tmp_path), "--run.trackers", "swanlab"]
     assert train.main(arguments) == 2
     said = capsys.readouterr().err
-    assert said == "error: run.trackers: swanlab is not installed here: pip install swanlab\n"
+    assert said.startswith("error: run.trackers: swanlab") and said.count("\n") == 1
     assert not ray.is_initialized() and not (tmp_path / "omni").exists()
 
 
@@ -258,7 +261,7 @@ def test_trackers_are_given_by_one_line(tmp_path: Path) -> None:
     assert load_config(None, ["--run.trackers", "mlflow"]).run.trackers == ["mlflow"]
     both = ["--run.trackers", "mlflow", "--run.trackers", "swanlab"]
     assert load_config(None, both).run.trackers == ["mlflow", "swanlab"]
-    with pytest.raises(ConfigError, match="run.trackers.0: Input should be 'wandb', 'mlflow' or"):
+    with pytest.raises(ConfigError, match=r"run\.trackers\.0: .*'wandb', 'mlflow'.*'tensorboard'"):
         load_config(None, ["--run.trackers", "tensorboard"])
     check_trackers(Config())
 
@@ -271,7 +274,7 @@ def test_tensorboard_that_cannot_write_is_dropped_with_one_line(tmp_path: Path) 
             run.log(range(1, 4))
         trackers.complete(SUMMARY)
     assert len(run.said) == 1
-    assert run.said[0].startswith("TensorBoard gets nothing more of this run: FileExistsError")
+    assert re.match(r"TensorBoard\b.*\bFileExistsError\b", run.said[0])
     kept = json.loads((run.folder / "trackers" / "tensorboard.json").read_text())
     assert kept == {"rows": 0}, "the next driver tries again from the beginning"
 
@@ -308,7 +311,7 @@ def test_a_server_that_is_away_costs_one_line(
         trackers.complete(SUMMARY)
     assert time.monotonic() - began < CLOSE_SECONDS / 2
     assert len(run.said) == 1 and "\n" not in run.said[0]
-    assert run.said[0].startswith("mlflow gets nothing more of this run: MlflowException: ")
+    assert re.match(r"mlflow\b.*\bMlflowException: ", run.said[0])
     assert "SECRET" not in run.said[0]
     _once(run.points("train/loss"), run.losses())
 
@@ -332,7 +335,7 @@ def test_a_server_that_is_silent_holds_up_the_end_for_a_bounded_time(
         connection.close()
     assert time.monotonic() - began < CLOSE_SECONDS + 5
     assert len(run.said) == 1
-    assert run.said[0].startswith("mlflow gets nothing more of this run: it was not done 20 s")
+    assert re.match(rf"mlflow\b.*\b{CLOSE_SECONDS:g} s\b", run.said[0])
     _once(run.points("train/loss"), run.losses())
 
 
@@ -467,7 +470,7 @@ def test_wandb_without_a_key_is_dropped_with_one_line(
     with Trackers(run.config, run.said.append):
         _until(lambda: run.said)
     assert len(run.said) == 1 and "\n" not in run.said[0]
-    assert run.said[0].startswith("wandb gets nothing more of this run: ")
+    assert run.said[0].startswith("wandb ")
     assert "key" in run.said[0].lower()
 
 

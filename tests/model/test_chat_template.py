@@ -126,17 +126,17 @@ def test_special_tokens_spelled_out_in_a_text_stay_text(tokenizer: SpeechTokeniz
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "named"),
     [
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "leaves out a message"),
-        ("{{ messages[1]['content'] }}{{ messages[0]['content'] }}", "leaves out a message"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "puts nothing after an answer"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "template.*message"),
+        ("{{ messages[1]['content'] }}{{ messages[0]['content'] }}", "template.*order"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "template.*answer"),
     ],
 )
-def test_a_template_that_hides_what_it_is_given_is_refused(template: str, message: str) -> None:
+def test_a_template_that_hides_what_it_is_given_is_refused(template: str, named: str) -> None:
     inner = chat_tokenizer().to_transformers().backend_tokenizer
     tokenizer = SpeechTokenizer(inner, end_token="<|im_end|>", chat_template=template)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=named):
         Template(tokenizer, "chat")
 
 
@@ -160,19 +160,19 @@ def test_a_transformers_tokenizer_survives_the_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("messages", "named"),
     [
-        ([], "the last message to be the assistant's"),
-        ([Message("user", ("x",))], "the last message to be the assistant's"),
-        ([Message("robot", ("x",)), Message("assistant", ("y",))], "message 0: role 'robot'"),
-        ([Message("user", ()), Message("assistant", ("y",))], "message 0: empty"),
+        ([], "assistant"),
+        ([Message("user", ("x",))], "assistant"),
+        ([Message("robot", ("x",)), Message("assistant", ("y",))], "message 0: .*'robot'"),
+        ([Message("user", ()), Message("assistant", ("y",))], "message 0: .*empty"),
         (
             [Message("user", ("x",)), Message("system", ("s",)), Message("assistant", ("y",))],
-            "message 1: a system message comes first",
+            "message 1: .*system",
         ),
-        ([Message("user", ("x",)), Message("assistant", (AUDIO,))], "only users speak"),
+        ([Message("user", ("x",)), Message("assistant", (AUDIO,))], "message 1: .*user"),
     ],
 )
-def test_what_is_wrong_with_a_conversation_is_said(messages: list[Message], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_is_wrong_with_a_conversation_is_said(messages: list[Message], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         check_messages(messages)

@@ -192,7 +192,7 @@ def test_when_every_hub_is_down_one_error_names_each_with_its_reason(tmp_path: P
         MODELSCOPE_ENDPOINT=closed_port(),
     )
     first, modelscope, hugging_face = said.splitlines()
-    assert first == "SourceError no source served the weights:"
+    assert first.startswith("SourceError ")
     assert modelscope.startswith("  ModelScope someone/on-modelscope: ")
     assert hugging_face.startswith("  Hugging Face someone/on-hugging-face: ")
     for line in (modelscope, hugging_face):
@@ -213,7 +213,7 @@ def test_a_run_without_its_weights_fails_in_one_error_and_leaves_nothing(
     )
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
-    assert "error: no source served the weights:" in lines
+    assert sum(line.startswith("error: ") for line in lines) == 1
     named = [line for line in lines if line.startswith(("  ModelScope ", "  Hugging Face "))]
     assert len(named) == (2 if setting.startswith("encoder") else 1)
     assert not (storage / "omni").exists()
@@ -274,8 +274,8 @@ def test_weights_with_another_hash_than_the_hub_names_are_refused(
     with serve("someone/whisper", repository) as hub:
         hub.spoil = True
         said = load_elsewhere(tmp_path, **environment(hub.url))
-        assert said.startswith("SourceError no source served the weights:")
-        assert "another hash" in said or "FileDownloadError" in said
+        assert said.startswith("SourceError ")
+        assert "hash" in said or "FileDownloadError" in said
         hub.spoil = False
         assert load_elsewhere(tmp_path, **environment(hub.url)) == f"loaded {embedded}"
 
@@ -337,7 +337,7 @@ def test_a_language_model_comes_from_either_hub(
 def test_a_language_model_that_no_hub_has_is_named(tmp_path: Path) -> None:
     said = load_elsewhere(tmp_path, "hf:someone/lm@v2", script=LOAD_LM, HF_ENDPOINT=closed_port())
     first, second = said.splitlines()
-    assert first == "SourceError no source served the weights:"
+    assert first.startswith("SourceError ")
     assert second.startswith("  Hugging Face someone/lm@v2: ")
 
 
@@ -372,13 +372,13 @@ def test_a_local_folder_is_taken_as_it_is(trim: WhisperEncoder, tmp_path: Path) 
 
 def test_a_folder_without_config_is_refused_by_name(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(SourceError, match="expected a folder with config.json") as caught:
+        with pytest.raises(SourceError, match=r"\bconfig\.json\b") as caught:
             load_whisper(str(folder))
         assert str(folder) in str(caught.value)
 
 
 def test_a_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no Whisper encoder tensors") as caught:
+    with pytest.raises(SourceError, match=r"model\*\.safetensors") as caught:
         load_whisper(str(copy_config(tmp_path)))
     assert str(tmp_path) in str(caught.value)
 
@@ -386,7 +386,7 @@ def test_a_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     config = json.loads((EMBEDDED_WHISPER / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
-    with pytest.raises(SourceError, match="model_type is 'bert', expected whisper"):
+    with pytest.raises(SourceError, match=r"\bmodel_type\b.*'bert'.*\bwhisper\b"):
         load_whisper(str(tmp_path))
 
 

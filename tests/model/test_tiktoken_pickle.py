@@ -84,7 +84,7 @@ def test_a_crafted_pickle_is_refused_and_not_run(
     trace, path = tmp_path / "trace", tmp_path / "tokenizer.pkl"
     for value in (_Runs(trace), [encoding, _Runs(trace)], {"encoding": _Runs(trace)}):
         path.write_bytes(pickle.dumps(value))
-        with pytest.raises(ValueError, match="system, which is not admitted"):
+        with pytest.raises(ValueError, match=r"tokenizer\.pkl: .*\.system\b"):
             SpeechTokenizer.load(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())
@@ -96,7 +96,7 @@ def test_no_other_name_is_looked_up(tmp_path: Path, name: str) -> None:
     module, _, attribute = name.partition(" ")
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(f"c{module}\n{attribute}\n(S'1'\ntR.".encode())
-    with pytest.raises(ValueError, match="not admitted"):
+    with pytest.raises(ValueError, match=rf"tokenizer\.pkl: .*\b{module}\.{attribute}\b"):
         SpeechTokenizer.load(path)
 
 
@@ -114,7 +114,7 @@ def test_what_is_no_encoding_is_one_clear_error(
     ):
         path.write_bytes(data)
         with pytest.raises(
-            ConfigError, match=r"tokenizer.path: .*tokenizer.pkl.*expected a pickled"
+            ConfigError, match=r"^tokenizer\.path: .*tokenizer\.pkl: .*\btiktoken\b"
         ):
             prepare(load_config(None, ["--tokenizer.path", str(path)]))
 
@@ -124,7 +124,7 @@ def test_ranks_with_a_hole_are_refused(tmp_path: Path) -> None:
     broken = tiktoken.Encoding("x", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(broken))
-    with pytest.raises(ValueError, match="not made of earlier ones"):
+    with pytest.raises(ValueError, match=r"tokenizer\.pkl: .*'abc'"):
         SpeechTokenizer.load(path)
 
 
@@ -135,5 +135,5 @@ def test_a_pattern_that_is_no_regular_expression_is_refused(tmp_path: Path) -> N
     data = pickle.dumps(whole)
     assert b"(?i:" in data
     path.write_bytes(data.replace(b"(?i:", b"(?q:"))
-    with pytest.raises(ValueError, match=r"tokenizer.pkl: its pattern .* undefined group option"):
+    with pytest.raises(ValueError, match=r"tokenizer\.pkl: .*\bpattern\b"):
         SpeechTokenizer.load(path)

@@ -92,7 +92,7 @@ def test_a_small_corpus_yields_fewer_tokens() -> None:
 
 
 def test_a_vocabulary_without_room_for_bytes_and_specials_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size 264 is under 265"):
+    with pytest.raises(ValueError, match=r"\bvocab_size 264\b.*\b265\b"):
         SpeechTokenizer.train(["text"], 264)
 
 
@@ -120,5 +120,5 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer: SpeechTokenizer, tmp_path:
 
 def test_a_tokenizer_without_special_tokens_is_refused(tokenizer: SpeechTokenizer) -> None:
     values = json.loads(tokenizer.to_json().replace("<|bos|>", "<|start|>"))
-    with pytest.raises(ValueError, match=r"lacks the special token <\|bos\|>$"):
+    with pytest.raises(ValueError, match=r"<\|bos\|>"):
         SpeechTokenizer.from_json(json.dumps(values))

@@ -216,7 +216,7 @@ def test_a_run_with_a_damaged_tokenizer_shows_the_rest(run: Path, data: bytes) -
     assert inspect(str(run)) == 0
     path.write_bytes(whole)
     page = Page(run / "inspect.html")
-    assert "tokenizer.json is damaged" in page.root.text
+    assert "tokenizer.json" in page.root.text
     assert page.all("article") and bars(page, "Fill"), "utterances, bins"
 
 
@@ -226,26 +226,28 @@ def test_a_run_whose_corpus_changed_or_went_away_shows_its_plan(run: Path) -> No
     manifest.write_text("".join(text.splitlines(keepends=True)[:-1]))
     assert inspect(str(run)) == 0
     page = Page(run / "inspect.html")
-    assert "another one now" in page.root.text and bars(page, "Fill")
+    [notice] = page.all("p", "notice")
+    assert "corpus" in notice.text and bars(page, "Fill")
     assert page.all("article") == []
     manifest.unlink()
     assert inspect(str(run)) == 0
-    assert "cannot be read here" in Page(run / "inspect.html").root.text
+    [notice] = Page(run / "inspect.html").all("p", "notice")
+    assert str(manifest) in notice.text
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, named",
     [
-        (["nowhere.jsonl"], "nowhere.jsonl: no such manifest"),
-        (["."], "neither a manifest nor a run"),
-        (["embedded:other"], "expected embedded:train, embedded:dev or embedded:test"),
-        (["embedded:dev", "--out", "none/page.html"], "--out: none/page.html cannot be written"),
+        (["nowhere.jsonl"], "nowhere.jsonl: "),
+        (["."], "config.yaml"),
+        (["embedded:other"], "embedded:train, embedded:dev or embedded:test"),
+        (["embedded:dev", "--out", "none/page.html"], "--out: none/page.html"),
         (["embedded:dev", "--tokenizer", "none.json"], "--tokenizer none.json"),
     ],
 )
 def test_what_cannot_be_shown_is_one_error(
     arguments: list[str],
-    message: str,
+    named: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -253,7 +255,7 @@ def test_what_cannot_be_shown_is_one_error(
     monkeypatch.chdir(tmp_path)
     assert inspect(*arguments) == 2
     said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    assert named in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,13 +263,13 @@ def test_a_run_without_its_plan_is_an_error(run: Path, capsys: pytest.CaptureFix
     (path,) = (run / "plan").iterdir()
     path.write_bytes(b"PAR1")
     assert inspect(str(run)) == 2
-    assert "is missing or damaged" in capsys.readouterr().err
+    assert str(path) in capsys.readouterr().err
 
 
 def test_numbers_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         inspect("embedded:dev", "--utterances", "-1")
-    assert left.value.code == 2 and "expected a number" in capsys.readouterr().err
+    assert left.value.code == 2 and "--utterances" in capsys.readouterr().err
 
 
 def test_recordings_of_a_tar_are_heard(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from dataclasses import dataclass, field
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import soundfile
 
 import omni
 from omni.audio.decode import AudioSpan, decode
+from omni.metrics.throughput import ADVICE
 from omni.report.run_page import write_report
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"
@@ -86,8 +88,8 @@ class Page(HTMLParser):
         return tile.all("dd")[0].text
 
     def curve(self, title: str, number: int = 0) -> dict[float, float]:
-        """Step to value of a drawn curve."""
-        (figure,) = [f for f in self.all("figure") if f.all("b")[0].text == title]
+        """Step to value of a drawn curve. title: the last words of the figure's."""
+        (figure,) = [f for f in self.all("figure") if f.all("b")[0].text.endswith(title)]
         drawn = [p for p in figure.all("path", f"s{number}") if "data-values" in p.attributes]
         pairs = [pair.split(",") for pair in drawn[0].attributes["data-values"].split()]
         return {float(step): float(value) for step, value in pairs}
@@ -190,13 +192,15 @@ def test_what_limits_throughput_is_said_with_what_would_change_it(run: Path) -> 
     known = {"throughput_limit": "decode", "throughput_verdict": verdict}
     (run / "summary.json").write_text(json.dumps(SUMMARY | known))
     page = write_report(run).read_text()
-    assert f"<b>{verdict}.</b> What would change it: more data.loaders, or faster" in page
+    assert verdict in page and escape(ADVICE["decode"]) in page
     (run / "summary.json").unlink()
     write_rows(run / "metrics.jsonl", [train_row(1, 2.0) | {"limit": "encoder"}])
-    assert "<b>encoder-bound at the last log line.</b> What would" in write_report(run).read_text()
+    page = write_report(run).read_text()
+    assert "encoder-bound" in page and escape(ADVICE["encoder"]) in page
     for strange in ([], {}, "nobody", None):
         write_rows(run / "metrics.jsonl", [train_row(1, 2.0) | {"limit": strange}])
-        assert "What would change it" not in write_report(run).read_text()
+        page = write_report(run).read_text()
+        assert not any(escape(advice) in page for advice in ADVICE.values())
 
 
 def test_several_languages_are_shown_apart(run: Path) -> None:
@@ -212,8 +216,8 @@ def test_several_languages_are_shown_apart(run: Path) -> None:
     languages = {"dev": rates(0.4, 0.25), "test": {"fr": {"wer": None, "cer": None, "by": "wer"}}}
     (run / "summary.json").write_text(json.dumps(SUMMARY | {"languages": languages}))
     page = Page(write_report(run))
-    assert page.curve("Dev error rate by language") == {50: 60, 100: 41}
-    assert page.curve("Dev error rate by language", 1) == {50: 30, 100: 25}
+    assert page.curve("by language") == {50: 60, 100: 41}
+    assert page.curve("by language", 1) == {50: 30, 100: 25}
     rows = [[cell.text for cell in row.all("td")] for row in page.all("table")[0].all("tr")]
     assert rows[1:] == [
         ["fr", "dev", "47", "40 %", "20 %"],
@@ -230,8 +234,8 @@ def test_several_languages_are_shown_apart(run: Path) -> None:
 
 def test_a_directory_with_nothing_in_it_gives_a_page(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
-    assert "Not finished" in page.root.text and page.tile("Steps") == "–"
-    assert "No utterance was rejected" in page.root.text
+    assert "summary.json" in page.root.text and page.tile("Steps") == "–"
+    assert len(page.all("table")) == 1, "none of rejects"
 
 
 def test_last_line_of_a_repeated_step_counts(run: Path) -> None:
@@ -243,7 +247,7 @@ def test_last_line_of_a_repeated_step_counts(run: Path) -> None:
     loss = page.curve("Loss")
     assert list(loss) == list(range(0, 201, 10))
     assert (loss[90], loss[100], loss[110], loss[120]) == (5.75, 1.5, 1.25, 5.0)
-    assert page.curve("Dev word error rate")[100] == 11.1
+    assert page.curve("word error rate")[100] == 11.1
 
 
 def test_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
@@ -389,7 +393,7 @@ def test_examples_of_the_last_evaluation(run: Path) -> None:
 
 
 def test_rejects_are_counted_by_reason_with_five_examples(run: Path) -> None:
-    assert "No utterance was rejected" in Page(write_report(run)).root.text
+    assert len(Page(write_report(run)).all("table")) == 1, "none of rejects"
     reasons = ["empty"] * 3 + ["unreadable"] * 4
     rejects = [
         {"id": f"clip-{n}", "uri": f"/c/{n}", "reason": reason, "detail": "why"}
@@ -403,14 +407,12 @@ def test_rejects_are_counted_by_reason_with_five_examples(run: Path) -> None:
     )
     assert counts == [["unreadable", "4"], ["empty", "3"]]
     assert [row[0] for row in examples] == [f"clip-{n}" for n in range(5)]
-    assert "No utterance was rejected" not in page.root.text
 
 
 @pytest.mark.parametrize(("rejects", "shown"), [(3, "3"), ({"empty": 2}, "2")])
 def test_rejects_of_the_summary_are_not_denied(run: Path, rejects: Any, shown: str) -> None:
     (run / "summary.json").write_text(json.dumps(SUMMARY | {"rejects": rejects}))
     page = Page(write_report(run))
-    assert "No utterance was rejected" not in page.root.text
     assert page.all("table")[1].all("td")[1].text == shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -210,18 +211,19 @@ def test_only_what_changes_lengths_changes_the_plan(tmp_path: Path) -> None:
     assert gain.fingerprints["plan"] == plain.fingerprints["plan"] != speed.fingerprints["plan"]
     check_fingerprints(plain, {k: v for k, v in plain.fingerprints.items() if k != "augment"})
     for prepared, saved, named in (
-        (gain, plain, "augment"),
-        (plain, gain, "augment"),
-        (speed, plain, "plan, augment"),
+        (gain, plain, ["augment"]),
+        (plain, gain, ["augment"]),
+        (speed, plain, ["plan", "augment"]),
     ):
-        with pytest.raises(ConfigError, match=f"was trained with another {named};"):
+        with pytest.raises(ConfigError) as caught:
             check_fingerprints(prepared, saved.fingerprints)
+        assert re.findall(r"--run\.override_fingerprint (\S+)", str(caught.value)) == named
 
 
 @pytest.mark.parametrize("name", ["noise", "reverb"])
 def test_a_corpus_that_is_not_there_is_a_wrong_config(tmp_path: Path, name: str) -> None:
     config = _config(tmp_path, {name: "/nowhere.jsonl", f"{name}_probability": 0.5})
-    with pytest.raises(ConfigError, match=rf"^augment\.{name}: /nowhere\.jsonl: no such manifest"):
+    with pytest.raises(ConfigError, match=rf"^augment\.{name}: /nowhere\.jsonl: "):
         prepare(config)
 
 
@@ -284,9 +286,9 @@ def test_the_cache_neither_gives_nor_takes_what_is_changed(tmp_path: Path) -> No
 def test_a_cache_that_serves_little_is_said_once(tmp_path: Path) -> None:
     assert prepare(_config(tmp_path, None)).notes == []
     [note] = prepare(_config(tmp_path, ALL)).notes
-    assert note == "augment: the feature cache serves only dev; the encoder runs in every epoch"
+    assert re.match(r"augment: .*\bdev\b", note) and "%" not in note
     [note] = prepare(_config(tmp_path, SOME)).notes
-    assert "serves only dev, and the 35% of training audio that an epoch leaves as it is" in note
+    assert re.match(r"augment: .*\bdev\b.*\b35%", note)
     config = _config(tmp_path, ALL)
     data = config.data.model_copy(update={"cache": None})
     assert prepare(config.model_copy(update={"data": data})).notes == []
@@ -297,7 +299,7 @@ def test_the_encode_job_leaves_out_what_nobody_would_read(tmp_path: Path) -> Non
     said: list[str] = []
     done = fill_cache(_config(tmp_path, ALL), said.append)
     assert done["utterances"] == done["encoded"] == 3
-    assert said[0].startswith("augment changes all training audio")
+    assert said[0].startswith("augment")
     assert fill_cache(_config(tmp_path, SOME), said.append)["kept"] == 15
 
 
@@ -314,7 +316,7 @@ def test_an_augmented_run_killed_and_continued_is_the_undisturbed_one(
             settings += [f"--augment.{name}", json.dumps(value)]
     settings += ["--optim.steps", "30"]
     done = run_job(tiny, tmp_path / "whole", *settings)
-    assert done.stdout.count("the feature cache serves only dev; the encoder runs") == 1
+    assert len(re.findall(r"^.*\baugment: .*\bfeature cache\b", done.stdout, re.M)) == 1
 
     process = subprocess.Popen(
         command(tiny, tmp_path / "killed", *settings),

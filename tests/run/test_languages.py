@@ -91,10 +91,10 @@ def test_a_recording_is_written_down_in_a_language(
     assert transcribe.main([*arguments, "--language", "zh"]) == 0
     assert json.loads(capsys.readouterr().out)["audio"] == str(clip)
     assert transcribe.main([*arguments, "--language", "<zh>"]) == 2
-    assert "--language: expected a language's code" in capsys.readouterr().err
+    assert "--language: " in capsys.readouterr().err
 
 
 def test_another_policy_is_another_run(run: Path) -> None:
     config = run.parents[1] / "config.yaml"
-    with pytest.raises(AssertionError, match="was trained with another data.train"):
+    with pytest.raises(AssertionError, match=r"override_fingerprint data\.train"):
         run_job(config, run.parent, "--data.case", "keep", "--optim.steps", "21")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,25 +49,22 @@ STARVED += ["--encoder.gpus", "1", "--encoder.actors", "2"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "named"),
     [
-        (TOO_MANY, "train.workers 4: 4 x 1 GPU and 1 CPU do not fit; the cluster has 3 GPUs"),
-        (STARVED, "encoder.actors 2 x 1 GPU and 0.5 CPU would starve: beside train.workers [2"),
-        (
-            ["--encoder.weights", "/nowhere"],
-            "encoder.weights: encoder weights '/nowhere':",
-        ),
-        (["--model.sequence_len", "128"], "optim.bin_positions: 256, and the model's context is"),
+        (TOO_MANY, r"train\.workers 4\b.*\b1 GPU\b.*\b1 CPU\b.*\b3 GPUs\b"),
+        (STARVED, r"encoder\.actors 2\b.*\b1 GPU\b.*\b0\.5 CPU\b.*train\.workers \[2, 8\]"),
+        (["--encoder.weights", "/nowhere"], r"encoder\.weights: .*/nowhere\b"),
+        (["--model.sequence_len", "128"], r"optim\.bin_positions: .*\b256\b.*\b128\b"),
         (["--run.storage", "/tmp/working_dir_files/_ray_pkg_1/runs"], "run.storage: /tmp/working"),
-        (["--run.storage", "/proc/1/runs"], "run.storage: /proc/1/runs cannot be written"),
+        (["--run.storage", "/proc/1/runs"], r"run\.storage: .*/proc/1/runs\b"),
     ],
 )
 def test_what_cannot_work_is_one_line(
-    cluster: Cluster, tiny: Path, tmp_path: Path, settings: list[str], said: str
+    cluster: Cluster, tiny: Path, tmp_path: Path, settings: list[str], named: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
         dry_run(_config(tiny, tmp_path, *settings))
-    assert str(refused.value).startswith(said)
+    assert re.match(named, str(refused.value))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
 
@@ -76,7 +74,7 @@ def test_a_dry_run_takes_a_block_through_and_leaves_nothing(
 ) -> None:
     dry_run(_config(tiny, tmp_path, "--data.cache", str(tmp_path / "cache")))
     out = capsys.readouterr().out
-    assert "before the start: a block came through; about " in out
+    assert re.search(r"\babout \d+(\.\d)? (s|min|h)\b.*-bound\b", out)
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").glob(".preflight*"))
 
@@ -99,7 +97,7 @@ def test_a_node_with_folders_of_its_own_is_found(
     try:
         while len([n for n in ray.nodes() if n["Alive"]]) < 3:
             assert node.poll() is None
-        with pytest.raises(ConfigError, match=r"run\.storage: what node [0-9.]+ writes into"):
+        with pytest.raises(ConfigError, match=r"^run\.storage: .*\bnode [0-9.]+"):
             dry_run(_config(tiny, storage))
     finally:
         node.terminate()
@@ -111,17 +109,18 @@ def test_what_a_node_cannot_do_is_named(tmp_path: Path) -> None:
     file.touch()
     mark = tmp_path / "run" / ".preflight-1"
     said = _look(file / "run" / "mark", "word", None, {})
-    assert said == f"run.storage: node {{node}} cannot write {file / 'run'}: Not a directory"
+    assert said is not None and re.match(rf"run\.storage: .*{{node}}.*{file / 'run'}\b", said)
     said = _look(mark, "word", str(file / "cache"), {})
-    assert said is not None and said.startswith("data.cache: node {node} cannot use ")
+    assert said is not None and re.match(rf"data\.cache: .*{{node}}.*{file / 'cache'}\b", said)
     said = _look(mark, "word", None, {"encoder.weights": "/nowhere"})
-    assert said == "encoder.weights: node {node} does not see /nowhere; expected it on every node"
+    assert said is not None and re.match(r"encoder\.weights: .*{node}.*/nowhere\b", said)
     config = load_config(None, ["--run.storage", str(tmp_path), "--run.name", "run"])
     assert _look(mark, "word", str(tmp_path / "cache"), {"data.train": str(file)}) is None
     assert _not_shared(mark, "word", config) is None and not mark.exists()
     assert os.listdir(tmp_path / "cache") == []
     shutil.rmtree(tmp_path / "run")
-    assert "expected a folder that all nodes share" in (_not_shared(mark, "word", config) or "")
+    said = _not_shared(mark, "word", config)
+    assert said is not None and re.match(rf"run\.storage: .*{{node}}.*{config.run_dir}\b", said)
 
 
 def test_an_estimate_is_arithmetic() -> None:
@@ -131,28 +130,27 @@ def test_an_estimate_is_arithmetic() -> None:
     plan = Plan(members, np.arange(21) * 2, ends, 2, "")
     config = load_config(None, ["--optim.steps", "10", "--optim.bins_per_step", "2"])
 
-    def reckon(config: Config = config, missing: float = 1.0, **settings: float | None) -> str:
+    def reckon(
+        config: Config = config, missing: float = 1.0, **settings: float | None
+    ) -> list[str]:
+        """Durations and limits, in the order in which the estimate names them."""
         how = {"decode_rate": 1e3, "encoder_rate": 40.0, "cores": None} | settings
         cost = Cost(0.2, 0.1)  # a step of two bins: 0.5 s, of 40 s of audio
-        return str(
-            estimate(
-                config, plan, samples, workers=1, encoders=1, missing=missing, block=cost, **how
-            )
+        found = estimate(
+            config, plan, samples, workers=1, encoders=1, missing=missing, block=cost, **how
         )
+        return re.findall(r"\d+ s\b|\w+-bound", str(found))
 
     # 2.5 steps of an epoch at one second each, for the encoder; then 7.5 at half a second.
-    assert reckon() == (
-        "about 6 s of training steps, trainer-bound; encoder-bound for the first 2 s, until all is "
-        "encoded"
-    )
-    assert reckon(missing=0.0) == "about 5 s of training steps, trainer-bound"
-    assert reckon(decode_rate=10.0, missing=1.0) == "about 9 s of training steps, decode-bound"
+    assert reckon() == ["6 s", "trainer-bound", "encoder-bound", "2 s"]
+    assert reckon(missing=0.0) == ["5 s", "trainer-bound"]
+    assert reckon(decode_rate=10.0, missing=1.0) == ["9 s", "decode-bound"]
     uncached = load_config(None, ["--optim.steps", "10", "--data.cache", "null"])
-    assert reckon(uncached) == "about 10 s of training steps, encoder-bound"
+    assert reckon(uncached) == ["10 s", "encoder-bound"]
     changed = load_config(None, ["--optim.steps", "10", "--augment.freq_masks", "2"])
     assert reckon(changed) == reckon(uncached), "what is augmented is encoded in every epoch"
     half = load_config(None, ["--optim.steps", "10", "--augment.speed", "[1.0, 1.1]"])
     assert reckon(half, encoder_rate=20.0) == reckon(uncached)
     # One core does all of it: 0.5 + 1 + 0.04 s a step.
-    assert reckon(uncached, cores=1.0) == "about 15 s of training steps, encoder-bound"
+    assert reckon(uncached, cores=1.0) == ["15 s", "encoder-bound"]
     assert [duration(s) for s in (12, 240, 12_600)] == ["12 s", "4 min", "3.5 h"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,8 +141,8 @@ def test_an_utterance_longer_than_a_bin_becomes_a_reject(configure: Configure) -
     prepared = prepare(config)
     [reject] = prepared.rejects
     assert reject.id == LONG["id"] and reject.reason == "longer than a bin"
-    assert f"({LONG['duration']:.1f} s, " in reject.detail
-    assert reject.detail.endswith("optim.bin_positions is 128")
+    assert f"{LONG['duration']:.1f} s" in reject.detail
+    assert re.search(r"\boptim\.bin_positions\b.*\b128\b", reject.detail)
     plan = prepared.splits["train"].plan
     assert 4 not in plan.members
     assert set(plan.members.tolist()) == {0, 1, 2, 3, 5, 6, 7, 8}
@@ -179,8 +180,8 @@ def test_more_rejects_than_allowed_stop_the_run(
         assert len(prepare(config).rejects) == 2
         return
     message = _error(config)
-    assert message.startswith("data.max_rejects: 2 of 8 rows of data.train cannot be used")
-    assert f"more than {allowed:.0%}; the first, gone: missing: no such file" in message
+    assert re.match(r"data\.max_rejects: .*\b2 of 8\b.*\bdata\.train\b", message)
+    assert re.search(rf"\b{allowed:.0%}.*\bgone: missing: .*\bnowhere\.wav\b", message)
 
 
 # -- errors ------------------------------------------------------------------------------------
@@ -189,33 +190,33 @@ def test_more_rejects_than_allowed_stop_the_run(
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_a_missing_manifest(configure: Configure, split: str) -> None:
     message = _error(configure(data={split: ["nowhere.jsonl"]}))
-    assert message == "data: nowhere.jsonl: no such manifest"
+    assert message.startswith("data: nowhere.jsonl: ")
 
 
 def test_a_manifest_whose_rows_are_all_bad(configure: Configure) -> None:
     rows = [{**row, "audio": "nowhere.wav"} for row in SHORT[:3]]
     message = _error(configure(rows=rows))
-    assert message.startswith("data: ") and "all 3 rows were rejected" in message
+    assert re.match(r"data: .*\b3\b.*\bmissing: .*\bnowhere\.wav\b", message)
 
 
 def test_no_dev_manifest(configure: Configure) -> None:
-    assert _error(configure(data={"dev": []})) == "data.dev: expected at least one manifest"
+    assert _error(configure(data={"dev": []})).startswith("data.dev: ")
 
 
 def test_no_training_manifest(configure: Configure) -> None:
-    assert _error(configure(data={"train": []})) == "data.train: expected at least one manifest"
+    assert _error(configure(data={"train": []})).startswith("data.train: ")
 
 
 def test_a_bin_that_holds_no_utterance(configure: Configure) -> None:
     config = configure(optim={"bin_positions": 4}, data={"max_rejects": 1.0})
-    assert _error(config) == "data.train: no utterance fits a bin (optim.bin_positions)"
+    assert re.match(r"data\.train: .*\boptim\.bin_positions\b", _error(config))
     strict = configure(optim={"bin_positions": 4})
-    assert _error(strict).startswith("data.max_rejects: 8 of 8 rows of data.train cannot be used")
+    assert re.match(r"data\.max_rejects: .*\b8 of 8\b.*\bdata\.train\b", _error(strict))
 
 
 def test_a_bin_that_holds_no_dev_utterance(configure: Configure) -> None:
     message = _error(configure(held=[LONG]))
-    assert message == "data.dev: no utterance fits a bin (optim.bin_positions)"
+    assert re.match(r"data\.dev: .*\boptim\.bin_positions\b", message)
 
 
 @pytest.mark.parametrize("content", [None, "not JSON", "{}", '{"version": "1.0"}'])
@@ -234,7 +235,7 @@ def test_a_tokenizer_without_the_special_tokens(configure: Configure, tmp_path: 
     document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] != "<|bos|>"]
     path.write_text(json.dumps(document))
     message = _error(configure(tokenizer={"path": str(path)}))
-    assert message.startswith("tokenizer.path: ") and message.endswith("the special token <|bos|>")
+    assert message.startswith(f"tokenizer.path: {path}: ") and "<|bos|>" in message
 
 
 def test_an_encoder_folder_that_holds_none(configure: Configure, tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_an_encoder_folder_that_holds_none(configure: Configure, tmp_path: Path)
 def test_an_encoder_folder_of_another_model(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     message = _error(configure(encoder={"weights": str(tmp_path)}))
-    assert message.startswith("encoder.weights: ") and "'bert', expected whisper" in message
+    assert message.startswith("encoder.weights: ") and "'bert'" in message
 
 
 @pytest.mark.parametrize("damaged", ["config.json", "model.safetensors"])
@@ -261,18 +262,15 @@ def test_an_encoder_folder_with_a_damaged_file(
 
 
 @pytest.mark.parametrize(
-    "fields, complaint",
+    "fields, named",
     [
-        ({"n_embd": 30, "n_head": 4}, "n_embd 30 is not a multiple of n_head 4"),
-        ({"n_head": 2, "n_kv_head": 4}, "n_head 2 is not a multiple of n_kv_head 4"),
-        ({"window_pattern": "SX"}, "expected letters S and L"),
+        ({"n_embd": 30, "n_head": 4}, r"\bn_embd 30\b.*\bn_head 4\b"),
+        ({"n_head": 2, "n_kv_head": 4}, r"\bn_head 2\b.*\bn_kv_head 4\b"),
+        ({"window_pattern": "SX"}, r"\bwindow_pattern 'SX'"),
     ],
 )
-def test_a_model_that_cannot_be(
-    configure: Configure, fields: dict[str, Any], complaint: str
-) -> None:
-    message = _error(configure(model=fields))
-    assert message.startswith("model: ") and complaint in message
+def test_a_model_that_cannot_be(configure: Configure, fields: dict[str, Any], named: str) -> None:
+    assert re.match(f"model: .*{named}", _error(configure(model=fields)))
 
 
 # -- fingerprints ------------------------------------------------------------------------------
@@ -282,13 +280,10 @@ def _changed(prepared: Prepared, saved: Prepared) -> str:
     """What `check_fingerprints` says has changed."""
     with pytest.raises(ConfigError) as caught:
         check_fingerprints(prepared, saved.fingerprints)
-    begin, _, rest = str(caught.value).partition(" was trained with another ")
-    assert begin == f"run.name: {prepared.config.run_dir}"
-    names, _, advice = rest.partition("; ")
-    flags = "".join(f" --run.override_fingerprint {name}" for name in names.split(", "))
-    assert advice == (
-        "choose another run.name, remove that folder to start over, or go on knowingly with" + flags
-    )
+    message = str(caught.value)
+    assert message.startswith(f"run.name: {prepared.config.run_dir} ")
+    names = ", ".join(re.findall(r"--run\.override_fingerprint (\S+)", message))
+    assert f" {names};" in message, "what changed is named, and with the flags that allow it"
     return names
 
 
@@ -371,7 +366,7 @@ def test_held_out_sentences_that_were_trained_on_are_counted(configure: Configur
     shouted = {**SHORT[9], "text": SHORT[1]["text"].upper() + " !"}
     prepared = prepare(configure(held=[SHORT[0], shouted, SHORT[10]]))
     [note] = _notes(prepared)
-    assert note.startswith("2 of 3 dev sentences also occur in training")
+    assert note.startswith("2 of 3 dev ")
     assert _notes(prepare(configure())) == []
 
 

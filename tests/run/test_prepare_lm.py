@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,16 @@ def test_other_weights_are_another_run(configure: Configure, nanochat: Path) -> 
 def test_what_is_wrong_with_a_checkpoint_is_said_before_the_run(
     configure: Configure, nanochat: Path, tmp_path: Path
 ) -> None:
-    assert "no such folder" in _error(configure(model={"lm": f"nanochat:{tmp_path}/absent"}))
+    error = _error(configure(model={"lm": f"nanochat:{tmp_path}/absent"}))
+    assert error.startswith("model.lm: ") and f"{tmp_path}/absent" in error
     error = _error(configure(model={"lm": f"nanochat:{nanochat}@6"}))
-    assert error.startswith("model.lm: ") and "no step 6; there are 5" in error
+    assert re.match(r"model\.lm: .*\bstep 6\b.*\b5\b", error)
     (nanochat / "tokenizer.pkl").unlink()
-    assert "tokenizer.path names one" in _error(configure(model={"lm": f"nanochat:{nanochat}"}))
+    assert "tokenizer.path" in _error(configure(model={"lm": f"nanochat:{nanochat}"}))
     large = tmp_path / "tokenizer.json"
     SpeechTokenizer.train([row["text"] for row in SHORT] + ["xyz qwerty zebra"], 330).save(large)
     error = _error(configure(model={"lm": f"nanochat:{nanochat}"}, tokenizer={"path": str(large)}))
-    assert error.startswith("tokenizer: it has ") and "the language model nanochat:" in error
+    assert error.startswith("tokenizer: ") and f"nanochat:{nanochat}" in error
 
 
 # --- transformers --------------------------------------------------------------------------------
@@ -112,32 +114,29 @@ def test_a_transformers_folder_gives_shape_tokenizer_and_chat(
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("model", "named"),
     [
-        ({"lm": "gpt2"}, "model.lm: expected scratch, nanochat:DIR, hf:ID_OR_DIR or ms:ID"),
-        ({"lm": "hf:x", "n_layer": 3}, "model: n_layer: hf:x has its own; leave it out"),
-        ({"lm": "hf:x", "train": ["lm", "lora"]}, "model: train: lora leaves"),
-        ({"train": ["lora"]}, "model: train: lora adapts a language model that is trained"),
+        ({"lm": "gpt2"}, r"^model\.lm: .*\bscratch\b.*\bnanochat:.*\bhf:.*\bms:"),
+        ({"lm": "hf:x", "n_layer": 3}, r"^model: n_layer: .*\bhf:x\b"),
+        ({"lm": "hf:x", "train": ["lm", "lora"]}, r"^model: train: .*\blora\b"),
+        ({"train": ["lora"]}, r"^model: train: .*\blora\b"),
     ],
 )
-def test_settings_that_exclude_each_other(model: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_settings_that_exclude_each_other(model: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         parse_config({"model": model})
-    assert str(caught.value).startswith(message)
 
 
 def test_settings_that_do_not_fit_the_model(configure: Configure, tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "lm")
     model = {"lm": f"hf:{folder}"}
-    assert _error(configure(model={**model, "dropout": 0.1})).startswith(
-        "model.dropout: only a GPT"
-    )
+    assert _error(configure(model={**model, "dropout": 0.1})).startswith("model.dropout: ")
     error = _error(configure(model=model, optim={"kl_weight": 1.0}))
-    assert error.startswith("optim.kl_weight: the language model that reads the transcript must")
+    assert error.startswith("optim.kl_weight: ")
     error = _error(configure(model={**model, "projector": "conv", "stack": 6}))
-    assert error == "model.stack: expected a power of two for conv, got 6"
+    assert re.match(r"model\.stack: .*\bconv\b.*\b6\b", error)
     error = _error(configure(encoder={"layers": [2, 9]}))
-    assert "expected last, all, or numbers from 0 to 4" in error
+    assert re.match(r"encoder\.layers: .*\b9\b.*\b0 to 4\b", error)
 
 
 # --- tasks and conversations ---------------------------------------------------------------------
@@ -167,9 +166,7 @@ def test_tasks_have_prompts_and_numbers(tmp_path: Path) -> None:
 def test_a_task_that_nobody_knows_is_named(tmp_path: Path) -> None:
     rows = _rows(task=["emotion"])
     error = _error(_configure(tmp_path, rows, data={"tasks": {"transcribe": {}}}))
-    assert error == (
-        "data.tasks: data.train has rows of the task 'emotion'; expected one of: transcribe"
-    )
+    assert re.match(r"data\.tasks: .*\bdata\.train\b.*'emotion'.*\btranscribe\b", error)
     assert prepare(_configure(tmp_path, rows)).tasks == ["emotion", "transcribe"]
 
 
@@ -206,7 +203,7 @@ def test_a_conversation_takes_the_positions_of_all_its_recordings(
 def test_a_teacher_needs_what_is_said(tmp_path: Path) -> None:
     sections = {"optim": {"kl_weight": 1.0}, "model": {"train": ["projector"]}}
     error = _error(_with_talks(tmp_path, [_talk(0, None)], **sections))
-    assert error.startswith("optim.kl_weight: talk-0: distillation reads what is said")
+    assert error.startswith("optim.kl_weight: talk-0: ")
     prepared = prepare(_with_talks(tmp_path, [_talk(0, "hello")], **sections))
     row = prepared.splits["train"].table.to_pylist()[-1]
     assert [prepared.tokenizer.decode(ids) for ids in row["heard"]] == ["hello", "again"]

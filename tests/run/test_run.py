@@ -303,8 +303,8 @@ def test_a_full_cache_is_said_and_training_goes_on_with_compact_features(
     assert 500_000 < stored <= 1_000_000
     notes = [r["text"] for r in lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "note"]
     assert len(notes) == 2
-    assert notes[0].startswith("encoder.actors auto: 1 encoder actor: 1 worker train ")
-    assert "limit of 0.001 GB" in notes[1] and "raise data.cache_gb" in notes[1]
+    assert notes[0].startswith("encoder.actors auto: 1 ")
+    assert "0.001 GB" in notes[1] and "data.cache_gb" in notes[1]
     assert all(note in done.stdout for note in notes)
     checkpoint = tmp_path / "run" / "checkpoints" / "best"
     arguments = ["--checkpoint", str(checkpoint), "--data", "embedded:dev"]

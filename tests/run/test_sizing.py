@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -37,17 +38,16 @@ def test_actors_are_as_many_as_the_trainers_ask_for_and_fit(
 ) -> None:
     sizing = choose_actors(**{**RUN, **changed})
     assert (sizing.actors, sizing.gpus) == (actors, gpus)
-    assert sizing.reason.startswith(f"{actors} encoder actor")
+    assert sizing.reason.startswith(f"{actors} ")
 
 
 def test_the_reason_names_rates_and_what_would_be_needed() -> None:
     assert "240 audio-s/s" in choose_actors(**RUN).reason
     short = choose_actors(**{**RUN, "spare": 2.0}).reason
-    assert "3 would be needed, 2 fit into the 2 GPUs to spare" in short
-    assert "to spare: while the cache fills, trainers wait 17%" in short
+    assert re.search(r"\b3\b.*\b2\b.*\b2 GPUs\b.*\bcache\b.*\b17%", short)
     lasting = choose_actors(**{**RUN, "spare": 2.0, "lasting": True}).reason
-    assert "to spare: trainers wait 17%" in lasting
-    assert "the cache holds every utterance" in choose_actors(**{**RUN, "missing": 0.0}).reason
+    assert re.search(r"\b3\b.*\b2\b.*\b2 GPUs\b.*\b17%", lasting) and "cache" not in lasting
+    assert "cache" in choose_actors(**{**RUN, "missing": 0.0}).reason
 
 
 def test_few_encoders_set_the_pace_and_trainers_starve() -> None:

@@ -65,5 +65,5 @@ def test_utterances_of_a_bucket_are_those_of_the_disk(
         gone = found[0]["uris"][0]
         (there / gone.rpartition("/")[2]).unlink()
         first, *others = _loaded(far)[0]["errors"]
-        assert first == f"missing\nno such object: {gone}"
+        assert first.startswith("missing\n") and gone in first
         assert others == [None] * len(others), "the others keep their places"

@@ -152,7 +152,7 @@ def test_preprocess_and_forward_are_the_two_halves_of_encode(
 
 
 def test_preprocess_refuses_more_than_30_s(full: WhisperEncoder, long_audio: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="clip 1 is 61.0 s long"):
+    with pytest.raises(ValueError, match=r"clip 1\b.*\b61\.0 s\b"):
         full.preprocess([long_audio[:100], long_audio])
 
 

@@ -178,18 +178,18 @@ def test_a_seed_decides_every_initial_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"n_embd": 50}, "n_embd 50 is not a multiple of n_head 4"),
-        ({"n_embd": 60}, "head width 15 is odd"),
-        ({"n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
-        ({"n_embd": 16}, "n_embd 16 is under 24"),
+        ({"n_embd": 50}, r"n_embd 50\b.*\bn_head 4\b"),
+        ({"n_embd": 60}, r"\b15\b"),
+        ({"n_kv_head": 3}, r"n_head 4\b.*\bn_kv_head 3\b"),
+        ({"n_embd": 16}, r"n_embd 16\b.*\b24\b"),
         ({"window_pattern": ""}, "window_pattern ''"),
         ({"window_pattern": "SXL"}, "window_pattern 'SXL'"),
     ],
 )
-def test_an_impossible_config_is_refused(change: dict[str, int | str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_an_impossible_config_is_refused(change: dict[str, int | str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         replace(SMALL, **change)
 
 
@@ -318,7 +318,7 @@ def test_scattered_audio_fills_the_mask_in_row_major_order() -> None:
 
 
 def test_prepended_audio_cannot_be_packed() -> None:
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match=r"audio_features\b.*\bsegments\b"):
         awake_gpt()(random_ids(2, 4), audio_features=soft(3), segments=torch.ones(2, 4))
 
 
@@ -327,7 +327,7 @@ def test_a_filled_cache_takes_one_position_at_a_time() -> None:
     cache = KVCache(model.config, 1, 32, model.lm_head.weight)
     with torch.no_grad():
         model(ids[:, :6], kv_cache=cache)
-        with pytest.raises(ValueError, match="one position at a time"):
+        with pytest.raises(ValueError, match=r"\bcache\b.*\bposition\b"):
             model(ids[:, 6:], kv_cache=cache)
 
 

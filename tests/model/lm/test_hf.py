@@ -88,17 +88,11 @@ def test_rows_of_different_lengths_are_continued_as_if_alone(kind: str, ids: Ten
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("gemma2", "sinks and caps are not supported"),
-        ("bloom", "takes no attention function from outside"),
-        ("falcon", "takes no attention function from outside"),
-    ],
+    ("kind", "named"),
+    [("gemma2", "Gemma2"), ("bloom", "BloomForCausalLM"), ("falcon", "FalconForCausalLM")],
 )
-def test_architectures_that_would_compute_something_else_are_refused(
-    kind: str, message: str
-) -> None:
-    with pytest.raises(SourceError, match=message):
+def test_architectures_that_would_compute_something_else_are_refused(kind: str, named: str) -> None:
+    with pytest.raises(SourceError, match=named):
         wrapped(kind).check_head()
 
 
@@ -236,21 +230,21 @@ def test_other_weights_than_the_run_was_made_with_are_refused(tmp_path: Path) ->
     found = find_pretrained(f"hf:{tmp_path}")
     save_folder(tmp_path, hidden_act="gelu", rms_norm_eps=1e-3, initializer_range=0.1)
     config = OmniConfig(found.shape, 16, source=found.source)
-    with pytest.raises(SourceError, match="not those that were trained with"):
+    with pytest.raises(SourceError, match=f"hf:{tmp_path}: .*weights"):
         load_lm(config)
     assert load_lm(replace(config, source=None)) is None
 
 
 def test_what_is_no_language_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no such folder"):
+    with pytest.raises(SourceError, match=f"hf:{tmp_path}/absent: "):
         find_pretrained(f"hf:{tmp_path / 'absent'}")
-    with pytest.raises(SourceError, match="no language model"):
+    with pytest.raises(SourceError, match=f"{tmp_path}: "):
         find_pretrained(f"hf:{tmp_path}")
     save_folder(tmp_path, tokenizer=False)
     with pytest.raises(SourceError, match="tokenizer"):
         find_pretrained(f"hf:{tmp_path}")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(SourceError, match=r"expected model\*.safetensors, or one GGUF file"):
+    with pytest.raises(SourceError, match=r"model\*\.safetensors.*\bGGUF\b"):
         find_pretrained(f"hf:{tmp_path}", with_tokenizer=False)
 
 

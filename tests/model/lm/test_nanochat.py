@@ -156,58 +156,58 @@ def test_the_largest_step_unless_one_is_named(tmp_path: Path) -> None:
     for step, seed in ((None, 2), (2, 1), (30, 3)):
         found, wanted = load_nanochat(tmp_path, step), awake_gpt(config, seed)
         assert torch.equal(found.lm_head.weight, wanted.lm_head.weight)
-    with pytest.raises(SourceError, match=r"no step 7; there are 2, 30, 100$"):
+    with pytest.raises(SourceError, match=r"\bstep 7\b.*\b2, 30, 100\b"):
         load_nanochat(tmp_path, 7)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"lm_head.weight": None}, r"lm_head.weight is absent, .* makes it \(1024, 128\)$"),
-        ({"lm_head.weight": torch.zeros(3, 4)}, r"lm_head.weight is \(3, 4\), "),
-        ({"extra": torch.zeros(2)}, r"extra is \(2,\), .* makes it no such tensor$"),
-        ({"smear_lambda": "text"}, "expected a dictionary of tensors$"),
+        ({"lm_head.weight": None}, r"\blm_head\.weight\b.*\(1024, 128\)"),
+        ({"lm_head.weight": torch.zeros(3, 4)}, r"\blm_head\.weight\b.*\(3, 4\).*\(1024, 128\)"),
+        ({"extra": torch.zeros(2)}, r"\bextra\b.*\(2,\)"),
+        ({"smear_lambda": "text"}, r"model_000010\.pt: .*\btensors\b"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(
-    folder: Path, change: dict[str, object], message: str
+    folder: Path, change: dict[str, object], named: str
 ) -> None:
     rewrite(folder / "model_000010.pt", **change)
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=named):
         load_nanochat(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"n_head": 3}, "n_embd 128 is not a multiple of n_head 3$"),
-        ({"n_layer": "four"}, "model_config.n_layer: expected int, got 'four'$"),
-        ({"experts": 8}, "model_config.experts is not known to this version$"),
-        ({"n_embd": None}, "model_config.n_embd: expected int, got None$"),
+        ({"n_head": 3}, r"\bn_embd 128\b.*\bn_head 3\b"),
+        ({"n_layer": "four"}, r"\bmodel_config\.n_layer\b.*\bint\b.*'four'"),
+        ({"experts": 8}, r"\bmodel_config\.experts\b"),
+        ({"n_embd": None}, r"\bmodel_config\.n_embd\b.*\bint\b.*\bNone\b"),
     ],
 )
 def test_a_meta_file_that_says_nonsense_is_refused(
-    folder: Path, change: dict[str, object], message: str
+    folder: Path, change: dict[str, object], named: str
 ) -> None:
     path = folder / "meta_000010.json"
     meta = json.loads(path.read_text())
     meta["model_config"] |= change
     path.write_text(json.dumps(meta))
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=named):
         load_nanochat(folder)
 
 
 def test_folders_without_a_checkpoint_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no such folder"):
+    with pytest.raises(SourceError, match=f"{tmp_path}/absent: "):
         load_nanochat(tmp_path / "absent")
     (folder / "meta_000010.json").unlink()
-    with pytest.raises(SourceError, match=r"meta_000010.json: No such file"):
+    with pytest.raises(SourceError, match=r"meta_000010\.json: "):
         load_nanochat(folder)
     (folder / "model_000010.pt").write_bytes(b"PK\x03\x04 cut short")
     shutil.copy(REFEREE / "meta_000010.json", folder)
     with pytest.raises(SourceError, match="damaged"):
         load_nanochat(folder)
-    with pytest.raises(SourceError, match="model_NNNNNN.pt files, found none"):
+    with pytest.raises(SourceError, match=rf"{tmp_path}: .*\bmodel_NNNNNN\.pt\b"):
         load_nanochat(tmp_path)
 
 
@@ -222,7 +222,7 @@ class _Runs:
 def test_a_crafted_checkpoint_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     torch.save({"lm_head.weight": _Runs(trace)}, folder / "model_000010.pt")
-    with pytest.raises(SourceError, match="more than tensors in it, not loaded"):
+    with pytest.raises(SourceError, match=r"model_000010\.pt: .*\btensors\b"):
         load_nanochat(folder)
     assert not trace.exists()
     torch.load(folder / "model_000010.pt", weights_only=False)
@@ -263,7 +263,7 @@ def test_a_trained_tokenizer_is_written_as_nanochat_pickles_it(tmp_path: Path) -
 def test_a_tokenizer_is_found_where_nanochat_keeps_it(tmp_path: Path) -> None:
     checkpoint = tmp_path / "base_checkpoints" / "d12"
     checkpoint.mkdir(parents=True)
-    with pytest.raises(SourceError, match="tokenizer.path names one"):
+    with pytest.raises(SourceError, match=r"tokenizer\.path\b"):
         find_tokenizer(checkpoint)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.pkl").touch()
