@@ -1,36 +1,24 @@
-"""What a run writes down about itself: rows of metrics.jsonl, and the figures of its summary."""
+"""Sums of steps and evaluations as rows of metrics.jsonl, and the figures of summary.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.checkpoint import TrainState
 from omni.metrics.score import Errors
-from omni.metrics.sums import (
-    CORRECT,
-    CTC,
-    ENCODE_SECONDS,
-    ENCODED,
-    KL,
-    LOAD_SECONDS,
-    LOSS,
-    SAMPLES,
-    SUMS,
-    TOKENS,
-    UTTERANCES,
-)
+from omni.metrics.sums import LossTotals
+from omni.metrics.table import TRAIN_METRICS, EvalRow, StepSums, TaskFigures, TrainRow
 from omni.metrics.throughput import ADVICE, Verdict, judge
 
 
 @dataclass(frozen=True)
 class Pools:
-    """How many of each stage feed the trainers."""
+    """Numbers of encoder actors and of loading tasks that feed the trainers."""
 
     encoders: int
     loaders: int
@@ -38,151 +26,168 @@ class Pools:
 
 @dataclass
 class Window:
-    """Sums over the steps since the last log line, over all ranks."""
+    """Sums over steps since the last log line, over all ranks."""
 
-    sums: Tensor = field(default_factory=lambda: torch.zeros(SUMS + 3, dtype=torch.float64))
+    sums: StepSums = field(default_factory=StepSums)
     busy: float = 0.0  # seconds of steps; evaluation and checkpoints are not counted
     wait: float = 0.0  # seconds of them without a block
     steps: int = 0
-
-    @classmethod
-    def of(cls, tasks: int) -> Window:
-        return cls(torch.zeros(SUMS + 3 * tasks, dtype=torch.float64))
 
     def verdict(self, pools: Pools) -> Verdict:
         return judge(
             self.busy,
             waited=self.wait,
-            encode_seconds=float(self.sums[ENCODE_SECONDS]),
+            encode_seconds=self.sums.encode_seconds,
             encoders=pools.encoders,
-            load_seconds=float(self.sums[LOAD_SECONDS]),
+            load_seconds=self.sums.load_seconds,
             loaders=pools.loaders,
         )
 
 
-def by_task(key: str, names: Sequence[str], sums: Tensor) -> dict[str, Any]:
-    """Loss and accuracy of each task, where there are several. sums: (tasks, 3), see `LossSums`."""
-    if len(names) < 2:
-        return {}
-    return {
-        key: {
-            name: {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
-            for name, (loss, tokens, right) in zip(names, sums.tolist(), strict=True)
-            if tokens
-        }
-    }
+@dataclass(frozen=True)
+class Measured:
+    """Inputs of the formulas of `TrainRow`.
 
-
-def train_row(
-    state: TrainState,
-    window: Window,
-    steps: int,
-    rate: float,
-    norm: float,
-    pools: Pools,
-    names: Sequence[str] = (),
-    full_speed: float | None = None,
-) -> dict[str, Any]:
-    """A logged step: means over the window, rates per second of its steps.
-
-    full_speed: steps a second if all devices did nothing but the model's products (omni/train/mfu).
+    rate: learning rate. norm: gradient norm of the last step. phases: seconds of this rank by
+    phase. names: of the tasks. full_speed: steps a second of devices that compute nothing but the
+    language model's products, where that is known.
     """
-    sums, busy = window.sums.tolist(), window.busy
-    verdict = window.verdict(pools)
-    tokens = max(sums[TOKENS], 1e-9)
-    counted = float(window.sums[SUMS + 1 :: 3].sum())
+
+    state: TrainState
+    window: Window
+    steps: int
+    rate: float
+    norm: float
+    pools: Pools
+    phases: Mapping[str, float]
+    names: Sequence[str] = ()
+    full_speed: float | None = None
+
+    @property
+    def sums(self) -> StepSums:
+        return self.window.sums
+
+    @property
+    def busy(self) -> float:
+        return self.window.busy
+
+    @property
+    def tokens(self) -> float:
+        return max(self.sums.tokens, 1e-9)
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.window.verdict(self.pools)
+
+    @property
+    def by_task(self) -> dict[str, TaskFigures] | None:
+        return by_task(self.names, self.sums.tasks)
+
+
+def train_row(measured: Measured) -> TrainRow:
+    values = {m.name: m.value(measured) for m in TRAIN_METRICS if m.value is not None}
+    return TrainRow("train", **values)
+
+
+def by_task(names: Sequence[str], sums: Tensor) -> dict[str, TaskFigures] | None:
+    """Return the means of each task; None for a run with one task. sums: (tasks, 3)."""
+    if len(names) < 2:
+        return None
+    rows = sums.expand(len(names), 3).tolist()  # one row of zeros before the first update
     return {
-        "kind": "train",
-        "step": state.step,
-        "steps": steps,
-        "epoch": round(state.epoch, 4),
-        "seconds": round(state.seconds, 2),
-        # Nothing was counted where the language model was left out (optim.listen_steps).
-        "loss": sums[LOSS] / tokens if counted else None,
-        "accuracy": sums[CORRECT] / counted if counted else None,
-        "ctc": sums[CTC] / tokens,
-        **({"kl": sums[KL] / tokens} if sums[KL] else {}),
-        **by_task("tasks", names, window.sums[SUMS:].view(-1, 3)),
-        "lr": rate,
-        "grad_norm": norm,
-        "bins": state.bins_consumed,
-        "utterances": int(sums[UTTERANCES]),
-        "audio_seconds_per_second": sums[SAMPLES] / SAMPLING_RATE / busy,
-        "tokens_per_second": counted / busy,
-        "data_wait_fraction": min(1.0, window.wait / busy),
-        "mfu": window.steps / busy / full_speed if full_speed else None,
-        "limit": verdict.limit,
-        "busy": {
-            "trainer": verdict.trainer,
-            "encoder": verdict.encoder,
-            "decode": verdict.decode,
-        },
-        "load_seconds": sums[LOAD_SECONDS],  # of all loading tasks, the same
-        "encode_seconds": sums[ENCODE_SECONDS],  # of all actors, for the audio of these steps
-        "encoded_audio_seconds": sums[ENCODED] / SAMPLING_RATE,
-        "step_seconds": busy,
-        "skipped": state.skipped,
+        name: {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
+        for name, (loss, tokens, right) in zip(names, rows, strict=True)
+        if tokens
     }
+
+
+@dataclass(frozen=True)
+class DevLosses:
+    """Means per token over a held-out split. gap: the loss with another utterance's audio, minus
+    the loss. tasks: (tasks, 3) sums, see `LossSums`.
+    """
+
+    loss: float
+    accuracy: float
+    gap: float
+    ctc: float
+    kl: float
+    tasks: Tensor
+
+    @classmethod
+    def of(cls, true: LossTotals, shuffled: LossTotals) -> DevLosses:
+        """true, shuffled: sums over all ranks, with the true and with another utterance's audio."""
+        tokens = max(true.tokens, 1e-9)
+        loss = true.loss / tokens
+        return cls(
+            loss=loss,
+            accuracy=true.correct / max(true.counted, 1.0),
+            gap=shuffled.loss / max(shuffled.tokens, 1e-9) - loss,
+            ctc=true.ctc / tokens,
+            kl=true.kl / tokens,
+            tasks=true.tasks,
+        )
 
 
 def eval_row(
     state: TrainState,
-    losses: dict[str, Any],
+    losses: DevLosses,
     errors: Errors,
     examples: Sequence[dict[str, Any]],
     names: Sequence[str] = (),
     layers: dict[str, float] | None = None,
     languages: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """An evaluation on dev. names: of the tasks; layers: weights of the encoder's; languages: their
-    error rates, where there are several.
+) -> EvalRow:
+    """names: of the tasks. layers: weights of the encoder's layers. languages: error rates of each
+    language, where there are several.
     """
-    return {
-        "kind": "eval",
-        "step": state.step,
-        "epoch": round(state.epoch, 4),
-        "seconds": round(state.seconds, 2),
-        "dev_loss": losses["loss"],
-        "dev_accuracy": losses["accuracy"],
-        "shuffled_audio_gap": losses["gap"],
-        **({"dev_ctc": losses["ctc"]} if losses["ctc"] else {}),
-        **({"dev_kl": losses["kl"]} if losses["kl"] else {}),
-        **by_task("dev_tasks", names, losses["tasks"]),
-        **({"layers": layers} if layers else {}),
-        "dev_wer": errors.wer,
-        "dev_cer": errors.cer,
-        **({"dev_languages": languages} if languages else {}),
-        "examples": [
-            {name: row[name] for name in ("id", "reference", "hypothesis")} for row in examples
+    return EvalRow(
+        kind="eval",
+        step=state.step,
+        epoch=round(state.epoch, 4),
+        seconds=round(state.seconds, 2),
+        dev_loss=losses.loss,
+        dev_accuracy=losses.accuracy,
+        shuffled_audio_gap=losses.gap,
+        dev_ctc=losses.ctc or None,
+        dev_kl=losses.kl or None,
+        dev_tasks=by_task(names, losses.tasks),
+        layers=layers or None,
+        dev_wer=errors.wer,
+        dev_cer=errors.cer,
+        dev_languages=languages or None,
+        examples=[
+            {"id": row["id"], "reference": row["reference"], "hypothesis": row["hypothesis"]}
+            for row in examples
         ],
-    }
+    )
 
 
-def summary_of(
+def summarize(
     state: TrainState,
     totals: Window,
     pools: Pools,
     results: dict[str, Any],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """summary.json: results, and rates over the steps of the last attempt."""
-    sums, busy = totals.sums.tolist(), max(totals.busy, 1e-9)
+    """Return summary.json: results, and rates over the steps of the last attempt."""
+    sums, busy = totals.sums, max(totals.busy, 1e-9)
     verdict = totals.verdict(pools)
-    encode = sums[ENCODE_SECONDS]
+    encoded = sums.encoded_samples
     return {
         "steps": state.step,
         "epochs": round(state.epoch, 3),
         **results,
-        "audio_seconds_per_second": sums[SAMPLES] / SAMPLING_RATE / busy,
-        "tokens_per_second": float(totals.sums[SUMS + 1 :: 3].sum()) / busy,
+        "audio_seconds_per_second": sums.samples / SAMPLING_RATE / busy,
+        "tokens_per_second": sums.counted / busy,
         "data_wait_fraction": min(1.0, totals.wait / busy),
         "throughput_limit": verdict.limit,
         "throughput_verdict": str(verdict),
         "throughput_advice": ADVICE[verdict.limit],
         "encoder_audio_seconds_per_second": (
-            sums[ENCODED] / SAMPLING_RATE / encode if sums[ENCODED] else None
+            encoded / SAMPLING_RATE / sums.encode_seconds if encoded else None
         ),
-        "cached_fraction": 1 - sums[ENCODED] / sums[SAMPLES] if sums[SAMPLES] else None,
+        "cached_fraction": 1 - encoded / sums.samples if sums.samples else None,
         "train_seconds": round(state.seconds, 1),
         "skipped_steps": state.skipped,
         **facts,

@@ -1,11 +1,68 @@
-"""What limits a run's throughput, from how busy each stage was."""
+"""Throughput of a run: seconds by phase, the stage that limits it, and model FLOPs utilisation."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-_TRAINING = 0.9  # share of its time that a trainer trains: then nothing else is worth changing
-_BUSY = 0.6  # share of its time from which a stage is what the others wait for
+import torch
+from torch import nn
+
+PHASES = ("wait", "copy", "forward", "backward", "optimizer", "evaluate", "checkpoint")
+
+
+class Stopwatch:
+    """Add up seconds by phase.
+
+    Work on a GPU is timed by CUDA events, which are only read in `take`: waiting for them earlier
+    would keep the host from queueing the next work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def phase(self, name: str, on_device: bool = True) -> Iterator[None]:
+        """Time a block of code; on_device: by CUDA events if there is a GPU."""
+        if self._gpu and on_device:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((name, begin, end))
+            return
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - began
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] += seconds
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds of every phase and reset them. Waits for the last CUDA event."""
+        if self._events:
+            self._events[-1][2].synchronize()
+        for name, begin, end in self._events:
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        taken = {name: self._seconds.get(name, 0.0) for name in PHASES}
+        self._seconds.clear()
+        return taken
+
+
+# -- the stage that limits throughput ----------------------------------------------------------
+
+_TRAINER_BOUND = 0.9  # busy share of the trainer from which no other change would help
+_STAGE_BOUND = 0.6  # busy share of a stage from which the trainer waits for it
 
 ADVICE = {
     "trainer": "more train.workers, or a smaller model; another encoder would change nothing",
@@ -19,27 +76,26 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """limit: a name in `ADVICE`. share: how busy that stage is, or for network how long trainers
-    wait, of 1. trainer, encoder, decode: how busy each is.
+    """limit: the stage that limits throughput, a key of `ADVICE`. share: the busy share of that
+    stage, for network the share of the time that trainers wait. busy: the busy share of each stage.
     """
 
     limit: str
     share: float
-    trainer: float
-    encoder: float
-    decode: float
+    busy: dict[str, float]
 
     def __str__(self) -> str:
-        waits = f"trainers wait {1 - self.trainer:.0%}"
+        trainer = self.busy["trainer"]
+        waits = f"trainers wait {1 - trainer:.0%}"
         if self.limit == "trainer":
-            return f"trainer-bound: trainers are busy {self.trainer:.0%} of the time"
+            return f"trainer-bound: trainers are busy {trainer:.0%} of the time"
         if self.limit == "network":
             return (
-                f"network-bound: {waits} of the time, encoders are busy {self.encoder:.0%}, "
-                f"loaders {self.decode:.0%}"
+                f"network-bound: {waits} of the time, encoders are busy "
+                f"{self.busy['encoder']:.0%}, loaders {self.busy['decode']:.0%}"
             )
-        who = {"encoder": "encoders", "decode": "loaders"}[self.limit]
-        return f"{self.limit}-bound: {who} are busy {self.share:.0%} of the time, {waits}"
+        stage = {"encoder": "encoders", "decode": "loaders"}[self.limit]
+        return f"{self.limit}-bound: {stage} are busy {self.share:.0%} of the time, {waits}"
 
 
 def judge(
@@ -51,22 +107,67 @@ def judge(
     load_seconds: float,
     loaders: int,
 ) -> Verdict:
-    """From `seconds` of training steps, of which a trainer waited `waited` for data.
+    """Find the stage that limits `seconds` of training steps.
 
-    encode_seconds, load_seconds: the work of all encoders and of all loading tasks for the audio of
-    these steps. A stage that runs ahead into a buffer can seem busier than one: that counts as one.
+    waited: seconds that a trainer waited for data. encode_seconds, load_seconds: work of all
+    encoders and of all loading tasks for the audio of these steps. A stage that runs ahead into a
+    buffer can do more than `seconds` of work; its busy share is then 1.
     """
     seconds = max(seconds, 1e-9)
     trainer = 1 - min(1.0, waited / seconds)
-    busy = {
+    stages = {
         "encoder": min(1.0, encode_seconds / (seconds * max(1, encoders))),
         "decode": min(1.0, load_seconds / (seconds * max(1, loaders))),
     }
-    most = max(busy, key=lambda name: busy[name])
-    if trainer >= _TRAINING:
+    busiest = max(stages, key=lambda name: stages[name])
+    if trainer >= _TRAINER_BOUND:
         limit, share = "trainer", trainer
-    elif busy[most] >= _BUSY:
-        limit, share = most, busy[most]
+    elif stages[busiest] >= _STAGE_BOUND:
+        limit, share = busiest, stages[busiest]
     else:
         limit, share = "network", 1 - trainer
-    return Verdict(limit, share, trainer, busy["encoder"], busy["decode"])
+    return Verdict(limit, share, {"trainer": trainer, **stages})
+
+
+# -- model FLOPs utilisation -------------------------------------------------------------------
+
+# Dense bf16 FLOP/s from the vendors' data sheets, without sparsity.
+_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the bf16 FLOP/s of a GPU; None for a CPU and for unknown GPUs."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """name: as the driver gives it, such as "NVIDIA H100 80GB HBM3"."""
+    words = f" {name.replace('-', ' ')} "
+    return next((peak for known, peak in _PEAKS.items() if f" {known} " in words), None)
+
+
+def flops_per_position(model: nn.Module) -> int:
+    """Count the FLOPs of a training step for each position.
+
+    6 for each weight of the layers (Kaplan et al. 2020, arXiv:2001.08361), 4 for a frozen weight,
+    whose gradient is not computed. The products of attention and embedding tables are left out.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(
+        (6 if parameter.requires_grad else 4) * parameter.numel()
+        for parameter in model.parameters()
+        if parameter.ndim >= 2 and id(parameter) not in tables
+    )

@@ -21,22 +21,11 @@ import yaml
 
 from omni.config import Config
 from omni.errors import ConfigError
+from omni.metrics.table import EVAL_METRICS, TRAIN_METRICS
 from omni.storage.path import ObjectPath, Place
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "swanlab": "swanlab"}  # by module
 PROJECT = "omni"  # where the environment names no other
-_SKIPPED = {"kind", "step", "steps", "examples"}
-_GROUPS = {
-    **dict.fromkeys(("epoch", "seconds", "bins", "utterances", "skipped"), "progress"),
-    **dict.fromkeys(
-        (
-            *("audio_seconds_per_second", "tokens_per_second", "data_wait_fraction", "busy"),
-            *("load_seconds", "encode_seconds", "encoded_audio_seconds", "step_seconds"),
-        ),
-        "throughput",
-    ),
-}
-_ON_TOP = {"phases", "layers"}  # groups of their own
 _UPLOAD_SECONDS = 30.0  # between two copies of TensorBoard's files into object storage
 _MLFLOW_BATCH = 100  # the most parameters that it takes at a time
 
@@ -73,17 +62,12 @@ def check_trackers(config: Config) -> None:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a row of metrics.jsonl by the names they have in trackers: group/name."""
-    dev = row.get("kind") == "eval"
+    """Return the numbers of a row of metrics.jsonl by their names in trackers: group/name."""
+    table = EVAL_METRICS if row.get("kind") == "eval" else TRAIN_METRICS
     found = {}
-    for key, value in row.items():
-        if key in _SKIPPED or (dev and key in ("epoch", "seconds")):  # the train rows have them
-            continue
-        if dev and key not in _ON_TOP:
-            name = f"dev/{key.removeprefix('dev_')}"
-        else:
-            name = key if key in _ON_TOP else f"{_GROUPS.get(key, 'train')}/{key}"
-        found.update(flat(value, name))
+    for metric in table:
+        if metric.group and metric.name in row:
+            found.update(flat(row[metric.name], metric.curve))
     return {name: float(v) for name, v in found.items() if _is_figure(v)}
 
 

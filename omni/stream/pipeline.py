@@ -23,6 +23,7 @@ from ray.util.metrics import Histogram
 
 from omni.cluster.watchdog import limited
 from omni.config import Config
+from omni.metrics.table import PROMETHEUS
 from omni.plan.plan import Split
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import LOADED_SCHEMA
@@ -142,9 +143,8 @@ class _EncodeActor(EncodeStage):
 
     def __init__(self, settings: StreamSettings) -> None:
         super().__init__(settings)
-        self._seconds = Histogram(
-            "omni_encoder_batch_seconds", "of one block in an encoder actor", _BOUNDARIES, ("run",)
-        )
+        name = "omni_encoder_batch_seconds"
+        self._seconds = Histogram(name, PROMETHEUS[name].help, _BOUNDARIES, ("run",))
         self._seconds.set_default_tags({"run": settings.config.run.name})
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -16,7 +16,8 @@ import torch
 
 from omni.inference.decode_batch import HeldUtterance
 from omni.metrics.run_files import append_json, keep_lines, read_json_lines
-from omni.metrics.stopwatch import Stopwatch
+from omni.metrics.table import StepSums
+from omni.metrics.throughput import Stopwatch
 from omni.model.batch import Batch
 from omni.plan.plan import EMPTY, padded_step
 from omni.storage.retry import patiently
@@ -38,24 +39,7 @@ class Microbatch:
 
     batch: Batch
     place: int
-    utterances: int
-    samples: int  # of audio at 16 kHz
-    load_seconds: float
-    encode_seconds: float
-    encoded_samples: int  # of them not from the cache
-    rejected: int
-
-    @property
-    def counts(self) -> list[float]:
-        """What the loop adds up beside the losses, in the order of its sums."""
-        return [
-            self.utterances,
-            self.samples,
-            self.load_seconds,
-            self.encode_seconds,
-            self.encoded_samples,
-            self.rejected,
-        ]
+    counts: StepSums  # of its utterances; the losses are not known yet
 
 
 @dataclass
@@ -201,12 +185,14 @@ class Feed:
         return Microbatch(
             batch,
             place,
-            count,
-            samples,
-            sum(row["load_seconds"] for row in rows),
-            sum(row["encode_seconds"] for row in rows),
-            sum(row["encoded_samples"] for row in rows),
-            sum(not frames for row in rows for frames in row["frames"]),
+            StepSums(
+                utterances=count,
+                samples=samples,
+                load_seconds=sum(row["load_seconds"] for row in rows),
+                encode_seconds=sum(row["encode_seconds"] for row in rows),
+                encoded_samples=sum(row["encoded_samples"] for row in rows),
+                rejected=sum(not frames for row in rows for frames in row["frames"]),
+            ),
         )
 
     def _utterances(self, row: dict[str, Any]) -> list[Utterance]:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from omni.config import Config
 from omni.inference.decode_batch import HeldUtterance, summarize, transcribe
+from omni.metrics.rows import DevLosses
 from omni.metrics.score import Errors
+from omni.metrics.sums import LossTotals, pack_losses, zero_losses
 from omni.model.batch import Batch
 from omni.model.chat_template import Template
 from omni.model.speech_lm import OmniConfig, OmniModel
@@ -23,8 +25,6 @@ from omni.plan.packing import pack
 from omni.plan.sequences import sequence_positions
 from omni.stream.collate import Utterance, collate
 from omni.train.distributed import all_gather, all_sum
-
-_SUMS = 5  # loss, tokens, correct, ctc, kl; behind them those of each task
 
 
 @dataclass(frozen=True)
@@ -78,32 +78,17 @@ class HeldOut:
         ]
         self._exchanged = layout.pack(exchanged) if len(usable) > 1 else []
 
-    def loss(self, model: OmniModel) -> dict[str, Any]:
-        """Summed over ranks and divided: losses and accuracy per token, the gap in nats,
-        and (tasks, 3) sums of tasks, see `LossSums`.
-        """
-        tasks = model.tasks
-        true, exchanged = self._sums(model, self._batches), self._sums(model, self._exchanged)
-        sums, other = all_sum(torch.stack((true, exchanged))).split(1)
-        loss, tokens, correct, ctc, kl = sums[0, :_SUMS].tolist()
-        tokens, other_tokens = max(tokens, 1e-9), max(float(other[0, 1]), 1e-9)
-        by_task = sums[0, _SUMS:].view(tasks, 3)
-        return {
-            "loss": loss / tokens,
-            "accuracy": correct / max(float(by_task[:, 1].sum()), 1.0),
-            "gap": float(other[0, 0]) / other_tokens - loss / tokens,
-            "ctc": ctc / tokens,
-            "kl": kl / tokens,
-            "tasks": by_task,
-        }
+    def loss(self, model: OmniModel) -> DevLosses:
+        """Compute losses and accuracy per token and the shuffled-audio gap, over all ranks."""
+        sums = torch.stack([self._sums(model, b) for b in (self._batches, self._exchanged)])
+        return DevLosses.of(*(LossTotals.of_losses(packed) for packed in all_sum(sums)))
 
     def _sums(self, model: OmniModel, batches: list[Batch]) -> Tensor:
-        sums = torch.zeros(_SUMS + 3 * model.tasks, dtype=torch.float64)
+        """Add up the losses of this rank's batches, as `pack_losses` packs them."""
+        sums = zero_losses(model.tasks)
         with torch.inference_mode():
             for batch in batches:
-                out = model(batch.to(self._device))
-                totals = torch.stack((out.loss, out.tokens, out.correct, out.ctc, out.kl))
-                sums += torch.cat((totals.double(), out.tasks.double().flatten())).cpu()
+                sums += pack_losses(model(batch.to(self._device))).cpu()
         return sums
 
     def transcribe(

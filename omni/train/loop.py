@@ -31,7 +31,6 @@ from omni.cluster.watchdog import Watchdog
 from omni.inference.decode_batch import by_language
 from omni.metrics.rows import eval_row
 from omni.metrics.run_files import append_json, keep_lines, remove_lines
-from omni.metrics.sums import REJECTED, STOP
 from omni.model.chat_template import Template
 from omni.model.speech_lm import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
@@ -137,14 +136,14 @@ class TrainLoop:
         began, waited = time.perf_counter(), self.feed.waited
         done = self.steps.take(self.state)
         self.last_norm = done.norm
-        self._stopping = self._stopping or bool(done.sums[STOP])
+        self._stopping = self._stopping or done.sums.stop > 0
         self.state.step += 1
         self.state.bins_consumed = self.state.step * self.config.optim.bins_per_step
         self.state.epoch = epochs_done(self.job.epoch_ends, self.state.bins_consumed)
         spent = time.perf_counter() - began
         self.state.seconds += spent
         self.books.count(done, spent, self.feed.waited - waited)
-        if done.sums[REJECTED]:
+        if done.sums.rejected:
             self.feed.share_rejects()
 
     # -- evaluations and checkpoints -----------------------------------------------------------
@@ -165,7 +164,7 @@ class TrainLoop:
             state, losses, errors["all"], shown, self.job.tasks, layers, by_language(rows)
         )
         self.books.evaluated(entry)
-        value = entry[settings.best]
+        value: float | None = getattr(entry, settings.best)
         if (
             value is None
             or not math.isfinite(value)
@@ -304,9 +303,9 @@ class TrainLoop:
             self.state,
             {
                 "best_step": best.state.step,
-                "dev_loss": losses["loss"],
-                "dev_accuracy": losses["accuracy"],
-                "shuffled_audio_gap": losses["gap"],
+                "dev_loss": losses.loss,
+                "dev_accuracy": losses.accuracy,
+                "shuffled_audio_gap": losses.gap,
                 "test_wer": None,
                 **results,
                 **({"languages": languages} if languages else {}),

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from omni.checkpoint.checkpoint import TrainState
-from omni.metrics.mfu import flops_per_position, peak_flops
-from omni.metrics.rows import Pools, Window, summary_of, train_row
+from omni.metrics.rows import Measured, Pools, Window, summarize, train_row
 from omni.metrics.run_files import append_json, last_line, read_json_lines, write_event, write_json
-from omni.metrics.stopwatch import Stopwatch
-from omni.metrics.sums import TOKENS
+from omni.metrics.table import EvalRow, TrainRow, to_json
+from omni.metrics.throughput import Stopwatch, flops_per_position, peak_flops
 from omni.stream.feature_cache import more_room
 from omni.train.batches import Feed
 from omni.train.model_state import Trained
@@ -35,11 +34,9 @@ class Publisher(Protocol):
 
     def gpu_memory(self, peak: int) -> None: ...
 
-    def train_row(
-        self, row: Mapping[str, Any], rejects: Mapping[str, int], cache_full: bool
-    ) -> None: ...
+    def train_row(self, row: TrainRow, rejects: Mapping[str, int], cache_full: bool) -> None: ...
 
-    def eval_row(self, row: Mapping[str, Any]) -> None: ...
+    def eval_row(self, row: EvalRow) -> None: ...
 
 
 class Books:
@@ -63,15 +60,15 @@ class Books:
         self._peak = peak_flops(device)
         self._world = world
         self._said_full = False
-        self.window = Window.of(len(job.tasks))  # since the last log line
-        self._totals = Window.of(len(job.tasks))
-        self._last: dict[str, Any] = {}
+        self.window = Window()  # since the last log line
+        self._totals = Window()
+        self._last_loss: float | None = None
 
     def recall(self) -> None:
         """The last step that an earlier attempt logged."""
         for row in read_json_lines(self._metrics):
             if row.get("kind") == "train":
-                self._last = row
+                self._last_loss = row.get("loss")
 
     def count(self, done: Step, spent: float, waited: float) -> None:
         """A step that took `spent` seconds, `waited` of them without a block."""
@@ -84,18 +81,21 @@ class Books:
 
     def log(self, state: TrainState, norm: float, trained: Trained, feed: Feed) -> None:
         """Write down the steps since the last log line."""
-        optim = self._job.config.optim
-        row = self._last = train_row(
-            state,
-            self.window,
-            optim.steps,
-            trained.rate,
-            norm,
-            self._pools,
-            self._job.tasks,
-            self._full_speed(trained),
+        phases = self.watch.take()  # of this rank
+        row = train_row(
+            Measured(
+                state,
+                self.window,
+                self._job.config.optim.steps,
+                trained.rate,
+                norm,
+                self._pools,
+                phases,
+                self._job.tasks,
+                self._full_speed(trained),
+            )
         )
-        row["phases"] = phases = self.watch.take()  # of this rank
+        self._last_loss = row.loss
         if self._publisher is not None:
             self._publisher.phases(phases)
             if self._rank == 0:
@@ -103,11 +103,11 @@ class Books:
                 self._publisher.train_row(row, feed.reject_counts, full)
             if self._device.type == "cuda":
                 self._publisher.gpu_memory(torch.cuda.max_memory_allocated(self._device))
-        if self._rank == 0 and self.window.sums[TOKENS]:  # else every step was skipped
-            append_json(self._metrics, [row])
+        if self._rank == 0 and self.window.sums.tokens:  # else every step was skipped
+            append_json(self._metrics, [to_json(row)])
         self._note_full_cache(feed, state.step)
         feed.write_ledger()
-        self.window = Window.of(len(self._job.tasks))
+        self.window = Window()
 
     def _full_speed(self, trained: Trained) -> float | None:
         """Steps a second of devices that do nothing but the language model's products."""
@@ -128,10 +128,10 @@ class Books:
         )
         append_json(self._metrics, [{"kind": "note", "step": step, "text": note}])
 
-    def evaluated(self, entry: dict[str, Any]) -> None:
+    def evaluated(self, entry: EvalRow) -> None:
         """An evaluation, as `eval_row` makes it."""
         if self._rank == 0:
-            append_json(self._metrics, [entry])
+            append_json(self._metrics, [to_json(entry)])
             if self._publisher is not None:
                 self._publisher.eval_row(entry)
 
@@ -139,8 +139,8 @@ class Books:
         self, state: TrainState, results: dict[str, Any], facts: dict[str, Any]
     ) -> dict[str, Any]:
         """Write and return the summary."""
-        results = {"train_loss": self._last.get("loss"), **results}
-        summary = summary_of(state, self._totals, self._pools, results, facts)
+        results = {"train_loss": self._last_loss, **results}
+        summary = summarize(state, self._totals, self._pools, results, facts)
         if self._rank == 0:
             write_json(self._run_dir / "summary.json", summary)
         return summary

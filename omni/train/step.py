@@ -13,8 +13,9 @@ from torch import Tensor
 
 from omni.checkpoint.checkpoint import TrainState
 from omni.config import Config
-from omni.metrics.stopwatch import Stopwatch
-from omni.metrics.sums import LOSS, STOP, SUMS, TOKENS, UTTERANCES
+from omni.metrics.sums import pack_losses
+from omni.metrics.table import StepSums
+from omni.metrics.throughput import Stopwatch
 from omni.model.speech_lm import LossSums
 from omni.train.batches import Feed, Microbatch
 from omni.train.distributed import all_sum
@@ -32,7 +33,7 @@ class Event(Protocol):
 class Step:
     """What a step did: sums over all ranks, the gradient norm, whether there was an update."""
 
-    sums: Tensor
+    sums: StepSums
     norm: float
     updated: bool
 
@@ -77,21 +78,19 @@ class Steps:
             self._skip(micro, problem, state)
         return Step(sums, norm, problem is None)
 
-    def _gradients(self, micro: list[Microbatch], step: int) -> tuple[Tensor, float]:
+    def _gradients(self, micro: list[Microbatch], step: int) -> tuple[StepSums, float]:
         """Forward and backward of a step's blocks: sums over all ranks, and the gradient norm."""
-        sums = torch.zeros(SUMS + 3 * self._trained.model.tasks, dtype=torch.float64)
-        sums[STOP] = float(self._asked_to_stop())
+        sums = StepSums(stop=float(self._asked_to_stop()))
         measured = []  # stays on the device: reading it there would wait for every microbatch
         for number, part in enumerate(micro):
             torch.manual_seed(_mix(self.config.run.seed, step, part.place))
             with self._trained.accumulating(last=number == len(micro) - 1):
                 measured.append(self._backward(part, step < self.config.optim.listen_steps))
-            sums[UTTERANCES:STOP] += torch.tensor(part.counts, dtype=torch.float64)
-        total = torch.stack(measured).sum(dim=0).cpu()
-        sums[:UTTERANCES], sums[SUMS:] = total[:UTTERANCES], total[UTTERANCES:]
-        sums = all_sum(sums)
+            sums += part.counts
+        sums += StepSums.of_losses(torch.stack(measured).sum(dim=0).cpu())
+        sums = StepSums.unpack(all_sum(sums.pack()))
         with self._watch.phase("optimizer"):
-            norm = self._trained.gradient_norm(float(sums[TOKENS]))
+            norm = self._trained.gradient_norm(sums.tokens)
         return sums, norm
 
     def _backward(self, part: Microbatch, listen_only: bool) -> Tensor:
@@ -106,19 +105,16 @@ class Steps:
                     total = total + optim.kl_weight * out.kl
             with self._watch.phase("backward"):
                 total.backward()
-        sums = (out.loss, out.tokens, out.correct, out.ctc, out.kl)
-        columns = torch.stack([x.detach().double() for x in sums])
-        return torch.cat((columns, out.tasks.detach().double().flatten()))
+        return pack_losses(out)
 
     # -- steps that must not count -------------------------------------------------------------
 
-    def _problem(self, sums: Tensor, norm: float, state: TrainState) -> str | None:
+    def _problem(self, sums: StepSums, norm: float, state: TrainState) -> str | None:
         """Why these gradients must not be applied; the same answer on all ranks."""
         spike, mean = self.config.optim.spike, state.mean_norm
-        loss = float(sums[LOSS])
         reason = None
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            reason = f"the loss is {loss / max(float(sums[TOKENS]), 1):.4g}, gradient norm {norm:g}"
+        if not (math.isfinite(norm) and math.isfinite(sums.loss)):
+            reason = f"the loss is {sums.loss / max(sums.tokens, 1):.4g}, gradient norm {norm:g}"
         elif spike is not None and state.updates >= _SPIKE_AFTER and norm > spike * mean:
             reason = f"the gradient norm is {norm:.4g}, {norm / mean:.3g} times the usual"
         if all_sum(torch.tensor([float(reason is not None)]))[0]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from omni.metrics.mfu import flops_per_position, peak_flops, peak_of
+from omni.metrics.throughput import flops_per_position, peak_flops, peak_of
 
 
 @pytest.mark.parametrize(

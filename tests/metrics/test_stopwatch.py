@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from omni.metrics.stopwatch import PHASES, Stopwatch
+from omni.metrics.throughput import PHASES, Stopwatch
 
 
 def test_phases_add_up_and_are_taken_once() -> None:

@@ -19,7 +19,7 @@ from jobs import evaluate
 from omni.checkpoint.checkpoint import read_state
 from omni.config import Config, parse_config
 from omni.inference.decode_batch import HeldUtterance
-from omni.metrics.sums import SUMS
+from omni.metrics.rows import DevLosses
 from omni.model.lm.lora import is_adapter
 from omni.run.make_job import make_job
 from omni.run.prepare import Prepared, prepare
@@ -97,7 +97,7 @@ def _held(trainer: Trainer) -> HeldOut:
     return HeldOut(list(seen.values()), Layout.of(job.config, job.model), torch.device("cpu"))
 
 
-def _learn(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _learn(trainer: Trainer) -> tuple[DevLosses, DevLosses]:
     """What the utterances cost before and after some steps."""
     held, trained = _held(trainer), trainer._loop.trained
     with trained.evaluating() as model:
@@ -111,7 +111,7 @@ def _learn(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_distillation_brings_the_listener_nearer_to_the_reader(tmp_path: Path) -> None:
     only_kl = {"ce_weight": 0.0, "ctc_weight": 0.0, "kl_weight": 1.0}
     before, after = _learn(_trainer(prepare(_config(tmp_path, optim=only_kl))))
-    assert after["kl"] < 0.5 * before["kl"]
+    assert after.kl < 0.5 * before.kl
 
 
 def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
@@ -124,15 +124,15 @@ def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
         name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad
     }
     before, after = _learn(trainer)
-    assert after["loss"] < before["loss"] - 0.5
+    assert after.loss < before.loss - 0.5
     # Tasks are counted apart, without their weights, and each has learnt.
-    shout, transcribe = after["tasks"][:, 0] / after["tasks"][:, 1]
+    shout, transcribe = after.tasks[:, 0] / after.tasks[:, 1]
     assert loop.job.tasks == ["shout", "transcribe"]
-    assert all(after["tasks"][:, 0] < before["tasks"][:, 0])
-    tokens = after["tasks"][:, 1]
+    assert all(after.tasks[:, 0] < before.tasks[:, 0])
+    tokens = after.tasks[:, 1]
     weighted = (2 * shout * tokens[0] + transcribe * tokens[1]) / (2 * tokens[0] + tokens[1])
-    assert after["loss"] == pytest.approx(float(weighted), rel=1e-5)
-    sums = loop.books.window.sums[SUMS:].view(2, 3)
+    assert after.loss == pytest.approx(float(weighted), rel=1e-5)
+    sums = loop.books.window.sums.tasks
     assert (sums[:, 1] > 0).all()
     weights = loop._layer_weights(model)
     assert sum(weights.values()) == pytest.approx(1) and max(weights.values()) > 0.34

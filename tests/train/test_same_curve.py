@@ -12,7 +12,6 @@ import torch
 
 from omni.config import load_config
 from omni.metrics.rows import Window
-from omni.metrics.sums import LOSS, TOKENS
 from omni.run.make_job import make_job
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
@@ -47,7 +46,7 @@ def _curve(prepared: Prepared, blocks: list[Any]) -> torch.Tensor:
         trainer._loop.books.window = Window()
         trainer.step()
         sums = trainer._loop.books.window.sums
-        losses.append(float(sums[LOSS] / sums[TOKENS]))
+        losses.append(sums.loss / sums.tokens)
     assert losses[-1] < losses[0] - 0.5, "it learns"
     return torch.tensor(losses, dtype=torch.float64)
 
