@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis.strategies import floats, integers, sampled_from
 
 from omni.augment.speed import Speeds, names_of
 from omni.plan.packing import pack
@@ -36,9 +38,9 @@ def _same(one: Plan, other: Plan) -> bool:
 # -- packing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("count", [1, 2, 37, 500, 4_000])
-@pytest.mark.parametrize("capacity", [1, 16, 64, 2_048])
+@given(seed=integers(0, 99), count=integers(1, 2_000), capacity=sampled_from([1, 16, 64, 2_048]))
+@settings(max_examples=30, deadline=None)
+@example(seed=0, count=4_000, capacity=64)
 def test_every_utterance_is_packed_once_and_no_bin_overflows(
     seed: int, count: int, capacity: int
 ) -> None:
@@ -82,8 +84,9 @@ def test_bins_stay_full_over_many_pools() -> None:
 # -- epochs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("count", [1, 60, 1_500])
+@given(seed=integers(0, 99), count=integers(1, 600))
+@settings(max_examples=20, deadline=None)
+@example(seed=0, count=1_500)
 def test_each_epoch_holds_every_usable_utterance_once(seed: int, count: int) -> None:
     lengths = _lengths(count, 64, seed)
     lengths[1::7] = 0  # left out
@@ -331,8 +334,10 @@ def test_weights_say_how_often_an_utterance_occurs() -> None:
     assert (quarter.sum(1) == 225).all() and (quarter[:4].sum(0) == 9).all()
 
 
-@pytest.mark.parametrize("weight", [0.1, 0.3, 1 / 3, 0.7, 1.1, 3.0, 7.3])
-@pytest.mark.parametrize("count", [1, 3, 50])
+@given(weight=floats(0.05, 8), count=integers(1, 50))
+@settings(max_examples=30, deadline=None)
+@example(weight=1 / 3, count=3)
+@example(weight=7.3, count=1)
 def test_after_any_number_of_epochs_the_counts_are_within_one(weight: float, count: int) -> None:
     counts = _counts(np.full(count, 5), np.full(count, weight), 30)
     so_far = counts.cumsum(0)
