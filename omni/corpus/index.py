@@ -351,8 +351,3 @@ def _storable(value: Any) -> bool:
     if isinstance(value, str):
         return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def recordings(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The recordings of an index row: itself, or those of its conversation."""
-    return row["audios"] or [row]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -226,7 +226,7 @@ def _is_silent(data: bytes) -> bool:
     return all(len(zlib.compress(part, 1)) < _SILENT * len(part) for part in (middle, data))
 
 
-def span_of(row: dict[str, Any]) -> AudioSpan:
+def span_of(row: Mapping[str, Any]) -> AudioSpan:
     """Where the utterance of an index row lies in its file."""
     inside = None if row["length"] is None else (row["offset"], row["length"])
     return AudioSpan(row["start"], row["duration"], inside)

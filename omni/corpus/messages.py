@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from omni.model.chat_template import AUDIO, Message, check_messages, transcription
@@ -52,7 +53,7 @@ def to_column(messages: list[Message]) -> str:
     return json.dumps([[m.role, list(m.parts)] for m in messages], ensure_ascii=False)
 
 
-def messages_of(row: dict[str, Any]) -> list[Message]:
+def messages_of(row: Mapping[str, Any]) -> list[Message]:
     """What an index row says: its conversation, or a recording and its transcript."""
     if row["messages"] is None:
         return list(transcription(row["prompt"], row["text"]))

@@ -11,6 +11,7 @@ from omni.audio.decode import AudioError, AudioSpan, decode
 from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.vad import Segmenting, speech_spans
 from omni.corpus.index import ManifestError, manifest_path, read_built
+from omni.corpus.index_row import IndexRow
 from omni.errors import ConfigError
 from omni.inference.transcriber import ENCODE_BATCH, Transcriber, hold
 from omni.plan.sequences import DEFAULT_TASK
@@ -62,7 +63,8 @@ def transcribe_index(
         raise RuntimeError(f"{plain(folder)}: {why(error)}") from error
     policy = transcriber.policy
     for batch in table.to_batches(max_chunksize=ENCODE_BATCH):
-        rows, asked = batch.to_pylist(), []
+        rows: list[IndexRow] = batch.to_pylist()
+        asked: list[IndexRow] = []
         said: dict[str, dict[str, str]] = {}  # by id
         for row in rows:
             prompt = row["prompt"] or policy.prompts.get(row["task"] or DEFAULT_TASK, "")

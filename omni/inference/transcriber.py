@@ -16,7 +16,8 @@ from torch import Tensor
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_patiently, fit
 from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.checkpoint import CheckpointError, read_state
-from omni.corpus.index import build_index, recordings
+from omni.corpus.index import build_index
+from omni.corpus.index_row import IndexRow, recordings
 from omni.corpus.lengths import Reject, span_of
 from omni.corpus.messages import messages_of
 from omni.corpus.text import TextPolicy, apply_policy, join
@@ -204,7 +205,7 @@ def evaluate(
 
 
 def hold(
-    transcriber: Transcriber, rows: list[dict[str, Any]], first: int
+    transcriber: Transcriber, rows: list[IndexRow], first: int
 ) -> tuple[list[HeldUtterance], list[Reject]]:
     """Rows of an index, numbered from `first` on, with their features; and what cannot be read.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from omni.audio.windows import encoder_frames
 from omni.config import Config
-from omni.corpus.index import Index, recordings
+from omni.corpus.index import Index
+from omni.corpus.index_row import IndexRow, recordings, transcripts
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_of
 from omni.corpus.text import TRANSCRIBE
@@ -55,7 +55,7 @@ def with_tokens(
     made: list[pa.Table] = []
     first = 0
     for batch in index.table.to_batches(max_chunksize=_BATCH):  # as Python objects it is tenfold
-        rows = batch.to_pylist()
+        rows: list[IndexRow] = batch.to_pylist()
         names = [row["task"] or DEFAULT_TASK for row in rows]
         for row, task in zip(rows, names, strict=True):
             if not row["prompt"] and task in config.data.tasks:
@@ -117,7 +117,7 @@ def _counted(column: pa.ChunkedArray, value: int | None = None) -> np.ndarray:
     return np.concatenate(counts)
 
 
-def _heard(rows: list[dict[str, Any]], template: Template) -> list[list[list[int]]]:
+def _heard(rows: list[IndexRow], template: Template) -> list[list[list[int]]]:
     """Ids of what is said in each recording of each row: what the teacher reads.
 
     Raises ConfigError where a recording of a conversation has no transcript.
@@ -125,13 +125,13 @@ def _heard(rows: list[dict[str, Any]], template: Template) -> list[list[list[int
     encode = template.tokenizer.encode_batch
     heard = []
     for row in rows:
-        said = [r["text"] for r in recordings(row)]
-        if None in said:
+        texts = [text for text in transcripts(row) if text is not None]
+        if len(texts) < len(recordings(row)):
             raise ConfigError(
                 f"optim.kl_weight: {row['id']}: distillation reads what is said, and a recording "
                 'has no transcript; expected {"audio": ..., "text": ...} in its message'
             )
-        heard.append(encode(said))
+        heard.append(encode(texts))
     return heard
 
 

@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from omni.audio.decode import AudioError, decode, fit
 from omni.audio.logmel import SAMPLING_RATE
-from omni.corpus.index import INDEX_FILE, Index, ManifestError, build_index, recordings
+from omni.corpus.index import INDEX_FILE, Index, ManifestError, build_index
+from omni.corpus.index_row import IndexRow, Recording, recordings
 from omni.corpus.lengths import span_of
 from omni.corpus.text import language_code
 from omni.errors import ConfigError
@@ -254,7 +254,7 @@ seed {seed}. Waveforms are at full scale; log-mels are what the encoder sees, 80
 the first 30 s.</p>{shown}"""
 
 
-def _utterance(row: dict[str, Any], tokenizer: SpeechTokenizer) -> str:
+def _utterance(row: IndexRow, tokenizer: SpeechTokenizer) -> str:
     heard = "".join(_recording(part) for part in recordings(row))
     about = [row["language"], row["speaker"], f"{row['samples'] / SAMPLING_RATE:.2f} s"]
     facts = [("text", row["text"]), ("prompt", row["prompt"]), ("task", row["task"])]
@@ -265,7 +265,7 @@ def _utterance(row: dict[str, Any], tokenizer: SpeechTokenizer) -> str:
 <div><small>{escape(_cut(row["id"], 120))}</small><dl>{listed}</dl></div></article>"""
 
 
-def _recording(part: dict[str, Any]) -> str:
+def _recording(part: Recording) -> str:
     try:
         samples = fit(decode(part["uri"], span_of(part)), part["samples"])
     except (AudioError, OSError) as error:

@@ -12,7 +12,8 @@ import pyarrow as pa
 from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.windows import encoder_frames
 from omni.config import Config, load_config
-from omni.corpus.index import Index, recordings
+from omni.corpus.index import Index
+from omni.corpus.index_row import recordings
 from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
 from omni.metrics.run_files import read_events

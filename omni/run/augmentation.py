@@ -12,7 +12,8 @@ from omni.augment.augment import Augmentation
 from omni.augment.noise import Clips, read_clips
 from omni.augment.speed import Speeds, changed_length, names_of
 from omni.config import Config
-from omni.corpus.index import ManifestError, recordings
+from omni.corpus.index import ManifestError
+from omni.corpus.index_row import IndexRow, recordings
 from omni.errors import ConfigError
 from omni.plan.sequences import sequence_positions
 from omni.storage.path import why
@@ -76,5 +77,6 @@ def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:
     )
 
 
-def _places(table: pa.Table) -> list[dict[str, object]]:
-    return table.select(["samples", "audios"]).to_pylist()
+def _places(table: pa.Table) -> list[IndexRow]:
+    rows: list[IndexRow] = table.select(["samples", "audios"]).to_pylist()
+    return rows

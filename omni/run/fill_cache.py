@@ -21,7 +21,8 @@ import torch
 from omni.audio.logmel import FRAME, SAMPLING_RATE
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
-from omni.corpus.index import Index, recordings
+from omni.corpus.index import Index
+from omni.corpus.index_row import recordings
 from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES

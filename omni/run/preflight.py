@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from omni.cluster import nodes
 from omni.cluster.capacity import Demand, shortage, workers_that_fit
 from omni.config import Config
-from omni.corpus.index import recordings
+from omni.corpus.index_row import recordings
 from omni.errors import ConfigError, first_line
 from omni.run.encoder_actors import sized
 from omni.run.estimate import Estimate, estimate

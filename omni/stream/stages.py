@@ -25,7 +25,7 @@ from omni.audio.windows import clip_mel, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
 from omni.config import Config
-from omni.corpus.index import recordings
+from omni.corpus.index_row import IndexRow, Recording, recordings
 from omni.corpus.lengths import span_of
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.plan.plan import Split
@@ -119,7 +119,7 @@ def load_bin(
 class _Recording:
     """A recording as an epoch hears it."""
 
-    place: dict[str, Any]  # where it lies, and what is known of it: the index's row
+    place: Recording  # where it lies, and what is known of it: the index's row
     augmentation: Augmentation | None = None
     change: Change | None = None  # None: as it is
 
@@ -134,7 +134,7 @@ class _Recording:
         return samples if self.change is None else changed_length(samples, self.change.speed)
 
 
-def _heard(split: Split, number: int, rows: list[dict[str, Any]]) -> list[list[_Recording]]:
+def _heard(split: Split, number: int, rows: list[IndexRow]) -> list[list[_Recording]]:
     """The recordings of each utterance of a bin."""
     spoken, augmentation = [recordings(row) for row in rows], split.augmentation
     if augmentation is None:
