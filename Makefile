@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(BIN)/codespell
 
 docs: $(STAMP)  ## the site, in build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint  ## everything that takes seconds to a minute
 	$(BIN)/python -m pytest -m "not slow" --durations=25
