@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# One test process per core of a small machine; a file stays in one process.
+PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: setup smoke settings test test-all prometheus lint docs clean
+.PHONY: setup smoke settings test test-unit test-all prometheus lint docs clean
 
 setup: $(STAMP)
 
@@ -32,7 +34,10 @@ docs: $(STAMP)  ## the site, in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint  ## everything that takes seconds to a minute
-	$(BIN)/python -m pytest -m "not slow" --durations=25
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) --durations=25
+
+test-unit: $(STAMP)  ## the tests that start no Ray
+	$(BIN)/python -m pytest -m unit $(PARALLEL)
 
 test-all: lint docs prometheus  ## also what takes minutes: about an hour; coverage in build/coverage
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,trackers]'

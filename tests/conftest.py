@@ -6,8 +6,20 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 
 pytest_plugins = ["tests.helpers.recordings", "tests.helpers.encoder", "tests.helpers.tiny_run"]
+
+RAY_FIXTURES = {"cluster", "undisturbed"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start Ray, and those that need neither Ray nor minutes as `unit`."""
+    for item in items:
+        if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+        if not any(item.get_closest_marker(name) for name in ("ray", "slow")):
+            item.add_marker("unit")

@@ -245,6 +245,7 @@ def _bad_recordings(folder: Path) -> dict[str, tuple[dict[str, Any], str | None]
     return rows
 
 
+@pytest.mark.ray
 def test_bad_recordings_are_counted_and_the_run_goes_on(tiny: Path, tmp_path: Path) -> None:
     bad = _bad_recordings(tmp_path / "bad")
     rows = [row for row, _ in bad.values()] + embedded("train", 30)
