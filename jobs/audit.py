@@ -6,17 +6,17 @@ import argparse
 import sys
 
 from jobs.cli import run
-from omni.storage.path import Place, place
+from omni.storage.path import StoragePath, as_path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.audit", description=__doc__)
-    parser.add_argument("run", type=place, metavar="RUN", help="runs/NAME")
+    parser.add_argument("run", type=as_path, metavar="RUN", help="runs/NAME")
     arguments = parser.parse_args(argv)
     return run(lambda: _audit(arguments.run))
 
 
-def _audit(run_dir: Place) -> None:
+def _audit(run_dir: StoragePath) -> None:
     from omni.run.audit import audit
 
     found = audit(run_dir)

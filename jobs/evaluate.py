@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from jobs.cli import run
-from omni.storage.path import place
+from omni.storage.path import as_path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", type=place, required=True, help="RUN/checkpoints/best")
+    parser.add_argument("--checkpoint", type=as_path, required=True, help="RUN/checkpoints/best")
     parser.add_argument("--data", required=True, help="manifest, or embedded:train|dev|test")
     parser.add_argument(
         "--allow_absolute", action="store_true", help="the manifest may name files anywhere"

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from jobs.cli import run
-from omni.storage.path import place
+from omni.storage.path import as_path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.export", description=__doc__)
-    parser.add_argument("--checkpoint", type=place, required=True, help="RUN/checkpoints/best")
+    parser.add_argument("--checkpoint", type=as_path, required=True, help="RUN/checkpoints/best")
     parser.add_argument("--to", choices=("nanochat", "hf"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     arguments = parser.parse_args(argv)

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jobs.cli import run
-from omni.storage.path import place
+from omni.storage.path import as_path
 
 if TYPE_CHECKING:
     from omni.audio.vad import Segmenting
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     about, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser("python -m jobs.index", description=about, epilog=more)
     parser.add_argument("--source", metavar="SPEC", action="append", required=True)
-    parser.add_argument("--out", metavar="DIR", type=place, required=True)
+    parser.add_argument("--out", metavar="DIR", type=as_path, required=True)
     parser.add_argument("--language", help="of utterances that do not say")
     parser.add_argument("--audio_folder", default="", help="put before recordings' paths")
     parser.add_argument("--number_ids", action="store_true", help="make ids of places")

@@ -13,13 +13,13 @@ import sys
 
 from jobs.cli import run
 from omni.errors import ConfigError
-from omni.storage.path import StorageError, place, plain, why
+from omni.storage.path import StorageError, as_path, public_uri, reason_of
 
 
 def main(argv: list[str] | None = None) -> int:
     about, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser("python -m jobs.transcribe", description=about, epilog=more)
-    parser.add_argument("--checkpoint", type=place, required=True, help="RUN/checkpoints/best")
+    parser.add_argument("--checkpoint", type=as_path, required=True, help="RUN/checkpoints/best")
     parser.add_argument(
         "files", nargs="+", metavar="FILE|DIR", help="any format libsndfile reads; an index"
     )
@@ -60,11 +60,11 @@ def _transcribe(arguments: argparse.Namespace) -> None:
 
 def _is_folder(name: str) -> bool:
     try:
-        return place(name).is_dir()
+        return as_path(name).is_dir()
     except StorageError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"{plain(name)}: {why(error)}") from error
+        raise RuntimeError(f"{public_uri(name)}: {reason_of(error)}") from error
 
 
 if __name__ == "__main__":

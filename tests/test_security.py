@@ -12,7 +12,7 @@ import jobs
 import omni
 from omni.cluster.ray_init import runtime_environment
 from omni.config import load_config
-from omni.storage.path import without_secrets
+from omni.storage.path import redact
 
 PACKAGES = [Path(module.__file__ or "").parent for module in (omni, jobs)]
 RUNS_CODE = {
@@ -64,7 +64,7 @@ def test_torch_files_are_loaded_as_weights_only() -> None:
     ],
 )
 def test_credentials_are_cut_out_of_uris(text: str, shown: str) -> None:
-    assert without_secrets(text) == shown
+    assert redact(text) == shown
 
 
 def test_the_runs_own_configuration_holds_no_credentials() -> None:

@@ -16,12 +16,12 @@ import soxr
 
 from omni.audio.logmel import FRAME, SAMPLING_RATE
 from omni.storage.byte_range import ByteRange, ObjectRange, WatchedReader
-from omni.storage.path import ObjectPath, Place, stored
-from omni.storage.retry import patiently
+from omni.storage.path import ObjectPath, StoragePath, literal_path
+from omni.storage.retry import retry_storage
 
 _WHOLE_BYTES = 4 << 20  # recordings in archives and buckets up to this size are read at once
 _READ_AHEAD = 256 << 10  # bytes of a request for a part of a longer one
-Recording: TypeAlias = bytes | str | Place
+Recording: TypeAlias = bytes | str | StoragePath
 
 
 class AudioError(ValueError):
@@ -53,7 +53,7 @@ def resampled_length(frames: int, rate: int) -> int:
 def measure(data: Recording, span: AudioSpan = AudioSpan()) -> int:
     """Samples at 16 kHz that `decode` will return, from the header alone.
 
-    data: a path or plain URI (`omni.storage.path.stored`), or the bytes of a file.
+    data: a path or plain URI (`omni.storage.path.literal_path`), or the bytes of a file.
 
     Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`; and OSError for
     object storage that does not answer.
@@ -144,8 +144,8 @@ def _source(data: Recording, span: AudioSpan) -> str | BinaryIO:
         return io.BytesIO(file.read(length))
 
 
-def _where(data: str | Place) -> Place:
-    return stored(data) if isinstance(data, str) else data
+def _where(data: str | StoragePath) -> StoragePath:
+    return literal_path(data) if isinstance(data, str) else data
 
 
 def _object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
@@ -169,14 +169,14 @@ def _check(source: object) -> None:
         raise ConnectionError(str(source.failed))
 
 
-def decode_patiently(path: str | Place, span: AudioSpan = AudioSpan()) -> np.ndarray:
+def decode_patiently(path: str | StoragePath, span: AudioSpan = AudioSpan()) -> np.ndarray:
     """`decode`, for a file that was there a while ago: storage that is away is waited for.
 
     Raises AudioError for a bad file, and OSError when its whole folder or bucket stays away.
     """
     where = _where(path)
     if isinstance(where, ObjectPath):
-        return patiently(lambda: decode(where, span))
+        return retry_storage(lambda: decode(where, span))
 
     def attempt() -> np.ndarray:
         try:
@@ -186,7 +186,7 @@ def decode_patiently(path: str | Place, span: AudioSpan = AudioSpan()) -> np.nda
         # The folder can be read. It may have come back only now: the second answer counts.
         return decode(where, span)
 
-    return patiently(attempt)
+    return retry_storage(attempt)
 
 
 def _look_into(folder: Path) -> None:

@@ -15,7 +15,7 @@ from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.index import ManifestError, manifest_path
 from omni.corpus.lengths import measure_all, span_of
-from omni.storage.path import Place, plain, refuse_absence
+from omni.storage.path import StoragePath, public_uri, raise_if_unreachable
 
 _SHORTEST = SAMPLING_RATE // 10  # samples to read: fewer may be no frame of a file at a low rate
 
@@ -70,7 +70,7 @@ def read_clips(
     specs: Sequence[str],
     kind: str,
     *,
-    cache_dir: Place | None = None,
+    cache_dir: StoragePath | None = None,
     threads: int = 8,
     allow_absolute: bool = False,
 ) -> Clips:
@@ -85,28 +85,28 @@ def read_clips(
         path = manifest_path(spec)
         rows = _rows(path, allow_absolute)
         if not rows:
-            raise ManifestError(f"{plain(spec)}: the manifest has no rows")
+            raise ManifestError(f"{public_uri(spec)}: the manifest has no rows")
         good, bad = measure_all(rows, path, cache_dir, threads)
         if bad:
             raise ManifestError(
-                f"{plain(spec)}: {len(bad)} of {len(rows)} recordings cannot be used; the first, "
-                f"{bad[0].id}: {bad[0].reason}: {bad[0].detail}"
+                f"{public_uri(spec)}: {len(bad)} of {len(rows)} recordings cannot be used; "
+                f"the first, {bad[0].id}: {bad[0].reason}: {bad[0].detail}"
             )
         clips += [Clip(r["uri"], span_of(r), r["samples"], r["key"]) for r in good]
     return Clips(kind, tuple(clips))
 
 
-def _rows(path: Place, allow_absolute: bool) -> list[dict[str, Any]]:
+def _rows(path: StoragePath, allow_absolute: bool) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        refuse_absence(path, error)
+        raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
     numbered = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
     return [_row(place, line, path.parent, allow_absolute) for place, line in numbered]
 
 
-def _row(place: str, line: str, folder: Place, allow_absolute: bool) -> dict[str, Any]:
+def _row(place: str, line: str, folder: StoragePath, allow_absolute: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

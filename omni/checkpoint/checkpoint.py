@@ -37,8 +37,8 @@ from omni.model.lm.lora import is_adapter
 from omni.model.lm.pretrained import load_lm
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
-from omni.storage.path import ObjectPath, Place, refuse_absence, remove_tree
-from omni.storage.retry import patiently
+from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable, remove_tree
+from omni.storage.retry import retry_storage
 
 _FORMAT = 1
 _STATE = "state.json"
@@ -68,7 +68,7 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Place,
+    folder: StoragePath,
     *,
     state: TrainState,
     model: OmniConfig,
@@ -77,7 +77,7 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     config_yaml: str,
     tokenizer_json: str,
-) -> Place:
+) -> StoragePath:
     """Write folder/step-NNNNNN whole, then move `last`.
 
     Raises OSError, and leaves nothing behind that could be taken for a checkpoint.
@@ -104,7 +104,7 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _made_for(final: Place) -> Iterator[Path]:
+def _made_for(final: StoragePath) -> Iterator[Path]:
     """A folder to fill; what is in it then appears as `final`, whole."""
     if isinstance(final, ObjectPath):
         with tempfile.TemporaryDirectory(prefix="omni-checkpoint-") as name:
@@ -135,7 +135,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def point(link: Place, target: Place) -> None:
+def point(link: StoragePath, target: StoragePath) -> None:
     """Make `link` name a checkpoint beside it, atomically."""
     if isinstance(link, ObjectPath):
         link.write_text(target.name)
@@ -146,14 +146,14 @@ def point(link: Place, target: Place) -> None:
     os.replace(temporary, link)
 
 
-def _pointed(path: Place) -> Place:
+def _pointed(path: StoragePath) -> StoragePath:
     """The checkpoint that `last` or `best` names; any other path as it is."""
     if isinstance(path, Path):
         return path.resolve()
     return path.with_name(path.read_text()) if path.is_file() else path
 
 
-def newest_checkpoint(folder: Place, damaged: list[str] | None = None) -> Place | None:
+def newest_checkpoint(folder: StoragePath, damaged: list[str] | None = None) -> StoragePath | None:
     """The newest checkpoint that is whole; what is wrong with newer ones goes to `damaged`, or to
     stderr.
     """
@@ -172,7 +172,7 @@ def newest_checkpoint(folder: Place, damaged: list[str] | None = None) -> Place 
     return None
 
 
-def newest_step(folder: Place) -> int:
+def newest_step(folder: StoragePath) -> int:
     """The step of the newest checkpoint, unverified; 0 without one."""
     for path in reversed(_by_step(folder)):
         if isinstance(path, Path) or (path / _STATE).is_file():
@@ -180,30 +180,30 @@ def newest_step(folder: Place) -> int:
     return 0
 
 
-def resume_point(run_dir: Place, damaged: list[str] | None = None) -> Place | None:
+def resume_point(run_dir: StoragePath, damaged: list[str] | None = None) -> StoragePath | None:
     """The checkpoint that an attempt at an existing run begins from.
 
     Waits for storage that is away, and raises OSError in the end: taking it for an empty folder
     would begin the run anew.
     """
 
-    def look() -> Place | None:
+    def look() -> StoragePath | None:
         _must_be_there(run_dir / "config.yaml")
         path = newest_checkpoint(run_dir / "checkpoints", damaged)
         _must_be_there(run_dir / "config.yaml")
         return path
 
-    return patiently(look)
+    return retry_storage(look)
 
 
-def _must_be_there(file: Place) -> None:
+def _must_be_there(file: StoragePath) -> None:
     if isinstance(file, Path):
         os.stat(file)
     elif not file.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such object", str(file))
 
 
-def prune(folder: Place, keep: int) -> None:
+def prune(folder: StoragePath, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and those that `last` and `best` name."""
     named = {_pointed(folder / name).name for name in ("last", "best") if (folder / name).exists()}
     for path in _by_step(folder)[:-keep]:
@@ -217,7 +217,7 @@ def prune(folder: Place, keep: int) -> None:
 class Checkpoint:
     """A checkpoint's small files, read."""
 
-    path: Place
+    path: StoragePath
     state: TrainState
     model: OmniConfig
     encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint
@@ -264,7 +264,7 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: damaged (checksum differs)")
             return load(data)
         except (OSError, SafetensorError) as error:
-            refuse_absence(path, error)
+            raise_if_unreachable(path, error)
             raise CheckpointError(f"{path}: damaged ({error})") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -277,7 +277,7 @@ class Checkpoint:
         return {name: tuple(tensor.shape) for name, tensor in self.weights().items()}
 
 
-def read_state(path: Place, *, verify: bool = False) -> Checkpoint:
+def read_state(path: StoragePath, *, verify: bool = False) -> Checkpoint:
     """Read and check a checkpoint folder (or a `last`/`best` link). Raises CheckpointError.
 
     verify: also that its files are what was written. In object storage that is their sizes; what
@@ -289,7 +289,7 @@ def read_state(path: Place, *, verify: bool = False) -> Checkpoint:
     try:
         document = json.loads((path / _STATE).read_bytes())
     except (OSError, ValueError) as error:
-        refuse_absence(path, error)
+        raise_if_unreachable(path, error)
         raise CheckpointError(f"{path}: state.json is missing or damaged ({error})") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: state.json is not a checkpoint's")
@@ -320,13 +320,13 @@ def read_state(path: Place, *, verify: bool = False) -> Checkpoint:
     )
 
 
-def _by_step(folder: Place) -> list[Place]:
+def _by_step(folder: StoragePath) -> list[StoragePath]:
     """Checkpoint folders, oldest first."""
     numbered = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
     return sorted(numbered, key=_step_of)
 
 
-def _step_of(path: Place) -> int:
+def _step_of(path: StoragePath) -> int:
     return int(path.name.removeprefix("step-"))
 
 

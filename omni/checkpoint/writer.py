@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from omni.checkpoint.checkpoint import CheckpointError, point, prune
-from omni.storage.path import Place, why
+from omni.storage.path import StoragePath, reason_of
 from omni.storage.retry import NO_SPACE
 
 _RETRY_SECONDS = 2.0
@@ -17,7 +17,7 @@ _FAREWELL_SECONDS = 180.0
 @dataclass
 class _Pending:
     step: int
-    write: Callable[[], Place]
+    write: Callable[[], StoragePath]
     best: bool
 
 
@@ -29,7 +29,7 @@ class Saver:
     report: called from the thread with the step and the reason of a failure.
     """
 
-    def __init__(self, folder: Place, keep: int, report: Callable[[int, str], None]) -> None:
+    def __init__(self, folder: StoragePath, keep: int, report: Callable[[int, str], None]) -> None:
         self._folder, self._keep, self._report = folder, keep, report
         self._pending: list[_Pending] = []
         self._writing: _Pending | None = None
@@ -40,7 +40,7 @@ class Saver:
         self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
         self._thread.start()
 
-    def save(self, step: int, write: Callable[[], Place], best: bool) -> None:
+    def save(self, step: int, write: Callable[[], StoragePath], best: bool) -> None:
         """Have `write` called: it writes a checkpoint from copies and returns its folder.
 
         Waits while the one before is being written, so that at most one is held beside it.
@@ -87,7 +87,7 @@ class Saver:
                     point(self._folder / "best", path)
                 prune(self._folder, self._keep)
             except OSError as error:
-                reason = why(error)
+                reason = reason_of(error)
                 if error.errno in NO_SPACE:
                     prune(self._folder, 1)
             except BaseException as error:

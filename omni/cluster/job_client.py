@@ -21,7 +21,7 @@ from omni.cluster.versions import EXPECTED, PASSED_ON, expected_versions, instal
 from omni.cluster.working_dir import Packed, pack, readable
 from omni.config import Config
 from omni.errors import ConfigError, first_line
-from omni.storage.path import without_secrets
+from omni.storage.path import redact
 
 SETTINGS = "omni-job.yaml"  # the resolved settings, in the job's working directory
 _PATIENCE = 60.0  # seconds without the job server before we stop following
@@ -59,7 +59,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     address = address or "http://127.0.0.1:8265"
     if "://" not in address:
         raise ConfigError(f"--address: expected http://HOST:8265, got {address}")
-    shown = without_secrets(address)
+    shown = redact(address)
     try:
         try:
             return JobSubmissionClient(address)
@@ -133,7 +133,7 @@ def environment(config: Config) -> dict[str, str]:
     that a stopped job gets the time for its last checkpoint.
     """
     given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return {name: text for name, text in given.items() if without_secrets(text) == text} | {
+    return {name: text for name, text in given.items() if redact(text) == text} | {
         EXPECTED: expected_versions(),
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.run.grace_seconds) + _LONGEST_STEP),
     }

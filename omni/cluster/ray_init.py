@@ -11,7 +11,7 @@ import ray
 
 from omni.cluster.versions import PASSED_ON
 from omni.config import Config
-from omni.storage.path import without_secrets
+from omni.storage.path import redact
 
 
 def start_ray(config: Config) -> None:
@@ -53,7 +53,7 @@ def runtime_environment() -> dict[str, Any]:
     out of it (set it in the nodes' own environment).
     """
     given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    variables = {name: text for name, text in given.items() if without_secrets(text) == text}
+    variables = {name: text for name, text in given.items() if redact(text) == text}
     # A killed driver's claim on the cluster would halve the next one's share for three minutes.
     variables["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "30"
     if os.environ.get("RAY_ADDRESS"):  # of several clusters on a machine, the one of this run

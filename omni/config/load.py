@@ -12,10 +12,10 @@ from pydantic_core import ErrorDetails
 
 from omni.config.settings import Config, SourceConfig
 from omni.errors import ConfigError
-from omni.storage.path import Place, place, why
+from omni.storage.path import StoragePath, as_path, reason_of
 
 
-def load_config(path: str | Place | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | StoragePath | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as ["--optim.lr", "3e-4"].
 
     A repeated override of a list collects its values. Raises ConfigError.
@@ -23,9 +23,9 @@ def load_config(path: str | Place | None, overrides: Sequence[str] = ()) -> Conf
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(place(path).read_text())
+            loaded = yaml.safe_load(as_path(path).read_text())
         except OSError as error:
-            raise ConfigError(f"--config {place(path)}: {why(error)}") from None
+            raise ConfigError(f"--config {as_path(path)}: {reason_of(error)}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {path}: not YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):

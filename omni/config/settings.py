@@ -39,7 +39,7 @@ from omni.config.field_types import (
     Workers,
     absolute,
 )
-from omni.storage.path import Place, join, place, without_secrets
+from omni.storage.path import StoragePath, as_path, join, redact
 
 _GPT_SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len", "window_pattern")
 
@@ -439,8 +439,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
 
     @property
-    def run_dir(self) -> Place:
-        return place(self.run.storage) / self.run.name
+    def run_dir(self) -> StoragePath:
+        return as_path(self.run.storage) / self.run.name
 
     @property
     def cache(self) -> str | None:
@@ -452,11 +452,11 @@ class Config(Section):
         return absolute(self.data.cache)
 
     @property
-    def cache_dir(self) -> Place | None:
+    def cache_dir(self) -> StoragePath | None:
         """Folder of measured audio lengths: the cache's, or beside the runs for a cache's URI."""
         if self.cache is None:
             return None
-        return place(join(self.run.storage, "cache") if "://" in self.cache else self.cache)
+        return as_path(join(self.run.storage, "cache") if "://" in self.cache else self.cache)
 
     @property
     def locations(self) -> list[str]:
@@ -468,4 +468,4 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Write all settings as YAML without credentials, for run directories and checkpoints."""
         values: dict[str, Any] = self.model_dump(mode="json")
-        return without_secrets(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        return redact(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -6,12 +6,12 @@ import os
 import posixpath
 from pathlib import Path
 
-from omni.storage.path import ObjectPath, Place, bare, plain
+from omni.storage.path import ObjectPath, StoragePath, public_bucket, public_uri
 
 _STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "oss")
 
 
-def recording_uri(folder: Place, name: str, allow_absolute: bool) -> str:
+def recording_uri(folder: StoragePath, name: str, allow_absolute: bool) -> str:
     """Where the recording `name` of a manifest in `folder` lies: a path, or a URI of an object.
 
     Raises ValueError where it may not lie there: outside the folder unless `allow_absolute`, on
@@ -41,20 +41,20 @@ def recording_uri(folder: Place, name: str, allow_absolute: bool) -> str:
             within = Path(normal).is_relative_to(folder)
     if not (within or allow_absolute):
         raise ValueError(
-            f"{plain(name)!r} lies outside the manifest's folder {folder}; "
+            f"{public_uri(name)!r} lies outside the manifest's folder {folder}; "
             "data.allow_absolute or --allow_absolute admits such files"
         )
     return uri
 
 
-def _object(folder: Place, scheme: str, rest: str, name: str) -> str:
+def _object(folder: StoragePath, scheme: str, rest: str, name: str) -> str:
     own = str(folder).partition("://")[0] if isinstance(folder, ObjectPath) else None
     if scheme not in (*_STORES, own):
-        raise ValueError(f"{plain(name)!r}: expected a path, or a URI of {', '.join(_STORES)}")
+        raise ValueError(f"{public_uri(name)!r}: expected a path, or a URI of {', '.join(_STORES)}")
     bucket, _, key = rest.partition("/")
-    if "?" in rest or bare(scheme, bucket) != bucket:
+    if "?" in rest or public_bucket(scheme, bucket) != bucket:
         raise ValueError(
-            f"{scheme}://{bare(scheme, bucket)}/{key.partition('?')[0]}: its credentials and "
-            "options belong into the environment, or the URI of the manifest"
+            f"{scheme}://{public_bucket(scheme, bucket)}/{key.partition('?')[0]}: its credentials "
+            "and options belong into the environment, or the URI of the manifest"
         )
     return f"{scheme}://{bucket}{posixpath.normpath(f'/{key}')}"

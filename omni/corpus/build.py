@@ -27,16 +27,16 @@ from omni.corpus.index import INDEX_FILE, ManifestError
 from omni.corpus.sources import Options, open_source
 from omni.errors import ConfigError
 from omni.model.download import HubError
-from omni.storage.ahead import ahead
-from omni.storage.path import Place, StorageError, plain, why, without_secrets
-from omni.storage.retry import patiently
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import StorageError, StoragePath, public_uri, reason_of, redact
+from omni.storage.retry import retry_storage
 
 _SAY_SECONDS = 5.0
 _PATIENCE_SECONDS = 60.0  # for storage that does not answer
 
 
 def make_index(
-    specs: Sequence[str], out: Place, options: Options, say: Callable[[str], None] = print
+    specs: Sequence[str], out: StoragePath, options: Options, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Index the sources in `out`, and count; `say` gets a line of progress now and then.
 
@@ -53,22 +53,22 @@ def make_index(
     except Timeout:
         raise ConfigError(f"--out {out}: another job is writing it") from None
     except ManifestError as error:
-        raise ConfigError(f"--source: {without_secrets(str(error))}") from None
+        raise ConfigError(f"--source: {redact(str(error))}") from None
     except HubError as error:
-        raise RuntimeError(f"--source: {without_secrets(str(error))}") from error
+        raise RuntimeError(f"--source: {redact(str(error))}") from error
     except StorageError as error:
         raise ConfigError(f"--out: {error}") from None
     except OSError as error:
-        raise RuntimeError(f"{error.filename or out}: {why(error)}") from error
+        raise RuntimeError(f"{error.filename or out}: {reason_of(error)}") from error
 
 
-def _alone(out: Place) -> contextlib.AbstractContextManager[Any]:
+def _alone(out: StoragePath) -> contextlib.AbstractContextManager[Any]:
     """One job at a time; object storage has no locks."""
     return FileLock(out / ".lock", timeout=0) if isinstance(out, Path) else contextlib.nullcontext()
 
 
 def _index(
-    specs: Sequence[str], out: Place, options: Options, say: Callable[[str], None]
+    specs: Sequence[str], out: StoragePath, options: Options, say: Callable[[str], None]
 ) -> dict[str, Any]:
     tasks: list[Task] = []
     for spec in specs:
@@ -78,10 +78,10 @@ def _index(
         except StorageError as error:
             raise ManifestError(str(error)) from None
         except OSError as error:
-            raise RuntimeError(f"--source {plain(spec)}: {why(error)}") from error
+            raise RuntimeError(f"--source {public_uri(spec)}: {reason_of(error)}") from error
         if not parts:
-            raise ManifestError(f"{plain(spec)}: no utterances in it")
-        say(f"{plain(spec)}: {len(parts):,} parts")
+            raise ManifestError(f"{public_uri(spec)}: no utterances in it")
+        say(f"{public_uri(spec)}: {len(parts):,} parts")
         tasks += [(source, part) for part in parts]
     names = [part_name(*task) for task in tasks]
     if len(set(names)) < len(names):
@@ -94,7 +94,7 @@ def _index(
         about = about_part(out, names[number])
         return about is not None and about["fingerprint"] == fingerprint(tasks[number][1], options)
 
-    todo = [n for n, done in enumerate(ahead(is_done, range(len(tasks)))) if not done]
+    todo = [n for n, done in enumerate(parallel_map(is_done, range(len(tasks)))) if not done]
     if todo:
         (out / INDEX_FILE).unlink(missing_ok=True)  # training must not read a mixture of two
         start_ray(Config())
@@ -108,7 +108,11 @@ def _index(
 
 
 def _follow(
-    tasks: list[Task], todo: list[int], options: Options, out: Place, say: Callable[[str], None]
+    tasks: list[Task],
+    todo: list[int],
+    options: Options,
+    out: StoragePath,
+    say: Callable[[str], None],
 ) -> None:
     """Have the parts made, one task each, and tell from time to time."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` tells what it would
@@ -149,15 +153,15 @@ def _progress(total: Counter[str], parts: int, seconds: float) -> str:
     )
 
 
-def _make_part(task: Task, options: Options, out: Place) -> dict[str, Any]:
+def _make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
     """A row of counts, and of what went wrong."""
     counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
     counts |= {"error": "", "away": ""}  # what is wrong with the source, and with its storage
     try:
-        made = patiently(lambda: write_part(*task, options, out), seconds=_PATIENCE_SECONDS)
+        made = retry_storage(lambda: write_part(*task, options, out), seconds=_PATIENCE_SECONDS)
         counts |= {**made, "rejects": len(made["rejects"])}
     except ManifestError as error:
         counts["error"] = str(error)
     except OSError as error:
-        counts["away"] = why(error)
+        counts["away"] = reason_of(error)
     return {name: [value] for name, value in counts.items()}

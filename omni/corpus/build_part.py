@@ -29,8 +29,8 @@ from omni.corpus.lengths import Reject, measure_data, measure_rows
 from omni.corpus.segments import cut_rows
 from omni.corpus.sources import Options, Part, Row, Source
 from omni.corpus.sources.base import digest
-from omni.storage.path import ObjectPath, Place, refuse_absence
-from omni.storage.retry import patiently
+from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
+from omni.storage.retry import retry_storage
 
 _BATCH = 256  # rows measured together
 _METADATA = b"omni"
@@ -47,7 +47,7 @@ def fingerprint(part: Part, options: Options) -> str:
     return digest(INDEX_VERSION, part.fingerprint, part.where, options.fingerprint)
 
 
-def about_part(folder: Place, name: str) -> dict[str, Any] | None:
+def about_part(folder: StoragePath, name: str) -> dict[str, Any] | None:
     """`fingerprint`, `rejects` and `audio` (bytes) of a part that is there; None: it is not."""
     try:
         with opened(folder / "parts" / f"{name}.parquet") as file:
@@ -58,20 +58,20 @@ def about_part(folder: Place, name: str) -> dict[str, Any] | None:
             return None
         return about
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        refuse_absence(folder, error)
+        raise_if_unreachable(folder, error)
         return None
 
 
-def opened(path: Place) -> Any:
+def opened(path: StoragePath) -> Any:
     """A file for pyarrow to read, which asks for ranges of it. Raises OSError."""
     return path.open("rb") if isinstance(path, Path) else path.ranges()
 
 
-def _size(path: Place) -> int | None:
+def _size(path: StoragePath) -> int | None:
     return path.stat().st_size if isinstance(path, Path) else path.info().size
 
 
-def write_part(source: Source, part: Part, options: Options, folder: Place) -> dict[str, Any]:
+def write_part(source: Source, part: Part, options: Options, folder: StoragePath) -> dict[str, Any]:
     """Measure a part and write its files; returns its rows, samples, rejects and bytes of audio.
 
     Raises ManifestError where the source is not what it should be.
@@ -140,7 +140,9 @@ def _next_batch(
 
 
 def _measured(
-    taken: list[tuple[Row, dict[str, Any] | AudioError | None]], folder: Place, untranscribed: bool
+    taken: list[tuple[Row, dict[str, Any] | AudioError | None]],
+    folder: StoragePath,
+    untranscribed: bool,
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Rows of the index, in order, and what cannot be used."""
     unmeasured = [row for row, found in taken if found is None and row.error is None]
@@ -165,19 +167,19 @@ def _measured(
     return good, bad
 
 
-def _relative(uri: str, folder: Place) -> str:
+def _relative(uri: str, folder: StoragePath) -> str:
     """A place inside the index's folder moves with it."""
     return uri.removeprefix(f"{folder}/")
 
 
 @contextmanager
-def _whole(path: Place) -> Iterator[IO[bytes]]:
+def _whole(path: StoragePath) -> Iterator[IO[bytes]]:
     """A file that appears under its name when all of it is written."""
     if isinstance(path, ObjectPath):
         with tempfile.NamedTemporaryFile(prefix="omni-part-") as made:
             yield made
             made.flush()
-            patiently(lambda: path.upload(Path(made.name)))
+            retry_storage(lambda: path.upload(Path(made.name)))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
@@ -192,6 +194,6 @@ def _whole(path: Place) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_whole(path: Place, data: bytes) -> None:
+def write_whole(path: StoragePath, data: bytes) -> None:
     with _whole(path) as file:
         file.write(data)

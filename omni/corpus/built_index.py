@@ -15,8 +15,8 @@ from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.build_part import about_part, opened, part_name, write_whole
 from omni.corpus.index import INDEX_FILE, INDEX_VERSION, ManifestError, repeated_id
 from omni.corpus.sources import Part, Source
-from omni.storage.ahead import ahead
-from omni.storage.path import Place, without_secrets
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import StoragePath, redact
 
 SECONDS = [0, 1, 2, 4, 8, 16, 30, 60, 600]  # lower edges of the histogram of lengths
 CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'
@@ -24,7 +24,7 @@ CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'
 Task = tuple[Source, Part]
 
 
-def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
+def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
     """Look over all parts, few in memory at a time but for the ids, and write what belongs to all.
 
     Returns utterances, seconds, rejects by reason, languages, speakers, without_text (utterances
@@ -47,7 +47,7 @@ def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
         with opened(out / "parts" / f"{name}.parquet") as file:
             return pq.read_table(file, columns=columns), about_part(out, name)
 
-    for table, about in ahead(read, names):
+    for table, about in parallel_map(read, names):
         ids.append(table["id"])
         for entry in pc.value_counts(table["language"]).to_pylist():
             languages[entry["values"] or "unknown"] += entry["counts"]
@@ -76,7 +76,7 @@ def finish(tasks: list[Task], out: Place) -> dict[str, Any]:
         "texts": texts.tolist(),
     }
     write_whole(out / "rejects.jsonl", "".join(rejects).encode(errors="replace"))
-    sources = list(dict.fromkeys(without_secrets(source.spec) for source, _ in tasks))
+    sources = list(dict.fromkeys(redact(source.spec) for source, _ in tasks))
     about = {"version": INDEX_VERSION, "sources": sources, **result, "parts": names}
     write_whole(out / INDEX_FILE, json.dumps(about, indent=1, ensure_ascii=False).encode())
     return result

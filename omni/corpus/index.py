@@ -25,9 +25,9 @@ from omni.corpus.messages import answer_of, parse_messages, to_column
 from omni.corpus.tar import TarError, read_tar
 from omni.model.chat_template import Message
 from omni.model.download import ASSETS
-from omni.storage.ahead import ahead
-from omni.storage.path import Place, StorageError, plain, refuse_absence
-from omni.storage.path import place as at
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import StorageError, StoragePath, public_uri, raise_if_unreachable
+from omni.storage.path import as_path as at
 
 INDEX_FILE = "index.json"  # of a folder that jobs.index made
 INDEX_VERSION = 1
@@ -103,13 +103,13 @@ class Index:
         return digest.hexdigest()
 
 
-def manifest_path(spec: str) -> Place:
+def manifest_path(spec: str) -> StoragePath:
     """A manifest's place; `embedded:train|dev|test` is the corpus that comes with omni.
 
     Raises ManifestError, and OSError for object storage that does not answer.
     """
     if spec.startswith("embedded:"):
-        path: Place = ASSETS / "prompts-en" / f"{spec.removeprefix('embedded:')}.jsonl"
+        path: StoragePath = ASSETS / "prompts-en" / f"{spec.removeprefix('embedded:')}.jsonl"
         if not path.is_file():
             raise ManifestError(f"{spec}: expected embedded:train, embedded:dev or embedded:test")
         return path
@@ -121,16 +121,16 @@ def manifest_path(spec: str) -> Place:
     if folder:
         if not (path / INDEX_FILE).is_file():
             raise ManifestError(
-                f"{plain(spec)}: expected a manifest, or a folder that jobs.index has finished: "
-                f"no {INDEX_FILE} in it"
+                f"{public_uri(spec)}: expected a manifest, or a folder that jobs.index has "
+                f"finished: no {INDEX_FILE} in it"
             )
         return path / INDEX_FILE
     if not there:
-        raise ManifestError(f"{plain(spec)}: no such manifest")
+        raise ManifestError(f"{public_uri(spec)}: no such manifest")
     return path
 
 
-def absolute(spec: str) -> Place:
+def absolute(spec: str) -> StoragePath:
     """A path from the root, or a URI as it is."""
     path = at(spec)
     return path.expanduser().absolute() if isinstance(path, Path) else path
@@ -140,7 +140,7 @@ def build_index(
     specs: Sequence[str],
     *,
     prompt: str = "",
-    cache_dir: Place | None = None,
+    cache_dir: StoragePath | None = None,
     threads: int = 8,
     allow_absolute: bool = False,
 ) -> Index:
@@ -154,7 +154,7 @@ def build_index(
     """
     tables: list[pa.Table] = []
     rejects: list[Reject] = []
-    names = ", ".join(map(plain, specs))
+    names = ", ".join(map(public_uri, specs))
     for spec in specs:
         path = manifest_path(spec)
         if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
@@ -165,7 +165,7 @@ def build_index(
             continue
         parsed = list(_read_manifest(path, prompt, allow_absolute))
         if not parsed:
-            raise ManifestError(f"{plain(spec)}: the manifest has no rows")
+            raise ManifestError(f"{public_uri(spec)}: the manifest has no rows")
         good, bad = measure_all(parsed, path, cache_dir, threads)
         tables.append(pa.Table.from_pylist(good, SCHEMA))
         rejects += bad
@@ -196,7 +196,7 @@ def _without_text(table: pa.Table) -> list[Reject]:
     return [Reject(name, uri, "no text", why) for name, uri in rows]
 
 
-def read_built(folder: Place, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
+def read_built(folder: StoragePath, prompt: str = "") -> tuple[pa.Table, list[Reject]]:
     """What jobs.index wrote: rows that are measured, paths made absolute, and the rejects.
 
     table: of SCHEMA; rows that nobody has written down have an empty text.
@@ -207,7 +207,9 @@ def read_built(folder: Place, prompt: str = "") -> tuple[pa.Table, list[Reject]]
         if about["version"] != INDEX_VERSION:
             raise ValueError(f"version {about['version']!r}, expected {INDEX_VERSION}")
         files = [folder / "parts" / f"{Path(name).name}.parquet" for name in about["parts"]]
-        table = pa.concat_tables([SCHEMA.empty_table(), *ahead(_part, files)]).combine_chunks()
+        table = pa.concat_tables(
+            [SCHEMA.empty_table(), *parallel_map(_part, files)]
+        ).combine_chunks()
         table.validate(full=True)
         needed = ("id", "uri", "start", "samples", "key", "text", "prompt")
         whole = not any(table[name].null_count for name in needed)
@@ -218,7 +220,7 @@ def read_built(folder: Place, prompt: str = "") -> tuple[pa.Table, list[Reject]]
         with (folder / "rejects.jsonl").open("rb") as lines:
             rejects = [Reject(**json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
-        refuse_absence(folder, error)
+        raise_if_unreachable(folder, error)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ManifestError(f"{folder}: the index is damaged: {reason}") from None
     uris, prompts = table["uri"], table["prompt"]
@@ -232,12 +234,14 @@ def read_built(folder: Place, prompt: str = "") -> tuple[pa.Table, list[Reject]]
     return table, rejects
 
 
-def _part(file: Place) -> pa.Table:
+def _part(file: StoragePath) -> pa.Table:
     with file.open("rb") if isinstance(file, Path) else file.ranges() as source:
         return pq.read_table(source).select(SCHEMA.names).cast(SCHEMA)
 
 
-def _read_manifest(path: Place, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:
+def _read_manifest(
+    path: StoragePath, prompt: str, allow_absolute: bool
+) -> Iterator[dict[str, Any]]:
     """Rows with absolute `uri`, checked types and defaults, without audio measurements."""
     tar = path.suffix == ".tar"
     for place, row in _tar_rows(path) if tar else _json_rows(path):
@@ -245,7 +249,12 @@ def _read_manifest(path: Place, prompt: str, allow_absolute: bool) -> Iterator[d
 
 
 def checked_row(
-    path: Place, place: str, row: dict[str, Any], *, prompt: str = "", allow_absolute: bool = False
+    path: StoragePath,
+    place: str,
+    row: dict[str, Any],
+    *,
+    prompt: str = "",
+    allow_absolute: bool = False,
 ) -> dict[str, Any]:
     """A row of the index without measurements, from one of the manifest at `path`.
 
@@ -291,7 +300,9 @@ def _conversation(place: str, row: dict[str, Any]) -> tuple[list[Message], list[
         raise ManifestError(f"{place}: field 'messages': {error}") from None
 
 
-def _place(path: Place, row: dict[str, Any], tar: bool, allow_absolute: bool) -> dict[str, Any]:
+def _place(
+    path: StoragePath, row: dict[str, Any], tar: bool, allow_absolute: bool
+) -> dict[str, Any]:
     """Where a recording lies. Raises ValueError where it may not."""
     offset, length = row["bytes"] if tar else (None, None)
     spans = row.get("offset") is not None and row.get("duration") is not None
@@ -305,7 +316,7 @@ def _place(path: Place, row: dict[str, Any], tar: bool, allow_absolute: bool) ->
     }
 
 
-def _json_rows(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -320,7 +331,7 @@ def _json_rows(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
             yield place, row
 
 
-def _tar_rows(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+def _tar_rows(path: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for row in read_tar(path):
             yield f"{path}:{row['audio']}", row

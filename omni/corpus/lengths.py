@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.audio.decode import AudioError, AudioSpan, measure, measure_object
-from omni.storage.path import ObjectPath, Place, stored, write_whole
-from omni.storage.retry import patiently
+from omni.storage.path import ObjectPath, StoragePath, literal_path, write_whole
+from omni.storage.retry import retry_storage
 
 _REQUESTS = 32  # to object storage at a time: they wait more than they work
 _LISTED = 1000  # objects of one folder that are worth a listing of it
@@ -40,7 +40,7 @@ class Reject:
 
 
 def measure_all(
-    rows: list[dict[str, Any]], manifest: Place, cache_dir: Place | None, threads: int
+    rows: list[dict[str, Any]], manifest: StoragePath, cache_dir: StoragePath | None, threads: int
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Add `samples` and `key` to rows; unchanged files are not opened again."""
     known = _Measurements(manifest, cache_dir)
@@ -83,17 +83,17 @@ def _marks(uris: set[str], pool: ThreadPoolExecutor) -> dict[str, str]:
     """
     folders: dict[ObjectPath, list[str]] = {}
     for uri in uris:
-        path = stored(uri)
+        path = literal_path(uri)
         assert isinstance(path, ObjectPath)
         folders.setdefault(path.parent, []).append(uri)
 
     def look(asked: tuple[ObjectPath, list[str]]) -> dict[str, str]:
         folder, named = asked
         if len(named) >= _LISTED:
-            found = {f"{folder}/{info.base_name}": info for info in patiently(folder.listing)}
+            found = {f"{folder}/{info.base_name}": info for info in retry_storage(folder.listing)}
         else:
             [uri] = named
-            found = {uri: patiently((folder / uri.rpartition("/")[2]).info)}
+            found = {uri: retry_storage((folder / uri.rpartition("/")[2]).info)}
         return {
             uri: f"{found[uri].size} {int(found[uri].mtime_ns or 0) // 10**9}"
             for uri in named
@@ -122,7 +122,7 @@ def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
 
 
 def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
-    path = stored(row["uri"])
+    path = literal_path(row["uri"])
     span = span_of(row)
     name = [row["uri"], row["start"], row["duration"]]
     try:
@@ -137,7 +137,7 @@ def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
         if (kept := known.get(repr(name))) is not None:
             return kept
         if isinstance(path, ObjectPath):
-            result = patiently(lambda: _measure_object(path, row), seconds=_PATIENCE_SECONDS)
+            result = retry_storage(lambda: _measure_object(path, row), seconds=_PATIENCE_SECONDS)
         else:
             result = {"samples": measure(path, span), "key": _content_key(row, status.st_size)}
     except AudioError as error:
@@ -235,11 +235,11 @@ def span_of(row: Mapping[str, Any]) -> AudioSpan:
 class _Measurements:
     """What earlier runs measured of one manifest's files, kept as Parquet."""
 
-    def __init__(self, manifest: Place, cache_dir: Place | None) -> None:
+    def __init__(self, manifest: StoragePath, cache_dir: StoragePath | None) -> None:
         self._values: dict[str, dict[str, Any]] = {}
         self.marks: dict[str, str] = {}  # of objects, while `kept`
         self._fresh = False
-        self._path: Place | None = None
+        self._path: StoragePath | None = None
         if cache_dir is None:
             return
         name = hashlib.blake2b(str(manifest).encode(), digest_size=8).hexdigest()

@@ -10,14 +10,14 @@ import pyarrow as pa
 
 from omni.config import SourceConfig
 from omni.corpus.index import Index, ManifestError, build_index
-from omni.storage.path import Place, plain
+from omni.storage.path import StoragePath, public_uri
 
 
 def build_mixture(
     sources: Sequence[str | SourceConfig],
     *,
     prompt: str = "",
-    cache_dir: Place | None = None,
+    cache_dir: StoragePath | None = None,
     allow_absolute: bool = False,
 ) -> Index:
     """Index the sources, in order; of plain paths alone it is what `build_index` makes of them.
@@ -42,7 +42,7 @@ def build_mixture(
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
         raise ManifestError(
-            f"{', '.join(map(plain, names_of(sources)))}: the id {twice!r} occurs twice"
+            f"{', '.join(map(public_uri, names_of(sources)))}: the id {twice!r} occurs twice"
         )
     joined = np.concatenate(weights)
     return Index(

@@ -8,7 +8,7 @@ from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError
 from omni.storage.folder import open_folder
-from omni.storage.path import join, why, without_secrets
+from omni.storage.path import join, reason_of, redact
 
 
 def build_indexes(config: Config) -> dict[str, Index]:
@@ -17,7 +17,7 @@ def build_indexes(config: Config) -> dict[str, Index]:
         if config.cache is not None:
             open_folder(join(config.cache, "encoder"))
     except (OSError, ValueError, NotImplementedError) as error:
-        reason = without_secrets(str(error))
+        reason = redact(str(error))
         raise ConfigError(f"data.cache: expected a folder or a URI: {reason}") from None
     if config.cache_dir is not None:  # measured lengths go there
         try:
@@ -29,7 +29,7 @@ def build_indexes(config: Config) -> dict[str, Index]:
                 if within
                 else ("data.cache", config.cache_dir)
             )
-            raise ConfigError(f"{setting}: {where} cannot be written: {why(error)}") from None
+            raise ConfigError(f"{setting}: {where} cannot be written: {reason_of(error)}") from None
     policy = TextPolicy.of(config.data.model_dump())
     try:
         indexes = {
@@ -49,7 +49,7 @@ def build_indexes(config: Config) -> dict[str, Index]:
     except ManifestError as error:
         raise ConfigError(f"data: {error}") from None
     except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"data: {why(error)}") from error
+        raise RuntimeError(f"data: {reason_of(error)}") from error
     try:
         indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
     except ValueError as error:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 AUDIO_SUFFIXES = {"wav", "flac", "ogg", "opus", "mp3", "aiff", "aif", "au", "caf", "w64"}
 
@@ -25,7 +25,7 @@ class TarError(ValueError):
 
 
 def read_tar(
-    path: Place, fields: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    path: StoragePath, fields: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> Iterator[dict[str, Any]]:
     """Rows of a manifest, in the shard's order: `audio` is the member's name, `bytes` its (offset,
     length) in the shard. fields: gives a row's own fields the names of a manifest.
@@ -46,7 +46,7 @@ def read_tar(
         raise TarError(f"{path}: expected an uncompressed tar: {error}") from None
 
 
-def refuse_unsafe(path: Place, member: tarfile.TarInfo) -> None:
+def refuse_unsafe(path: StoragePath, member: tarfile.TarInfo) -> None:
     """Raises TarError for a member that points elsewhere, or is no file or folder."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
@@ -63,7 +63,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _row(
-    path: Place,
+    path: StoragePath,
     shard: tarfile.TarFile,
     key: str,
     files: dict[str, tarfile.TarInfo],

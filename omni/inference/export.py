@@ -25,13 +25,13 @@ from omni.model.lm.lora import merge_lora
 from omni.model.lm.nanochat import save_nanochat
 from omni.model.projector import Projector
 from omni.model.speech_lm import OmniModel
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 Format = Literal["nanochat", "hf"]
 _WINDOW_FRAMES = 1500  # that Voxtral's encoder makes of 30 s
 
 
-def export(checkpoint: Place, to: Format, out: Path) -> list[Path]:
+def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
     """Write the folder `out`; returns its files. Raises ConfigError where a format does not fit."""
     try:
         found = read_state(checkpoint, verify=True)

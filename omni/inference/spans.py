@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from omni.corpus.index_row import IndexRow
 from omni.errors import ConfigError
 from omni.inference.transcriber import ENCODE_BATCH, Transcriber, hold
 from omni.plan.sequences import DEFAULT_TASK
-from omni.storage.path import place, plain, why
+from omni.storage.path import as_path, public_uri, reason_of
 
 
 def transcribe_speech(
@@ -30,7 +30,7 @@ def transcribe_speech(
     transcriber.check_language(language)
     how = Segmenting(longest=transcriber.longest_piece)
     for file in files:
-        path, file = place(file), plain(file)
+        path, file = as_path(file), public_uri(file)
         try:
             if isinstance(path, Path) and not path.is_file():
                 raise AudioError("missing", f"no such file: {file}")
@@ -41,7 +41,7 @@ def transcribe_speech(
                 for (start, duration), text in zip(group, texts, strict=True):
                     yield {"audio": file, "offset": start, "duration": duration, "text": text}
         except OSError as error:
-            raise RuntimeError(f"{file}: {why(error)}") from error
+            raise RuntimeError(f"{file}: {reason_of(error)}") from error
         except AudioError as error:
             yield {"audio": file, "error": str(error)}
 
@@ -60,7 +60,7 @@ def transcribe_index(
     except ManifestError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
-        raise RuntimeError(f"{plain(folder)}: {why(error)}") from error
+        raise RuntimeError(f"{public_uri(folder)}: {reason_of(error)}") from error
     policy = transcriber.policy
     for batch in table.to_batches(max_chunksize=ENCODE_BATCH):
         rows: list[IndexRow] = batch.to_pylist()
@@ -79,7 +79,7 @@ def transcribe_index(
         yield from ({**_place(row), **said[row["id"]]} for row in rows)
 
 
-def _place(row: dict[str, Any]) -> dict[str, Any]:
+def _place(row: Mapping[str, Any]) -> dict[str, Any]:
     """Who speaks where, as a manifest says it."""
     place = {"id": row["id"], "audio": row["uri"]}
     if row["start"] or row["duration"] is not None:

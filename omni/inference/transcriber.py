@@ -29,7 +29,7 @@ from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
 from omni.plan.sequences import DEFAULT_TASK
-from omni.storage.path import Place, place, plain, why
+from omni.storage.path import StoragePath, as_path, public_uri, reason_of
 from omni.stream.codec import DTYPES, FeatureCodec
 from omni.stream.collate import Utterance
 
@@ -50,7 +50,7 @@ class Transcriber:
     policy: TextPolicy = TextPolicy()
 
     @classmethod
-    def load(cls, checkpoint: Place, device: str = "cpu") -> Transcriber:
+    def load(cls, checkpoint: StoragePath, device: str = "cpu") -> Transcriber:
         """Raises ConfigError when the checkpoint or its encoder cannot be used."""
         try:
             found = read_state(checkpoint, verify=True)
@@ -178,7 +178,7 @@ def evaluate(
     except ValueError as error:  # of which ManifestError is one
         raise ConfigError(f"--data: {error}") from None
     except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"--data: {why(error)}") from error
+        raise RuntimeError(f"--data: {reason_of(error)}") from error
     rows: list[dict[str, Any]] = []
     rejects = list(index.rejects)
     for batch in index.table.to_batches(max_chunksize=ENCODE_BATCH):
@@ -190,7 +190,7 @@ def evaluate(
     for reject in rejects:
         counts[reject.reason] = counts.get(reject.reason, 0) + 1
     summary = {
-        "manifest": plain(manifest),
+        "manifest": public_uri(manifest),
         "utterances": len(rows),
         "wer": errors["all"].wer,
         "wer_short": errors["short"].wer,
@@ -237,7 +237,7 @@ def _heard(uri: str, span: AudioSpan) -> np.ndarray:
     try:
         return decode_patiently(uri, span) if "://" in uri else decode(uri, span)
     except OSError as error:
-        raise RuntimeError(f"{uri}: {why(error)}") from error
+        raise RuntimeError(f"{uri}: {reason_of(error)}") from error
 
 
 def transcribe_files(
@@ -249,13 +249,13 @@ def transcribe_files(
     """
     transcriber.check_language(language)
     for file in files:
-        path, file = place(file), plain(file)
+        path, file = as_path(file), public_uri(file)
         try:
             if isinstance(path, Path) and not path.is_file():
                 raise AudioError("missing", f"no such file: {file}")
             text = transcriber.text_of(decode_blocks(path), language)
         except OSError as error:
-            raise RuntimeError(f"{file}: {why(error)}") from error
+            raise RuntimeError(f"{file}: {reason_of(error)}") from error
         except AudioError as error:
             yield {"audio": file, "error": str(error)}
             continue

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from omni.metrics.run_files import event_files
 from omni.storage.append import segment
-from omni.storage.path import ObjectPath, Place
+from omni.storage.path import ObjectPath, StoragePath
 
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 0.5
@@ -44,11 +44,11 @@ class Follower:
     metrics.jsonl grows, and is cut back to the checkpoint when workers start again.
     """
 
-    def __init__(self, run_dir: Place, listeners: Sequence[Listener]) -> None:
+    def __init__(self, run_dir: StoragePath, listeners: Sequence[Listener]) -> None:
         self._run_dir, self._listeners = run_dir, listeners
         self._every = POLL_SECONDS if isinstance(run_dir, Path) else _POLL_AFAR_SECONDS
         self._metrics = _tail(run_dir / METRICS)
-        self._events: dict[Place, _Tail | _ObjectTail] = {}
+        self._events: dict[StoragePath, _Tail | _ObjectTail] = {}
         self._steps: list[int] = []  # of the rows that listeners have had
         self._began = False
         self._stop = threading.Event()
@@ -113,7 +113,7 @@ def _catch_up(listener: Listener, rows: list[Row]) -> None:
         listener.rows(rows[first:])
 
 
-def _tail(path: Place) -> _Tail | _ObjectTail:
+def _tail(path: StoragePath) -> _Tail | _ObjectTail:
     return _Tail(path) if isinstance(path, Path) else _ObjectTail(path)
 
 

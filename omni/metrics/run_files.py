@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from omni.storage import append as growing
-from omni.storage.path import Place, write_whole
-from omni.storage.retry import patiently
+from omni.storage.path import StoragePath, write_whole
+from omni.storage.retry import retry_storage
 
 
-def append_json(path: Place, rows: list[dict[str, Any]]) -> None:
+def append_json(path: StoragePath, rows: list[dict[str, Any]]) -> None:
     """Append rows as JSON lines: all of them or, where that fails, none."""
     if rows:
         data = _lines(rows)
-        patiently(lambda: _append(path, data))
+        retry_storage(lambda: _append(path, data))
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _append(path: Place, data: bytes) -> None:
+def _append(path: StoragePath, data: bytes) -> None:
     if not isinstance(path, Path):
         growing.append(path, data)
         return
@@ -49,7 +49,7 @@ def _append(path: Place, data: bytes) -> None:
         os.close(descriptor)
 
 
-def read_lines(path: Place) -> Iterator[bytes]:
+def read_lines(path: StoragePath) -> Iterator[bytes]:
     """The lines of a file that grows; nothing where there is none."""
     if not isinstance(path, Path):
         yield from growing.read(path)
@@ -58,7 +58,7 @@ def read_lines(path: Place) -> Iterator[bytes]:
             yield from file
 
 
-def read_json_lines(path: Place) -> Iterator[dict[str, Any]]:
+def read_json_lines(path: StoragePath) -> Iterator[dict[str, Any]]:
     """Whole objects of a JSON-lines file; a line cut off by a crash is passed over."""
     for line in read_lines(path):
         try:
@@ -69,7 +69,7 @@ def read_json_lines(path: Place) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def keep_lines(path: Place, keep: Callable[[dict[str, Any]], bool]) -> None:
+def keep_lines(path: StoragePath, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop rows atomically: what a killed attempt logged after its last checkpoint is redone."""
     if not path.is_file():
         return
@@ -77,10 +77,10 @@ def keep_lines(path: Place, keep: Callable[[dict[str, Any]], bool]) -> None:
     if isinstance(path, Path):
         write_text(path, kept.decode())
     else:
-        patiently(functools.partial(growing.replace, path, kept))
+        retry_storage(functools.partial(growing.replace, path, kept))
 
 
-def remove_lines(path: Place) -> None:
+def remove_lines(path: StoragePath) -> None:
     """A file that grew, where there is one."""
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
@@ -88,17 +88,17 @@ def remove_lines(path: Place) -> None:
         growing.remove(path)
 
 
-def write_text(path: Place, text: str) -> None:
+def write_text(path: StoragePath, text: str) -> None:
     """Write a whole file or none of it."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Place, data: bytes) -> None:
+def write_bytes(path: StoragePath, data: bytes) -> None:
     """Write a whole file or none of it."""
-    patiently(lambda: write_whole(path, data))
+    retry_storage(lambda: write_whole(path, data))
 
 
-def write_json(path: Place, value: Any) -> None:
+def write_json(path: StoragePath, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -107,7 +107,7 @@ _EVENTS_OF_RANKS = "events.rank-*.jsonl"  # in object storage, where a file has 
 
 
 def write_event(
-    run_dir: Place, event: str, step: int | None = None, rank: int | None = None, **facts: Any
+    run_dir: StoragePath, event: str, step: int | None = None, rank: int | None = None, **facts: Any
 ) -> None:
     """What befell a run, kept for its whole life: attempts, faults, skipped steps, its end.
 
@@ -120,7 +120,7 @@ def write_event(
     append_json(run_dir / name, [row])
 
 
-def read_events(run_dir: Place, after: Mapping[str, int] = {}) -> list[dict[str, Any]]:
+def read_events(run_dir: StoragePath, after: Mapping[str, int] = {}) -> list[dict[str, Any]]:
     """In the order in which they were written, as far as the clocks of nodes agree.
 
     after: what `count_events` said when those before were there.
@@ -130,12 +130,12 @@ def read_events(run_dir: Place, after: Mapping[str, int] = {}) -> list[dict[str,
     return sorted(rows, key=_time) if len(files) > 1 else rows
 
 
-def count_events(run_dir: Place) -> dict[str, int]:
+def count_events(run_dir: StoragePath) -> dict[str, int]:
     """How many there are now, by file."""
     return {path.name: len(list(read_json_lines(path))) for path in event_files(run_dir)}
 
 
-def event_files(run_dir: Place) -> list[Place]:
+def event_files(run_dir: StoragePath) -> list[StoragePath]:
     if isinstance(run_dir, Path):
         return [run_dir / EVENTS]
     return [run_dir / EVENTS, *run_dir.glob(_EVENTS_OF_RANKS)]

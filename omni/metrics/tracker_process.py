@@ -22,7 +22,7 @@ from omni.config import Config
 from omni.metrics.follower import POLL_SECONDS, Follower, Row
 from omni.metrics.run_files import write_json
 from omni.metrics.trackers import OPEN, Scratch, TensorBoard, Tracker, results, scalars
-from omni.storage.path import Place, without_secrets
+from omni.storage.path import StoragePath, redact
 
 CLOSE_SECONDS = 20.0  # for what has not been sent when a run ends
 Say = Callable[[str], None]
@@ -36,7 +36,7 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Place, name: str, tracker: Callable[[str | None], Tracker], failed: Say
+        self, folder: StoragePath, name: str, tracker: Callable[[str | None], Tracker], failed: Say
     ) -> None:
         self._path, self._failed = folder / f"{name}.json", failed
         self._open = tracker
@@ -191,7 +191,7 @@ def _track(name: str, config: Config, folder: Path, pipe: Connection) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.setdefault("SWANLAB_INTERACTIVE", "false")
-    sys.argv = [without_secrets(argument) for argument in sys.argv]  # packages send it along
+    sys.argv = [redact(argument) for argument in sys.argv]  # packages send it along
 
     books = config.run_dir / "trackers"
     recorder = Recorder(books, name, lambda id: OPEN[name](config, folder, id), pipe.send)
@@ -212,7 +212,7 @@ def _track(name: str, config: Config, folder: Path, pipe: Connection) -> None:
     recorder.close(summary)
 
 
-def _read(path: Place) -> dict[str, Any]:
+def _read(path: StoragePath) -> dict[str, Any]:
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -222,4 +222,4 @@ def _read(path: Place) -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_secrets(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")[:300]
+    return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")[:300]

@@ -22,7 +22,7 @@ import yaml
 from omni.config import Config
 from omni.errors import ConfigError
 from omni.metrics.table import EVAL_METRICS, TRAIN_METRICS
-from omni.storage.path import ObjectPath, Place
+from omni.storage.path import ObjectPath, StoragePath
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "swanlab": "swanlab"}  # by module
 PROJECT = "omni"  # where the environment names no other
@@ -99,7 +99,7 @@ class Scratch:
     same one, or object storage.
     """
 
-    def __init__(self, kept: Place) -> None:
+    def __init__(self, kept: StoragePath) -> None:
         self._kept = kept
         self._sizes: dict[Path, int] = {}
         if isinstance(kept, Path):

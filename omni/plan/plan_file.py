@@ -19,7 +19,7 @@ from omni.augment.speed import Speeds
 from omni.config import Config
 from omni.metrics.run_files import write_bytes
 from omni.plan.plan import Plan, Split, make_plan
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 _KEY = b"omni.plan"
 
@@ -49,7 +49,7 @@ class PlanFile:
         )
 
 
-def plan_path(run_dir: Place, fingerprint: str) -> Place:
+def plan_path(run_dir: StoragePath, fingerprint: str) -> StoragePath:
     return run_dir / "plan" / f"{fingerprint}.parquet"
 
 
@@ -89,7 +89,7 @@ def write_plan_file(
     write_bytes(path, made.getvalue().to_pybytes())
 
 
-def read_plan_file(path: Place) -> PlanFile:
+def read_plan_file(path: StoragePath) -> PlanFile:
     """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
     with path.open("rb") as file:
         table = pq.read_table(file)

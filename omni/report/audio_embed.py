@@ -13,7 +13,7 @@ from PIL import Image
 
 from omni.audio.decode import AudioError, AudioSpan, decode
 from omni.audio.logmel import HOP, SAMPLING_RATE, log_mel
-from omni.storage.path import Place, stored
+from omni.storage.path import StoragePath, literal_path
 
 _WHOLE = AudioSpan()
 _EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
@@ -32,7 +32,7 @@ def player(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = Non
 
     samples: the decoded span, where it is known. A recording that cannot be read says why.
     """
-    file = stored(path)
+    file = literal_path(path)
     mime = _MIME.get(file.suffix.lower(), "")
     try:
         if not file.is_file():
@@ -50,7 +50,7 @@ def player(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = Non
     return f'<audio controls preload="metadata" src="{_data(mime, data)}"></audio>'
 
 
-def _size(file: Place) -> int:
+def _size(file: StoragePath) -> int:
     return file.stat().st_size if isinstance(file, Path) else int(file.info().size or 0)
 
 

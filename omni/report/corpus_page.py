@@ -22,7 +22,7 @@ from omni.report.audio_embed import mel_picture, player, waveform
 from omni.report.charts import count, histogram, percent, short
 from omni.report.plan_page import RunPlan, plan_sections, read_run
 from omni.report.run_page import table
-from omni.storage.path import Place, StorageError, place, plain, why
+from omni.storage.path import StorageError, StoragePath, as_path, public_uri, reason_of
 
 _VOCAB = 1024  # of the tokenizer of a corpus that no run has trained one for
 _TRAINED_ON = 20_000  # texts, for that
@@ -41,20 +41,20 @@ def write_page(
     seed: int = 0,
     tokenizer: Path | None = None,
     allow_absolute: bool = False,
-) -> Place:
+) -> StoragePath:
     """Write the page of a manifest (or tar, or embedded:train), or of a run's directory.
 
     out: default RUN/inspect.html, or inspect.html here. utterances: how many to hear, drawn by
     `seed`. tokenizer: counts tokens; default the run's, or a BPE trained on the corpus.
     Raises ConfigError naming what cannot be used.
     """
-    found = place(target)
+    found = as_path(target)
     try:
         run = found if found.is_dir() and not (found / INDEX_FILE).is_file() else None
     except StorageError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"{plain(target)}: {why(error)}") from error
+        raise RuntimeError(f"{public_uri(target)}: {reason_of(error)}") from error
     if run is not None:
         made = read_run(run)
         index, tokens, note = made.index, made.tokenizer, made.note
@@ -65,7 +65,7 @@ def write_page(
         except ManifestError as error:
             raise ConfigError(str(error)) from None
         except OSError as error:  # of storage, which may answer later
-            raise RuntimeError(f"{plain(target)}: {why(error)}") from error
+            raise RuntimeError(f"{public_uri(target)}: {reason_of(error)}") from error
         tokens = None
     if tokenizer is not None:
         tokens = _load(tokenizer)
@@ -85,11 +85,11 @@ def write_page(
 <h1>{name}</h1>{f'<p class="notice">{escape(note)}</p>' if note else ""}{_tiles(index, made)}
 {sections}</main></body></html>
 """
-    path: Place = out or (run / "inspect.html" if run else Path("inspect.html"))
+    path: StoragePath = out or (run / "inspect.html" if run else Path("inspect.html"))
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out: {path} cannot be written: {why(error)}") from None
+        raise ConfigError(f"--out: {path} cannot be written: {reason_of(error)}") from None
     return path
 
 

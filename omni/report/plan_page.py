@@ -24,7 +24,7 @@ from omni.plan.plan import Plan
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
 from omni.report.charts import count, histogram, percent, short
 from omni.report.run_page import table
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 _BINS = 14  # that are drawn
 _COLOURS = 8
@@ -46,7 +46,7 @@ class RunPlan:
         return self.file.bin_positions
 
 
-def read_run(run: Place) -> RunPlan:
+def read_run(run: StoragePath) -> RunPlan:
     """Raises ConfigError where a directory holds no run, or none that has a plan."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: neither a manifest nor a run: it has no config.yaml")
@@ -72,7 +72,7 @@ def read_run(run: Place) -> RunPlan:
     return RunPlan(config, file, plan, index, tokenizer, note)
 
 
-def _tokenizer(path: Place) -> tuple[SpeechTokenizer | None, str]:
+def _tokenizer(path: StoragePath) -> tuple[SpeechTokenizer | None, str]:
     """A run's, or none and what to say of that."""
     try:
         return SpeechTokenizer.from_json(path.read_text(encoding="utf-8")), ""

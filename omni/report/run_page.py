@@ -33,7 +33,7 @@ from omni.report.charts import (
     percent,
     short,
 )
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 _TEST_UTTERANCES = 20
 _REJECT_EXAMPLES = 5
@@ -44,7 +44,7 @@ _S = UNSPACED_SCRIPTS  # written without spaces: a word is a character
 _WORD = regex.compile(rf"(?=[{_S}])\X|(?:(?![{_S}])[^\s\-–—])+")
 
 
-def write_report(run: Place) -> Place:
+def write_report(run: StoragePath) -> StoragePath:
     """Write `run/report.html` from whatever files the run left behind, and return its path.
 
     A missing or truncated file never fails it: an interrupted run needs its page the most.
@@ -86,7 +86,7 @@ running median.</p>{curves(LEARNING_WIDE, "wide")}{curves(small, "small")}{_laye
 # ---- what the run left
 
 
-def _text(path: Place) -> str:
+def _text(path: StoragePath) -> str:
     return path.read_bytes().decode(errors="replace") if path.is_file() else ""
 
 
@@ -98,7 +98,7 @@ def _parse(text: str) -> Row | None:
     return value if isinstance(value, dict) else None
 
 
-def _rows(path: Place) -> tuple[list[Row], int]:
+def _rows(path: StoragePath) -> tuple[list[Row], int]:
     """The objects of a JSON-lines file, and how many lines are broken (a crash cuts one short)."""
     lines = (line.decode(errors="replace") for line in read_lines(path))
     parsed = [_parse(line) for line in lines if line.strip()]
@@ -233,7 +233,7 @@ def _stages(figures: Row) -> str:
     return table(("Stage", "Audio seconds per second", "Time spent waiting for data"), rows)
 
 
-def _test_utterances(run: Place) -> str:
+def _test_utterances(run: StoragePath) -> str:
     rows, _ = _rows(run / "transcripts-test.jsonl")
     if not rows:
         return '<p class="quiet">No test transcripts were written.</p>'
@@ -273,7 +273,7 @@ def _notes(metrics: list[Row]) -> str:
     return "".join(f'<p class="quiet">{escape(text)}</p>' for text in dict.fromkeys(texts) if text)
 
 
-def _faults(run: Place) -> str:
+def _faults(run: StoragePath) -> str:
     """What befell the run, where anything did: attempts, restarts, skipped steps."""
     events = read_events(run)
     if sum(event.get("event") == "attempt" for event in events) < 2 and not any(
@@ -308,7 +308,7 @@ def _workers(event: Row) -> str:
     return ", ".join(f"{value} {what}" for what, value in found.items() if value)
 
 
-def _rejects(run: Place, counted: object) -> str:
+def _rejects(run: StoragePath, counted: object) -> str:
     rows, _ = _rows(run / "rejects.jsonl")
     reasons = Counter(str(row.get("reason")) for row in rows)
     if not rows and counted:  # the file was lost on the way, the count was not

@@ -34,7 +34,7 @@ from omni.plan.plan import Split
 from omni.run.make_job import held_bins, make_job
 from omni.run.prepare import Prepared
 from omni.run.signals import Signals
-from omni.storage.path import ObjectPath, Place
+from omni.storage.path import ObjectPath, StoragePath
 from omni.stream.encoder_facts import encoder_settings
 from omni.stream.pipeline import make_stream
 from omni.stream.stages import StreamSettings
@@ -206,7 +206,7 @@ class Attempts:
         )
 
 
-def _ray_storage(place: Place) -> dict[str, Any]:
+def _ray_storage(place: StoragePath) -> dict[str, Any]:
     """Ray Train keeps what it needs to know of an attempt beside the run's own files."""
     if isinstance(place, ObjectPath):
         filesystem, path = place.filesystem

@@ -18,7 +18,7 @@ from omni.checkpoint.checkpoint import newest_checkpoint, read_state
 from omni.metrics.run_files import read_events, read_json_lines
 from omni.plan.plan import Plan, passes
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 _SHOWN = 10  # steps or ids in a message
 
@@ -44,7 +44,7 @@ class Audit:
     problems: list[str] = field(default_factory=list)
 
 
-def audit(run_dir: Place) -> Audit:
+def audit(run_dir: StoragePath) -> Audit:
     """Check a run. Raises AuditError where there is nothing to check."""
     path = newest_checkpoint(run_dir / "checkpoints")
     if path is None:
@@ -101,7 +101,7 @@ def _segments(attempts: Sequence[dict[str, Any]], steps: int) -> list[tuple[int,
     return [part for part in joined if part[0] < part[1]]
 
 
-def _plan_file(run_dir: Place, fingerprint: str) -> PlanFile:
+def _plan_file(run_dir: StoragePath, fingerprint: str) -> PlanFile:
     path = plan_path(run_dir, fingerprint)
     try:
         return read_plan_file(path)
@@ -109,10 +109,10 @@ def _plan_file(run_dir: Place, fingerprint: str) -> PlanFile:
         raise AuditError(f"{path}: missing or damaged ({error})") from None
 
 
-def _ledger(run_dir: Place, found: Audit) -> dict[int, list[dict[str, Any]]]:
+def _ledger(run_dir: StoragePath, found: Audit) -> dict[int, list[dict[str, Any]]]:
     """Rows of all ranks by step."""
     steps: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    paths: list[Place] = [*(run_dir / "ledger").glob("rank-*.jsonl")]
+    paths: list[StoragePath] = [*(run_dir / "ledger").glob("rank-*.jsonl")]
     for path in sorted(paths, key=str):
         before = 0
         for row in read_json_lines(path):
@@ -190,7 +190,7 @@ def _check_counts(trained: Counter[int], found: Audit) -> None:
             found.problems.append(f"some utterances were trained {least} times, others {most}")
 
 
-def _check_metrics(run_dir: Place, steps: int, found: Audit) -> None:
+def _check_metrics(run_dir: StoragePath, steps: int, found: Audit) -> None:
     logged = Counter(
         row["step"]
         for row in read_json_lines(run_dir / "metrics.jsonl")

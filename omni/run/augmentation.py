@@ -16,7 +16,7 @@ from omni.corpus.index import ManifestError
 from omni.corpus.index_row import IndexRow, recordings
 from omni.errors import ConfigError
 from omni.plan.sequences import sequence_positions
-from omni.storage.path import why
+from omni.storage.path import reason_of
 
 
 def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:
@@ -58,7 +58,7 @@ def _clips(config: Config, name: str) -> Clips:
     except ManifestError as error:
         raise ConfigError(f"augment.{name}: {error}") from None
     except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"augment.{name}: {why(error)}") from error
+        raise RuntimeError(f"augment.{name}: {reason_of(error)}") from error
 
 
 def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from omni.checkpoint.checkpoint import TrainState
 from omni.run.prepare import Prepared
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 
 class LiveView:
@@ -56,10 +56,10 @@ class LiveView:
     def warn(self, text: str) -> None:
         self._console.print(f"  [yellow]note[/] {_one_line(text)}")
 
-    def complete(self, run_dir: Place) -> None:
+    def complete(self, run_dir: StoragePath) -> None:
         self._console.print(f"  complete; remove {run_dir} to train it again")
 
-    def footer(self, summary: dict[str, Any], report: Place) -> None:
+    def footer(self, summary: dict[str, Any], report: StoragePath) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name in (
             "steps",

@@ -17,7 +17,7 @@ from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import Pretrained, find_pretrained
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 
 def pretrained_of(config: Config) -> Pretrained | None:
@@ -32,7 +32,7 @@ def pretrained_of(config: Config) -> Pretrained | None:
 
 
 def tokenizer_of(
-    config: Config, resume: Place | None, train: Index, lm: Pretrained | None
+    config: Config, resume: StoragePath | None, train: Index, lm: Pretrained | None
 ) -> SpeechTokenizer:
     """The run's own when it continues with the same settings, else the given one, else that of the
     language model, else one trained on the corpus.

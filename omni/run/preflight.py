@@ -24,7 +24,7 @@ from omni.run.estimate import Estimate, estimate
 from omni.run.prepare import Prepared
 from omni.run.trial import Trial, try_pipe
 from omni.storage.folder import open_folder
-from omni.storage.path import Place, why, without_secrets
+from omni.storage.path import StoragePath, reason_of, redact
 from omni.stream.encoder_facts import encoder_settings
 
 _SETTLE_SECONDS = 15.0  # a cluster whose nodes are still coming up
@@ -128,13 +128,13 @@ def _needed(prepared: Prepared) -> dict[str, str]:
     return {name: path for name, path in needed.items() if "://" not in path}
 
 
-def _look(mark: Place, word: str, cache: str | None, needed: dict[str, str]) -> str | None:
+def _look(mark: StoragePath, word: str, cache: str | None, needed: dict[str, str]) -> str | None:
     """On a node: what it cannot do, with a place for its name. Leaves `mark` behind."""
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(word)
     except OSError as error:
-        return f"run.storage: node {{node}} cannot write {mark.parent}: {why(error)}"
+        return f"run.storage: node {{node}} cannot write {mark.parent}: {reason_of(error)}"
     try:
         if cache is not None:
             open_folder(cache).list()
@@ -144,15 +144,15 @@ def _look(mark: Place, word: str, cache: str | None, needed: dict[str, str]) -> 
                 probe.touch()
                 probe.unlink()
     except OSError as error:
-        reason = why(error)
-        return f"data.cache: node {{node}} cannot use {without_secrets(cache or '')}: {reason}"
+        reason = reason_of(error)
+        return f"data.cache: node {{node}} cannot use {redact(cache or '')}: {reason}"
     for setting, path in needed.items():
         if not os.path.exists(path):
             return f"{setting}: node {{node}} does not see {path}; expected it on every node"
     return None
 
 
-def _not_shared(mark: Place, word: str, config: Config) -> str | None:
+def _not_shared(mark: StoragePath, word: str, config: Config) -> str | None:
     """A folder of the same name that is another one would keep that rank's books from us."""
     deadline = time.monotonic() + 5  # a network file system may show it late
     while True:

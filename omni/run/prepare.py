@@ -31,7 +31,7 @@ from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import beyond_ctc, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import model_of, pretrained_of, template_of, tokenizer_of
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 from omni.stream.encoder_facts import encoder_facts, encoder_identity
 
 
@@ -48,7 +48,7 @@ class Prepared:
     lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
     weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
     fingerprints: dict[str, str]
-    resume: Place | None  # the checkpoint that the run continues from
+    resume: StoragePath | None  # the checkpoint that the run continues from
     notes: list[str]  # what a person should know before it starts
     filled: float  # share of the plan's positions that hold an utterance
 
@@ -212,7 +212,7 @@ def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
     return changed
 
 
-def _check_shapes(prepared: Prepared, checkpoint: Place) -> None:
+def _check_shapes(prepared: Prepared, checkpoint: StoragePath) -> None:
     """Dropouts may change under way, shapes may not. Raises ConfigError naming a tensor."""
     with torch.device("meta"):
         whole = OmniModel(prepared.model)

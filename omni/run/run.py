@@ -30,7 +30,7 @@ from omni.run.console import LiveView
 from omni.run.preflight import preflight
 from omni.run.prepare import Prepared, check_fingerprints, prepare
 from omni.run.signals import Signals
-from omni.storage.path import ObjectPath, remove_tree, why
+from omni.storage.path import ObjectPath, reason_of, remove_tree
 
 _COPIES = "working_dir_files"  # where Ray unpacks the folders of jobs
 
@@ -104,7 +104,7 @@ def _check_place(config: Config) -> None:
         try:
             config.run_dir.exists()
         except OSError as error:
-            reason = f"cannot be read: {why(error)}"
+            reason = f"cannot be read: {reason_of(error)}"
             raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
     elif _COPIES in config.run_dir.parts:
         raise ConfigError(
@@ -121,7 +121,7 @@ def _make_folder(config: Config) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        reason = f"cannot be written: {why(error)}"
+        reason = f"cannot be written: {reason_of(error)}"
         raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
 
 

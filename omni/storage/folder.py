@@ -16,7 +16,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from omni.storage.path import place
+from omni.storage.path import as_path
 
 _OPEN_FILES = 32
 _LIST_SECONDS = 10.0  # between two looks into a bucket
@@ -42,7 +42,7 @@ class Folder(Protocol):
 
 def open_folder(location: str | Path) -> Folder:
     """A local path, or a URI of object storage. Raises StorageError."""
-    where = place(location)
+    where = as_path(location)
     if isinstance(where, Path):
         return LocalFolder(where)
     return ObjectFolder(str(where), *where.filesystem)

@@ -1,8 +1,8 @@
 """Files on disk or in object storage, by the same few operations.
 
-`place` gives a `pathlib.Path` for what a node's file system has, and an `ObjectPath`, which follows
-pathlib's names, for a URI: s3://, gs://, abfs://, hdfs:// through pyarrow, other schemes through
-fsspec where the package for them is installed (oss:// with ossfs).
+`as_path` gives a `pathlib.Path` for what a node's file system has, and an `ObjectPath`, which
+follows pathlib's names, for a URI: s3://, gs://, abfs://, hdfs:// through pyarrow, other schemes
+through fsspec where the package for them is installed (oss:// with ossfs).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StorageError(OSError):
         return str(self.strerror)
 
 
-def place(location: str | Path | ObjectPath) -> Place:
+def as_path(location: str | Path | ObjectPath) -> StoragePath:
     """Where a path or URI points; asks nothing of the storage."""
     if isinstance(location, (ObjectPath, Path)):
         return location
@@ -49,13 +49,13 @@ def place(location: str | Path | ObjectPath) -> Place:
     return ObjectPath(location) if "://" in location else Path(location)
 
 
-def stored(uri: str) -> Place:
+def literal_path(uri: str) -> StoragePath:
     """What a table names by a path or a plain URI: all of that is the name. Credentials and options
     are those that are known of its bucket.
     """
     scheme, mark, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
-    plain = f"{scheme}://{bare(scheme, bucket.partition('?')[0])}"
+    plain = f"{scheme}://{public_bucket(scheme, bucket.partition('?')[0])}"
     return ObjectPath(plain) / key if mark else Path(uri)
 
 
@@ -63,17 +63,18 @@ class ObjectPath:
     """One name in object storage. Failures are OSError; a missing object is FileNotFoundError.
 
     `str()` of it is for messages and tables, without credentials and options; `uri` has them. Where
-    a bucket was named with them once, its plain names mean the same in this process (see `know`).
+    a bucket was named with them once, its plain names mean the same in this process (see
+    `register_credentials`).
     """
 
     def __init__(self, uri: str) -> None:
         self._scheme, _, rest = uri.partition("://")
         path, question, options = rest.partition("?")
         bucket, _, key = path.partition("/")  # with credentials, or host and port
-        self._bucket = bucket.removeprefix("***@")  # as `without_secrets` leaves it
+        self._bucket = bucket.removeprefix("***@")  # as `redact` leaves it
         self._path = PurePosixPath("/") / key
         self._options = question + options
-        name = self._scheme, bare(self._scheme, self._bucket)
+        name = self._scheme, public_bucket(self._scheme, self._bucket)
         if self._options or name[1] != self._bucket:
             _known[name] = self._bucket, self._options
         else:
@@ -84,7 +85,9 @@ class ObjectPath:
         return _restored, (root, self._path)
 
     def __str__(self) -> str:
-        return f"{self._scheme}://{bare(self._scheme, self._bucket)}{self._path}".rstrip("/")
+        return f"{self._scheme}://{public_bucket(self._scheme, self._bucket)}{self._path}".rstrip(
+            "/"
+        )
 
     def __repr__(self) -> str:
         return f"ObjectPath({str(self)!r})"
@@ -257,46 +260,50 @@ class ObjectPath:
         filesystem.move(temporary, key)
 
 
-Place: TypeAlias = Path | ObjectPath
+StoragePath: TypeAlias = Path | ObjectPath
 
 
-def bare(scheme: str, bucket: str) -> str:
+def public_bucket(scheme: str, bucket: str) -> str:
     """A URI's bucket without credentials; what else may stand before an @ is part of the name."""
     user, mark, host = bucket.rpartition("@")
     name = "" if scheme in _BUCKETS else user.partition(":")[0]
     return f"{name}{mark}{host}" if name else host
 
 
-def plain(spec: str) -> str:
+def public_uri(spec: str) -> str:
     """A path, or a URI without credentials and options, maybe behind a `kind:`; for messages."""
     scheme, mark, rest = spec.partition("://")
     bucket, slash, key = rest.partition("?")[0].partition("/")
-    return f"{scheme}{mark}{bare(scheme.rpartition(':')[2], bucket)}{slash}{key}" if mark else spec
+    return (
+        f"{scheme}{mark}{public_bucket(scheme.rpartition(':')[2], bucket)}{slash}{key}"
+        if mark
+        else spec
+    )
 
 
 def _restored(root: str, path: PurePosixPath) -> ObjectPath:
     return ObjectPath(root) / path
 
 
-def know(locations: Iterable[str]) -> None:
+def register_credentials(locations: Iterable[str]) -> None:
     """Read plain names of these URIs' buckets with the same credentials and options."""
     for location in locations:
         if "://" in location:
-            place(location)
+            as_path(location)
 
 
 def join(location: str | Path, name: str) -> str:
     """A name inside a location, as text; a URI's options (?region=...) stay at its end."""
-    inside = place(location) / name
+    inside = as_path(location) / name
     return inside.uri if isinstance(inside, ObjectPath) else str(inside)
 
 
-def without_secrets(text: str) -> str:
+def redact(text: str) -> str:
     """URIs in `text` without the credentials that may stand before their host."""
     return re.sub(r"([A-Za-z][\w+.-]*://)[^/@\s'\"]+@", r"\1***@", text)
 
 
-def write_whole(path: Place, data: bytes) -> None:
+def write_whole(path: StoragePath, data: bytes) -> None:
     """Write a whole file or none of it, in a folder that is there. Raises OSError."""
     if isinstance(path, ObjectPath):
         path.write_bytes(data)
@@ -310,7 +317,7 @@ def write_whole(path: Place, data: bytes) -> None:
         raise
 
 
-def remove_tree(folder: Place) -> None:
+def remove_tree(folder: StoragePath) -> None:
     """A folder and all in it; what cannot be removed stays."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
@@ -319,17 +326,17 @@ def remove_tree(folder: Place) -> None:
             folder.rmtree()
 
 
-def refuse_absence(path: Place, error: Exception) -> None:
+def raise_if_unreachable(path: StoragePath, error: Exception) -> None:
     """A bucket that does not answer says nothing about what is in it: raises the error then."""
     gone = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, StorageError))
     if gone and isinstance(path, ObjectPath):
         raise error
 
 
-def why(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """Why storage failed, in a few words."""
     text = error.strerror or str(error).strip().partition("\n")[0] or type(error).__name__
-    return without_secrets(text)
+    return redact(text)
 
 
 @functools.lru_cache(maxsize=64)
@@ -358,4 +365,4 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
 
 def _said(uri: str, error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return without_secrets(f"{uri.partition('?')[0]}: {lines[0]}")
+    return redact(f"{uri.partition('?')[0]}: {lines[0]}")

@@ -8,14 +8,14 @@ from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-PATIENCE_SECONDS = 180.0
+RETRY_SECONDS = 180.0
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HOPELESS = {errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
 
 T = TypeVar("T")
 
 
-def patiently(call: Callable[[], T], *, seconds: float = PATIENCE_SECONDS) -> T:
+def retry_storage(call: Callable[[], T], *, seconds: float = RETRY_SECONDS) -> T:
     """What `call` returns; an OSError that may pass is tried again for `seconds`, then raised.
 
     The first try comes at once, the others after 0.1, 0.2, ... up to 5 seconds.

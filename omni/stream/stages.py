@@ -29,8 +29,8 @@ from omni.corpus.index_row import IndexRow, Recording, recordings
 from omni.corpus.lengths import span_of
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.plan.plan import Split
-from omni.storage.path import know
-from omni.storage.retry import patiently
+from omni.storage.path import register_credentials
+from omni.storage.retry import retry_storage
 from omni.stream.codec import FeatureCodec, tensor_bytes, tensor_from
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import ENCODED_SCHEMA
@@ -61,7 +61,7 @@ def load_bin(
 ) -> dict[str, Any]:
     """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
     began = time.perf_counter()
-    know(settings.config.locations)
+    register_credentials(settings.config.locations)
     members = split.plan.bin(number).tolist()
     rows = split.table.take(pa.array(members, pa.int64())).to_pylist()
     heard = _heard(split, number, rows)
@@ -274,7 +274,7 @@ class EncodeStage:
             if self._cache is not None:
                 self._cache.put({key: made[key] for key in _keys(made)})
                 if not self._settings.keep_features:  # a row that is counted is on disk
-                    patiently(functools.partial(self._cache.flush, strict=True))
+                    retry_storage(functools.partial(self._cache.flush, strict=True))
             found = {**found, **made}
         return found, sum(count for _, count in fresh.values())
 

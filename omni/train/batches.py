@@ -20,7 +20,7 @@ from omni.metrics.table import StepSums
 from omni.metrics.throughput import Stopwatch
 from omni.model.batch import Batch
 from omni.plan.plan import EMPTY, padded_step
-from omni.storage.retry import patiently
+from omni.storage.retry import retry_storage
 from omni.stream.codec import FeatureCodec
 from omni.stream.collate import Utterance
 from omni.stream.schema import utterances
@@ -128,7 +128,7 @@ class Feed:
 
     def write_ledger(self) -> None:
         folder = self.job.config.run_dir / "ledger"
-        patiently(lambda: folder.mkdir(exist_ok=True))
+        retry_storage(lambda: folder.mkdir(exist_ok=True))
         append_json(folder / f"rank-{self.rank:04d}.jsonl", self._consumed)
         self._consumed = []
 

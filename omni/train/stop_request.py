@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from omni.metrics.run_files import write_text
-from omni.storage.path import ObjectPath, Place
+from omni.storage.path import ObjectPath, StoragePath
 
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_POLL_SECONDS = 2.0
@@ -14,7 +14,7 @@ _OBJECT_STORE_POLL_SECONDS = 2.0
 class StopRequest:
     """A file in the run's directory: the driver writes it, rank 0 looks for it between steps."""
 
-    def __init__(self, run_dir: Place) -> None:
+    def __init__(self, run_dir: StoragePath) -> None:
         self._path = run_dir / ".stop"
         afar = isinstance(run_dir, ObjectPath)
         self._every = _OBJECT_STORE_POLL_SECONDS if afar else _POLL_SECONDS

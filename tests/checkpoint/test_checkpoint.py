@@ -23,7 +23,7 @@ from omni.config import Config
 from omni.model.lm.gpt import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
-from omni.storage.path import ObjectPath, Place, place
+from omni.storage.path import ObjectPath, StoragePath, as_path
 from tests.helpers.loopback_s3 import s3_bucket
 
 SHAPE = OmniConfig(
@@ -48,7 +48,7 @@ def _model(seed: int) -> OmniModel:
     return model
 
 
-def _save(folder: Place, step: int) -> Place:
+def _save(folder: StoragePath, step: int) -> StoragePath:
     """A checkpoint whose weights are those of `_model(step)`."""
     return save_checkpoint(
         folder,
@@ -87,12 +87,12 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.fixture(params=["disk", "bucket"])
-def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
     """The same, on disk and in object storage."""
     if request.param == "disk":
-        folder: Place = request.getfixturevalue("folder")
+        folder: StoragePath = request.getfixturevalue("folder")
         return folder
-    folder = place(request.getfixturevalue("bucket")) / tmp_path.name
+    folder = as_path(request.getfixturevalue("bucket")) / tmp_path.name
     for step in (10, 20):
         _save(folder, step)
     return folder
@@ -107,7 +107,7 @@ def _flip(path: Path, where: float = 0.5) -> None:
 # -- what is written comes back ----------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_the_whole_state_of_a_run(checkpoints: Place) -> None:
+def test_a_checkpoint_holds_the_whole_state_of_a_run(checkpoints: StoragePath) -> None:
     path = _save(checkpoints, 30)
     assert path == checkpoints / "step-000030"
     assert {file.name for file in path.iterdir()} == FILES
@@ -121,7 +121,7 @@ def test_a_checkpoint_holds_the_whole_state_of_a_run(checkpoints: Place) -> None
     assert (path / "config.yaml").read_text() == Config().to_yaml()
 
 
-def test_the_model_comes_back_bit_for_bit(checkpoints: Place) -> None:
+def test_the_model_comes_back_bit_for_bit(checkpoints: StoragePath) -> None:
     loaded = read_state(checkpoints / "step-000020").load_model()
     for (name, saved), value in zip(
         _model(20).named_parameters(), loaded.parameters(), strict=True
@@ -170,7 +170,7 @@ def test_links_hold_when_the_run_is_moved(folder: Path) -> None:
     assert read_state(moved / "last").state.step == 20
 
 
-def test_pruning_keeps_the_newest_the_best_and_the_last(checkpoints: Place) -> None:
+def test_pruning_keeps_the_newest_the_best_and_the_last(checkpoints: StoragePath) -> None:
     for step in (30, 40, 50):
         _save(checkpoints, step)
     point(checkpoints / "best", checkpoints / "step-000020")
@@ -187,7 +187,7 @@ def test_pruning_keeps_the_newest_the_best_and_the_last(checkpoints: Place) -> N
 # -- damage ------------------------------------------------------------------------------------
 
 
-def test_the_newest_whole_checkpoint_is_found(checkpoints: Place) -> None:
+def test_the_newest_whole_checkpoint_is_found(checkpoints: StoragePath) -> None:
     assert newest_checkpoint(checkpoints) == checkpoints / "step-000020"
     assert newest_checkpoint(checkpoints.parent / "nowhere") is None
 
@@ -222,13 +222,13 @@ def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(folder: Path, text: 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"format": 1}', '{"format": 1, "files": {}}'])
 def test_a_checkpoint_whose_state_is_something_else_is_passed_over(
-    checkpoints: Place, text: str
+    checkpoints: StoragePath, text: str
 ) -> None:
     (checkpoints / "step-000020" / "state.json").write_text(text)
     assert newest_checkpoint(checkpoints) == checkpoints / "step-000010"
 
 
-def test_a_state_with_a_flipped_byte_is_passed_over(checkpoints: Place) -> None:
+def test_a_state_with_a_flipped_byte_is_passed_over(checkpoints: StoragePath) -> None:
     path = checkpoints / "step-000020" / "state.json"
     text = path.read_text()
     assert '"bins_consumed": 40' in text
@@ -265,7 +265,7 @@ def test_an_interrupted_save_is_ignored_and_replaced(folder: Path) -> None:
     assert newest_checkpoint(folder) == saved
 
 
-def test_a_run_may_pass_a_million_steps(checkpoints: Place) -> None:
+def test_a_run_may_pass_a_million_steps(checkpoints: StoragePath) -> None:
     _save(checkpoints, 999_999)
     newest = _save(checkpoints, 1_000_000)
     assert newest_checkpoint(checkpoints) == newest
@@ -286,7 +286,7 @@ def test_what_is_passed_over_is_said_on_stderr(
 @pytest.fixture
 def uploaded(bucket: str, tmp_path: Path) -> ObjectPath:
     """Checkpoints of steps 10 and 20 in a bucket."""
-    folder = place(bucket) / tmp_path.name
+    folder = as_path(bucket) / tmp_path.name
     assert isinstance(folder, ObjectPath)
     for step in (10, 20):
         _save(folder, step)
@@ -327,6 +327,6 @@ def test_what_a_bucket_lost_is_noticed(
 
 
 def test_a_bucket_that_is_away_is_not_an_empty_one() -> None:
-    away = place("s3://key:secret@runs?endpoint_override=127.0.0.1:9&scheme=http&region=r")
+    away = as_path("s3://key:secret@runs?endpoint_override=127.0.0.1:9&scheme=http&region=r")
     with pytest.raises(OSError):
         newest_checkpoint(away / "checkpoints")

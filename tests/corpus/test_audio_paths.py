@@ -26,11 +26,11 @@ from omni.corpus.index import ManifestError, build_index
 from omni.corpus.sources import Options, open_source
 from omni.corpus.splits import build_indexes
 from omni.storage import path as places
-from omni.storage.ahead import ahead
-from omni.storage.path import ObjectPath, Place, place, plain, stored
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import ObjectPath, StoragePath, as_path, literal_path, public_uri
 from tests.helpers.loopback_s3 import s3_bucket
 
-BUCKET, DISK = place("s3://bucket/corpus"), Path("/corpus")
+BUCKET, DISK = as_path("s3://bucket/corpus"), Path("/corpus")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ BUCKET, DISK = place("s3://bucket/corpus"), Path("/corpus")
         (BUCKET, "s3://bucket/corpus/clips/a.wav", "s3://bucket/corpus/clips/a.wav"),
     ],
 )
-def test_what_lies_in_the_folder_may_be_named(folder: Place, name: str, uri: str) -> None:
+def test_what_lies_in_the_folder_may_be_named(folder: StoragePath, name: str, uri: str) -> None:
     assert recording_uri(folder, name, False) == uri == recording_uri(folder, name, True)
 
 
@@ -65,7 +65,7 @@ def test_what_lies_in_the_folder_may_be_named(folder: Place, name: str, uri: str
         (BUCKET, "abfs://box@account.host/a.wav", "abfs://box@account.host/a.wav"),
     ],
 )
-def test_what_lies_elsewhere_has_to_be_admitted(folder: Place, name: str, uri: str) -> None:
+def test_what_lies_elsewhere_has_to_be_admitted(folder: StoragePath, name: str, uri: str) -> None:
     assert recording_uri(folder, name, True) == uri
     with pytest.raises(ValueError) as caught:
         recording_uri(folder, name, False)
@@ -87,7 +87,7 @@ def test_what_lies_elsewhere_has_to_be_admitted(folder: Place, name: str, uri: s
         (DISK, "abfs://box:sesame@account.host/a.wav"),
     ],
 )
-def test_some_things_are_never_named(folder: Place, name: str, allowed: bool) -> None:
+def test_some_things_are_never_named(folder: StoragePath, name: str, allowed: bool) -> None:
     known = dict(places._known)
     with pytest.raises(ValueError) as caught:
         recording_uri(folder, name, allowed)
@@ -96,21 +96,21 @@ def test_some_things_are_never_named(folder: Place, name: str, allowed: bool) ->
 
 
 def test_rows_do_not_say_where_a_bucket_is() -> None:
-    place("s3://key:sesame@known/corpus?region=here")
+    as_path("s3://key:sesame@known/corpus?region=here")
     for uri in ("s3://known/a?region=there", "s3://known/a.wav", "s3://other:one@known/a.wav"):
-        found = stored(uri)
+        found = literal_path(uri)
         assert isinstance(found, ObjectPath)
         assert found.uri.startswith("s3://key:sesame@known/a") and found.uri.endswith("region=here")
-    assert str(stored("s3://known/a?region=there")) == "s3://known/a?region=there"
-    assert stored("/a/b?c") == Path("/a/b?c")
+    assert str(literal_path("s3://known/a?region=there")) == "s3://known/a?region=there"
+    assert literal_path("/a/b?c") == Path("/a/b?c")
 
 
 def test_a_container_is_part_of_a_name_and_its_password_is_not() -> None:
-    assert str(place("abfs://box:sesame@account.host/a")) == "abfs://box@account.host/a"
-    assert str(place("abfs://:sesame@account.host/box/a")) == "abfs://account.host/box/a"
-    assert str(place("hdfs://user@namenode:8020/a")) == "hdfs://user@namenode:8020/a"
-    assert plain("wds:s3://key:sesame@b/x-*.tar?region=r") == "wds:s3://b/x-*.tar"
-    assert plain("embedded:train") == "embedded:train" and plain("a/b?c") == "a/b?c"
+    assert str(as_path("abfs://box:sesame@account.host/a")) == "abfs://box@account.host/a"
+    assert str(as_path("abfs://:sesame@account.host/box/a")) == "abfs://account.host/box/a"
+    assert str(as_path("hdfs://user@namenode:8020/a")) == "hdfs://user@namenode:8020/a"
+    assert public_uri("wds:s3://key:sesame@b/x-*.tar?region=r") == "wds:s3://b/x-*.tar"
+    assert public_uri("embedded:train") == "embedded:train" and public_uri("a/b?c") == "a/b?c"
 
 
 # -- in a real bucket ------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _corpus(there: ObjectPath, tmp_path: Path) -> str:
 
 
 def _there(bucket: str, name: str) -> ObjectPath:
-    found = place(bucket) / name
+    found = as_path(bucket) / name
     assert isinstance(found, ObjectPath)
     return found
 
@@ -365,7 +365,7 @@ def test_many_reads_keep_their_order_and_end_with_the_first_error() -> None:
             raise OSError("away")
         return number
 
-    assert list(ahead(read, range(40))) == list(range(40))
+    assert list(parallel_map(read, range(40))) == list(range(40))
     with pytest.raises(OSError, match="away"):
-        list(ahead(read, range(10_000)))
+        list(parallel_map(read, range(10_000)))
     assert max(begun) < 100, "what had not begun is given up"

@@ -15,7 +15,7 @@ import pytest
 
 import omni
 from omni.corpus.index import build_index
-from omni.storage.path import ObjectPath, place
+from omni.storage.path import ObjectPath, as_path
 from tests.corpus.test_sources import SHAPES, audio_of, make_corpus
 from tests.helpers.loopback_s3 import s3_bucket
 
@@ -29,7 +29,7 @@ def test_a_job_that_writes_into_a_bucket_is_killed_and_goes_on(tmp_path: Path) -
     (tmp_path / "in").mkdir()
     SHAPES["hf parquet"][0](tmp_path, corpus, tmp_path / "in")
     with s3_bucket("indexed") as uri:
-        there, out = place(uri) / "hub", place(uri) / "out"
+        there, out = as_path(uri) / "hub", as_path(uri) / "out"
         assert isinstance(there, ObjectPath) and isinstance(out, ObjectPath)
         for file in sorted((tmp_path / "in" / "hub" / "data").iterdir()):
             (there / file.name).upload(file)

@@ -16,7 +16,7 @@ from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, meas
 from omni.corpus.index import ManifestError, build_index
 from omni.corpus.sources import Options, open_source
 from omni.storage.byte_range import ObjectRange
-from omni.storage.path import ObjectPath, place
+from omni.storage.path import ObjectPath, as_path
 from tests.corpus.test_sources import (
     SHAPES,
     Expected,
@@ -43,7 +43,7 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture
 def there(bucket: str, tmp_path: Path) -> ObjectPath:
-    found = place(bucket) / tmp_path.name
+    found = as_path(bucket) / tmp_path.name
     assert isinstance(found, ObjectPath)
     return found
 

@@ -501,7 +501,7 @@ def test_swanlab_has_every_row(
 def test_every_tracker_of_the_setting_can_be_opened() -> None:
     from typing import get_args
 
-    from omni.config import Tracker
+    from omni.config.field_types import Trackers
     from omni.metrics.trackers import PACKAGES
 
-    assert set(get_args(Tracker)) == set(OPEN) == set(PACKAGES)
+    assert set(get_args(get_args(get_args(Trackers)[0])[0])) == set(OPEN) == set(PACKAGES)

@@ -30,7 +30,7 @@ from omni.metrics.run_files import (
 )
 from omni.report.run_page import write_report
 from omni.storage import append as growing
-from omni.storage.path import ObjectPath, join, place
+from omni.storage.path import ObjectPath, as_path, join
 from omni.train.stop_request import StopRequest
 from tests.helpers.loopback_s3 import s3_bucket
 from tests.helpers.whole_runs import ROOT, command, curve, ledger, lines, run_job
@@ -44,7 +44,7 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture
 def run(bucket: str, tmp_path: Path) -> ObjectPath:
-    folder = place(bucket) / tmp_path.name
+    folder = as_path(bucket) / tmp_path.name
     assert isinstance(folder, ObjectPath)
     return folder
 
@@ -151,7 +151,7 @@ def _corpus(config: Path, bucket: str) -> list[str]:
     """Put the tiny corpus into the bucket, index its training split there, and return the overrides
     that train on it.
     """
-    there = place(bucket) / "corpus"
+    there = as_path(bucket) / "corpus"
     assert isinstance(there, ObjectPath)
     for split in ("train", "dev"):
         rows = lines(config.parent / split / "manifest.jsonl")
@@ -209,7 +209,7 @@ def test_a_run_in_a_bucket_is_killed_and_continued_bit_for_bit(
     """Recordings, index, features, checkpoints, books, curves and report: nothing of it on disk."""
     corpus = _corpus(tiny, bucket)
     storage = join(bucket, "whole")
-    run = place(storage) / "run"
+    run = as_path(storage) / "run"
     assert isinstance(run, ObjectPath)
     step = random.SystemRandom().randint(8, 30)
     print(f"killing at step {step}")
@@ -233,7 +233,7 @@ def test_a_run_in_a_bucket_is_killed_and_continued_bit_for_bit(
     assert "<html" in (copy / "report.html").read_text()
     held = [path.read_bytes() for path in copy.rglob("*") if path.is_file()]
     assert not any(b"secret" in data for data in held), "credentials are not written down"
-    assert list((place(storage) / "cache").iterdir()), "features lie beside the runs"
+    assert list((as_path(storage) / "cache").iterdir()), "features lie beside the runs"
 
     assert audit.main([run.uri]) == 0
     capsys.readouterr()

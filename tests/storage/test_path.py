@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from omni.storage import append as growing
-from omni.storage.path import ObjectPath, Place, StorageError, place, remove_tree, why
+from omni.storage.path import ObjectPath, StorageError, StoragePath, as_path, reason_of, remove_tree
 from tests.helpers.loopback_s3 import s3_bucket
 
 
@@ -22,17 +22,17 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.fixture(params=["disk", "file uri", "bucket", "fsspec"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
     if request.param == "disk":
-        return place(str(tmp_path))
+        return as_path(str(tmp_path))
     if request.param == "file uri":
-        return place(f"file://{tmp_path}")
+        return as_path(f"file://{tmp_path}")
     if request.param == "fsspec":
-        return place(f"memory://{uuid.uuid4().hex}") / "a folder"
-    return place(request.getfixturevalue("bucket")) / tmp_path.name
+        return as_path(f"memory://{uuid.uuid4().hex}") / "a folder"
+    return as_path(request.getfixturevalue("bucket")) / tmp_path.name
 
 
-def test_the_same_operations_do_the_same_everywhere(folder: Place) -> None:
+def test_the_same_operations_do_the_same_everywhere(folder: StoragePath) -> None:
     file = folder / "one" / "step-1.txt"
     assert not file.exists() and not file.is_file() and not file.parent.is_dir()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def test_the_same_operations_do_the_same_everywhere(folder: Place) -> None:
 def test_a_large_file_is_uploaded_whole(bucket: str, tmp_path: Path) -> None:
     source = tmp_path / "large"
     source.write_bytes(os.urandom(17 << 20))  # several parts of an upload
-    there = place(bucket) / "large"
+    there = as_path(bucket) / "large"
     assert isinstance(there, ObjectPath)
     there.upload(source)
     assert there.info().size == 17 << 20
@@ -78,17 +78,17 @@ def test_a_large_file_is_uploaded_whole(bucket: str, tmp_path: Path) -> None:
 
 def test_names_keep_what_uris_give_a_meaning(bucket: str) -> None:
     for name in ("with space", "50%", "a+b", "at@sign", "ünï", "packed.gz"):
-        path = place(bucket) / "names" / name
+        path = as_path(bucket) / "names" / name
         path.write_text(name)
         assert path.read_text() == name
         assert path.info().size == len(name.encode())
-    assert sorted(path.name for path in (place(bucket) / "names").iterdir()) == sorted(
+    assert sorted(path.name for path in (as_path(bucket) / "names").iterdir()) == sorted(
         ("with space", "50%", "a+b", "at@sign", "ünï", "packed.gz")
     )
 
 
 def test_messages_have_no_credentials_and_pickles_have(bucket: str) -> None:
-    path = place(bucket) / "runs" / "a@b"
+    path = as_path(bucket) / "runs" / "a@b"
     assert str(path) == "s3://places/runs/a@b"
     assert "secret" not in repr(path)
     again = pickle.loads(pickle.dumps(path))
@@ -107,21 +107,21 @@ def test_messages_have_no_credentials_and_pickles_have(bucket: str) -> None:
 )
 def test_a_uri_that_names_no_storage_is_refused_at_once(uri: str, said: str) -> None:
     with pytest.raises(StorageError, match=said) as caught:
-        place(uri).exists()
+        as_path(uri).exists()
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_server_that_is_away_is_an_oserror_in_few_words() -> None:
-    path = place("s3://key:secret@bucket/x?endpoint_override=127.0.0.1:9&scheme=http&region=r")
+    path = as_path("s3://key:secret@bucket/x?endpoint_override=127.0.0.1:9&scheme=http&region=r")
     with pytest.raises(OSError) as caught:
         path.read_bytes()
-    said = why(caught.value)
+    said = reason_of(caught.value)
     assert said and "secret" not in said and "\n" not in said
 
 
 def test_a_growing_file_is_read_back_whole(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "SEGMENT_BYTES", 1000)
-    path = place(bucket) / "grows" / "metrics.jsonl"
+    path = as_path(bucket) / "grows" / "metrics.jsonl"
     assert isinstance(path, ObjectPath)
     assert list(growing.read(path)) == []
     lines = [f"line {number} {'x' * 50}\n".encode() for number in range(100)]
@@ -141,7 +141,7 @@ def test_a_growing_file_is_read_back_whole(bucket: str, monkeypatch: pytest.Monk
 
 
 def test_two_processes_that_take_turns_lose_nothing(bucket: str) -> None:
-    path = place(bucket) / "turns" / "metrics.jsonl"
+    path = as_path(bucket) / "turns" / "metrics.jsonl"
     assert isinstance(path, ObjectPath)
     kept: list[dict[ObjectPath, growing._Last]] = [{}, {}]
     for number in range(10):

@@ -15,7 +15,7 @@ import soundfile
 from omni.audio.decode import AudioError, decode_patiently
 from omni.checkpoint.checkpoint import resume_point
 from omni.metrics.run_files import append_json, read_json_lines
-from omni.storage.retry import patiently
+from omni.storage.retry import retry_storage
 from omni.stream.feature_cache import FeatureCache
 
 
@@ -40,7 +40,7 @@ def test_a_folder_that_is_away_for_a_while_is_waited_for(tmp_path: Path) -> None
 def test_in_the_end_it_is_an_error(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(FileNotFoundError):
-        patiently(lambda: (tmp_path / "none").read_text(), seconds=0.5)
+        retry_storage(lambda: (tmp_path / "none").read_text(), seconds=0.5)
     assert time.monotonic() - began >= 0.3
 
 
@@ -53,7 +53,7 @@ def test_what_cannot_work_is_not_tried_again(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
     with pytest.raises(OSError, match=os.strerror(number)):
-        patiently(call)
+        retry_storage(call)
     assert len(tries) == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from omni.config import Config, parse_config
 from omni.run.prepare import Prepared, prepare
 from omni.storage import path as places
-from omni.storage.path import ObjectPath, place
+from omni.storage.path import ObjectPath, as_path
 from omni.stream.encoder_facts import encoder_settings
 from omni.stream.stages import load_bin
 from tests.helpers.loopback_s3 import s3_bucket
@@ -39,7 +39,7 @@ def test_utterances_of_a_bucket_are_those_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with s3_bucket("stream") as uri:
-        there = place(uri) / "corpus"
+        there = as_path(uri) / "corpus"
         assert isinstance(there, ObjectPath)
         lines = []
         for number, row in enumerate(embedded("train", 12)):

@@ -17,7 +17,7 @@ from omni.corpus.sources.lhotse import CutsSource
 from omni.corpus.sources.parquet import ParquetSource
 from omni.corpus.sources.webdataset import SharSource, TarSource
 from omni.corpus.tar import AUDIO_SUFFIXES
-from omni.storage.path import Place, plain
+from omni.storage.path import StoragePath, public_uri
 
 __all__ = ["COLUMNS", "Options", "Part", "Row", "Source", "open_source"]
 
@@ -35,7 +35,7 @@ def open_source(spec: str, options: Options = _DEFAULT) -> Source:
     kind, colon, name = spec.partition(":")
     if not colon or kind not in KINDS:
         kind, name = _recognise(spec), spec
-    spec = plain(spec)
+    spec = public_uri(spec)
     if kind in ("hf", "ms"):
         return _dataset(spec, kind, name, options)
     if kind == "wds":
@@ -68,7 +68,7 @@ def _dataset(spec: str, kind: str, name: str, options: Options) -> Source:
 
 def _recognise(spec: str) -> str:
     """The kind of a place without a prefix. Raises ManifestError where it could be several."""
-    path, spec = absolute(spec), plain(spec)
+    path, spec = absolute(spec), public_uri(spec)
     if path.is_dir():
         kinds = list(_kinds_of_folder(path))
         if len(kinds) == 1:
@@ -90,7 +90,7 @@ def _choice() -> str:
     return ", ".join(f"{kind}:" for kind in KINDS)
 
 
-def _kinds_of_folder(path: Place) -> Iterator[str]:
+def _kinds_of_folder(path: StoragePath) -> Iterator[str]:
     names = {child.name for child in path.iterdir()}
     if isinstance(path, Path) and is_saved(path):
         yield "hf"
@@ -114,14 +114,14 @@ def _kinds_of_folder(path: Place) -> Iterator[str]:
         yield "folder"
 
 
-def _names_below(path: Place) -> Iterator[Iterable[str]]:
+def _names_below(path: StoragePath) -> Iterator[Iterable[str]]:
     if isinstance(path, Path):
         yield from (files for _, _, files in os.walk(path))
     else:
         yield path.files_within()
 
 
-def _is_cuts(path: Place) -> bool:
+def _is_cuts(path: StoragePath) -> bool:
     """Whether the first line is one of lhotse's cuts."""
     try:
         with open_lines(path) as file:

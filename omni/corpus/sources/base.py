@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.index import ManifestError, absolute
-from omni.storage.path import ObjectPath, Place, plain, refuse_absence
+from omni.storage.path import ObjectPath, StoragePath, public_uri, raise_if_unreachable
 
 COLUMNS = {
     "audio": ("audio", "audio_filepath", "audio_path", "path", "file", "wav"),
@@ -134,7 +134,7 @@ def explain_missing(name: str, columns: list[str], options: Options) -> str:
     )
 
 
-def inside(place: str, folder: Place, name: str, options: Options) -> str:
+def inside(place: str, folder: StoragePath, name: str, options: Options) -> str:
     """A file's path as a corpus in `folder` names it. Raises ManifestError where it may not."""
     try:
         return recording_uri(folder, name, options.allow_absolute)
@@ -142,7 +142,7 @@ def inside(place: str, folder: Place, name: str, options: Options) -> str:
         raise ManifestError(f"{place}: {error}") from None
 
 
-def file_fingerprint(path: Place) -> str:
+def file_fingerprint(path: StoragePath) -> str:
     """Size and time of a file."""
     try:
         if isinstance(path, ObjectPath):
@@ -152,7 +152,7 @@ def file_fingerprint(path: Place) -> str:
             return f"{info.size} {info.mtime_ns}"
         status = path.stat()
     except OSError as error:
-        refuse_absence(path, error)
+        raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: {error.strerror}") from None
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -161,10 +161,10 @@ def digest(*parts: Any) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
 
 
-def files_of(spec: str, suffixes: tuple[str, ...]) -> list[Place]:
+def files_of(spec: str, suffixes: tuple[str, ...]) -> list[StoragePath]:
     """The files that a path names: itself, those in a folder (at any depth), or of a pattern."""
     path = absolute(spec)
-    found: list[Place]
+    found: list[StoragePath]
     if path.is_dir():
         found = [path / n for n in sorted(names_within(path)) if n.endswith(suffixes)]
     elif path.is_file():
@@ -173,12 +173,12 @@ def files_of(spec: str, suffixes: tuple[str, ...]) -> list[Place]:
         found = _matching(path)
     if not found:
         raise ManifestError(
-            f"{plain(spec)}: expected a file, a folder or a pattern of *{suffixes[0]}"
+            f"{public_uri(spec)}: expected a file, a folder or a pattern of *{suffixes[0]}"
         )
     return found
 
 
-def names_within(folder: Place) -> dict[str, str]:
+def names_within(folder: StoragePath) -> dict[str, str]:
     """All files of a folder, at any depth, by their names relative to it; and what changes with
     them: size and time.
     """
@@ -195,7 +195,7 @@ def names_within(folder: Place) -> dict[str, str]:
     return names
 
 
-def _matching(path: Place) -> list[Place]:
+def _matching(path: StoragePath) -> list[StoragePath]:
     if isinstance(path, ObjectPath):
         fixed = path
         while any(mark in str(fixed.path) for mark in "*["):

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from omni.corpus.index import ManifestError, check_row
 from omni.corpus.sources.base import Options, Part, Row, digest, names_within
 from omni.corpus.tar import AUDIO_SUFFIXES
-from omni.storage.ahead import ahead
-from omni.storage.path import Place, refuse_absence
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import StoragePath, raise_if_unreachable
 
 
 class FolderSource:
     """clips/0001.flac and clips/0001.txt, at any depth. A part is some of the recordings."""
 
-    def __init__(self, spec: str, folder: Place, options: Options) -> None:
+    def __init__(self, spec: str, folder: StoragePath, options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
 
     def parts(self) -> list[Part]:
@@ -30,7 +30,7 @@ class FolderSource:
         return parts
 
     def read(self, part: Part) -> Iterator[Row]:
-        yield from ahead(self._row, part.where)
+        yield from parallel_map(self._row, part.where)
 
     def _row(self, name: str) -> Row:
         path = self.folder / name
@@ -43,13 +43,13 @@ class FolderSource:
                 return Row(id=row["id"], uri=str(path), language=self.options.language)
             return Row(id=row["id"], uri=str(path), error=("no text", f"{text}: no such file"))
         except (OSError, UnicodeDecodeError) as error:
-            refuse_absence(text, error)
+            raise_if_unreachable(text, error)
             raise ManifestError(f"{text}: expected UTF-8 text: {error}") from None
         check_row(str(text), row)
         return Row(id=row["id"], text=row["text"], uri=str(path), language=self.options.language)
 
 
-def _recordings(folder: Place) -> Iterator[tuple[str, str]]:
+def _recordings(folder: StoragePath) -> Iterator[tuple[str, str]]:
     """Name of each recording, relative to the folder, and what changes with it or its text."""
     marks = names_within(folder)
     for name, mark in marks.items():

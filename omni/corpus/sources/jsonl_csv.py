@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 from omni.corpus.index import ManifestError, checked_row
 from omni.corpus.sources.base import Options, Part, Row, canonical, explain_missing
-from omni.storage.path import Place, refuse_absence
+from omni.storage.path import StoragePath, raise_if_unreachable
 
 Kind = Literal["jsonl", "csv", "tsv"]
 _NUMBERS = ("offset", "duration")
@@ -22,7 +22,7 @@ _LARGEST_FIELD = 1 << 24  # characters of a CSV field; Python's own limit is 128
 
 
 @contextlib.contextmanager
-def open_lines(path: Place) -> Iterator[IO[bytes]]:
+def open_lines(path: StoragePath) -> Iterator[IO[bytes]]:
     """A text file's bytes, unpacked where its name ends in .gz."""
     with path.open("rb") as file:
         if path.suffix == ".gz":
@@ -32,7 +32,7 @@ def open_lines(path: Place) -> Iterator[IO[bytes]]:
             yield file
 
 
-def cut(path: Place, rows: int, kind: Kind = "jsonl") -> list[Part]:
+def cut(path: StoragePath, rows: int, kind: Kind = "jsonl") -> list[Part]:
     """Parts of `rows` records; where: (first byte, bytes, number of the first line).
 
     A part's fingerprint is that of its bytes: what is appended to a file changes the end only.
@@ -57,14 +57,14 @@ def cut(path: Place, rows: int, kind: Kind = "jsonl") -> list[Part]:
                 position += len(data)
                 number += data.count(b"\n")
     except (OSError, EOFError) as error:
-        refuse_absence(path, error)
+        raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
     except (ValueError, csv.Error) as error:
         raise ManifestError(f"{path}: expected UTF-8 {kind.upper()}: {error}") from None
     return parts
 
 
-def read_bytes(path: Place, part: Part) -> bytes:
+def read_bytes(path: StoragePath, part: Part) -> bytes:
     """The bytes of a part that `cut` made."""
     position, length, _ = part.where
     try:
@@ -72,11 +72,11 @@ def read_bytes(path: Place, part: Part) -> bytes:
             file.seek(position)
             return file.read(length)
     except (OSError, EOFError) as error:
-        refuse_absence(path, error)
+        raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
 
 
-def json_objects(path: Place, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_objects(path: StoragePath, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, object) of each line that is not blank. Raises ManifestError."""
     for number, line in enumerate(io.BytesIO(read_bytes(path, part)), start=part.where[2]):
         if not line.strip():
@@ -113,7 +113,7 @@ def _dialect(kind: Kind) -> dict[str, Any]:
 class LineSource:
     """A JSONL, CSV or TSV manifest; its recordings' paths are relative to it."""
 
-    def __init__(self, spec: str, path: Place, kind: Kind, options: Options) -> None:
+    def __init__(self, spec: str, path: StoragePath, kind: Kind, options: Options) -> None:
         self.spec, self.path, self.kind, self.options = spec, path, kind, options
 
     def parts(self) -> list[Part]:

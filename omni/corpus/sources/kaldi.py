@@ -10,7 +10,7 @@ from dataclasses import replace
 from omni.corpus.index import ManifestError, check_row
 from omni.corpus.sources.base import Options, Part, Row, digest, file_fingerprint, inside
 from omni.corpus.sources.jsonl_csv import cut, read_bytes
-from omni.storage.path import Place, refuse_absence, stored
+from omni.storage.path import StoragePath, literal_path, raise_if_unreachable
 
 _BESIDE = ("wav.scp", "text", "utt2spk", "utt2lang")
 
@@ -21,7 +21,7 @@ class KaldiSource:
     Recordings are files, or WAV files inside an ark (`file.ark:OFFSET`). Commands are not run.
     """
 
-    def __init__(self, spec: str, folder: Place, options: Options) -> None:
+    def __init__(self, spec: str, folder: StoragePath, options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
         self.segments = (folder / "segments").is_file()
         self.list = folder / ("segments" if self.segments else "wav.scp")
@@ -105,14 +105,14 @@ class KaldiSource:
         path = inside(place, self.folder, name, self.options)
         if offset is None:
             return replace(row, uri=path)
-        ark_file = stored(path)
+        ark_file = literal_path(path)
         try:
             with ark_file.open("rb") as file:
                 total = file.seek(0, io.SEEK_END)
                 file.seek(offset)
                 head = file.read(12)
         except OSError as error:
-            refuse_absence(ark_file, error)
+            raise_if_unreachable(ark_file, error)
             return replace(row, uri=path, error=("missing", f"{path}: {error.strerror}"))
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             detail = f"{path}: no WAV file at byte {offset}"

@@ -9,7 +9,7 @@ from omni.corpus.index import ManifestError, check_row
 from omni.corpus.sources.base import Options, Part, Row, inside
 from omni.corpus.sources.jsonl_csv import cut as cut_lines
 from omni.corpus.sources.jsonl_csv import json_objects
-from omni.storage.path import Place
+from omni.storage.path import StoragePath
 
 _ROUNDING = 1e-3  # seconds
 
@@ -17,7 +17,7 @@ _ROUNDING = 1e-3  # seconds
 class CutsSource:
     """cuts.jsonl or cuts.jsonl.gz; paths are relative to it. An utterance is a whole cut."""
 
-    def __init__(self, spec: str, path: Place, options: Options) -> None:
+    def __init__(self, spec: str, path: StoragePath, options: Options) -> None:
         self.spec, self.path, self.options = spec, path, options
 
     def parts(self) -> list[Part]:

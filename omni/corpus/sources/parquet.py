@@ -24,9 +24,9 @@ from omni.corpus.sources.base import (
     file_fingerprint,
     inside,
 )
-from omni.storage.ahead import ahead
-from omni.storage.path import Place, refuse_absence, without_secrets
-from omni.storage.retry import patiently
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import StoragePath, raise_if_unreachable, redact
+from omni.storage.retry import retry_storage
 
 _SERVERS = ("http", "https", "hf")  # recordings there are fetched once
 BATCH = 32  # rows in memory at a time, with their audio
@@ -36,14 +36,14 @@ _PATIENCE_SECONDS = 60.0  # for a recording that lies on a server
 class ParquetSource:
     """Parquet files; a part is some row groups of one of them."""
 
-    def __init__(self, spec: str, paths: list[Place], options: Options) -> None:
+    def __init__(self, spec: str, paths: list[StoragePath], options: Options) -> None:
         self.spec, self.paths, self.options = spec, paths, options
 
     def parts(self) -> list[Part]:
         parts = []
         common = os.path.commonpath([str(path.parent) for path in self.paths])
         for number, (path, (mark, sizes)) in enumerate(
-            zip(self.paths, ahead(_groups, self.paths), strict=True)
+            zip(self.paths, parallel_map(_groups, self.paths), strict=True)
         ):
             first = 0
             for groups in _gather(sizes, self.options.rows_per_part):
@@ -68,17 +68,17 @@ class ParquetSource:
                     )  # fmt: skip
                     first += len(table)
         except (OSError, pa.ArrowException) as error:
-            refuse_absence(path, error)
+            raise_if_unreachable(path, error)
             raise ManifestError(f"{path}: damaged Parquet: {error}") from None
 
 
 @contextlib.contextmanager
-def _opened(path: Place) -> Iterator[pq.ParquetFile]:
+def _opened(path: StoragePath) -> Iterator[pq.ParquetFile]:
     with path.open("rb") if isinstance(path, Path) else path.ranges() as file:
         yield pq.ParquetFile(file)
 
 
-def _groups(path: Place) -> tuple[str, list[int]]:
+def _groups(path: StoragePath) -> tuple[str, list[int]]:
     """What changes with a file, and the rows of each of its row groups. Raises ManifestError."""
     mark = file_fingerprint(path)
     try:
@@ -86,7 +86,7 @@ def _groups(path: Place) -> tuple[str, list[int]]:
             metadata = file.metadata
             return mark, [metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
-        refuse_absence(path, error)
+        raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: expected Parquet: {error}") from None
 
 
@@ -113,7 +113,7 @@ def rows_of(
     place: str,
     name: str,
     first: int,
-    folder: Place | None,
+    folder: StoragePath | None,
     options: Options,
     columns: list[str],
 ) -> Iterator[Row]:
@@ -165,7 +165,7 @@ def _held(place: str, audio: Any) -> bytes | None:
 
 
 def _elsewhere(
-    row: dict[str, Any], place: str, path: str | None, folder: Place | None, options: Options
+    row: dict[str, Any], place: str, path: str | None, folder: StoragePath | None, options: Options
 ) -> Row:
     """A row whose recording is a file of its own, here or on a server."""
     if not path:
@@ -173,12 +173,12 @@ def _elsewhere(
     server, mark, _ = path.rpartition("::")[2].partition("://")  # of URLs in a chain, the last
     if not mark or server not in _SERVERS:
         if folder is None and not options.allow_absolute:
-            raise ManifestError(f"{place}: {without_secrets(path)!r} is no file of the dataset")
+            raise ManifestError(f"{place}: {redact(path)!r} is no file of the dataset")
         return Row(**row, uri=inside(place, folder or Path("/"), path, options))
     try:
-        return Row(**row, data=patiently(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))
+        return Row(**row, data=retry_storage(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))
     except (OSError, ValueError, ImportError) as error:
-        return Row(**row, error=("missing", without_secrets(f"{path}: {error}")))
+        return Row(**row, error=("missing", redact(f"{path}: {error}")))
 
 
 def _fetch(url: str) -> bytes:

@@ -11,21 +11,21 @@ from omni.corpus.sources.base import Options, Part, Row, canonical, file_fingerp
 from omni.corpus.sources.jsonl_csv import json_objects
 from omni.corpus.sources.lhotse import row_of_cut
 from omni.corpus.tar import TarError, read_tar, refuse_unsafe
-from omni.storage.ahead import ahead
-from omni.storage.path import Place, refuse_absence
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import StoragePath, raise_if_unreachable
 
 
 class TarSource:
     """WebDataset tars; a part is one of them. `0001.flac` with `0001.txt` or `0001.json`."""
 
-    def __init__(self, spec: str, paths: list[Place], options: Options) -> None:
+    def __init__(self, spec: str, paths: list[StoragePath], options: Options) -> None:
         self.spec, self.paths, self.options = spec, paths, options
 
     def parts(self) -> list[Part]:
         return [
             Part(f"{path.name}-{n:05}", mark, (n,))
             for n, (path, mark) in enumerate(
-                zip(self.paths, ahead(file_fingerprint, self.paths), strict=True)
+                zip(self.paths, parallel_map(file_fingerprint, self.paths), strict=True)
             )
         ]
 
@@ -45,12 +45,12 @@ class TarSource:
 class SharSource:
     """lhotse Shar: cuts.000000.jsonl.gz beside recording.000000.tar. A part is one shard."""
 
-    def __init__(self, spec: str, folder: Place, options: Options) -> None:
+    def __init__(self, spec: str, folder: StoragePath, options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
 
     def parts(self) -> list[Part]:
         parts = []
-        found: list[Place] = [*self.folder.glob("cuts.*.jsonl*")]
+        found: list[StoragePath] = [*self.folder.glob("cuts.*.jsonl*")]
         for cuts in sorted(found, key=str):
             number = cuts.name.split(".")[1]
             shard = self.folder / f"recording.{number}.tar"
@@ -74,7 +74,7 @@ class SharSource:
             yield row_of_cut(place, cut, self.options, (str(shard), offset, length))
 
 
-def _recordings(path: Place) -> Iterator[tuple[str, int, int]]:
+def _recordings(path: StoragePath) -> Iterator[tuple[str, int, int]]:
     """Name, offset and length of each audio file; each is followed by its JSON."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
@@ -86,5 +86,5 @@ def _recordings(path: Place) -> Iterator[tuple[str, int, int]]:
     except TarError as error:
         raise ManifestError(str(error)) from None
     except (OSError, tarfile.TarError, EOFError) as error:
-        refuse_absence(path, error)
+        raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: expected an uncompressed tar: {error}") from None

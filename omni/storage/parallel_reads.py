@@ -12,7 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], threads: int = 16) -> Iterator[R]:
+def parallel_map(function: Callable[[T], R], items: Iterable[T], threads: int = 16) -> Iterator[R]:
     """`map`, in order, with that many calls under way: no more results are held than that.
 
     What a call raises is raised at its place; the others that have not begun are given up.
