@@ -24,8 +24,8 @@ settings: $(STAMP)  ## docs/settings.md and configs/schema.json, from omni/confi
 	$(BIN)/python -m omni.config.reference
 
 lint: $(STAMP)
-	$(BIN)/ruff check omni jobs tests
-	$(BIN)/ruff format --check omni jobs tests
+	$(BIN)/ruff check omni jobs tests docs/hooks.py
+	$(BIN)/ruff format --check omni jobs tests docs/hooks.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell

@@ -1,4 +1,4 @@
-"""Add the Markdown files of the repository's root to the site, with their links."""
+"""Add the Markdown files of the repository's root to the site, and name links by their page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 PAGES = {
     "README.md": "index.md",
@@ -15,6 +16,7 @@ PAGES = {
     "SECURITY.md": "security.md",
 }
 _LINK = re.compile(r"(\]\(|src=\"|href=\")([\w./-]+)")
+_NAMED_BY_PATH = re.compile(r"\[(?:docs/)?[\w-]+\.md\]\(([\w-]+\.md)(?=[#)])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -29,3 +31,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = _LINK.sub(in_site, (root / source).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show a link whose text is a path, `[docs/faults.md](faults.md)`, by the title of its page."""
+
+    def titled(link: re.Match[str]) -> str:
+        file = files.get_file_from_path(link[1])
+        heading = re.search(r"^# (.+)", file.content_string, re.MULTILINE) if file else None
+        return f"[{heading[1]}]({link[1]}" if heading else link[0]
+
+    return _NAMED_BY_PATH.sub(titled, markdown)
