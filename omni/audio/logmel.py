@@ -1,26 +1,100 @@
-"""Whisper's log-mel front end in torch, for the real length of a clip.
+"""Whisper's log-mel front end: cut a clip into windows of at most 30 s and transform each.
 
-Equal to transformers' `WhisperFeatureExtractor` (tests/audio/test_logmel.py), without its 30 s of
-padding: a 1.4 s prompt costs 1.9 s of frames instead of 30.
+The log-mels equal those of transformers' `WhisperFeatureExtractor` bit for bit
+(tests/audio/test_logmel.py), but padding to 30 s is optional: in mode `trim` a clip of 1.4 s takes
+190 mel frames instead of 3000.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 SAMPLING_RATE = 16_000
+SAMPLES_PER_HOUR = 3600 * SAMPLING_RATE
 N_FFT = 400
 HOP = 160  # samples per mel frame: 100 frames/s
 FRAME = 2 * HOP  # samples per encoder frame: conv2 has stride 2, so 50 frames/s
-WINDOW_SAMPLES = 30 * SAMPLING_RATE  # what the encoder's position table covers
+FRAMES_PER_SECOND = SAMPLING_RATE // FRAME
+WINDOW_SAMPLES = 30 * SAMPLING_RATE  # the encoder has position embeddings for 30 s
+WINDOW_FRAMES = WINDOW_SAMPLES // FRAME  # 1500
+MIN_SAMPLES = SAMPLING_RATE // 2  # a shorter input gives the encoder too little context
+
+Mode = Literal["full", "trim"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A span of a clip that the encoder sees at once. Lengths are in samples at 16 kHz."""
+
+    start: int
+    stop: int
+    padded: int
+    """Length after zero padding, a multiple of `FRAME`."""
+    frames: int
+    """Encoder frames that are kept; those of the padding are dropped in mode `trim`."""
+
+
+def plan_windows(samples: int, mode: Mode, margin_seconds: float = 0.5) -> list[Window]:
+    """Cut a clip of `samples` into consecutive encoder windows of at most 30 s.
+
+    mode `full` pads every window to 30 s; `trim` pads it by `margin_seconds` of silence. A last
+    window under 0.5 s would lack context, so it takes 0.5 s over from the window before it; every
+    sample is encoded exactly once.
+    """
+    starts = list(range(0, max(samples, 1), WINDOW_SAMPLES))
+    if len(starts) > 1 and samples - starts[-1] < MIN_SAMPLES:
+        starts[-1] -= MIN_SAMPLES
+    windows = []
+    for start, stop in zip(starts, starts[1:] + [samples], strict=True):
+        real = stop - start
+        if mode == "full":
+            windows.append(Window(start, stop, WINDOW_SAMPLES, WINDOW_FRAMES))
+            continue
+        wanted = max(real + round(margin_seconds * SAMPLING_RATE), MIN_SAMPLES)
+        padded = min(-(-wanted // FRAME) * FRAME, WINDOW_SAMPLES)
+        windows.append(Window(start, stop, padded, -(-real // FRAME)))
+    return windows
+
+
+def encoder_frames(samples: int, mode: Mode) -> int:
+    """Count the encoder frames of a clip: 20 ms each in `trim`, 1500 per window in `full`."""
+    return sum(window.frames for window in plan_windows(samples, mode))
+
+
+def clip_mel(audio: np.ndarray, n_mels: int, mode: Mode, margin_seconds: float) -> Tensor:
+    """Compute the log-mels of a clip's windows, concatenated in time: (n_mels, T_mel) fp32."""
+    windows = plan_windows(len(audio), mode, margin_seconds)
+    parts = [log_mel(audio[w.start : w.stop], n_mels, w.padded) for w in windows]
+    return torch.cat(parts, dim=1)
+
+
+def log_mel(audio: np.ndarray, n_mels: int, samples: int | None = None) -> Tensor:
+    """Compute the log-mel spectrogram of one clip, (n_mels, samples // HOP) fp32.
+
+    audio: (S,) fp32 mono at 16 kHz, zero-padded to `samples`, a multiple of HOP (default: S).
+    Formula: power STFT (Hann 400, hop 160, reflected edges, last frame dropped) -> mel -> log10,
+    floored at 8 decades below the clip's maximum, then (x + 4) / 4 (Radford et al. 2022, 2.2).
+    """
+    wave = torch.as_tensor(audio, dtype=torch.float32)
+    if samples is not None:
+        wave = torch.nn.functional.pad(wave, (0, samples - wave.numel()))
+    spectrum = torch.stft(wave, N_FFT, HOP, window=_hann(), return_complex=True)[:, :-1]
+    # Take abs() and square it, as transformers does: re^2 + im^2 differs in the last bit, which the
+    # encoder amplifies to 2e-4 in its output.
+    power = spectrum.abs().square()
+    log = (mel_filters(n_mels) @ power).clamp_(min=1e-10).log10_()
+    return torch.maximum(log, log.max() - 8.0).add_(4.0).div_(4.0)
 
 
 @functools.lru_cache(maxsize=4)
-def mel_filters(n_mels: int) -> torch.Tensor:
-    """Slaney mel filter bank, (n_mels, N_FFT // 2 + 1) fp32, area-normalised, 0 to 8 kHz.
+def mel_filters(n_mels: int) -> Tensor:
+    """Build the Slaney mel filter bank, (n_mels, N_FFT // 2 + 1) fp32, area-normalised, 0 to 8 kHz.
 
     Linear below 1 kHz (200/3 Hz per mel), logarithmic above (27 mels per factor of 6.4), as in
     Slaney's Auditory Toolbox and librosa, which Whisper was trained with.
@@ -45,23 +119,5 @@ def mel_filters(n_mels: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _hann() -> torch.Tensor:
+def _hann() -> Tensor:
     return torch.hann_window(N_FFT)
-
-
-def log_mel(audio: np.ndarray, n_mels: int, samples: int | None = None) -> torch.Tensor:
-    """One clip's log-mel spectrogram, (n_mels, samples // HOP) fp32.
-
-    audio: (S,) fp32 mono at 16 kHz. It is zero-padded to `samples` (default: S), a multiple of HOP.
-    Formula: power STFT (Hann 400, hop 160, reflected edges, last frame dropped) -> mel -> log10,
-    floored at 8 decades below the clip's maximum, then (x + 4) / 4 (Radford et al. 2022, 2.2).
-    """
-    wave = torch.as_tensor(audio, dtype=torch.float32)
-    if samples is not None:
-        wave = torch.nn.functional.pad(wave, (0, samples - wave.numel()))
-    spectrum = torch.stft(wave, N_FFT, HOP, window=_hann(), return_complex=True)[:, :-1]
-    # abs() and then a square, in transformers' order: the encoder amplifies a last-bit difference
-    # here (re^2 + im^2 would be one) to 2e-4 in its output.
-    power = spectrum.abs().square()
-    log = (mel_filters(n_mels) @ power).clamp_(min=1e-10).log10_()
-    return torch.maximum(log, log.max() - 8.0).add_(4.0).div_(4.0)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omni.audio.logmel import HOP, SAMPLING_RATE
-from omni.audio.windows import Window
+from omni.audio.logmel import HOP, SAMPLING_RATE, Window
 from omni.augment import effects
 from omni.augment.noise import Clips
 from omni.augment.speed import Speeds, names_of

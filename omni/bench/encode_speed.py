@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from omni.audio.decode import AudioSpan, decode
-from omni.audio.logmel import SAMPLING_RATE
-from omni.audio.windows import clip_mel
+from omni.audio.logmel import SAMPLING_RATE, WINDOW_SAMPLES, clip_mel
 from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.config import Config
 from omni.corpus.lengths import span_of
@@ -90,7 +89,7 @@ def _encoders(
     taken["trim"] = [t / _TRIM_REPEATS for t in taken["trim"]]
     taken["matmul"] = [t / _CEILING_REPEATS for t in taken["matmul"]]
 
-    windows = sum(-(-count // (30 * SAMPLING_RATE)) for count in samples)
+    windows = sum(-(-count // WINDOW_SAMPLES) for count in samples)
     full_flops = windows * encoder_flops(full.config, 1500)
     trim_flops = sum(encoder_flops(full.config, mel.shape[1] // 2) for mel in trim_mels)
     seconds = sum(samples) / SAMPLING_RATE

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
+from omni.audio.logmel import SAMPLING_RATE
 from omni.config import Config
 from omni.plan.plan import Split
 from omni.run.prepare import Prepared, prepare
@@ -54,7 +55,9 @@ def take_sample(config: Config, bins: int, seconds: float = 5.0) -> Sample:
     rows = first_rows(train.plan, bins, config.optim)
     loaded, took = loaded_blocks(train, rows, settings)
     rate, encoded = encoder_rate(EncodeStage(settings), loaded, seconds)
-    audio = sum(sum(row) for block in encoded for row in block["samples"].to_pylist()) / 16_000
+    audio = (
+        sum(sum(row) for block in encoded for row in block["samples"].to_pylist()) / SAMPLING_RATE
+    )
     return Sample(prepared, settings, loaded, encoded, audio / took, rate)
 
 

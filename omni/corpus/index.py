@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import Reject, measure_all
 from omni.corpus.messages import answer_of, parse_messages, to_column
@@ -85,7 +86,7 @@ class Index:
 
     @property
     def hours(self) -> float:
-        return int(pc.sum(self.table["samples"]).as_py() or 0) / 16_000 / 3600
+        return int(pc.sum(self.table["samples"]).as_py() or 0) / SAMPLES_PER_HOUR
 
     @property
     def fingerprint(self) -> str:

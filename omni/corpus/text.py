@@ -21,7 +21,7 @@ from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_of, to_column
 from omni.model.chat_template import Message
 
-TRANSCRIBE = "transcribe"  # the task of rows that name none
+DEFAULT_TASK = "transcribe"  # the task of rows that name none
 UNSPACED = {"zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "ja", "th", "lo", "my", "km"}
 # Scripts of theirs, for `regex`. The prolonged sound mark of kana belongs to no script.
 UNSPACED_SCRIPTS = (
@@ -174,11 +174,11 @@ def _apply(row: dict[str, Any], policy: TextPolicy) -> bool:
         for part in row["audios"]:
             part["text"] = None if part["text"] is None else policy.form(part["text"])
         return True
-    spoken = row["task"] in (None, TRANSCRIBE)
+    spoken = row["task"] in (None, DEFAULT_TASK)
     row["text"] = policy.transcript(row["text"], language) if spoken else policy.form(row["text"])
     prompt = row["prompt"]
     if policy.language_tag and not prompt:
-        prompt = policy.prompts.get(row["task"] or TRANSCRIBE, "")
+        prompt = policy.prompts.get(row["task"] or DEFAULT_TASK, "")
     try:
         row["prompt"] = policy.prompt(prompt, language)
     except ValueError as error:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from omni.audio.logmel import SAMPLING_RATE, WINDOW_FRAMES
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_state
 from omni.errors import ConfigError
 from omni.model.chat_template import PLACEHOLDER, Template, make_template
@@ -28,7 +29,6 @@ from omni.model.speech_lm import OmniModel
 from omni.storage.path import StoragePath
 
 Format = Literal["nanochat", "hf"]
-_WINDOW_FRAMES = 1500  # that Voxtral's encoder makes of 30 s
 
 
 def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
@@ -202,14 +202,14 @@ from transformers import (
 
 HERE = Path(__file__).parent
 BEFORE, AFTER = {given[:at]}, {given[at + 1 :]}  # the prompt around the recording
-PER_WINDOW = {_WINDOW_FRAMES // stack}  # positions of 30 s
+PER_WINDOW = {WINDOW_FRAMES // stack}  # positions of 30 s
 
 model = VoxtralForConditionalGeneration.from_pretrained(HERE, dtype=torch.float32).eval()
 tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE)
 extract = AutoFeatureExtractor.from_pretrained(HERE)
 for file in sys.argv[1:]:
     audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    assert rate == 16_000, f"{{file}}: {{rate}} Hz, expected 16000"
+    assert rate == {SAMPLING_RATE}, f"{{file}}: {{rate}} Hz, expected {SAMPLING_RATE}"
     features = extract(audio.mean(1), sampling_rate=rate, return_tensors="pt").input_features
     ids = BEFORE + [model.config.audio_token_id] * (PER_WINDOW * len(features)) + AFTER
     written = model.generate(

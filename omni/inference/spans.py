@@ -12,9 +12,9 @@ from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.vad import Segmenting, speech_spans
 from omni.corpus.index import ManifestError, manifest_path, read_built
 from omni.corpus.index_row import IndexRow
+from omni.corpus.text import DEFAULT_TASK
 from omni.errors import ConfigError
 from omni.inference.transcriber import ENCODE_BATCH, Transcriber, hold
-from omni.plan.sequences import DEFAULT_TASK
 from omni.storage.path import as_path, public_uri, reason_of
 
 

@@ -20,7 +20,7 @@ from omni.corpus.index import build_index
 from omni.corpus.index_row import IndexRow, recordings
 from omni.corpus.lengths import Reject, span_of
 from omni.corpus.messages import messages_of
-from omni.corpus.text import TextPolicy, apply_policy, join
+from omni.corpus.text import DEFAULT_TASK, TextPolicy, apply_policy, join
 from omni.errors import ConfigError
 from omni.inference.decode_batch import HeldUtterance, by_language, summarize, transcribe
 from omni.model.chat_template import Message, Template, make_template, transcription
@@ -28,7 +28,6 @@ from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
-from omni.plan.sequences import DEFAULT_TASK
 from omni.storage.path import StoragePath, as_path, public_uri, reason_of
 from omni.stream.codec import DTYPES, FeatureCodec
 from omni.stream.collate import Utterance

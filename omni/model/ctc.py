@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omni.model.loss import LOGITS
+from omni.model.losses import LOGITS_PER_CHUNK
 
 _SAMPLE = 4096  # rows that tell how large embeddings are
 _FEW = 4096  # classes: up to here the whole softmax is small
@@ -109,7 +109,7 @@ def ctc_losses(
             logits = torch.cat((words[:, found].float(), blanks.float(), others), 1)
             return F.log_softmax(logits, dim=-1)
 
-        size = max(1, LOGITS // head.classes)
+        size = max(1, LOGITS_PER_CHUNK // head.classes)
         if len(soft_NC) <= size:
             log_probs = part(soft_NC)
         else:

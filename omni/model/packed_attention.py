@@ -1,45 +1,50 @@
-"""Several utterances in one row: who may look at whom, and attention that respects it.
+"""Causal attention over rows that hold several sequences (segments), each seeing only itself.
 
-The cost is that of the utterances, not the square of the bin. On CPU, packed rows are taken apart
-into their segments, which attend in groups of similar length: nothing crosses a boundary because
-the neighbours are not there. On a GPU shapes stay fixed, and a block mask skips what is not shared.
+Three implementations compute the same result, which tests compare. On CPU, packed rows are split
+into their segments, which attend in groups of similar length: matrix products for short segments,
+torch's fused kernel for long ones; the cost is that of the segments, not the square of the row. On
+a GPU, `flex_attention` runs over whole rows with a block mask, so that shapes stay fixed.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
-
-from omni.model.attention import causal, packed, packed_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Kernel = Literal["groups", "flex"]
-GROUP_FILL = 0.7  # a group's shortest segment is at least this share of its longest
+GROUP_FILL = 0.7  # minimum ratio of the shortest to the longest segment of a group
+# Scores of longer sequences do not fit in the CPU's caches, and fused kernels are faster.
+MATMUL_MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """What a batch's rows look like to attention, smear and rotary positions.
-
-    positions_BT: distance from the segment's start.
-    continues_BT: the position before belongs to the same segment.
-    lengths_B: valid positions of plain rows that are padded on the right; None: all.
-    groups: packed rows, "groups"; (S, L) flat positions of S segments, padded with their last one.
-    inverse: each flat position's place in the concatenated groups; padding: one past the end.
-    segments_BT: packed rows, "flex"; masks: their block masks by window, made when first needed.
-    """
+    """Positions and segment boundaries of a batch, for attention, smear and rotary embeddings."""
 
     positions_BT: Tensor
+    """Distance from the start of the segment, int64."""
     continues_BT: Tensor
+    """True where the previous position belongs to the same segment."""
     lengths_B: Tensor | None = None
+    """Valid positions of plain rows that are padded on the right; None: all are valid."""
     groups: list[Tensor] | None = None
+    """Kernel "groups": for each group, (S, L) flat positions of S segments, padded by repetition
+    of their last position."""
     inverse: Tensor | None = None
+    """Kernel "groups": index of each flat position in the concatenated groups; padding has the
+    index one past the end."""
     segments_BT: Tensor | None = None
+    """Kernel "flex": segment numbers, 0 is padding."""
     masks: dict[int, BlockMask] = field(default_factory=dict)
+    """Kernel "flex": block masks by window, built on first use."""
 
     @classmethod
     def plain(
@@ -49,16 +54,16 @@ class SegmentLayout:
         start_B: Tensor | None = None,
         lengths_B: Tensor | None = None,
     ) -> SegmentLayout:
-        """Each row is one sequence, beginning at position `start_B` (0) and `lengths_B` long."""
+        """Lay out rows of one sequence each, whose first position is `start_B` (default 0)."""
         steps = torch.arange(shape[1], device=device).expand(shape)
         positions = steps if start_B is None else steps + start_B[:, None]
         return cls(positions, steps > 0, lengths_B)
 
     @classmethod
     def packed(cls, segments_BT: Tensor, kernel: Kernel | None = None) -> SegmentLayout:
-        """Rows that hold several sequences, numbered by `segments_BT`; 0 is padding.
+        """Lay out rows of several sequences, numbered by `segments_BT`; 0 is padding.
 
-        kernel: how they attend; None is "flex" on CUDA and "groups" elsewhere.
+        kernel: None chooses "flex" on CUDA and "groups" elsewhere.
         """
         device = segments_BT.device
         if kernel is None:
@@ -79,32 +84,35 @@ class SegmentLayout:
         )
 
     def shift(self, x_BTC: Tensor) -> Tensor:
-        """x of the position before, zero where a segment begins."""
+        """Return x of the previous position, zero at the start of a segment."""
         shifted = F.pad(x_BTC, (0, 0, 1, 0))[:, :-1]
         return shifted * self.continues_BT.unsqueeze(-1)
 
     def last(self, x_BTC: Tensor) -> Tensor:
-        """x at the last valid position of each plain row, (B, C)."""
+        """Return x at the last valid position of each plain row, (B, C)."""
         if self.lengths_B is None:
             return x_BTC[:, -1]
         return x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), self.lengths_B - 1]
 
     def next_positions(self) -> Tensor:
-        """The position that follows each plain row, (B,)."""
+        """Return the position that follows each plain row, (B,) int64."""
         if self.lengths_B is None:
             return self.positions_BT[:, -1] + 1
         return self.positions_BT[:, 0] + self.lengths_B
 
     def attend(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
-        """Causal attention inside segments, each position seeing at most `window` to its left."""
+        """Attend inside segments: each position sees itself and at most `window` to its left.
+
+        Returns (B, T, H, D).
+        """
         if self.segments_BT is not None:
             if window not in self.masks:
-                self.masks[window] = packed_mask(self.segments_BT, window)
-            return packed(q_BTHD, k_BTGD, v_BTGD, self.masks[window])
+                self.masks[window] = _block_mask(self.segments_BT, window)
+            return _flex_attention(q_BTHD, k_BTGD, v_BTGD, self.masks[window])
         if self.groups is None or self.inverse is None:
-            return causal(q_BTHD, k_BTGD, v_BTGD, window)
+            return causal_attention(q_BTHD, k_BTGD, v_BTGD, window)
         if not self.groups:
-            # A bin of padding: nothing to attend to, but every parameter needs its gradient.
+            # The rows are all padding. DDP still needs a gradient for every trainable parameter.
             return q_BTHD * 0.0 + (k_BTGD.sum() + v_BTGD.sum()) * 0.0
         q, k, v = (t.flatten(0, 1) for t in (q_BTHD, k_BTGD, v_BTGD))
         outs = []
@@ -113,13 +121,84 @@ class SegmentLayout:
                 t.index_select(0, group.flatten()).view(*group.shape, *t.shape[1:])
                 for t in (q, k, v)
             ]
-            outs.append(causal(picked[0], picked[1], picked[2], window).flatten(0, 1))
+            outs.append(causal_attention(picked[0], picked[1], picked[2], window).flatten(0, 1))
         outs.append(torch.zeros(1, *q.shape[1:], dtype=v.dtype, device=v.device))
         return torch.cat(outs).index_select(0, self.inverse).view(q_BTHD.shape)
 
 
+def causal_attention(q_STHD: Tensor, k_STGD: Tensor, v_STGD: Tensor, window: int) -> Tensor:
+    """Attend in S sequences of T positions, each seeing itself and at most `window` to its left.
+
+    H query heads share G key heads. Returns (S, T, H, D).
+    """
+    length = q_STHD.shape[1]
+    repeats = q_STHD.shape[2] // k_STGD.shape[2]
+    if repeats > 1:
+        k_STGD = k_STGD.repeat_interleave(repeats, dim=2)
+        v_STGD = v_STGD.repeat_interleave(repeats, dim=2)
+    q, k, v = (t.transpose(1, 2) for t in (q_STHD, k_STGD, v_STGD))
+    if q.device.type == "cpu" and length <= MATMUL_MAX_LENGTH:
+        out = _matmul_attention(q, k, v, window)
+    elif length <= window + 1:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(length, window, q.device))
+    return out.transpose(1, 2)
+
+
+def _matmul_attention(q_SHTD: Tensor, k_SHTD: Tensor, v_SHTD: Tensor, window: int) -> Tensor:
+    """Attend by two batched matrix products and a softmax, (S, H, T, D).
+
+    On CPU and for the lengths of utterances, torch 2.13's fused kernels take two to six times as
+    long, forward and backward.
+    """
+    length, width = q_SHTD.shape[-2:]
+    q, k, v = (t.reshape(-1, length, width) for t in (q_SHTD, k_SHTD, v_SHTD))
+    mask = _additive_mask(length, min(window, length), q.dtype)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(width))
+    return torch.bmm(scores.softmax(-1), v).view_as(q_SHTD)
+
+
+@functools.lru_cache(maxsize=64)
+def _additive_mask(length: int, window: int, dtype: torch.dtype) -> Tensor:
+    """Build a mask of 0 at visible positions and -inf elsewhere, (T, T) on CPU."""
+    with torch.inference_mode(False):
+        visible = _visible(length, window, torch.device("cpu"))
+        return torch.zeros(length, length, dtype=dtype).masked_fill_(~visible, -math.inf)
+
+
+def _visible(length: int, window: int, device: torch.device) -> Tensor:
+    steps = torch.arange(length, device=device)
+    distance = steps[:, None] - steps
+    return (distance >= 0) & (distance <= window)
+
+
+def _block_mask(segments_BT: Tensor, window: int) -> BlockMask:
+    rows, length = segments_BT.shape
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = segments_BT[b, q] == segments_BT[b, k]
+        return same & (q >= k) & (q - k <= window)
+
+    return create_block_mask(visible, rows, None, length, length, device=segments_BT.device)
+
+
+def _flex_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, mask: BlockMask) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTGD, v_BTGD))
+    grouped = q.shape[1] != k.shape[1]
+    out: Tensor = _flex_kernel(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=2)
+def _flex_kernel(device: str) -> Callable[..., Any]:
+    """Return `flex_attention`, compiled to a fused kernel on CUDA; uncompiled it runs anywhere."""
+    kernel: Any = flex_attention
+    return torch.compile(kernel, dynamic=False) if device == "cuda" else kernel
+
+
 def _group(segments_BT: Tensor, continues_BT: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Segments sorted by length and cut into groups, with the way back."""
+    """Sort segments by length and cut them into groups; see `SegmentLayout.groups`, `inverse`."""
     flat = segments_BT.flatten()
     begins = (~continues_BT.flatten()).nonzero().squeeze(1)
     ends = torch.cat((begins[1:], torch.tensor([flat.numel()])))
@@ -138,9 +217,9 @@ def _group(segments_BT: Tensor, continues_BT: Tensor) -> tuple[list[Tensor], Ten
         steps = torch.arange(longest)
         within = steps.clamp(max=lengths[members][:, None] - 1)
         positions = begins[members][:, None] + within
-        places = offset + torch.arange(positions.numel()).view_as(positions)
+        indices = offset + torch.arange(positions.numel()).view_as(positions)
         valid = steps < lengths[members][:, None]
-        inverse[positions[valid]] = places[valid]
+        inverse[positions[valid]] = indices[valid]
         groups.append(positions)
         offset += positions.numel()
         first = last

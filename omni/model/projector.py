@@ -7,7 +7,6 @@ and `forward`, and one name in `PROJECTORS`.
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -146,14 +145,6 @@ class LayerMix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         split = x.view(len(x), -1, self.layers, self.width).to(self.logits.dtype)
         return torch.einsum("nsld,l->nsd", split, self.logits.softmax(0)).flatten(1)
-
-
-class AnyProjector(Protocol):
-    """(N, in_dim) stacked frames to (N, out_dim) soft tokens; starts_N as in `Batch`."""
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None: ...
-
-    def __call__(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor: ...
 
 
 PROJECTORS: dict[str, type[nn.Module]] = {

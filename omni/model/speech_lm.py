@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from omni.model.batch import IGNORED, Batch
 from omni.model.ctc import CTCHead, LinearCTC, TiedCTC, ctc_losses
-from omni.model.distill import Distillation, kl_divergence
 from omni.model.lm.gpt import GPT, GPTConfig, rms, scatter_soft_tokens
 from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.lm.lora import LoraShape, add_lora, is_adapter, without_adapters
+from omni.model.losses import Distillation, kl_divergence
 from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import LayerMix, make_projector
 

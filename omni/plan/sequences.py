@@ -7,18 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from omni.audio.windows import encoder_frames
+from omni.audio.logmel import SAMPLING_RATE, encoder_frames
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import IndexRow, recordings, transcripts
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_of
-from omni.corpus.text import TRANSCRIBE
+from omni.corpus.text import DEFAULT_TASK
 from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO, Template
 from omni.model.projector import soft_tokens
 
-DEFAULT_TASK = TRANSCRIBE  # of rows that name none
 _BATCH = 65_536
 _TOKENS = pa.schema(
     [
@@ -73,8 +72,8 @@ def with_tokens(
                     row["id"],
                     row["uri"],
                     "longer than a bin",
-                    f"{need} positions ({row['samples'] / 16_000:.1f} s, {len(sequence.ids)} "
-                    f"tokens); optim.bin_positions is {capacity}",
+                    f"{need} positions ({row['samples'] / SAMPLING_RATE:.1f} s, "
+                    f"{len(sequence.ids)} tokens); optim.bin_positions is {capacity}",
                 )
             )
         first += len(rows)

@@ -9,8 +9,7 @@ from html import escape
 import numpy as np
 import pyarrow as pa
 
-from omni.audio.logmel import SAMPLING_RATE
-from omni.audio.windows import encoder_frames
+from omni.audio.logmel import SAMPLING_RATE, encoder_frames
 from omni.config import Config, load_config
 from omni.corpus.index import Index
 from omni.corpus.index_row import recordings

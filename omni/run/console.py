@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
+from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.checkpoint.checkpoint import TrainState
 from omni.run.prepare import Prepared
 from omni.storage.path import StoragePath
@@ -30,7 +31,7 @@ class LiveView:
         say = self._console.print
         say(f"[bold]omni[/] {config.run_dir}")
         for name, split in prepared.splits.items():
-            hours = pc.sum(split.table["samples"]).as_py() / 16_000 / 3600
+            hours = pc.sum(split.table["samples"]).as_py() / SAMPLES_PER_HOUR
             say(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
         plan = prepared.splits["train"].plan
         say(

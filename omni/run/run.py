@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.checkpoint.checkpoint import TrainState, newest_step, read_state
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
@@ -185,7 +186,7 @@ def _close(prepared: Prepared, wall_seconds: float) -> dict[str, Any]:
     summary |= {
         "rejects": counts,
         "wall_seconds": round(wall_seconds, 1),
-        "train_hours": pc.sum(prepared.splits["train"].table["samples"]).as_py() / 57_600_000,
+        "train_hours": pc.sum(prepared.splits["train"].table["samples"]).as_py() / SAMPLES_PER_HOUR,
     }
     write_json(path, summary)
     return summary

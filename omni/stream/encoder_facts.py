@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from omni.audio.logmel import SAMPLING_RATE
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.errors import ConfigError
@@ -52,6 +53,7 @@ def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
         raise
     except (SourceError, ValueError) as error:
         raise ConfigError(f"encoder.weights: {error}") from None
+    longest_samples = float(np.quantile(train.table["samples"].to_numpy(), 0.99))
     return {
         "source": settings.weights,
         "mode": settings.mode,
@@ -62,7 +64,7 @@ def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
         "d_model": encoder.d_model,
         "layers": encoder.layer_ids,
         "n_mels": encoder.n_mels,
-        "longest_seconds": float(np.quantile(train.table["samples"].to_numpy(), 0.99)) / 16_000,
+        "longest_seconds": longest_samples / SAMPLING_RATE,
     }
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from omni.audio.decode import AudioError, decode_patiently, fit
-from omni.audio.logmel import SAMPLING_RATE
-from omni.audio.windows import clip_mel, plan_windows
+from omni.audio.logmel import SAMPLING_RATE, clip_mel, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
 from omni.config import Config

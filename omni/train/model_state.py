@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError
 from omni.config import Config
-from omni.model.distill import Distillation
 from omni.model.lm.pretrained import load_lm
+from omni.model.losses import Distillation
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.train.distributed import like, whole

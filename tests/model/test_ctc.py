@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni.model.ctc import CTCHead, LinearCTC, TiedCTC, ctc_losses
-from omni.model.loss import LOGITS
+from omni.model.losses import LOGITS_PER_CHUNK
 
 WIDTH, LARGE = 8, 5_000
 LENGTHS = [7, 1, 12, 3]  # the third utterance has no label, the last more than soft tokens
@@ -69,7 +69,7 @@ def test_a_long_batch_goes_through_the_vocabulary_in_chunks() -> None:
     lm = Embeddings(LARGE)
     head = TiedCTC(WIDTH, LARGE)
     head.init_weights(torch.Generator().manual_seed(3))
-    each, count = 50, 2 * (LOGITS // LARGE) // 50 + 1
+    each, count = 50, 2 * (LOGITS_PER_CHUNK // LARGE) // 50 + 1
     soft, whole = soft_tokens(each * count), soft_tokens(each * count)
     labels = [torch.arange(first, first + 9) for first in range(count)]
     loss = ctc_losses(head, soft, lm, [each] * count, labels).sum()

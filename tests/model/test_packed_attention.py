@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.model.attention import causal
 from omni.model.lm.gpt import GPT
-from omni.model.packed_attention import Kernel, SegmentLayout
+from omni.model.packed_attention import Kernel, SegmentLayout, causal_attention
 from tests.helpers.small_gpt import SMALL, awake_gpt, random_ids
 
 KERNELS: tuple[Kernel, Kernel] = ("groups", "flex")
@@ -194,7 +193,7 @@ def test_products_equal_the_fused_kernel_forwards_and_backwards(
             turned = [t.transpose(1, 2) for t in leaves]
             out = F.scaled_dot_product_attention(*turned, attn_mask=seen).transpose(1, 2)
         else:
-            out = causal(leaves[0], leaves[1], leaves[2], window)
+            out = causal_attention(leaves[0], leaves[1], leaves[2], window)
         results.append((out, *torch.autograd.grad(out, leaves, g)))
     for products, reference in zip(*results, strict=True):
         torch.testing.assert_close(products, reference, rtol=0.02, atol=atol)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 import omni
-from omni.audio.windows import encoder_frames
+from omni.audio.logmel import encoder_frames
 from omni.checkpoint.checkpoint import TrainState, save_checkpoint
 from omni.config import Config, parse_config
 from omni.errors import ConfigError

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from omni.audio.logmel import SAMPLING_RATE
 from omni.config import load_config
 from omni.metrics.rows import Window
 from omni.run.make_job import make_job
@@ -91,7 +92,11 @@ def test_padded_encoder_batches_change_rounding_only(
 
 @pytest.mark.parametrize(
     "name, value",
-    [("attention.CPU_LENGTH", 0), ("loss.LOGITS", 1 << 13), ("packing.GROUP_FILL", 1)],
+    [
+        ("packed_attention.MATMUL_MAX_LENGTH", 0),
+        ("packed_attention.GROUP_FILL", 1),
+        ("losses.LOGITS_PER_CHUNK", 1 << 13),
+    ],
 )
 def test_attention_and_loss_change_rounding_only(
     prepared: Prepared,
@@ -123,6 +128,8 @@ def test_a_loader_that_is_held_back_reads_no_faster(prepared: Prepared) -> None:
     )
     settings = without_cache(encoder_settings(config, prepared.encoder))
     blocks, seconds = loaded_blocks(prepared.splits["train"], range(2), settings)
-    audio = sum(sum(row) for block in blocks for row in block["samples"].to_pylist()) / 16_000
+    audio = (
+        sum(sum(row) for block in blocks for row in block["samples"].to_pylist()) / SAMPLING_RATE
+    )
     assert seconds >= audio / 100
     assert sum(sum(block["load_seconds"].to_pylist()) for block in blocks) >= audio / 100

@@ -23,8 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.audio.logmel import FRAME, HOP, SAMPLING_RATE, WINDOW_SAMPLES
-from omni.audio.windows import Mode, Window, clip_mel, plan_windows
+from omni.audio.logmel import (
+    FRAME,
+    HOP,
+    SAMPLING_RATE,
+    WINDOW_SAMPLES,
+    Mode,
+    Window,
+    clip_mel,
+    plan_windows,
+)
 from omni.model.download import read_whisper_files, whisper_folder
 from omni.model.precision import compute_dtype
 

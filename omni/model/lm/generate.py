@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from omni.audio.logmel import FRAMES_PER_SECOND
 from omni.model.chat_template import AUDIO
 from omni.model.lm.gpt import GPT, SMEAR_GATE_CHANNELS, KVCache
 from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import stack_frames
 from omni.model.speech_lm import OmniModel
-
-FRAMES_PER_SECOND = 50
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from omni.model.lm.gpt_block import (
     KVCache,
     rms,
 )
-from omni.model.loss import token_losses
+from omni.model.losses import token_losses
 from omni.model.packed_attention import SegmentLayout
 
 SOFTCAP = 15.0

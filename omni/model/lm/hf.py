@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from omni.errors import first_line
 from omni.model.download import SourceError
-from omni.model.loss import token_losses
+from omni.model.losses import token_losses
 from omni.model.packed_attention import SegmentLayout
 
 _ATTENTION = "omni_packed"

@@ -344,7 +344,7 @@ def test_chunks_of_the_loss_add_up_and_never_hold_all_logits(
     model.lm_head.register_forward_hook(lambda m, i, out: largest.append(out.numel()))
     losses, gradients = [], []
     for limit in (1 << 24, 7 * model.config.padded_vocab_size):
-        monkeypatch.setattr("omni.model.loss.LOGITS", limit)
+        monkeypatch.setattr("omni.model.losses.LOGITS_PER_CHUNK", limit)
         model.zero_grad()
         loss = model(idx, targets)
         loss.backward()

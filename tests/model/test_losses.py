@@ -12,8 +12,8 @@ from torch import Tensor
 from omni.model.batch import IGNORED, Batch
 from omni.model.chat_template import AUDIO
 from omni.model.ctc import TiedCTC
-from omni.model.distill import Distillation
 from omni.model.lm.lora import LoraShape
+from omni.model.losses import Distillation
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.stream.collate import Utterance, collate
 from tests.helpers.hf_folders import VOCABULARY, wrapped
