@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from omni.checkpoint.checkpoint import CheckpointError, point, prune
+from omni.checkpoint.checkpoint import CheckpointError
+from omni.checkpoint.retention import prune_checkpoints, set_link
 from omni.storage.path import StoragePath, reason_of
 from omni.storage.retry import NO_SPACE
 
@@ -84,12 +85,12 @@ class Saver:
             try:
                 path = job.write()
                 if job.best:
-                    point(self._folder / "best", path)
-                prune(self._folder, self._keep)
+                    set_link(self._folder / "best", path)
+                prune_checkpoints(self._folder, self._keep)
             except OSError as error:
                 reason = reason_of(error)
                 if error.errno in NO_SPACE:
-                    prune(self._folder, 1)
+                    prune_checkpoints(self._folder, 1)
             except BaseException as error:
                 with self._changed:
                     self._broken, self._writing = error, None

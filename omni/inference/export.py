@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omni.audio.logmel import SAMPLING_RATE, WINDOW_FRAMES
-from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_state
+from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from omni.errors import ConfigError
 from omni.model.chat_template import PLACEHOLDER, Template, make_template
 from omni.model.download import SourceError, read_whisper_files, whisper_folder
@@ -34,7 +34,7 @@ Format = Literal["nanochat", "hf"]
 def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
     """Write the folder `out`; returns its files. Raises ConfigError where a format does not fit."""
     try:
-        found = read_state(checkpoint, verify=True)
+        found = read_checkpoint(checkpoint, verify=True)
         model = found.load_model().eval()
         config = _config_of(found)
         template = make_template(found.tokenizer(), config["data"].get("template", "auto"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_patiently, fit
 from omni.audio.logmel import SAMPLING_RATE
-from omni.checkpoint.checkpoint import CheckpointError, read_state
+from omni.checkpoint.checkpoint import CheckpointError, read_checkpoint
 from omni.corpus.index import build_index
 from omni.corpus.index_row import IndexRow, recordings
 from omni.corpus.lengths import Reject, span_of
@@ -52,7 +52,7 @@ class Transcriber:
     def load(cls, checkpoint: StoragePath, device: str = "cpu") -> Transcriber:
         """Raises ConfigError when the checkpoint or its encoder cannot be used."""
         try:
-            found = read_state(checkpoint, verify=True)
+            found = read_checkpoint(checkpoint, verify=True)
             facts = found.encoder
             encoder = WhisperEncoder(
                 None if facts["source"] == "hub" else facts["source"],

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from omni.audio.logmel import SAMPLING_RATE
-from omni.checkpoint.checkpoint import TrainState
+from omni.checkpoint.train_state import TrainState
 from omni.metrics.score import Errors
 from omni.metrics.sums import LossTotals
 from omni.metrics.table import TRAIN_METRICS, EvalRow, StepSums, TaskFigures, TrainRow

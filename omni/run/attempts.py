@@ -24,7 +24,7 @@ from ray.data import Dataset, ExecutionOptions, ExecutionResources
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from omni.checkpoint.checkpoint import newest_step, read_state, resume_point
+from omni.checkpoint.resume import ResumePoint, find_resume_point, newest_step
 from omni.cluster.capacity import Demand, bundle, workers_that_fit
 from omni.cluster.nodes import nodes
 from omni.metrics.prometheus import RayPublisher
@@ -68,6 +68,13 @@ class Attempts:
         self._settings = encoder_settings(self._config, prepared.encoder)
         self._looked = 0.0
         self._changed = 0
+        self._verified: tuple[ResumePoint | None, list[str]] | None = (
+            None if prepared.resume is None else ResumePoint.of(prepared.resume, self._run_dir),
+            prepared.damaged,
+        )
+        """Resume point of the first attempt, which `prepare` has verified already."""
+        self._damaged: list[str] = []
+        """Damaged checkpoints that an earlier attempt has reported."""
 
     def run(self) -> bool:
         """True when the plan is trained to its end, False when a signal ended it before.
@@ -108,12 +115,13 @@ class Attempts:
 
         seen: the events before it.
         """
-        trainer = self._trainer(workers)
         outcome: list[BaseException] = []
 
         def fit() -> None:
+            # Here rather than before the thread: verification may take minutes, or wait for
+            # storage, and a signal must be answered meanwhile.
             try:
-                trainer.fit()
+                self._trainer(workers, self._choose_resume_point()).fit()
             except BaseException as error:  # SystemExit of a lost connection among them
                 outcome.append(error)
 
@@ -140,6 +148,20 @@ class Attempts:
                     self._looked = float("inf")  # once per attempt
         self._looked, self._changed = 0.0, 0
         return outcome[0] if outcome else None
+
+    def _choose_resume_point(self) -> ResumePoint | None:
+        """Choose and verify the checkpoint of the next attempt, once for all its ranks.
+
+        Reports damaged checkpoints that no earlier attempt reported. Raises OSError.
+        """
+        resume, damaged = self._verified or find_resume_point(self._run_dir)
+        self._verified = None
+        step = 0 if resume is None else resume.step
+        for reason in damaged:
+            if reason not in self._damaged:
+                write_event(self._run_dir, "damaged checkpoint", step, reason=reason)
+        self._damaged = damaged
+        return resume
 
     def _stopped(self, seen: Mapping[str, int]) -> bool:
         """Whether the ranks have said good-bye, checkpoint written."""
@@ -173,7 +195,7 @@ class Attempts:
                 return f"the cluster has room for {room} workers"
         return None
 
-    def _trainer(self, workers: int) -> TorchTrainer:
+    def _trainer(self, workers: int, resume: ResumePoint | None) -> TorchTrainer:
         config = self._config
         options = ExecutionOptions(preserve_order=True)
         if config.data.buffer_mb is not None:
@@ -186,7 +208,7 @@ class Attempts:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # _should_move does it
         return TorchTrainer(
             _work,
-            train_loop_config={"job": make_job(self._prepared, workers)},
+            train_loop_config={"job": make_job(self._prepared, workers, resume)},
             torch_config=TorchConfig(timeout_s=timeout),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees V1's
                 num_workers=workers,
@@ -200,7 +222,13 @@ class Attempts:
                 failure_config=FailureConfig(max_failures=0),
             ),
             datasets={
-                STREAM: functools.partial(_open_stream, self._splits, self._settings, workers)
+                STREAM: functools.partial(
+                    _open_stream,
+                    self._splits,
+                    self._settings,
+                    workers,
+                    0 if resume is None else resume.step,
+                )
             },
             dataset_config=DataConfig(execution_options=options),
         )
@@ -215,12 +243,10 @@ def _ray_storage(place: StoragePath) -> dict[str, Any]:
 
 
 def _open_stream(
-    references: list[ray.ObjectRef], settings: StreamSettings, workers: int
+    references: list[ray.ObjectRef], settings: StreamSettings, workers: int, first_step: int
 ) -> Dataset:
-    """Held-out bins once, then the plan from where the newest checkpoint stands."""
+    """Open the stream: held-out bins once, then the bins of the plan from `first_step` on."""
     config = settings.config
-    path = resume_point(config.run_dir)
-    first_step = 0 if path is None else read_state(path).state.step
     splits: list[Split] = ray.get(references)
     rows = [(i, held_bins(s, config, workers)) for i, s in enumerate(splits) if s.name != "train"]
     train = next(i for i, s in enumerate(splits) if s.name == "train")

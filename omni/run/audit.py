@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from omni.checkpoint.checkpoint import newest_checkpoint, read_state
+from omni.checkpoint.resume import newest_checkpoint
 from omni.metrics.run_files import read_events, read_json_lines
 from omni.plan.plan import Plan, passes
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
@@ -46,10 +46,10 @@ class Audit:
 
 def audit(run_dir: StoragePath) -> Audit:
     """Check a run. Raises AuditError where there is nothing to check."""
-    path = newest_checkpoint(run_dir / "checkpoints")
-    if path is None:
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    if newest is None:
         raise AuditError(f"{run_dir}: no checkpoint: nothing counts yet")
-    state = read_state(path).state
+    state = newest.state
     found = Audit(steps=state.step)
     events = read_events(run_dir)
     attempts = [row for row in events if row["event"] == "attempt"]

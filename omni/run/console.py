@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
-from omni.checkpoint.checkpoint import TrainState
+from omni.checkpoint.train_state import TrainState
 from omni.run.prepare import Prepared
 from omni.storage.path import StoragePath
 

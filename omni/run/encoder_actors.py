@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import ray
 
-from omni.checkpoint.checkpoint import read_state
 from omni.errors import ConfigError
 from omni.metrics.run_files import append_json
 from omni.run.estimate import audio_per_step, step_seconds
@@ -56,4 +55,4 @@ def sized(prepared: Prepared, trial: Trial, missing: float) -> Prepared:
 
 def _step(prepared: Prepared) -> int:
     """Where the run stands: a note about a later step would be taken back on resume."""
-    return 0 if prepared.resume is None else read_state(prepared.resume).state.step
+    return 0 if prepared.resume is None else prepared.resume.state.step

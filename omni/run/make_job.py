@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from omni.checkpoint.resume import ResumePoint
 from omni.config import Config
 from omni.plan.plan import EMPTY, Split
 from omni.run.prepare import Prepared
 from omni.train.worker_spec import WorkerSpec
 
 
-def make_job(prepared: Prepared, workers: int = 1) -> WorkerSpec:
+def make_job(prepared: Prepared, workers: int = 1, resume: ResumePoint | None = None) -> WorkerSpec:
     """The job of one attempt, with so many workers."""
     train = prepared.splits["train"]
     return WorkerSpec(
@@ -28,6 +29,7 @@ def make_job(prepared: Prepared, workers: int = 1) -> WorkerSpec:
         },
         train_rows=train.table.num_rows,
         epoch_ends=train.plan.epoch_ends.tolist(),
+        resume=resume,
     )
 
 

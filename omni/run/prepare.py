@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from omni.checkpoint.checkpoint import newest_checkpoint, read_state
+from omni.checkpoint.checkpoint import Checkpoint
+from omni.checkpoint.resume import newest_checkpoint
 from omni.cluster.versions import differences
 from omni.config import Config
 from omni.corpus.index import Index
@@ -31,7 +32,6 @@ from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import beyond_ctc, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import model_of, pretrained_of, template_of, tokenizer_of
-from omni.storage.path import StoragePath
 from omni.stream.encoder_facts import encoder_facts, encoder_identity
 
 
@@ -48,7 +48,10 @@ class Prepared:
     lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
     weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
     fingerprints: dict[str, str]
-    resume: StoragePath | None  # the checkpoint that the run continues from
+    resume: Checkpoint | None
+    """Verified checkpoint that the run continues from; None starts it."""
+    damaged: list[str]
+    """Reasons why newer checkpoints cannot be used."""
     notes: list[str]  # what a person should know before it starts
     filled: float  # share of the plan's positions that hold an utterance
 
@@ -68,7 +71,8 @@ def prepare(config: Config) -> Prepared:
     Raises ConfigError, naming the field or file, for everything that is wrong with the input.
     """
     run = config.run_dir
-    resume = newest_checkpoint(run / "checkpoints")
+    damaged: list[str] = []
+    resume = newest_checkpoint(run / "checkpoints", damaged)
     notes = differences()
     for name in ("train", "dev"):
         if not getattr(config.data, name):
@@ -76,7 +80,7 @@ def prepare(config: Config) -> Prepared:
     indexes = build_indexes(config)
     encoder = encoder_facts(config, indexes["train"])
     lm = pretrained_of(config)
-    tokenizer = tokenizer_of(config, resume, indexes["train"], lm)
+    tokenizer = tokenizer_of(config, None if resume is None else resume.path, indexes["train"], lm)
     model = model_of(config, tokenizer, encoder, lm)
     template = template_of(config, tokenizer)
     tasks = task_names(config, indexes)
@@ -152,6 +156,7 @@ def prepare(config: Config) -> Prepared:
         weights,
         fingerprints,
         resume,
+        damaged,
         notes,
         filled,
     )
@@ -212,7 +217,7 @@ def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
     return changed
 
 
-def _check_shapes(prepared: Prepared, checkpoint: StoragePath) -> None:
+def _check_shapes(prepared: Prepared, checkpoint: Checkpoint) -> None:
     """Dropouts may change under way, shapes may not. Raises ConfigError naming a tensor."""
     with torch.device("meta"):
         whole = OmniModel(prepared.model)
@@ -222,10 +227,10 @@ def _check_shapes(prepared: Prepared, checkpoint: StoragePath) -> None:
         for name, p in whole.named_parameters()
         if not whole.kept_by_reference(name)
     }
-    held = read_state(checkpoint).shapes()
+    held = checkpoint.shapes()
     for name in sorted(wanted.keys() | held.keys()):
         if wanted.get(name) != held.get(name):
             raise ConfigError(
                 f"run.override_fingerprint model: {name} is {held.get(name, 'absent')} in "
-                f"{checkpoint} and {wanted.get(name, 'absent')} in this configuration"
+                f"{checkpoint.path} and {wanted.get(name, 'absent')} in this configuration"
             )

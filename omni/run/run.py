@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.compute as pc
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
-from omni.checkpoint.checkpoint import TrainState, newest_step, read_state
+from omni.checkpoint.resume import newest_step
+from omni.checkpoint.train_state import TrainState
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.errors import ConfigError
@@ -56,6 +57,7 @@ def train(config: Config) -> dict[str, Any]:
         view.say(f"  [yellow]going on with another {', '.join(overridden)}[/], as asked")
     done = _finished(config, state)
     if done is not None:
+        _warn_of_damage(view, prepared)
         view.complete(config.run_dir)
         view.footer(done, write_report(config.run_dir))
         return done
@@ -88,6 +90,7 @@ def dry_run(config: Config) -> None:
     _make_folder(config)
     view = LiveView()
     view.header(prepared, state)
+    _warn_of_damage(view, prepared)
     start_ray(config)
     try:
         preflight(prepared, view.say, trial=True)
@@ -95,6 +98,12 @@ def dry_run(config: Config) -> None:
         if not existed:
             remove_tree(config.run_dir)
     view.say("  dry run: nothing was trained")
+
+
+def _warn_of_damage(view: LiveView, prepared: Prepared) -> None:
+    """Name damaged checkpoints where no attempt follows that reports them as events."""
+    for reason in prepared.damaged:
+        view.warn(f"skipping damaged checkpoint {reason}")
 
 
 def _check_place(config: Config) -> None:
@@ -162,7 +171,7 @@ def _saved_state(prepared: Prepared) -> tuple[TrainState | None, list[str]]:
     """Where the run stands, and what is knowingly different from before. Raises ConfigError."""
     if prepared.resume is None:
         return None, []
-    state = read_state(prepared.resume).state
+    state = prepared.resume.state
     return state, check_fingerprints(prepared, state.fingerprints)
 
 

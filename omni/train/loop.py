@@ -17,15 +17,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from omni.checkpoint.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    TrainState,
-    point,
-    read_state,
-    resume_point,
-    save_checkpoint,
-)
+from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from omni.checkpoint.resume import find_resume_point
+from omni.checkpoint.retention import checkpoint_path, set_link
+from omni.checkpoint.save import save_checkpoint
+from omni.checkpoint.train_state import TrainState
 from omni.checkpoint.writer import Saver
 from omni.cluster.watchdog import Watchdog
 from omni.inference.decode_batch import by_language
@@ -35,6 +31,7 @@ from omni.model.chat_template import Template
 from omni.model.speech_lm import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import epochs_done
+from omni.storage.path import StoragePath
 from omni.train.batches import Feed
 from omni.train.distributed import all_gather, barrier
 from omni.train.evaluation import HeldOut, Layout
@@ -241,24 +238,21 @@ class TrainLoop:
         self.books.own_event("checkpoint failed", step, reason=reason)
 
     def _resume(self, node: str) -> None:
-        """Continue from the newest whole checkpoint, and forget what was logged after it."""
-        damaged: list[str] = []
-        path = resume_point(self.run_dir, damaged)
-        if path is not None:
-            found = read_state(path)
+        """Start from the checkpoint that the driver chose; drop what was logged after it."""
+        resume = self.job.resume
+        if resume is not None:
+            found = read_checkpoint(resume.path)
             self.state = found.state
             self.state.fingerprints = self.job.fingerprints
             self.trained.load(found)
         step = self.state.step
         if self.rank == 0:
-            for reason in damaged:
-                self._event("damaged checkpoint", reason=reason)
             metrics = self.run_dir / "metrics.jsonl"
             keep_lines(metrics, lambda row: row.get("step", 0) <= step)
-            # A kill may have come between a checkpoint and its name.
-            best = self.checkpoints / f"step-{self.state.best_step or 0:06d}"
+            # A kill may have come between writing a checkpoint and linking it.
+            best = checkpoint_path(self.checkpoints, self.state.best_step or 0)
             if best.is_dir():
-                point(self.checkpoints / "best", best)
+                set_link(self.checkpoints / "best", best)
         redone = self.feed.rewind(step, self.state.rejects)
         nodes = all_gather([node])
         plan = self.job.fingerprints.get("plan")
@@ -268,15 +262,23 @@ class TrainLoop:
         self.books.recall()
 
     def _best(self) -> Checkpoint:
-        """The best checkpoint, or the newest where the best has been damaged since."""
+        """Read the best checkpoint, or the newest valid one if the best has been damaged since.
+
+        A collective call: rank 0 verifies and chooses, so the weights are hashed once.
+        """
+        [path] = all_gather([self._choose_best()] if self.rank == 0 else [])
+        if path is None:
+            raise CheckpointError(f"{self.checkpoints}: no checkpoint passes verification")
+        return read_checkpoint(path)
+
+    def _choose_best(self) -> StoragePath | None:
         try:
-            return read_state(self.checkpoints / "best", verify=True)
+            read_checkpoint(self.checkpoints / "best", verify=True)
+            return self.checkpoints / "best"
         except CheckpointError as error:
             self._event("damaged checkpoint", reason=str(error))
-        newest = resume_point(self.run_dir)
-        if newest is None:
-            raise CheckpointError(f"{self.checkpoints}: no checkpoint is whole")
-        return read_state(newest)
+        newest, _ = find_resume_point(self.run_dir)
+        return None if newest is None else newest.path
 
     def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from omni.checkpoint.checkpoint import TrainState
+from omni.checkpoint.train_state import TrainState
 from omni.metrics.rows import Measured, Pools, Window, summarize, train_row
 from omni.metrics.run_files import append_json, last_line, read_json_lines, write_event, write_json
 from omni.metrics.table import EvalRow, TrainRow, to_json

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.checkpoint.checkpoint import TrainState
+from omni.checkpoint.train_state import TrainState
 from omni.config import Config
 from omni.metrics.sums import pack_losses
 from omni.metrics.table import StepSums

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from omni.checkpoint.resume import ResumePoint
 from omni.config import Config
 from omni.model.speech_lm import OmniConfig
 
@@ -21,3 +22,5 @@ class WorkerSpec:
     held_rows: dict[str, int]  # rows of dev and test that lead the stream
     train_rows: int  # utterances of the training index
     epoch_ends: list[int]  # bins up to the end of each epoch
+    resume: ResumePoint | None = None
+    """Checkpoint that all ranks start from, verified by the driver; None starts at step 0."""

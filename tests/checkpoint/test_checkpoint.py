@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni.checkpoint.checkpoint import (
-    CheckpointError,
-    TrainState,
-    newest_checkpoint,
-    newest_step,
-    point,
-    prune,
-    read_state,
-    save_checkpoint,
-)
+from omni.checkpoint.checkpoint import CheckpointError, read_checkpoint
+from omni.checkpoint.resume import newest_checkpoint, newest_step
+from omni.checkpoint.retention import prune_checkpoints, set_link
+from omni.checkpoint.save import save_checkpoint
+from omni.checkpoint.train_state import TrainState
 from omni.config import Config
 from omni.model.lm.gpt import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
@@ -72,6 +67,12 @@ def _save(folder: StoragePath, step: int) -> StoragePath:
     )
 
 
+def _newest(folder: StoragePath) -> StoragePath | None:
+    """Path of the newest valid checkpoint."""
+    found = newest_checkpoint(folder)
+    return None if found is None else found.path
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """checkpoints/ with those of steps 10 and 20."""
@@ -111,7 +112,7 @@ def test_a_checkpoint_holds_the_whole_state_of_a_run(checkpoints: StoragePath) -
     path = _save(checkpoints, 30)
     assert path == checkpoints / "step-000030"
     assert {file.name for file in path.iterdir()} == FILES
-    found = read_state(path, verify=True)
+    found = read_checkpoint(path, verify=True)
     assert found.state == TrainState(
         30, 60, 0.3, 1.5, 0.25, 5, 1, fingerprints={"plan": "p"}, rejects={"missing": 3}
     )
@@ -122,7 +123,7 @@ def test_a_checkpoint_holds_the_whole_state_of_a_run(checkpoints: StoragePath) -
 
 
 def test_the_model_comes_back_bit_for_bit(checkpoints: StoragePath) -> None:
-    loaded = read_state(checkpoints / "step-000020").load_model()
+    loaded = read_checkpoint(checkpoints / "step-000020").load_model()
     for (name, saved), value in zip(
         _model(20).named_parameters(), loaded.parameters(), strict=True
     ):
@@ -142,45 +143,45 @@ def test_weights_that_do_not_fit_the_model_are_an_error(folder: Path) -> None:
         tokenizer_json=TOKENIZER.to_json(),
     )
     with pytest.raises(CheckpointError, match=r"projector\.fc1.*projector\.fc3"):
-        read_state(path).load_model()
+        read_checkpoint(path).load_model()
 
 
 def test_the_same_step_can_be_saved_again(folder: Path) -> None:
     """A resumed run that repeats steps writes the same names."""
     _flip(folder / "step-000020" / "model.safetensors")
     _save(folder, 20)
-    assert newest_checkpoint(folder) == folder / "step-000020"
+    assert _newest(folder) == folder / "step-000020"
 
 
 # -- links -------------------------------------------------------------------------------------
 
 
 def test_last_follows_each_save_and_best_is_set_by_hand(folder: Path) -> None:
-    assert read_state(folder / "last").state.step == 20
-    point(folder / "best", folder / "step-000010")
+    assert read_checkpoint(folder / "last").state.step == 20
+    set_link(folder / "best", folder / "step-000010")
     _save(folder, 30)
-    assert read_state(folder / "last").path == (folder / "step-000030").resolve()
-    assert read_state(folder / "best").state.step == 10
-    point(folder / "best", folder / "step-000030")
-    assert read_state(folder / "best").state.step == 30
+    assert read_checkpoint(folder / "last").path == (folder / "step-000030").resolve()
+    assert read_checkpoint(folder / "best").state.step == 10
+    set_link(folder / "best", folder / "step-000030")
+    assert read_checkpoint(folder / "best").state.step == 30
 
 
 def test_links_hold_when_the_run_is_moved(folder: Path) -> None:
     moved = folder.rename(folder.parent / "elsewhere")
-    assert read_state(moved / "last").state.step == 20
+    assert read_checkpoint(moved / "last").state.step == 20
 
 
 def test_pruning_keeps_the_newest_the_best_and_the_last(checkpoints: StoragePath) -> None:
     for step in (30, 40, 50):
         _save(checkpoints, step)
-    point(checkpoints / "best", checkpoints / "step-000020")
-    prune(checkpoints, keep=2)
+    set_link(checkpoints / "best", checkpoints / "step-000020")
+    prune_checkpoints(checkpoints, keep=2)
     left = sorted(path.name for path in checkpoints.iterdir())
     assert left == ["best", "last", "step-000020", "step-000040", "step-000050"]
-    point(checkpoints / "last", checkpoints / "step-000020")
-    prune(checkpoints, keep=1)
+    set_link(checkpoints / "last", checkpoints / "step-000020")
+    prune_checkpoints(checkpoints, keep=1)
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-000020", "step-000050"]
-    prune(checkpoints, keep=5)
+    prune_checkpoints(checkpoints, keep=5)
     assert len(list(checkpoints.glob("step-*"))) == 2
 
 
@@ -197,7 +198,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over(
     folder: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _flip(folder / "step-000020" / name)
-    assert newest_checkpoint(folder) == folder / "step-000010"
+    assert _newest(folder) == folder / "step-000010"
     said = "".join(capfd.readouterr())
     assert "step-000020" in said and name in said
     _flip(folder / "step-000010" / name)
@@ -208,16 +209,16 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over(
 def test_a_checkpoint_with_a_missing_file_is_passed_over(folder: Path, name: str) -> None:
     (folder / "step-000020" / name).unlink()
     with pytest.raises(CheckpointError, match=rf"step-000020\b.*\b{name}"):
-        read_state(folder / "step-000020")
-    assert newest_checkpoint(folder) == folder / "step-000010"
+        read_checkpoint(folder / "step-000020")
+    assert _newest(folder) == folder / "step-000010"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1", '{"format": 1'])
 def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(folder: Path, text: str) -> None:
     (folder / "step-000020" / "state.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"step-000020\b.*\bstate\.json"):
-        read_state(folder / "step-000020")
-    assert newest_checkpoint(folder) == folder / "step-000010"
+        read_checkpoint(folder / "step-000020")
+    assert _newest(folder) == folder / "step-000010"
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"format": 1}', '{"format": 1, "files": {}}'])
@@ -225,7 +226,7 @@ def test_a_checkpoint_whose_state_is_something_else_is_passed_over(
     checkpoints: StoragePath, text: str
 ) -> None:
     (checkpoints / "step-000020" / "state.json").write_text(text)
-    assert newest_checkpoint(checkpoints) == checkpoints / "step-000010"
+    assert _newest(checkpoints) == checkpoints / "step-000010"
 
 
 def test_a_state_with_a_flipped_byte_is_passed_over(checkpoints: StoragePath) -> None:
@@ -233,7 +234,7 @@ def test_a_state_with_a_flipped_byte_is_passed_over(checkpoints: StoragePath) ->
     text = path.read_text()
     assert '"bins_consumed": 40' in text
     path.write_text(text.replace('"bins_consumed": 40', '"bins_consumed": 41'))
-    assert newest_checkpoint(checkpoints) == checkpoints / "step-000010"
+    assert _newest(checkpoints) == checkpoints / "step-000010"
 
 
 @pytest.mark.parametrize("number", [0, 2, None, "1"])
@@ -241,16 +242,16 @@ def test_another_format_is_refused_by_its_number(folder: Path, number: object) -
     path = folder / "step-000020" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": number}))
     with pytest.raises(CheckpointError, match=rf"format {number!r}.*\b1\b"):
-        read_state(folder / "last")
-    assert newest_checkpoint(folder) == folder / "step-000010"
+        read_checkpoint(folder / "last")
+    assert _newest(folder) == folder / "step-000010"
 
 
 def test_no_checkpoint_there(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="/step-000099: "):
-        read_state(folder / "step-000099")
+        read_checkpoint(folder / "step-000099")
     (folder / "best").symlink_to("step-000099")
     with pytest.raises(CheckpointError, match="/best: "):
-        read_state(folder / "best")
+        read_checkpoint(folder / "best")
 
 
 def test_an_interrupted_save_is_ignored_and_replaced(folder: Path) -> None:
@@ -258,20 +259,20 @@ def test_an_interrupted_save_is_ignored_and_replaced(folder: Path) -> None:
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half of it")
     (leftover / "stray").mkdir()
-    assert newest_checkpoint(folder) == folder / "step-000020"
-    prune(folder, keep=1)
+    assert _newest(folder) == folder / "step-000020"
+    prune_checkpoints(folder, keep=1)
     saved = _save(folder, 30)
     assert not leftover.exists() and {file.name for file in saved.iterdir()} == FILES
-    assert newest_checkpoint(folder) == saved
+    assert _newest(folder) == saved
 
 
 def test_a_run_may_pass_a_million_steps(checkpoints: StoragePath) -> None:
     _save(checkpoints, 999_999)
     newest = _save(checkpoints, 1_000_000)
-    assert newest_checkpoint(checkpoints) == newest
+    assert _newest(checkpoints) == newest
 
 
-def test_what_is_passed_over_is_said_on_stderr(
+def test_damaged_checkpoints_are_named_on_stderr(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Standard output belongs to a job's result."""
@@ -294,22 +295,22 @@ def uploaded(bucket: str, tmp_path: Path) -> ObjectPath:
 
 
 def test_last_and_best_are_names_in_a_bucket(uploaded: ObjectPath) -> None:
-    point(uploaded / "best", uploaded / "step-000010")
-    assert read_state(uploaded / "best").path == uploaded / "step-000010"
-    assert read_state(uploaded / "last").state.step == 20
+    set_link(uploaded / "best", uploaded / "step-000010")
+    assert read_checkpoint(uploaded / "best").path == uploaded / "step-000010"
+    assert read_checkpoint(uploaded / "last").state.step == 20
     with pytest.raises(CheckpointError, match="/step-000099: "):
-        read_state(uploaded / "step-000099")
+        read_checkpoint(uploaded / "step-000099")
 
 
 def test_an_upload_that_was_cut_off_is_no_checkpoint(
     uploaded: ObjectPath, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (uploaded / "step-000030" / "model.safetensors").write_bytes(b"half of it")
-    assert newest_checkpoint(uploaded) == uploaded / "step-000020"
+    assert _newest(uploaded) == uploaded / "step-000020"
     assert newest_step(uploaded) == 20
     assert not capfd.readouterr().err, "nothing was lost"
     saved = _save(uploaded, 30)
-    assert newest_checkpoint(uploaded) == saved and newest_step(uploaded) == 30
+    assert _newest(uploaded) == saved and newest_step(uploaded) == 30
     assert {file.name for file in saved.iterdir()} == FILES
 
 
@@ -320,9 +321,9 @@ def test_what_a_bucket_lost_is_noticed(
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .*\bchecksum\b"):
-        read_state(uploaded / "step-000020").weights()
+        read_checkpoint(uploaded / "step-000020").weights()
     weights.write_bytes(data[:-1])
-    assert newest_checkpoint(uploaded) == uploaded / "step-000010"
+    assert _newest(uploaded) == uploaded / "step-000010"
     assert "model.safetensors" in capfd.readouterr().err
 
 

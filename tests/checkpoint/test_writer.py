@@ -108,7 +108,9 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from omni.model.speech_lm import OmniConfig
-from omni.checkpoint.checkpoint import TrainState, newest_checkpoint, save_checkpoint
+from omni.checkpoint.resume import newest_checkpoint
+from omni.checkpoint.save import save_checkpoint
+from omni.checkpoint.train_state import TrainState
 shape = OmniConfig.from_dict({"gpt": dict(sequence_len=8, vocab_size=9, n_layer=1, n_head=1,
     n_kv_head=1, n_embd=24), "feature_dim": 4})
 def save(step):
@@ -120,7 +122,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     save(2)
 except OSError as error:
-    print(error.errno, newest_checkpoint(Path(sys.argv[1])).name)
+    print(error.errno, newest_checkpoint(Path(sys.argv[1])).path.name)
 """
 
 

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 from ray.job_submission import JobStatus
 
-from omni.checkpoint.checkpoint import read_state
+from omni.checkpoint.checkpoint import read_checkpoint
 from omni.cluster.job_client import connect
 from tests.helpers.clusters import ROOT, RunningCluster, running_cluster
 from tests.helpers.prometheus_server import ALERTS, Prometheus, running_prometheus
@@ -232,6 +232,6 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint(
     output += process.stdout.read()
     assert process.wait(180) == 130, output
     (step,) = re.findall(r"stopped; the checkpoint of step (\d+) holds what was done", output)
-    state = read_state(storage / "stopped/checkpoints/last").state
+    state = read_checkpoint(storage / "stopped/checkpoints/last").state
     assert state.step == int(step) >= 3
     assert client.get_job_status(job) == JobStatus.STOPPED

@@ -24,7 +24,10 @@ from safetensors.torch import load_file
 
 import omni
 from jobs import cli
-from omni.checkpoint.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
+from omni.checkpoint.checkpoint import read_checkpoint
+from omni.checkpoint.resume import newest_checkpoint
+from omni.checkpoint.save import save_checkpoint
+from omni.checkpoint.train_state import TrainState
 from omni.config import load_config
 from omni.errors import ConfigError
 from omni.model.download import SourceError
@@ -164,16 +167,19 @@ def checkpoint(folder: Path, rng: random.Random) -> str:
     damaged = mutate_bytes(whole, rng)
     path.write_bytes(damaged)
     try:
-        said: list[str] = []
-        found = newest_checkpoint(checkpoints, said)
+        reasons: list[str] = []
+        found = newest_checkpoint(checkpoints, reasons)
+        assert found is not None
         if damaged == whole or path.suffix == ".json" and _says_the_same(damaged, whole):
-            assert found == newest
+            assert found.path == newest.resolve()
             return "accepted"
-        assert found == checkpoints / "step-000001", f"{path.name} was taken for whole"
-        assert len(said) == 1 and "step-000002" in said[0]
-        read_state(found).load_model()
+        assert found.path == (checkpoints / "step-000001").resolve(), (
+            f"{path.name} was taken for whole"
+        )
+        assert len(reasons) == 1 and "step-000002" in reasons[0]
+        found.load_model()
         with contextlib.suppress(ConfigError, RuntimeError):  # jobs say either in one line
-            read_state(newest).load_model()
+            read_checkpoint(newest).load_model()
         return "rejected"
     finally:
         path.write_bytes(whole)

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from omni.checkpoint.checkpoint import TrainState, newest_checkpoint, read_state, save_checkpoint
+from omni.checkpoint.resume import newest_checkpoint
+from omni.checkpoint.save import save_checkpoint
+from omni.checkpoint.train_state import TrainState
 from omni.config import parse_config
 from omni.model.batch import Batch
 from omni.model.chat_template import AUDIO
@@ -55,9 +57,8 @@ def work(
     shape = SHAPE if kind in ("gpt", "muon") else adapted(kind)
     trained = Trained(config, shape, torch.device("cpu"), world)
     assert trained.sharded == (strategy == "fsdp" and world > 1)
-    path, first = newest_checkpoint(Path(folder)), 0
-    if path is not None:
-        found = read_state(path)
+    found, first = newest_checkpoint(Path(folder)), 0
+    if found is not None:
         trained.load(found)
         first = found.state.step
     for step in range(first, steps):

@@ -17,7 +17,8 @@ from torch import nn
 
 import omni
 from jobs import export
-from omni.checkpoint.checkpoint import TrainState, save_checkpoint
+from omni.checkpoint.save import save_checkpoint
+from omni.checkpoint.train_state import TrainState
 from omni.config import Config, parse_config
 from omni.corpus.index import build_index
 from omni.inference.transcriber import Transcriber

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni.checkpoint.checkpoint import TrainState
+from omni.checkpoint.train_state import TrainState
 from omni.metrics.doc_table import PAGE, page
 from omni.metrics.rows import Measured, Pools, Window, train_row
 from omni.metrics.sums import LossTotals, pack_losses

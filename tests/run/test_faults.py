@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
@@ -112,6 +113,37 @@ def test_workers_come_and_go_with_the_nodes(
 
 def _attempts(run: Path) -> list[dict[str, object]]:
     return [event for event in _events(run) if event["event"] == "attempt"]
+
+
+@pytest.mark.slow
+def test_the_driver_verifies_the_weights_once_per_attempt_for_all_ranks(
+    tiny: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "reads.log"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    weights = run / "checkpoints" / "step-000050" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    overrides = ["--train.workers", "2", "--train.max_failures", "1", "--optim.steps", "64"]
+    helpers = Path(__file__).parents[1] / "helpers" / "weight_reads"
+    process = _started(
+        tiny, tmp_path, *overrides, PYTHONPATH=f"{helpers}:{ROOT}", WEIGHT_READS=str(log)
+    )
+    _wait(lambda: (run / "checkpoints" / "step-000056" / "state.json").exists(), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in children if "RayTrainWorker" in child.name()]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    assert process.wait(240) == 0
+    first, second = [int(event["step"]) for event in _attempts(run)[1:]]  # type: ignore[call-overload]
+    assert first == 49 < second
+    reads = [line.split() for line in log.read_text().splitlines()]
+    by_driver = [checkpoint for pid, checkpoint in reads if int(pid) == process.pid]
+    assert by_driver == ["step-000050", f"step-{first:06d}", f"step-{second:06d}"]
+    # At the end rank 0 verifies the best weights before it scores them.
+    assert len(reads) == len(by_driver) + 1
+    damaged = [event for event in _events(run) if event["event"] == "damaged checkpoint"]
+    assert len(damaged) == 1 and "step-000050" in str(damaged[0]["reason"])
+    assert audit.main([str(run)]) == 0
 
 
 @pytest.mark.slow

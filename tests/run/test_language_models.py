@@ -16,7 +16,6 @@ import yaml
 from safetensors import safe_open
 
 from jobs import evaluate
-from omni.checkpoint.checkpoint import read_state
 from omni.config import Config, parse_config
 from omni.inference.decode_batch import HeldUtterance
 from omni.metrics.rows import DevLosses
@@ -187,9 +186,9 @@ def test_a_run_listens_first_and_keeps_the_language_model_by_reference(
     prepared = prepare(config)
     assert prepared.resume is not None
     trained = Trained(config, prepared.model, torch.device("cpu"), 1)
-    trained.load(read_state(prepared.resume))
+    trained.load(prepared.resume)
     names = dict(trained.model.named_parameters())
-    for name, value in read_state(prepared.resume).weights().items():
+    for name, value in prepared.resume.weights().items():
         assert torch.equal(names[name], value), name
     (tmp_path / "lm" / "model.safetensors").unlink()
     assert evaluate.main(arguments) == 2

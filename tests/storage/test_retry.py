@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from omni.audio.decode import AudioError, decode_patiently
-from omni.checkpoint.checkpoint import resume_point
+from omni.checkpoint.resume import find_resume_point
 from omni.metrics.run_files import append_json, read_json_lines
 from omni.storage.retry import retry_storage
 from omni.stream.feature_cache import FeatureCache
@@ -74,7 +74,7 @@ def test_recordings_whose_storage_is_away_are_not_rejected(tmp_path: Path) -> No
 def test_an_attempt_does_not_take_lost_storage_for_a_new_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     thread = _later(0.5, lambda: (run.mkdir(), (run / "config.yaml").touch()))
-    assert resume_point(run) is None
+    assert find_resume_point(run) == (None, [])
     thread.join()
 
 

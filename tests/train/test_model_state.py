@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from omni.checkpoint.checkpoint import Checkpoint, newest_checkpoint, read_state
+from omni.checkpoint.checkpoint import Checkpoint
+from omni.checkpoint.resume import newest_checkpoint
 from omni.model.lm.lora import is_adapter
 from tests.helpers.hf_folders import save_folder
 from tests.helpers.sharded import work
@@ -22,9 +23,9 @@ def _train(folder: Path, world: int, strategy: str, steps: int, kind: str = "gpt
     torch.multiprocessing.spawn(
         work, (world, strategy, steps, str(folder), port, kind), nprocs=world
     )
-    path = newest_checkpoint(folder)
-    assert path is not None and path.name == f"step-{steps:06d}"
-    return read_state(path)
+    found = newest_checkpoint(folder)
+    assert found is not None and found.state.step == steps
+    return found
 
 
 @pytest.fixture(scope="module")

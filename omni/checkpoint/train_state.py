@@ -1,0 +1,31 @@
+"""Training state that a checkpoint carries beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. `bins_consumed` is the whole resume state of the data."""
+
+    step: int = 0
+    bins_consumed: int = 0
+    epoch: float = 0.0
+    seconds: float = 0.0
+    """Seconds of training steps, over all attempts."""
+    best_value: float | None = None
+    """Best value of `eval.best` so far; lower is better."""
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    mean_norm: float = 0.0
+    """Mean gradient norm of the updates, forgetting those more than about 50 updates ago."""
+    updates: int = 0
+    """Updates that `mean_norm` covers."""
+    skipped: int = 0
+    """Steps without an update."""
+    skipped_in_row: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Digests of index, tokenizer, plan, model, encoder and augmentation."""
+    rejects: dict[str, int] = field(default_factory=dict)
+    """Rejected recordings by reason."""
