@@ -14,6 +14,7 @@ from rich.console import Console
 from omni.audio.logmel import SAMPLING_RATE
 from omni.config import Config
 from omni.plan.plan import Split
+from omni.run.actor_count import assume_actors
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import encoder_rate, first_rows, loaded_blocks, without_cache
 from omni.stream.collate import Utterance
@@ -63,10 +64,10 @@ def take_sample(config: Config, bins: int, seconds: float = 5.0) -> Sample:
 
 @contextlib.contextmanager
 def in_temporary_storage(config: Config) -> Iterator[Config]:
-    """The config with another run.storage, which is gone afterwards."""
+    """Yield the config with a temporary run.storage, and one encoder actor for `auto`."""
     with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder:
         run = config.run.model_copy(update={"storage": folder})
-        yield config.model_copy(update={"run": run})
+        yield assume_actors(config.model_copy(update={"run": run}), 1)
 
 
 def progress(line: str) -> None:

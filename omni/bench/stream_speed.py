@@ -35,9 +35,6 @@ def bench_stream(config: Config) -> Result:
     """`stream` suite: encoder alone, trainer alone and the whole job in turns; then the stream
     without a trainer, through one epoch that encodes and one that reads the cache."""
     result = Result("stream", describe_machine(torch.device("cpu"), config.train.threads))
-    if config.encoder.actors == "auto":  # a rate is compared with that of so many
-        encoder = config.encoder.model_copy(update={"actors": 1})
-        config = config.model_copy(update={"encoder": encoder})
     with in_temporary_storage(config) as inside:
         ends = steps_of_epochs(inside, 2)
         timed = for_timing(inside, ends[1])
@@ -62,14 +59,9 @@ def _alone(config: Config) -> dict[str, float]:
     trainer = Trainer(make_job(sample.prepared), sample.encoded, torch.device("cpu"))
     return {
         "loader": sample.load_rate,
-        "encoder": sample.encode_rate * _actors(config),
+        "encoder": sample.encode_rate * config.encoder.actor_count,
         "trainer": trainer.rate(5.0) * config.train.most,
     }
-
-
-def _actors(config: Config) -> int:
-    assert config.encoder.actors != "auto"
-    return config.encoder.actors
 
 
 def _shares(
@@ -81,7 +73,7 @@ def _shares(
     # What one second of audio costs all processes, where they do not get in each other's way.
     work = (
         1 / alone["loader"]
-        + _actors(config) * config.encoder.threads / alone["encoder"]
+        + config.encoder.actor_count * config.encoder.threads / alone["encoder"]
         + config.train.most * config.train.threads / alone["trainer"]
     )
     cores = (os.cpu_count() or 1) / work
@@ -92,7 +84,7 @@ def _shares(
         "epoch 2": second["rate"],
         "trainer waits, epoch 1": first["waited"],
         "trainer waits, epoch 2": second["waited"],
-        "encoder busy": first["encode_seconds"] / first["seconds"] / _actors(config),
+        "encoder busy": first["encode_seconds"] / first["seconds"] / config.encoder.actor_count,
         "share": ideal / (first["seconds"] + second["seconds"]),
         "cores": cores,
         "share of cores": first["rate"] / min(cores, bound[0]),

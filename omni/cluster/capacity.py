@@ -38,12 +38,11 @@ class Demand:
 
     @classmethod
     def of(cls, config: Config) -> Demand:
-        """`encoder.actors: auto` is one until the trainer has chosen."""
         encoder, train = config.encoder, config.train
         return cls(
             bundle(train.cpus, train.gpus),
             bundle(encoder.cpus, encoder.gpus),
-            1 if encoder.actors == "auto" else encoder.actors,
+            encoder.actor_count,
             config.data.loaders,
             train.labels,
             encoder.labels,

@@ -36,8 +36,7 @@ def start_ray(config: Config) -> None:
         # A stage is a process more, not a core more: no warning about their number.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         t, e, d = config.train, config.encoder, config.data
-        actors = max(1, os.cpu_count() or 1) if e.actors == "auto" else e.actors
-        need = t.most * t.cpus + actors * e.cpus + d.loaders + 1
+        need = t.most * t.cpus + e.actor_count * e.cpus + d.loaders + 1
         options |= {
             "address": "local",  # not whatever cluster once ran on this machine
             "num_cpus": max(os.cpu_count() or 1, int(np.ceil(need))),

@@ -240,6 +240,13 @@ class EncoderConfig(Section):
     labels: dict[str, str] = {}
     """Labels of the nodes that may run actors (`ray start --labels`); empty: any node."""
 
+    @property
+    def actor_count(self) -> int:
+        """Number of actors. The driver resolves `auto` before anything asks for it."""
+        if self.actors == "auto":
+            raise ValueError("encoder.actors: auto has not been resolved to a number")
+        return self.actors
+
 
 class TokenizerConfig(Section):
     """Text tokenizer; a pretrained language model brings its own, unless `path` names another."""

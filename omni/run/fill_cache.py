@@ -27,6 +27,7 @@ from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
+from omni.run.actor_count import assume_actors
 from omni.storage.path import join
 from omni.stream.encoder_facts import encoder_facts, encoder_key, encoder_settings
 from omni.stream.feature_cache import FeatureCache
@@ -44,6 +45,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
     `full`: why the cache kept no more, or None.
     Raises ConfigError when the input is wrong.
     """
+    config = assume_actors(config, 1)
     if config.cache is None:
         raise ConfigError("data.cache: expected a folder or URI; null keeps nothing")
     indexes = build_indexes(config)

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from omni.cluster.capacity import Demand, shortage, workers_that_fit
 from omni.config import Config
 from omni.corpus.index_row import recordings
 from omni.errors import ConfigError, first_line
-from omni.run.encoder_actors import sized
+from omni.run.actor_count import assume_actors, is_auto
+from omni.run.encoder_actors import resolve_encoder_actors
 from omni.run.estimate import Estimate, estimate
 from omni.run.prepare import Prepared
 from omni.run.trial import Trial, try_pipe
@@ -38,16 +40,16 @@ def preflight(prepared: Prepared, say: Callable[[str], None], *, trial: bool) ->
     on has been through that. Raises ConfigError, in one line that names the setting, and
     RuntimeError where a block does not come through.
     """
-    config = prepared.config
-    _check_room(config)
-    _check_nodes(prepared)
-    auto = config.encoder.actors == "auto"
+    auto = is_auto(prepared.config)
+    assumed = replace(prepared, config=assume_actors(prepared.config, 1))
+    _check_room(assumed.config)
+    _check_nodes(assumed)
     if not trial and not auto:
         return prepared
-    tried = try_pipe(prepared, seconds=2.0 if auto else 0.0, blocks=8 if auto else 2)
+    tried = try_pipe(assumed, seconds=2.0 if auto else 0.0, blocks=8 if auto else 2)
     missing = _missing(prepared)
     if auto:
-        prepared = sized(prepared, tried, missing)
+        prepared = resolve_encoder_actors(prepared, tried, missing)
     expected = _estimate(prepared, tried, missing)
     if expected is not None:
         say(f"  before the start: a block came through; {expected}")
@@ -187,7 +189,7 @@ def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | No
     if tried.block is None:
         return None
     config, split = prepared.config, prepared.splits["train"]
-    actors, train = config.encoder.actors, config.train
+    train = config.train
     found = nodes.nodes()
     alone = len(found) == 1 and not (train.gpus or config.encoder.gpus)
     return estimate(
@@ -195,7 +197,7 @@ def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | No
         split.plan,
         split.table["samples"].to_numpy(),
         workers=max(1, workers_that_fit(found, Demand.of(config), train.least, train.most)),
-        encoders=1 if actors == "auto" else actors,
+        encoders=config.encoder.actor_count,
         decode_rate=tried.decode_rate,
         encoder_rate=tried.encoder_rate,
         block=tried.block,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -27,6 +28,7 @@ from omni.metrics.run_files import (
 from omni.metrics.tracker_process import Trackers
 from omni.metrics.trackers import check_trackers
 from omni.report.run_page import write_report
+from omni.run.actor_count import assume_actors
 from omni.run.attempts import Attempts
 from omni.run.console import LiveView
 from omni.run.preflight import preflight
@@ -61,7 +63,8 @@ def train(config: Config) -> dict[str, Any]:
         view.complete(config.run_dir)
         view.footer(done, write_report(config.run_dir))
         return done
-    start_ray(config)
+    # A local cluster gets CPUs for as many actors as may be chosen.
+    start_ray(assume_actors(config, os.cpu_count() or 1))
     signals = Signals()
     # What a killed driver saw of steps that are redone is to be shown once.
     keep_lines(config.run_dir / METRICS, lambda row: row.get("step", 0) <= step)
@@ -91,7 +94,8 @@ def dry_run(config: Config) -> None:
     view = LiveView()
     view.header(prepared, state)
     _warn_of_damage(view, prepared)
-    start_ray(config)
+    # A local cluster gets CPUs for as many actors as may be chosen.
+    start_ray(assume_actors(config, os.cpu_count() or 1))
     try:
         preflight(prepared, view.say, trial=True)
     finally:

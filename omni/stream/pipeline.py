@@ -22,7 +22,6 @@ from ray.data._internal.execution.operators import actor_pool_map_operator
 from ray.util.metrics import Histogram
 
 from omni.cluster.watchdog import limited
-from omni.config import Config
 from omni.metrics.table import PROMETHEUS
 from omni.plan.plan import Split
 from omni.stream.feature_cache import FeatureCache
@@ -70,7 +69,9 @@ def make_stream(
             fn_constructor_kwargs={"settings": settings},
             batch_size=per_block,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=_actors(config), max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(
+                size=config.encoder.actor_count, max_tasks_in_flight_per_actor=2
+            ),
             num_cpus=_unlike_loader(config.encoder.cpus),
             label_selector=config.encoder.labels,
             num_gpus=config.encoder.gpus,  # a dead actor is restarted without limit, Ray's default
@@ -107,11 +108,6 @@ class _Steward(ExecutionCallback):
         else:
             self._pause = _PAUSES[0]
         self._moved = moved
-
-
-def _actors(config: Config) -> int:
-    """The size of the encoder pool; a caller that measured nothing gets one for `auto`."""
-    return 1 if config.encoder.actors == "auto" else config.encoder.actors
 
 
 def _unlike_loader(cpus: float) -> float:

@@ -55,8 +55,7 @@ class Books:
         self._run_dir = job.config.run_dir
         self._metrics = self._run_dir / "metrics.jsonl"
         self.watch = Stopwatch(device)
-        actors = job.config.encoder.actors
-        self._pools = Pools(1 if actors == "auto" else actors, job.config.data.loaders)
+        self._pools = Pools(job.config.encoder.actor_count, job.config.data.loaders)
         self._peak = peak_flops(device)
         self._world = world
         self._said_full = False
