@@ -11,7 +11,7 @@ import sys
 def _log(event, arguments):
     if event == "open" and str(arguments[0]).endswith("/model.safetensors"):
         checkpoint, mode = str(arguments[0]).split("/")[-2], arguments[1]
-        if checkpoint.startswith("step-") and mode == "rb":
+        if checkpoint.startswith("step-") and mode in ("r", "rb"):
             log = os.open(os.environ["WEIGHT_READS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.write(log, f"{os.getpid()} {checkpoint}\n".encode())
             os.close(log)
