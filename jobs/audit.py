@@ -1,19 +1,18 @@
-"""Prove from a run's own books that every utterance of every epoch was trained exactly once."""
+"""Check that a run trained every utterance of every epoch exactly once."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from jobs.cli import run
+from jobs.cli import job_parser, run_job
 from omni.storage.path import StoragePath, as_path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.audit", description=__doc__)
-    parser.add_argument("run", type=as_path, metavar="RUN", help="runs/NAME")
+    parser = job_parser("audit", __doc__)
+    parser.add_argument("run", type=as_path, metavar="RUN", help="run directory: runs/NAME")
     arguments = parser.parse_args(argv)
-    return run(lambda: _audit(arguments.run))
+    return run_job(lambda: _audit(arguments.run))
 
 
 def _audit(run_dir: StoragePath) -> None:
@@ -25,11 +24,11 @@ def _audit(run_dir: StoragePath) -> None:
         f"trained, {found.epochs:.2f} epochs, in {found.attempts} attempts"
     )
     if found.redone:
-        print(f"  {found.redone} steps were done again after faults; they count once")
+        print(f"  {found.redone} steps were repeated after failures; they count once")
     if found.later:
-        print(f"  {found.later} steps after the newest checkpoint would be done again")
+        print(f"  {found.later} steps after the newest checkpoint would be repeated")
     if found.rejected:
-        print(f"  {found.rejected} times an utterance was left out, as rejects.jsonl says")
+        print(f"  {found.rejected} rejected utterances were left out; rejects.jsonl names them")
     if len(found.plans) > 1:
         print(f"  {len(found.plans)} plans, one after another (run.override_fingerprint)")
     for step, reason in sorted(found.skipped.items()):
@@ -38,7 +37,7 @@ def _audit(run_dir: StoragePath) -> None:
         print(f"  {problem}")
     if found.problems:
         raise RuntimeError(f"{len(found.problems)} findings: not exactly once")
-    print("clean: every bin of the plan once, every utterance where the plan says")
+    print("clean: every bin of the plan once, every utterance as the plan has it")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Fill the feature cache ahead of training; the same command continues an interrupted one."""
+"""Fill the feature cache ahead of training, or continue to fill it."""
 
 from __future__ import annotations
 
 import sys
 
-from jobs.cli import parse_config, run
+from jobs.cli import parse_settings, run_job, settings_parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    parser = settings_parser("encode", __doc__, "run", "data", "augment", "encoder")
+
     def job() -> None:
-        config, _ = parse_config("encode", __doc__ or "", argv)
+        _, config = parse_settings(parser, argv)
         from omni.run.fill_cache import fill_cache
         from omni.stream.feature_cache import more_room
 
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             advice = more_room(config.encoder.format)
             raise RuntimeError(f"the feature cache is full ({done['full']}); {advice}")
 
-    return run(job)
+    return run_job(job)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Score a checkpoint on a manifest: WER and CER with Whisper's normaliser."""
+"""Measure the WER and CER of a checkpoint, with Whisper's text normalizer."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import json
 import sys
 from pathlib import Path
 
-from jobs.cli import run
+from jobs.cli import job_parser, run_job
 from omni.storage.path import as_path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", type=as_path, required=True, help="RUN/checkpoints/best")
-    parser.add_argument("--data", required=True, help="manifest, or embedded:train|dev|test")
-    parser.add_argument(
-        "--allow_absolute", action="store_true", help="the manifest may name files anywhere"
-    )
-    parser.add_argument("--out", type=Path, help="write one JSON line per utterance here")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser = job_parser("evaluate", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=as_path, required=True, help="checkpoint: runs/NAME/checkpoints/best")
+    add("--data", required=True, help="manifest, index, or embedded:train, :dev or :test")
+    add("--allow_absolute", action="store_true", help="let the manifest name files anywhere")
+    add("--out", type=Path, help="write one JSON line per utterance here")
+    add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
+    add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
-    return run(lambda: _evaluate(arguments))
+    return run_job(lambda: _evaluate(arguments))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

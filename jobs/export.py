@@ -1,20 +1,20 @@
-"""Write a trained model in another project's format: nanochat, or transformers (Voxtral's)."""
+"""Write a checkpoint in another project's format: nanochat, or transformers (Voxtral)."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from jobs.cli import run
+from jobs.cli import job_parser, run_job
 from omni.storage.path import as_path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.export", description=__doc__)
-    parser.add_argument("--checkpoint", type=as_path, required=True, help="RUN/checkpoints/best")
-    parser.add_argument("--to", choices=("nanochat", "hf"), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser = job_parser("export", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=as_path, required=True, help="checkpoint: runs/NAME/checkpoints/best")
+    add("--to", choices=("nanochat", "hf"), required=True, help="format; hf is Voxtral's")
+    add("--out", type=Path, required=True, help="folder to make")
     arguments = parser.parse_args(argv)
 
     def job() -> None:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in export(arguments.checkpoint, arguments.to, arguments.out):
             print(path)
 
-    return run(job)
+    return run_job(job)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Look at a corpus or at a run's plan: one page with figures, and utterances to see and hear."""
+"""Write a page about a corpus or a run's plan, with figures and utterances to listen to."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.cli import run
+from jobs.cli import job_parser, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.inspect", description=__doc__)
-    parser.add_argument(
-        "target", metavar="INDEX|RUN", help="manifest, tar, embedded:train|dev|test, or runs/NAME"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="default: inspect.html, in the run's folder or here"
-    )
-    parser.add_argument("--utterances", type=_number, default=12, help="to hear (default 12)")
-    parser.add_argument("--seed", type=_number, default=0, help="draws them (default 0)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json that counts tokens")
-    parser.add_argument(
-        "--allow_absolute", action="store_true", help="the manifest may name files anywhere"
-    )
+    parser = job_parser("inspect", __doc__)
+    add = parser.add_argument
+    add("target", metavar="CORPUS|RUN", help="manifest, index, tar, embedded:train, or runs/NAME")
+    add("--out", type=Path, help="page (default: inspect.html in the run directory, or here)")
+    add("--utterances", type=_number, default=12, help="number to listen to (default 12)")
+    add("--seed", type=_number, default=0, help="seed of their choice (default 0)")
+    add("--tokenizer", type=Path, help="tokenizer.json to count tokens with")
+    add("--allow_absolute", action="store_true", help="let the manifest name files anywhere")
     arguments = parser.parse_args(argv)
-    return run(lambda: _inspect(arguments))
+    return run_job(lambda: _inspect(arguments))
 
 
 def _number(text: str) -> int:

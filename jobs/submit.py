@@ -1,4 +1,8 @@
-"""Send a job to a Ray cluster, follow it, and end with its exit code."""
+"""Run a job on a Ray cluster, follow its output, and end with its exit code.
+
+It takes the working directory to the cluster, without what git ignores, run directories,
+environments and files that look like secrets; omni's own code is added where it is missing.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.cli import EPILOG, run
-from omni.config import load_config
+from jobs.cli import parse_settings, run_job, settings_parser
 from omni.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
-    codes: list[int] = []
-    code = run(lambda: codes.append(_submit(argv)))
-    return code or codes[0]
+    return run_job(lambda: _submit(argv))
 
 
 def _submit(argv: list[str] | None) -> int:
-    arguments, overrides = _parser().parse_known_args(argv)
-    config = load_config(arguments.config, overrides)
+    arguments, config = parse_settings(_parser(), argv)
     if arguments.dry_run and arguments.job != "train":
-        raise ConfigError("--dry_run: only of --job train")
+        raise ConfigError("--dry_run: expected --job train")
     folder = Path(arguments.working_dir)
     if not folder.is_dir():
-        raise ConfigError(f"--working_dir: {folder} is no folder")
+        raise ConfigError(f"--working_dir: {folder} is not a folder")
     from omni.cluster.job_client import Follower, Request, check_settings, connect, submit
 
     check_settings(config)
@@ -50,7 +50,7 @@ def _submit(argv: list[str] | None) -> int:
         except KeyboardInterrupt:
             if not _wants_to_stop(job):
                 print(
-                    f"{job} goes on; ray job logs -f {job} follows it, ray job stop {job} ends it"
+                    f"{job} continues: ray job logs -f {job} follows it, ray job stop {job} ends it"
                 )
                 return 130
             client.stop_job(job)
@@ -58,7 +58,7 @@ def _submit(argv: list[str] | None) -> int:
 
 
 def _wants_to_stop(job: str) -> bool:
-    """Whoever cannot be asked, in a pipe, wants the job to go on."""
+    """Ask on a terminal; without one, let the job continue."""
     if not sys.stdin.isatty():
         return False
     try:
@@ -73,21 +73,19 @@ def _write(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.submit",
-        description=f"{__doc__} Packs the working directory without what git ignores, run "
-        "directories, environments and secrets, and adds omni's code where it is not there.",
-        epilog=EPILOG,
-    )
+    parser = settings_parser("submit", __doc__)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML file, see configs/")
-    add("--job", choices=("train", "encode"), default="train")
-    add("--address", metavar="URL", help="http://HEAD:8265; default: RAY_ADDRESS, or this machine")
-    add("--working_dir", metavar="DIR", default=".", help="what the job takes along")
-    add("--exclude", metavar="PATTERN", action="append", default=[], help="and not these")
-    add("--max_mb", metavar="MB", type=int, default=200, help="refuse to take along more")
-    add("--python", default="python", help="the interpreter on the cluster's head")
-    add("--install", action="store_true", help="install the versions that are installed here there")
+    add("--job", choices=("train", "encode"), default="train", help="job to run (default train)")
+    add(
+        "--address",
+        metavar="URL",
+        help="job server: http://HEAD:8265 (default: RAY_ADDRESS, or this machine)",
+    )
+    add("--working_dir", metavar="DIR", default=".", help="folder to upload (default: this one)")
+    add("--exclude", metavar="PATTERN", action="append", default=[], help="do not upload these")
+    add("--max_mb", metavar="MB", type=int, default=200, help="largest upload (default 200)")
+    add("--python", default="python", help="interpreter on the cluster (default python)")
+    add("--install", action="store_true", help="install this machine's versions there")
     add("--dry_run", action="store_true", help="check the run there, and do not train")
     add("--no_wait", action="store_true", help="do not follow the job")
     return parser

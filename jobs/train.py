@@ -1,26 +1,30 @@
-"""Train a speech language model, or continue an interrupted run: the same command does both."""
+"""Train a speech language model, or continue an interrupted run."""
 
 from __future__ import annotations
 
 import sys
 
-from jobs.cli import parse_config, run
-
-FLAGS = {"dry_run": "check the plan against data and cluster, estimate its time, and stop there"}
+from jobs.cli import parse_settings, run_job, settings_parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    parser = settings_parser("train", __doc__)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check plan, data and cluster, estimate the time, and stop there",
+    )
+
     def job() -> None:
-        config, given = parse_config("train", __doc__ or "", argv, FLAGS)
-        # Ray, only once the arguments are right
+        arguments, config = parse_settings(parser, argv)
         from omni.run.run import dry_run, train
 
-        if given.dry_run:
+        if arguments.dry_run:
             dry_run(config)
         else:
             train(config)
 
-    return run(job)
+    return run_job(job)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Write down recordings, or the rows of an index: JSON lines on stdout, in their order.
+"""Transcribe recordings, or the rows of an index, to JSON lines on stdout.
 
-{"audio", "text"} for each file. With --segment vad a line for each span of speech, with its times:
-{"audio", "offset", "duration", "text"}. For DIR, which jobs.index wrote, a line for each row, with
-its id, and times where it has some. Where a recording cannot be read, "error" instead of "text".
+Each recording is a line {"audio", "text"}. With --segment vad, each span of speech is a line with
+its times in seconds: {"audio", "offset", "duration", "text"}. Of a DIR that omni index wrote, each
+row is a line with its id. A recording that cannot be read has "error" instead of "text".
 """
 
 from __future__ import annotations
@@ -11,28 +11,22 @@ import argparse
 import json
 import sys
 
-from jobs.cli import run
+from jobs.cli import job_parser, run_job
 from omni.errors import ConfigError
 from omni.storage.path import StorageError, as_path, public_uri, reason_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    about, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser("python -m jobs.transcribe", description=about, epilog=more)
-    parser.add_argument("--checkpoint", type=as_path, required=True, help="RUN/checkpoints/best")
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE|DIR", help="any format libsndfile reads; an index"
-    )
-    parser.add_argument(
-        "--segment",
-        choices=["vad"],
-        help="a line with times for each span in which somebody speaks",
-    )
-    parser.add_argument("--language", help="its code, for a model trained with data.language_tag")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser = job_parser("transcribe", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=as_path, required=True, help="checkpoint: runs/NAME/checkpoints/best")
+    add("files", nargs="+", metavar="FILE|DIR", help="recording that libsndfile reads, or index")
+    add("--segment", choices=["vad"], help="write a line for each span of speech, with its times")
+    add("--language", metavar="CODE", help="language, for a model trained with data.language_tag")
+    add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
+    add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
-    return run(lambda: _transcribe(arguments))
+    return run_job(lambda: _transcribe(arguments))
 
 
 def _transcribe(arguments: argparse.Namespace) -> None:
@@ -63,7 +57,7 @@ def _is_folder(name: str) -> bool:
         return as_path(name).is_dir()
     except StorageError as error:
         raise ConfigError(str(error)) from None
-    except OSError as error:  # of storage, which may answer later
+    except OSError as error:  # The storage failed; the input may still be right.
         raise RuntimeError(f"{public_uri(name)}: {reason_of(error)}") from error
 
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from omni.config.settings import Config, SourceConfig, TaskConfig
+from omni.errors import ConfigError
 
 PAGE = Path("docs/settings.md")
 SCHEMA = Path("configs/schema.json")
@@ -77,6 +80,40 @@ def summary(section: type[BaseModel]) -> str:
     return (section.__doc__ or "").partition("\n\n")[0]
 
 
+def sections_help(job: str, names: Sequence[str] = ()) -> str:
+    """List the sections (all if no names are given) for the --help of a job."""
+    lines = ["settings, as --SECTION.FIELD VALUE (--optim.lr 3e-4):"]
+    for name, section in sections().items():
+        if not names or name in names:
+            lines.append(f"  {name:<12}{summary(section)}")
+    lines += [
+        "",
+        f"`omni {job} --help data` lists the settings of a section, `--help all` those of all.",
+        "Repeat a setting to give a list; write a mapping as YAML: '{pool: trainer}'.",
+    ]
+    return "\n".join(lines)
+
+
+def settings_help(name: str) -> str:
+    """List the settings of a section, or of all, with their types, defaults and sentences.
+
+    Raises ConfigError for an unknown section.
+    """
+    known = sections()
+    if name != "all" and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"unknown section{hint}; expected one of: all, {', '.join(known)}")
+    lines: list[str] = []
+    for shown in known if name == "all" else [name]:
+        lines += [f"{shown}: {_docstring(known[shown])}", ""]
+        for setting in settings_of(known[shown]):
+            lines.append(f"  --{shown}.{setting.name}  ({setting.type}; default {setting.default})")
+            lines.append(f"      {setting.sentence}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def page() -> str:
     """Write the text of docs/settings.md: one table for each section."""
     return "\n".join([_INTRODUCTION, *_tables()])
@@ -105,7 +142,7 @@ def _tables() -> Iterator[str]:
 def _table(title: str, section: type[BaseModel]) -> Iterator[str]:
     yield title
     yield ""
-    yield (section.__doc__ or "").replace("\n    ", "\n").strip() + "\n"
+    yield _docstring(section) + "\n"
     yield "| setting | type | default | meaning |"
     yield "|---|---|---|---|"
     for setting in settings_of(section):
@@ -113,6 +150,10 @@ def _table(title: str, section: type[BaseModel]) -> Iterator[str]:
         cells = (f"`{setting.name}`", setting.type, default, setting.sentence)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
+
+
+def _docstring(section: type[BaseModel]) -> str:
+    return inspect.cleandoc(section.__doc__ or "")
 
 
 def _type_text(field: dict[str, Any]) -> str:

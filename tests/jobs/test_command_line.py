@@ -1,0 +1,107 @@
+"""The command `omni`: its jobs, their help and exit codes."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from jobs import encode, train
+from jobs.__main__ import JOBS, main
+from omni.config.reference import sections, settings_of
+
+ALL_JOBS = [name for names in JOBS.values() for name in names]
+
+
+def test_the_first_screen_has_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    listed = [line.split()[0] for line in shown.splitlines() if line.startswith("  ")]
+    assert set(ALL_JOBS) <= set(listed)
+    modules = {path.stem for path in (Path(__file__).parents[2] / "jobs").glob("*.py")}
+    assert modules == {*ALL_JOBS, "cli", "__init__", "__main__"}
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_the_installed_command_is_this_one() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    script = re.search(r'^omni = "([a-z_.]+):([a-z_]+)"$', project, re.M)
+    assert script is not None
+    assert getattr(import_module(script[1]), script[2]) is main
+
+
+@pytest.mark.parametrize("job", ALL_JOBS)
+def test_every_job_has_help(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([job, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: omni {job} ")
+
+
+@pytest.mark.parametrize("section", sections())
+def test_help_lists_the_settings_of_a_section(
+    section: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help", section])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for setting in settings_of(sections()[section]):
+        assert f"--{section}.{setting.name} " in shown and setting.sentence in shown
+        assert f"default {setting.default})" in shown
+
+
+def test_help_of_all_sections_and_of_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help", "all"])
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}: " in f"\n{shown}" for name in sections())
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help", "optimizer"])
+    assert ended.value.code == 2
+    assert "did you mean optim?" in capsys.readouterr().err
+
+
+def test_a_job_lists_the_sections_that_it_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        encode.main(["--help"])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    assert [name for name in shown if name in sections()] == ["run", "data", "augment", "encoder"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "--optim.warmup", "3"], "did you mean warmup_steps?"),
+        (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["encode", "--data.loaders", "0"], "data.loaders"),
+        (["submit", "--working_dir", "/nowhere"], "--working_dir"),
+        (["index", "--source", "x", "--out", "y", "--rows_per_part", "0"], "--rows_per_part"),
+        (["index", "--source", "x", "--out", "y", "--silence_seconds", "1"], "--silence_seconds"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+
+
+@pytest.mark.parametrize("job", ["audit", "evaluate", "export", "transcribe", "index"])
+def test_missing_arguments_are_named(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([job])
+    assert ended.value.code == 2
+    assert "the following arguments are required" in capsys.readouterr().err
+
+
+def test_an_audit_of_nothing_fails_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}") and error.count("\n") == 1
