@@ -13,8 +13,8 @@ import numpy as np
 from omni.audio.decode import AudioError, AudioSpan, decode_patiently
 from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.audio_paths import recording_uri
-from omni.corpus.index import ManifestError, manifest_path
 from omni.corpus.lengths import measure_all, span_of
+from omni.corpus.manifest import ManifestError, manifest_path
 from omni.storage.path import StoragePath, public_uri, raise_if_unreachable
 
 _SHORTEST = SAMPLING_RATE // 10  # samples to read: fewer may be no frame of a file at a low rate

@@ -18,7 +18,8 @@ import torch
 from omni.bench.prepared_run import in_temporary_storage, progress
 from omni.bench.timing import Result, describe_machine
 from omni.config import Config
-from omni.corpus.index import build_index, manifest_path
+from omni.corpus.index import build_index
+from omni.corpus.manifest import manifest_path
 from omni.corpus.sources import Options
 from omni.plan.plan import make_plan
 from omni.run.prepare import prepare

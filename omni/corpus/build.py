@@ -23,7 +23,7 @@ from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import Task, finish
-from omni.corpus.index import INDEX_FILE, ManifestError
+from omni.corpus.manifest import INDEX_FILE, ManifestError
 from omni.corpus.sources import Options, open_source
 from omni.errors import ConfigError
 from omni.model.download import HubError

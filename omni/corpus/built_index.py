@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.build_part import about_part, opened, part_name, write_whole
-from omni.corpus.index import INDEX_FILE, INDEX_VERSION, ManifestError, repeated_id
+from omni.corpus.index import INDEX_VERSION, repeated_id
+from omni.corpus.manifest import INDEX_FILE, ManifestError
 from omni.corpus.sources import Part, Source
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, redact

@@ -1,4 +1,4 @@
-"""Manifest rows that hold a conversation: messages with texts and recordings, checked."""
+"""Parse conversations of a manifest: messages with texts and recordings."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from omni.model.chat_template import AUDIO, Message, check_messages, transcription
 
-_OPTIONAL = {"offset", "duration", "text"}  # text: what is said, for distillation
+_OPTIONAL = {"offset", "duration", "text"}  # `text` is the transcript, for distillation.
 _EXPECTED = 'a text, or a list of {"text": ...} and {"audio": FILE, "offset": s, "duration": s}'
 
 
 def parse_messages(row: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
-    """The messages of a manifest row, and its recordings (audio, offset, duration, text).
+    """Return the messages of a manifest row and its recordings (audio, offset, duration, text).
 
     Raises ValueError naming the message and what was expected.
     """
     given = row["messages"]
     if not isinstance(given, list):
         raise ValueError(f"expected a list, got {given!r}")
-    messages, spoken = [], []
+    messages, recordings = [], []
     for number, message in enumerate(given):
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise ValueError(f"message {number}: expected an object with role and content")
@@ -32,14 +32,14 @@ def parse_messages(row: dict[str, Any]) -> tuple[list[Message], list[dict[str, A
                     parts.append(text)
             elif isinstance(part, dict) and part.keys() - _OPTIONAL == {"audio"}:
                 parts.append(AUDIO)
-                spoken.append(part)
+                recordings.append(part)
             else:
                 raise ValueError(f"message {number}: content: expected {_EXPECTED}, got {part!r}")
         messages.append(Message(message["role"], tuple(parts)))
     check_messages(messages)
-    if not spoken:
+    if not recordings:
         raise ValueError("expected at least one recording")
-    return messages, spoken
+    return messages, recordings
 
 
 def _listed(content: Any, number: int) -> list[Any]:
@@ -48,18 +48,18 @@ def _listed(content: Any, number: int) -> list[Any]:
     return content
 
 
-def to_column(messages: list[Message]) -> str:
-    """Messages as the index keeps them."""
+def messages_json(messages: list[Message]) -> str:
+    """Serialise messages for the `messages` column of the index."""
     return json.dumps([[m.role, list(m.parts)] for m in messages], ensure_ascii=False)
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Message]:
-    """What an index row says: its conversation, or a recording and its transcript."""
+    """Return the messages of an index row; without any, its prompt, recording and transcript."""
     if row["messages"] is None:
         return list(transcription(row["prompt"], row["text"]))
     return [Message(role, tuple(parts)) for role, parts in json.loads(row["messages"])]
 
 
 def answer_of(messages: list[Message]) -> str:
-    """The last answer: what a decoder is to write."""
+    """Return the last answer, which a decoder has to write."""
     return "".join(str(part) for part in messages[-1].parts)

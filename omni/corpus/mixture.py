@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from omni.config import SourceConfig
-from omni.corpus.index import Index, ManifestError, build_index
+from omni.corpus.index import Index, build_index
+from omni.corpus.manifest import ManifestError
 from omni.storage.path import StoragePath, public_uri
 
 

@@ -1,4 +1,4 @@
-"""Recordings without a text, cut by voice activity into rows of the index."""
+"""Cut long recordings without a transcript into rows, by voice activity."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from omni.corpus.sources.base import Row
 
 
 def cut_rows(rows: Iterable[Row], how: Segmenting) -> Iterator[Row]:
-    """The rows, and in place of a long recording without a text one for each span of speech.
+    """Yield the rows, with one row per span of speech instead of a long recording without text.
 
-    A span's id is that of its recording with its start and end in milliseconds. Long recordings
-    whose text has no times, and those in which nobody speaks, become errors.
+    The id of a span is its recording's id with start and end in milliseconds. Long recordings whose
+    text has no times, and those without speech, become errors.
     """
     for row in rows:
         if row.error is not None or row.audios is not None:
@@ -29,27 +29,27 @@ def cut_rows(rows: Iterable[Row], how: Segmenting) -> Iterator[Row]:
 
 
 def _cut(row: Row, how: Segmenting) -> list[Row]:
-    """Raises AudioError."""
-    data, within = row.uri if row.data is None else row.data, span_of(vars(row))
-    seconds = measure(data, within) / SAMPLING_RATE
-    timed = row.duration is not None or within.start > 0
+    """Cut one recording. Raises AudioError."""
+    data, span = row.uri if row.data is None else row.data, span_of(vars(row))
+    seconds = measure(data, span) / SAMPLING_RATE
+    timed = row.duration is not None or span.start > 0
     if seconds <= how.longest or (row.text and timed):
         return [row]
-    place = row.uri or row.id
+    name = row.uri or row.id
     if row.text:
         raise AudioError(
             "needs segments",
-            f"{place}: {seconds:.1f} s with one text: expected times of its utterances (offset and "
+            f"{name}: {seconds:.1f} s with one text: expected times of its utterances (offset and "
             f"duration), no text, or {how.longest:g} s at most (--longest_seconds)",
         )
-    spans = speech_spans(data, how, within)
+    spans = speech_spans(data, how, span)
     if not spans:
-        raise AudioError("no speech", f"{place}: nobody speaks in its {seconds:.1f} s")
+        raise AudioError("no speech", f"{name}: no speech found in {seconds:.1f} s")
     return [
-        replace(row, id=_name(row.id, start, start + duration), start=start, duration=duration)
+        replace(row, id=_span_id(row.id, start, start + duration), start=start, duration=duration)
         for start, duration in spans
     ]
 
 
-def _name(recording: str, start: float, end: float) -> str:
+def _span_id(recording: str, start: float, end: float) -> str:
     return f"{recording}-{round(1000 * start):08}-{round(1000 * end):08}"

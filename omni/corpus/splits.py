@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from omni.config import Config
-from omni.corpus.index import Index, ManifestError
+from omni.corpus.index import Index
+from omni.corpus.manifest import ManifestError
 from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError

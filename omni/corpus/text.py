@@ -18,7 +18,7 @@ import regex
 
 from omni.corpus.index import Index
 from omni.corpus.lengths import Reject
-from omni.corpus.messages import messages_of, to_column
+from omni.corpus.messages import messages_json, messages_of
 from omni.model.chat_template import Message
 
 DEFAULT_TASK = "transcribe"  # the task of rows that name none
@@ -170,7 +170,7 @@ def _apply(row: dict[str, Any], policy: TextPolicy) -> bool:
             Message(m.role, tuple(policy.form(p) if isinstance(p, str) else p for p in m.parts))
             for m in messages_of(row)
         ]
-        row["messages"], row["text"] = to_column(said), policy.form(row["text"])
+        row["messages"], row["text"] = messages_json(said), policy.form(row["text"])
         for part in row["audios"]:
             part["text"] = None if part["text"] is None else policy.form(part["text"])
         return True

@@ -10,8 +10,9 @@ from typing import Any
 from omni.audio.decode import AudioError, AudioSpan, decode
 from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.vad import Segmenting, speech_spans
-from omni.corpus.index import ManifestError, manifest_path, read_built
+from omni.corpus.index import read_index_folder
 from omni.corpus.index_row import IndexRow
+from omni.corpus.manifest import ManifestError, manifest_path
 from omni.corpus.text import DEFAULT_TASK
 from omni.errors import ConfigError
 from omni.inference.transcriber import ENCODE_BATCH, Transcriber, hold
@@ -56,7 +57,7 @@ def transcribe_index(
     """
     transcriber.check_language(language)
     try:
-        table, _ = read_built(manifest_path(folder).parent, transcriber.prompt)
+        table, _ = read_index_folder(manifest_path(folder).parent, transcriber.prompt)
     except ManifestError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:

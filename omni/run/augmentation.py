@@ -12,8 +12,8 @@ from omni.augment.augment import Augmentation
 from omni.augment.noise import Clips, read_clips
 from omni.augment.speed import Speeds, changed_length, names_of
 from omni.config import Config
-from omni.corpus.index import ManifestError
 from omni.corpus.index_row import IndexRow, recordings
+from omni.corpus.manifest import ManifestError
 from omni.errors import ConfigError
 from omni.plan.sequences import sequence_positions
 from omni.storage.path import reason_of

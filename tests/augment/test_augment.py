@@ -19,7 +19,7 @@ from omni.augment.augment import Augmentation, augment, mask_windows, spec_augme
 from omni.augment.noise import Clips, read_clips
 from omni.augment.speed import Speeds, changed_length, names_of, speed_of
 from omni.config import AugmentConfig
-from omni.corpus.index import ManifestError
+from omni.corpus.manifest import ManifestError
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROWS = [json.loads(line) for line in (CORPUS / "train.jsonl").read_text().splitlines()][:200:40]

@@ -22,7 +22,8 @@ from omni.config import Config
 from omni.corpus import lengths as measure
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.build_part import part_name
-from omni.corpus.index import ManifestError, build_index
+from omni.corpus.index import build_index
+from omni.corpus.manifest import ManifestError
 from omni.corpus.sources import Options, open_source
 from omni.corpus.splits import build_indexes
 from omni.storage import path as places

@@ -13,7 +13,8 @@ import soundfile
 
 from omni.audio import decode as audio
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, measure
-from omni.corpus.index import ManifestError, build_index
+from omni.corpus.index import build_index
+from omni.corpus.manifest import ManifestError
 from omni.corpus.sources import Options, open_source
 from omni.storage.byte_range import ObjectRange
 from omni.storage.path import ObjectPath, as_path

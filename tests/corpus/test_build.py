@@ -23,7 +23,7 @@ import ray
 
 import omni
 from jobs import index
-from omni.corpus.index import build_index, read_built
+from omni.corpus.index import build_index, read_index_folder
 from omni.model.encoder.whisper import WhisperEncoder
 from tests.corpus.test_sources import SHAPES, audio_of, make_corpus, same
 from tests.helpers.long_recordings import bridges, uncovered, write_long
@@ -97,7 +97,7 @@ def test_long_recordings_are_cut_by_the_job(
     done = capsys.readouterr().out
     assert re.search(rf"\bno text +{len(said)}\b", done)
     assert "python -m jobs.transcribe" in done
-    rows = read_built(tmp_path / "out")[0].to_pylist()
+    rows = read_index_folder(tmp_path / "out")[0].to_pylist()
     spans = [(row["start"], row["duration"]) for row in rows]
     assert uncovered(said, spans) == [] and bridges(said, spans) == []
     assert max(duration for _, duration in spans) <= 10

@@ -16,8 +16,9 @@ import pytest
 import soundfile
 
 import omni
-from omni.corpus.index import SCHEMA, Index, ManifestError, build_index, manifest_path
+from omni.corpus.index import SCHEMA, Index, build_index
 from omni.corpus.lengths import measure_data
+from omni.corpus.manifest import ManifestError, manifest_path
 from omni.metrics.score import normalize
 
 Record = Callable[..., Path]

@@ -20,8 +20,9 @@ from omni.audio.decode import decode
 from omni.audio.vad import Segmenting, speech_spans
 from omni.corpus.build_part import write_part
 from omni.corpus.built_index import finish, summary_lines
-from omni.corpus.index import Index, ManifestError, build_index, read_built
+from omni.corpus.index import Index, build_index, read_index_folder
 from omni.corpus.lengths import span_of
+from omni.corpus.manifest import ManifestError
 from omni.corpus.sources import Options, open_source
 from tests.helpers.long_recordings import write_long
 
@@ -48,7 +49,7 @@ def index(out: Path, spec: str, **options: Any) -> tuple[Any, list[Any], dict[st
     for source, part in tasks:
         write_part(source, part, given, out)
     counts = finish(tasks, out)
-    table, rejects = read_built(out)
+    table, rejects = read_index_folder(out)
     return table.to_pylist(), rejects, counts
 
 

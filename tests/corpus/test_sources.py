@@ -22,8 +22,9 @@ import omni
 from omni.audio.decode import decode
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import finish
-from omni.corpus.index import Index, ManifestError, build_index
+from omni.corpus.index import Index, build_index
 from omni.corpus.lengths import span_of
+from omni.corpus.manifest import ManifestError
 from omni.corpus.sources import Options, Row, open_source
 from omni.storage.byte_range import ByteRange
 

@@ -15,8 +15,9 @@ import soundfile
 import omni
 from jobs import train
 from omni.audio.decode import decode
-from omni.corpus.index import ManifestError, build_index
+from omni.corpus.index import build_index
 from omni.corpus.lengths import span_of
+from omni.corpus.manifest import ManifestError
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROWS = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()][:12]

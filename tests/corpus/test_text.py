@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from omni.config import SourceConfig, load_config, parse_config
-from omni.corpus.index import Index, ManifestError, build_index
+from omni.corpus.index import Index, build_index
+from omni.corpus.manifest import ManifestError
 from omni.corpus.messages import messages_of
 from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy, join, language_code

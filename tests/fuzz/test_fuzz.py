@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omni.config import Config, load_config, parse_config
-from omni.corpus.index import ManifestError, build_index
+from omni.corpus.index import build_index
+from omni.corpus.manifest import ManifestError
 from omni.corpus.tar import TarError, read_tar
 from omni.errors import ConfigError
 from tests.fuzz.targets import TARGETS

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from omni.corpus.index import ManifestError, absolute, manifest_path
+from omni.corpus.manifest import ManifestError, absolute, manifest_path
 from omni.corpus.sources.base import COLUMNS, Options, Part, Row, Source, files_of
 from omni.corpus.sources.folder import FolderSource
 from omni.corpus.sources.hub import HubSource, SavedSource, is_saved, split_spec

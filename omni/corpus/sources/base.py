@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import recording_uri
-from omni.corpus.index import ManifestError, absolute
+from omni.corpus.manifest import ManifestError, absolute
 from omni.storage.path import ObjectPath, StoragePath, public_uri, raise_if_unreachable
 
 COLUMNS = {

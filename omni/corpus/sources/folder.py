@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from omni.corpus.index import ManifestError, check_row
+from omni.corpus.manifest import ManifestError, check_row
 from omni.corpus.sources.base import Options, Part, Row, digest, names_within
 from omni.corpus.tar import AUDIO_SUFFIXES
 from omni.storage.parallel_reads import parallel_map

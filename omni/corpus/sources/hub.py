@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from omni.corpus.index import ManifestError
+from omni.corpus.manifest import ManifestError
 from omni.corpus.sources.base import Options, Part, Row, digest, explain_missing
 from omni.corpus.sources.parquet import BATCH, rows_of, wanted_columns
 from omni.errors import first_line

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any, Literal
 
-from omni.corpus.index import ManifestError, checked_row
+from omni.corpus.manifest import ManifestError, checked_row
 from omni.corpus.sources.base import Options, Part, Row, canonical, explain_missing
 from omni.storage.path import StoragePath, raise_if_unreachable
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from omni.corpus.index import ManifestError, check_row
+from omni.corpus.manifest import ManifestError, check_row
 from omni.corpus.sources.base import Options, Part, Row, digest, file_fingerprint, inside
 from omni.corpus.sources.jsonl_csv import cut, read_bytes
 from omni.storage.path import StoragePath, literal_path, raise_if_unreachable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from omni.corpus.index import ManifestError, check_row
+from omni.corpus.manifest import ManifestError, check_row
 from omni.corpus.sources.base import Options, Part, Row, inside
 from omni.corpus.sources.jsonl_csv import cut as cut_lines
 from omni.corpus.sources.jsonl_csv import json_objects

@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omni.corpus.index import ManifestError, check_row
+from omni.corpus.manifest import ManifestError, check_row
 from omni.corpus.sources.base import (
     COLUMNS,
     Options,

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from omni.corpus.index import ManifestError, checked_row
+from omni.corpus.manifest import ManifestError, checked_row
 from omni.corpus.sources.base import Options, Part, Row, canonical, file_fingerprint
 from omni.corpus.sources.jsonl_csv import json_objects
 from omni.corpus.sources.lhotse import row_of_cut

@@ -1,0 +1,208 @@
+"""Read manifests: JSON lines or tar shards, each row checked before any audio is opened."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omni.corpus.audio_paths import recording_uri
+from omni.corpus.messages import answer_of, messages_json, parse_messages
+from omni.corpus.tar import TarError, read_tar
+from omni.model.chat_template import Message
+from omni.model.download import ASSETS
+from omni.storage.path import StorageError, StoragePath, as_path, public_uri
+
+INDEX_FILE = "index.json"  # marks a folder that `omni index` has finished
+_LONGEST_SECONDS = 1e8
+_TYPES: dict[str, tuple[type, ...]] = {
+    "audio": (str,),
+    "text": (str,),
+    "id": (str, int),
+    "duration": (int, float),
+    "offset": (int, float),
+    "language": (str,),
+    "speaker": (str,),
+    "prompt": (str,),
+    "task": (str,),
+}
+
+
+class ManifestError(ValueError):
+    """A manifest cannot be used; the message names file, row, field and what was expected."""
+
+
+def manifest_path(spec: str) -> StoragePath:
+    """Find the manifest that a setting names: a file, or the index.json of an index folder.
+
+    `embedded:train`, `embedded:dev` and `embedded:test` are the corpus that comes with omni.
+    Raises ManifestError, and OSError for object storage that does not answer.
+    """
+    if spec.startswith("embedded:"):
+        path: StoragePath = ASSETS / "prompts-en" / f"{spec.removeprefix('embedded:')}.jsonl"
+        if not path.is_file():
+            raise ManifestError(f"{spec}: expected embedded:train, embedded:dev or embedded:test")
+        return path
+    path = absolute(spec)
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except StorageError as error:
+        raise ManifestError(str(error)) from None
+    if is_folder:
+        if not (path / INDEX_FILE).is_file():
+            raise ManifestError(
+                f"{public_uri(spec)}: expected a manifest, or a folder that `omni index` has "
+                f"finished: there is no {INDEX_FILE} in it"
+            )
+        return path / INDEX_FILE
+    if not exists:
+        raise ManifestError(f"{public_uri(spec)}: no such manifest")
+    return path
+
+
+def absolute(spec: str) -> StoragePath:
+    """Make a path absolute; leave a URI as it is."""
+    path = as_path(spec)
+    return path.expanduser().absolute() if isinstance(path, Path) else path
+
+
+def read_manifest(path: StoragePath, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:
+    """Yield rows with absolute `uri`, checked types and defaults, without audio measurements."""
+    for position, row in _tar_rows(path) if path.suffix == ".tar" else _json_rows(path):
+        yield checked_row(path, position, row, prompt=prompt, allow_absolute=allow_absolute)
+
+
+def checked_row(
+    path: StoragePath,
+    position: str,
+    row: dict[str, Any],
+    *,
+    prompt: str = "",
+    allow_absolute: bool = False,
+) -> dict[str, Any]:
+    """Turn a row of the manifest at `path` into one of the index, without measurements.
+
+    row: where it has `bytes` (offset, length), its recording is that range of the manifest itself.
+    position: file and line (or member), for messages. Raises ManifestError.
+    """
+    in_tar = isinstance(row.get("bytes"), tuple)  # no JSON value is a tuple
+    conversation = _conversation(position, row) if "messages" in row and not in_tar else None
+    messages, recordings = conversation or (None, [row])
+    if messages is not None:
+        row = {**row, "audio": recordings[0]["audio"], "text": answer_of(messages)}
+    check_row(position, row)
+    for recording in recordings:
+        check_row(position, {**recording, "text": recording.get("text") or ""})
+    try:
+        locations = [_location(path, item, in_tar, allow_absolute) for item in recordings]
+    except ValueError as error:
+        raise ManifestError(f"{position}: field 'audio': {error}") from None
+    identity = row.get("id")
+    return {
+        "id": position.replace(str(path), f"{path.parent.name}/{path.stem}")
+        if identity is None
+        else str(identity),
+        **locations[0],
+        "text": row["text"].strip(),
+        "prompt": row.get("prompt") or prompt,
+        "language": row.get("language"),
+        "speaker": row.get("speaker"),
+        "task": row.get("task"),
+        "messages": None if messages is None else messages_json(messages),
+        "audios": None
+        if messages is None
+        else [
+            {**location, "text": item.get("text")}
+            for location, item in zip(locations, recordings, strict=True)
+        ],
+    }
+
+
+def check_row(position: str, row: dict[str, Any]) -> None:
+    """Check the fields of a manifest row. Raises ManifestError naming the field and its type."""
+    for name in ("audio", "text"):
+        if name not in row:
+            raise ManifestError(f"{position}: field {name!r} is missing")
+    for name, types in _TYPES.items():
+        value = row.get(name)
+        if not _is_storable(value):
+            raise ManifestError(
+                f"{position}: field {name!r}: expected a finite number or text without NUL and "
+                f"lone surrogates, got {value!r}"
+            )
+        if value is None and name not in ("audio", "text"):
+            continue
+        if not isinstance(value, types) or isinstance(value, bool):
+            expected = " or ".join(t.__name__ for t in types)
+            raise ManifestError(f"{position}: field {name!r}: expected {expected}, got {value!r}")
+        if isinstance(value, (int, float)) and name != "id" and abs(value) > _LONGEST_SECONDS:
+            raise ManifestError(
+                f"{position}: field {name!r}: {value!r} seconds, longer than the longest "
+                f"recording accepted ({_LONGEST_SECONDS:g} s)"
+            )
+
+
+def _conversation(position: str, row: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Parse a row's messages and recordings. Raises ManifestError."""
+    if not _is_storable(json.dumps(row["messages"], ensure_ascii=False)):
+        raise ManifestError(
+            f"{position}: field 'messages': it contains characters that are not valid text "
+            "(NUL or lone surrogates)"
+        )
+    try:
+        return parse_messages(row)
+    except ValueError as error:
+        raise ManifestError(f"{position}: field 'messages': {error}") from None
+
+
+def _location(
+    path: StoragePath, row: dict[str, Any], in_tar: bool, allow_absolute: bool
+) -> dict[str, Any]:
+    """Locate a recording: file, range of bytes, span in seconds.
+
+    Raises ValueError for a path that the manifest may not name.
+    """
+    offset, length = row["bytes"] if in_tar else (None, None)
+    is_span = row.get("offset") is not None and row.get("duration") is not None
+    return {
+        "uri": str(path) if in_tar else recording_uri(path.parent, row["audio"], allow_absolute),
+        "offset": offset,
+        "length": length,
+        "start": float(row.get("offset") or 0.0),
+        # Without an offset the utterance is the whole file, however long that really is.
+        "duration": float(row["duration"]) if is_span else None,
+    }
+
+
+def _json_rows(path: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield position (FILE:LINE) and object of each line."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            position = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ManifestError(f"{position}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ManifestError(f"{position}: expected an object, got {line[:40]!r}")
+            yield position, row
+
+
+def _tar_rows(path: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield position (FILE:MEMBER) and fields of each utterance in a shard."""
+    try:
+        for row in read_tar(path):
+            yield f"{path}:{row['audio']}", row
+    except TarError as error:
+        raise ManifestError(str(error)) from None
+
+
+def _is_storable(value: Any) -> bool:
+    """Check for what neither a path nor a table can hold: NUL, lone surrogates, infinities."""
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    return not isinstance(value, float) or math.isfinite(value)
