@@ -1,4 +1,4 @@
-"""Where curves are shown: TensorBoard, and W&B, MLflow and SwanLab, each as the same few calls.
+"""Adapters of TensorBoard, W&B, MLflow and SwanLab.
 
 A package is imported when its tracker is opened, not before.
 """
@@ -15,39 +15,42 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from omni.config import Config
 from omni.errors import ConfigError
-from omni.metrics.table import EVAL_METRICS, TRAIN_METRICS
+from omni.metrics.table import EVAL_METRICS, TRAIN_METRICS, Example
 from omni.storage.path import ObjectPath, StoragePath
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "swanlab": "swanlab"}  # by module
-PROJECT = "omni"  # where the environment names no other
+PROJECT = "omni"  # unless the environment names another
 _UPLOAD_SECONDS = 30.0  # between two copies of TensorBoard's files into object storage
-_MLFLOW_BATCH = 100  # the most parameters that it takes at a time
+_MLFLOW_BATCH = 100  # parameters that MLflow accepts in one request
 
 
-class Tracker(Protocol):
-    """An open run of a tracker. Any exception that it raises ends its part in the run."""
+class Tracker:
+    """Adapter of an open run of a tracker. An exception ends its part in the run."""
 
     def rewind(self, step: int) -> None:
-        """What it has of `step` and later is void: those steps come again."""
+        """Discard what was logged of `step` and later, if possible: those steps come again."""
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        raise NotImplementedError
 
-    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
-        """What the model wrote, and what was said: `reference` and `hypothesis`."""
+    def examples(self, step: int, examples: Sequence[Example]) -> None:
+        """Show references and hypotheses of an evaluation, if possible."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Send what is buffered, where the package does not do so itself."""
 
-    def close(self, complete: bool) -> None: ...
+    def close(self, complete: bool) -> None:
+        raise NotImplementedError
 
 
 def check_trackers(config: Config) -> None:
-    """Raises ConfigError naming the first package that is not installed, or has no place."""
+    """Raise ConfigError for a package that is not installed, or cannot store anything."""
     for name in config.run.trackers:
         if find_spec(name) is None:
             raise ConfigError(
@@ -64,83 +67,83 @@ def check_trackers(config: Config) -> None:
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a row of metrics.jsonl by their names in trackers: group/name."""
     table = EVAL_METRICS if row.get("kind") == "eval" else TRAIN_METRICS
-    found = {}
+    found: dict[str, Any] = {}
     for metric in table:
-        if metric.group and metric.name in row:
+        if metric.curve and metric.name in row:
             found.update(flat(row[metric.name], metric.curve))
-    return {name: float(v) for name, v in found.items() if _is_figure(v)}
+    return {name: float(v) for name, v in found.items() if _is_number(v)}
 
 
 def results(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of summary.json, likewise."""
-    return {name: float(v) for name, v in flat(summary, "summary").items() if _is_figure(v)}
+    """Return the numbers of summary.json by their names in trackers: summary/name."""
+    return {name: float(v) for name, v in flat(summary, "summary").items() if _is_number(v)}
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with names joined by slashes."""
+    """Flatten nested mappings, with names joined by slashes."""
     if not isinstance(value, Mapping):
         return {name: value}
     nested = (flat(v, f"{name}/{k}" if name else str(k)) for k, v in value.items())
     return {key: item for part in nested for key, item in part.items()}
 
 
-def _is_figure(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted name, without credentials."""
+    """Return every setting by its dotted name, without credentials."""
     values = flat(yaml.safe_load(config.to_yaml()))
     return {key.replace("/", "."): value for key, value in values.items()}
 
 
-class Scratch:
-    """A folder on this machine for packages that write files, and where they are to be kept: the
-    same one, or object storage.
-    """
+class StagingFolder:
+    """Local folder for packages that write files: `final` itself, or one that is uploaded there."""
 
-    def __init__(self, kept: StoragePath) -> None:
-        self._kept = kept
+    def __init__(self, final: StoragePath) -> None:
+        self._final = final
         self._sizes: dict[Path, int] = {}
-        if isinstance(kept, Path):
-            self.folder = kept
+        if isinstance(final, Path):
+            self.folder = final
         else:
             self._temporary = tempfile.TemporaryDirectory(prefix="omni-trackers-")
             self.folder = Path(self._temporary.name)
 
     def upload(self) -> None:
-        """What is new, or has grown. Raises OSError."""
-        if isinstance(self._kept, Path):
+        """Upload files that are new or have grown. Raises OSError."""
+        if isinstance(self._final, Path):
             return
         for path in sorted(self.folder.rglob("*")):
             if path.is_file() and self._sizes.get(path) != (size := path.stat().st_size):
-                (self._kept / path.relative_to(self.folder).as_posix()).upload(path)
+                (self._final / path.relative_to(self.folder).as_posix()).upload(path)
                 self._sizes[path] = size
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
+    """A file of events is opened with the first row, and another after each rewind."""
+
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._kept = Scratch(config.run_dir / "tensorboard")
+        self._staging = StagingFolder(config.run_dir / "tensorboard")
         self._uploaded = time.monotonic()
-        self._from = 0
+        self._first_step = 0
         self._writer: Any = None
-        self._described = False
+        self._has_settings = False
 
     def rewind(self, step: int) -> None:
         self.close(False)
-        self._from = step
+        self._first_step = step
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         writer = self._open()
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
 
-    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+    def examples(self, step: int, examples: Sequence[Example]) -> None:
         lines = (
-            f"    {kind}  {' '.join(example[key].split())}"  # indented: shown as it is
-            for example in examples
-            for kind, key in (("said ", "reference"), ("wrote", "hypothesis"))
+            f"    said   {' '.join(e['reference'].split())}\n"  # indented: not taken for markup
+            f"    wrote  {' '.join(e['hypothesis'].split())}"
+            for e in examples
         )
         self._open().add_text("dev/examples", "\n".join(lines), step)
 
@@ -148,41 +151,44 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.flush()
             if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
-                self._kept.upload()
+                self._staging.upload()
                 self._uploaded = time.monotonic()
 
     def close(self, complete: bool) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-            self._kept.upload()
+            self._staging.upload()
 
     def _open(self) -> Any:
-        """A writer whose file hides what others hold of `self._from` and later."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
-            from torch.utils.tensorboard.summary import hparams
 
-            self._writer = SummaryWriter(str(self._kept.folder), purge_step=self._from)
-            if not self._described:
-                self._described = True
-                shown = self._config.to_yaml().replace("\n", "\n    ")
-                self._writer.add_text("config", f"    {shown}", self._from)
-                kinds = (bool, int, float, str)
-                values = {
-                    name: value if isinstance(value, kinds) else json.dumps(value)
-                    for name, value in _settings(self._config).items()
-                }
-                for part in hparams(values, {"train/loss": 0, "dev/loss": 0, "dev/wer": 0}):
-                    self._writer.file_writer.add_summary(part)
+            # purge_step hides what earlier files hold of this step and later.
+            self._writer = SummaryWriter(str(self._staging.folder), purge_step=self._first_step)
+            if not self._has_settings:
+                self._has_settings = True
+                self._write_settings()
         return self._writer
 
+    def _write_settings(self) -> None:
+        from torch.utils.tensorboard.summary import hparams
 
-class Wandb:
+        shown = self._config.to_yaml().replace("\n", "\n    ")
+        self._writer.add_text("config", f"    {shown}", self._first_step)
+        values = {
+            name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            for name, value in _settings(self._config).items()
+        }
+        for part in hparams(values, {"train/loss": 0, "dev/loss": 0, "dev/wer": 0}):
+            self._writer.file_writer.add_summary(part)
+
+
+class Wandb(Tracker):
     def __init__(self, config: Config, folder: Path, id: str | None) -> None:
         import wandb
 
-        # Another one for a run that is trained again in an emptied folder.
+        # A random part: a run of the same name may have been deleted and is trained again.
         self.id = id or f"{config.run.name[:100]}-{secrets.token_hex(4)}"
         self._table = wandb.Table
         self._run = wandb.init(
@@ -195,37 +201,35 @@ class Wandb:
             allow_val_change=True,
             settings=wandb.Settings(silent=True, console="off", init_timeout=60),
         )
-        # W&B's own step never goes back, ours does after a crash: it is a metric like others.
+        # W&B's own step cannot go back, as ours does after a crash, so ours is a metric.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-
-    def rewind(self, step: int) -> None: ...
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({"step": step, **scalars})
 
-    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+    def examples(self, step: int, examples: Sequence[Example]) -> None:
         rows = [[example["reference"], example["hypothesis"]] for example in examples]
         table = self._table(columns=["said", "wrote"], data=rows)
         self._run.log({"step": step, "dev/examples": table})
-
-    def flush(self) -> None: ...
 
     def close(self, complete: bool) -> None:
         self._run.finish(exit_code=0 if complete else 1)
 
 
-class Mlflow:
+class Mlflow(Tracker):
+    """Shows no examples: they would need a store for files, which not every server has."""
+
     def __init__(self, config: Config, folder: Path, id: str | None) -> None:
-        # Of its own, it tries a server that is silent for a quarter of an hour.
+        # By default MLflow retries a silent server for a quarter of an hour.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        here = f"sqlite:///{config.run_dir.parent / 'mlflow.db'}"
+        local = f"sqlite:///{config.run_dir.parent / 'mlflow.db'}"
         self._metric = Metric
-        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or here)
+        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or local)
         if id is not None:
             self.id = id
             self._client.update_run(id, status="RUNNING")
@@ -238,8 +242,6 @@ class Mlflow:
         for first in range(0, len(params), _MLFLOW_BATCH):
             self._client.log_batch(self.id, params=params[first : first + _MLFLOW_BATCH])
 
-    def rewind(self, step: int) -> None: ...
-
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         metrics = [
@@ -248,20 +250,15 @@ class Mlflow:
         ]
         self._client.log_batch(self.id, metrics=metrics)
 
-    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
-        """Would need a store for files, which not every server has."""
-
-    def flush(self) -> None: ...
-
     def close(self, complete: bool) -> None:
         self._client.set_terminated(self.id, status="FINISHED" if complete else "KILLED")
 
 
-class SwanLab:
+class SwanLab(Tracker):
     def __init__(self, config: Config, folder: Path, id: str | None) -> None:
         import swanlab
 
-        self.id = id or secrets.token_hex(11)[:21]  # older versions take no other length
+        self.id = id or secrets.token_hex(11)[:21]  # older versions require this length
         self._text = swanlab.Text
         self._run: Any = swanlab.init(
             project=os.environ.get("SWANLAB_PROJ_NAME", PROJECT),
@@ -272,16 +269,12 @@ class SwanLab:
             config=yaml.safe_load(config.to_yaml()),
         )
 
-    def rewind(self, step: int) -> None: ...
-
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
-    def examples(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+    def examples(self, step: int, examples: Sequence[Example]) -> None:
         texts = [self._text(f"said: {e['reference']}\nwrote: {e['hypothesis']}") for e in examples]
         self._run.log({"dev/examples": texts}, step=step)
-
-    def flush(self) -> None: ...
 
     def close(self, complete: bool) -> None:
         self._run.finish() if complete else self._run.finish(state="aborted")

@@ -317,19 +317,23 @@ def test_a_server_that_is_away_costs_one_line(
 
 
 @pytest.mark.slow
-def test_a_server_that_is_silent_holds_up_the_end_for_a_bounded_time(
+def test_a_server_that_is_silent_holds_up_the_end_for_a_bounded_time_and_no_other_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        run = _Run(tmp_path, "--run.trackers", "mlflow")
+        run = _Run(tmp_path, "--run.trackers", "mlflow", "--run.trackers", "wandb")
         with Trackers(run.config, run.said.append) as trackers:
             with Follower(run.folder, [trackers.tensorboard]):
                 run.log(range(1, 4))
             silent.settimeout(120)
             connection, _ = silent.accept()  # now it waits for an answer
+            sent = run.folder / "trackers" / "wandb.json"
+            _until(lambda: sent.exists() and json.loads(sent.read_text())["rows"] == 3)
             began = time.monotonic()
             trackers.complete(SUMMARY)
         connection.close()
