@@ -1,10 +1,10 @@
-"""Recordings inside a page that needs no network: a player, a waveform, a log-mel picture."""
+"""Recordings inside a page: audio and log-mel pictures as data URIs, waveforms as SVG paths."""
 
 from __future__ import annotations
 
 import base64
 import io
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,18 @@ _COLUMNS = 600  # of a waveform
 _STOPS = [(8, 8, 30), (78, 18, 108), (178, 48, 88), (245, 130, 40), (252, 246, 180)]
 
 
-def player(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = None) -> str:
-    """An <audio> element with the recording: the file's own bytes if small, else its span as WAV.
+@dataclass(frozen=True)
+class Audio:
+    """Audio as a data URI, or why there is none."""
 
-    samples: the decoded span, where it is known. A recording that cannot be read says why.
+    src: str = ""
+    error: str = ""
+
+
+def embed(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = None) -> Audio:
+    """Embed a recording: the bytes of a small file, else its span as WAV.
+
+    samples: the decoded span, if it is known.
     """
     file = literal_path(path)
     mime = _MIME.get(file.suffix.lower(), "")
@@ -46,16 +54,19 @@ def player(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = Non
             soundfile.write(wav, audio, SAMPLING_RATE, subtype="PCM_16", format="WAV")
             data = wav.getvalue()
     except (OSError, TypeError, ValueError) as error:  # of which AudioError is one
-        return f'<p class="quiet">No audio: {escape(str(error))}</p>'
-    return f'<audio controls preload="metadata" src="{_data(mime, data)}"></audio>'
+        return Audio(error=str(error))
+    return Audio(_data(mime, data))
 
 
 def _size(file: StoragePath) -> int:
     return file.stat().st_size if isinstance(file, Path) else int(file.info().size or 0)
 
 
-def waveform(samples: np.ndarray) -> str:
-    """(S,) fp32 at 16 kHz as SVG: the range of each column. Its height is full scale."""
+def waveform(samples: np.ndarray) -> tuple[str, int]:
+    """Return SVG path data of (S,) fp32 at 16 kHz, the range of each column, and its columns.
+
+    The path is 100 high, which is full scale.
+    """
     shown = samples[: _PICTURE_SECONDS * SAMPLING_RATE]
     parts = [p for p in np.array_split(shown, min(_COLUMNS, len(shown) or 1)) if len(p)]
     ranges = [(float(np.clip(p.min(), -1, 1)), float(np.clip(p.max(), -1, 1))) for p in parts]
@@ -63,14 +74,11 @@ def waveform(samples: np.ndarray) -> str:
         f"M{x} {50 - 50 * high:.1f}V{50 - 50 * low + 0.5:.1f}"
         for x, (low, high) in enumerate(ranges)
     )
-    return (
-        f'<svg class="wave" viewBox="0 0 {len(ranges)} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="waveform"><path class="s0" d="{path}"/></svg>'
-    )
+    return path, len(ranges)
 
 
 def mel_picture(samples: np.ndarray) -> str:
-    """The log-mel that the encoder sees of (S,) fp32 at 16 kHz, low frequencies at the bottom."""
+    """Return the log-mel of (S,) fp32 at 16 kHz as PNG, low frequencies at the bottom."""
     shown = samples[: _PICTURE_SECONDS * SAMPLING_RATE]
     padded = max(-(-len(shown) // HOP), 3) * HOP  # the transform reflects edges of 200 samples
     mel = log_mel(shown, _N_MELS, padded).numpy()[::-1]
@@ -82,10 +90,7 @@ def mel_picture(samples: np.ndarray) -> str:
     picture.putpalette(np.stack(colours, axis=1).round().astype(np.uint8).tobytes())
     file = io.BytesIO()
     picture.save(file, format="PNG", optimize=True)
-    return (
-        f'<img class="mel" alt="log-mel, {_N_MELS} bands up to 8 kHz" '
-        f'src="{_data("image/png", file.getvalue())}">'
-    )
+    return _data("image/png", file.getvalue())
 
 
 def _data(mime: str, data: bytes) -> str:

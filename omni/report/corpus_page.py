@@ -1,13 +1,12 @@
-"""The page of a corpus, and of what a run made of it: one file that needs no network."""
+"""Page of a corpus, and of the plan that a run made of it: one file without outside references."""
 
 from __future__ import annotations
 
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from omni.audio.decode import AudioError, decode, fit
 from omni.audio.logmel import SAMPLING_RATE
@@ -17,19 +16,19 @@ from omni.corpus.lengths import span_of
 from omni.corpus.manifest import INDEX_FILE, ManifestError
 from omni.corpus.text import language_code
 from omni.errors import ConfigError
-from omni.model.download import ASSETS
 from omni.model.tokenizer import SpeechTokenizer
-from omni.report.audio_embed import mel_picture, player, waveform
-from omni.report.charts import count, histogram, percent, short
-from omni.report.plan_page import RunPlan, plan_sections, read_run
-from omni.report.run_page import table
+from omni.report.audio_embed import embed, mel_picture, waveform
+from omni.report.charts import histogram
+from omni.report.formats import count, percent, short
+from omni.report.plan_page import RunPlan, plan_section, read_run
+from omni.report.render import render
 from omni.storage.path import StorageError, StoragePath, as_path, public_uri, reason_of
 
 _VOCAB = 1024  # of the tokenizer of a corpus that no run has trained one for
 _TRAINED_ON = 20_000  # texts, for that
 _SPEAKERS = 12
 _CHARACTERS = 200
-_ODD = 4  # of the slowest and of the fastest
+_EXTREMES = 4  # of the slowest and of the fastest
 _LONG_ID = 60
 _NAMED = 6  # languages
 
@@ -70,22 +69,23 @@ def write_page(
         tokens = None
     if tokenizer is not None:
         tokens = _load(tokenizer)
-    name = escape((found.resolve() if isinstance(found, Path) else found).name)
-    sections = "" if made is None else plan_sections(made, seed)
+    corpus = None
     if index is not None:
-        counter = tokens or _trained(index, seed)
-        whose = "the tokenizer given" if tokenizer else "the run's tokenizer"
-        whose = whose if tokens else f"a BPE of {_VOCAB:,} trained on this corpus"
-        sections = _corpus(index, counter, whose) + sections + _rejects(index)
-        sections += _sample(index, counter, utterances, seed)
-    style = "".join((ASSETS / n).read_text() for n in ("report.css", "inspect.css"))
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name} · omni</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><style>{style}</style></head><body><main>
-<h1>{name}</h1>{f'<p class="notice">{escape(note)}</p>' if note else ""}{_tiles(index, made)}
-{sections}</main></body></html>
-"""
+        counter = tokens or _train_tokenizer(index, seed)
+        source = "the tokenizer given" if tokenizer else "the run's tokenizer"
+        source = source if tokens else f"a BPE of {_VOCAB:,} trained on this corpus"
+        corpus = _corpus(index, counter, source) | {
+            "sample": _sample(index, counter, utterances, seed)
+        }
+    page = render(
+        "corpus.html",
+        name=(found.resolve() if isinstance(found, Path) else found).name,
+        note=note,
+        tiles=_tiles(index, made),
+        corpus=corpus,
+        plan=None if made is None else plan_section(made, seed),
+        seed=seed,
+    )
     path: StoragePath = out or (run / "inspect.html" if run else Path("inspect.html"))
     try:
         path.write_text(page, encoding="utf-8")
@@ -101,17 +101,14 @@ def _load(path: Path) -> SpeechTokenizer:
         raise ConfigError(f"--tokenizer {path}: {error}") from None
 
 
-def _trained(index: Index, seed: int) -> SpeechTokenizer:
+def _train_tokenizer(index: Index, seed: int) -> SpeechTokenizer:
     texts = index.table["text"].to_pylist()
     if len(texts) > _TRAINED_ON:
         texts = random.Random(seed).sample(texts, _TRAINED_ON)
     return SpeechTokenizer.train(texts, _VOCAB)
 
 
-# ---- sections
-
-
-def _tiles(index: Index | None, made: RunPlan | None) -> str:
+def _tiles(index: Index | None, made: RunPlan | None) -> list[tuple[str, str, str]]:
     tiles: list[tuple[str, str, str]] = []
     if index is not None:
         texts = index.table["text"].to_pylist()
@@ -139,142 +136,125 @@ def _tiles(index: Index | None, made: RunPlan | None) -> str:
         tiles += [("Bins", count(made.plan.bins), f"of {count(made.positions)} positions")]
         if index is None:
             tiles += [("Utterances per bin", short(mean), "mean")]
-    cells = "".join(
-        f"<div><dt>{label}</dt><dd>{value}</dd><dd>{escape(note)}</dd></div>"
-        for label, value, note in tiles
-    )
-    return f'<dl class="figures">{cells}</dl>'
+    return tiles
 
 
-def _corpus(index: Index, tokenizer: SpeechTokenizer, whose: str) -> str:
+def _corpus(index: Index, tokenizer: SpeechTokenizer, source: str) -> dict[str, Any]:
+    """Return the values of corpus.html about an index; source: of the tokenizer, in words."""
     seconds, texts = _seconds(index), index.table["text"].to_pylist()
     tokens = [len(ids) for ids in tokenizer.encode_batch(texts)]
     pace = [len(text) / s for text, s in zip(texts, seconds, strict=True)]
     token_pace = [n / s for n, s in zip(tokens, seconds, strict=True)]
-    figures = [
-        histogram("Length", "seconds", seconds),
-        histogram("Text", "characters", [len(text) for text in texts], whole=True),
-        histogram("Words", "between spaces", [len(text.split()) for text in texts], whole=True),
-        histogram("Tokens", "per utterance", tokens, whole=True),
-        histogram("Characters a second", "pace of speech", pace),
-        histogram("Tokens a second", "of audio", token_pace),
-    ]
-    return f"""<h2>Lengths and texts</h2><p class="quiet">Tokens are those of {escape(whose)}. The
-last bar of each holds everything beyond 99.5 % of the utterances.</p>
-<div class="small">{"".join(figures)}</div>{_odd(index, pace)}{_languages(index, tokens)}
-{_speakers(index)}{_characters(texts)}"""
+    speakers = _speakers(index)
+    characters = Counter(character for text in texts for character in text)
+    return {
+        "tokenizer": source,
+        "total": len(index),
+        "figures": [
+            histogram("Length", "seconds", seconds),
+            histogram("Text", "characters", [len(text) for text in texts], whole=True),
+            histogram("Words", "between spaces", [len(text.split()) for text in texts], whole=True),
+            histogram("Tokens", "per utterance", tokens, whole=True),
+            histogram("Characters a second", "pace of speech", pace),
+            histogram("Tokens a second", "of audio", token_pace),
+        ],
+        "extremes": _extremes(index, pace),
+        "languages": _languages(index, tokens),
+        "speakers": speakers[:_SPEAKERS],
+        "all_speakers": len(speakers),
+        "characters": _characters(characters),
+        "all_characters": len(characters),
+        "hidden": len(characters) - _CHARACTERS,
+        "unstable": sum(not unicodedata.is_normalized("NFC", text) for text in texts),
+        "rejects": _rejects(index),
+    }
 
 
-def _odd(index: Index, pace: list[float]) -> str:
-    """Where text and audio may not belong together."""
+def _extremes(index: Index, pace: list[float]) -> list[tuple[str, ...]]:
+    """Return the slowest and the fastest utterances."""
     order = sorted(range(len(pace)), key=lambda i: pace[i])
-    chosen = dict.fromkeys([*order[:_ODD], *order[-_ODD:]])
-    rows = []
-    for i in chosen:
+    rows: list[tuple[str, ...]] = []
+    for i in dict.fromkeys([*order[:_EXTREMES], *order[-_EXTREMES:]]):
         row = index.table.slice(i, 1).to_pylist()[0]
-        rows.append(
-            (
-                f"{pace[i]:.1f}",
-                f"{row['samples'] / SAMPLING_RATE:.1f}\u00a0s",
-                _cut(row["id"], _LONG_ID),
-                _cut(row["text"], 120),
-            )
-        )
-    head = ("Characters/s", "Length", "Id", "Text")
-    return f"""<h2>Slowest and fastest</h2><p class="quiet">A pace far from the others often means
-that text and audio do not belong together, or that a clip is cut.</p>{table(head, rows)}"""
+        seconds = f"{row['samples'] / SAMPLING_RATE:.1f}\u00a0s"
+        rows.append((f"{pace[i]:.1f}", seconds, _cut(row["id"], _LONG_ID), _cut(row["text"], 120)))
+    return rows
 
 
-def _languages(index: Index, tokens: list[int]) -> str:
+def _languages(index: Index, tokens: list[int]) -> list[tuple[str, ...]]:
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     texts, named = index.table["text"].to_pylist(), index.table["language"].to_pylist()
     for language, text, s, n in zip(named, texts, _seconds(index), tokens, strict=True):
-        for at, value in enumerate((1, s, len(text), n)):
-            sums[_language(language)][at] += value
-    rows = [
+        for column, value in enumerate((1, s, len(text), n)):
+            sums[_language(language)][column] += value
+    return [
         (name, count(n), f"{s / 3600:.2f}", f"{s / n:.1f}", f"{chars / s:.1f}", f"{ids / s:.1f}")
         for name, (n, s, chars, ids) in sorted(sums.items(), key=lambda item: -item[1][1])
     ]
-    head = ("Language", "Utterances", "Hours", "Mean seconds", "Characters/s", "Tokens/s")
-    return f"<h2>Languages</h2>{table(head, rows)}"
 
 
-def _speakers(index: Index) -> str:
-    hours: dict[str, float] = defaultdict(float)
+def _speakers(index: Index) -> list[tuple[str, ...]]:
+    """Return all speakers, those with most audio first."""
+    seconds: dict[str, float] = defaultdict(float)
     clips: Counter[str] = Counter()
     for name, s in zip(index.table["speaker"].to_pylist(), _seconds(index), strict=True):
         if name:
-            hours[name] += s
+            seconds[name] += s
             clips[name] += 1
-    if not hours:
-        return ""
-    most = sorted(hours, key=lambda name: -hours[name])[:_SPEAKERS]
-    rows = [(name, count(clips[name]), f"{hours[name] / 60:.1f}") for name in most]
-    title = (
-        f"the {_SPEAKERS} with most audio of {count(len(hours))}" if len(hours) > _SPEAKERS else ""
-    )
-    return f"""<h2>Speakers</h2><p class="quiet">{title}</p>
-{table(("Speaker", "Utterances", "Minutes"), rows)}"""
+    most = sorted(seconds, key=lambda name: -seconds[name])
+    return [(name, count(clips[name]), f"{seconds[name] / 60:.1f}") for name in most]
 
 
-def _characters(texts: Sequence[str]) -> str:
-    """Every character with its name: stray ones show here first."""
-    counts = Counter(character for text in texts for character in text)
+def _characters(counts: Counter[str]) -> list[tuple[str, str, int]]:
+    """Return name, sign and count of the most common and of the rarest characters."""
     shown = counts.most_common()
-    rare = len(shown) - _CHARACTERS
-    if rare > 0:  # both ends: the common ones, and what occurs once
+    if len(shown) > _CHARACTERS:
         shown = shown[: _CHARACTERS // 2] + shown[-_CHARACTERS // 2 :]
-    named = [(unicodedata.name(c, "no name").lower(), _visible(c), n) for c, n in shown]
-    cells = "".join(
-        f'<div title="{escape(name)}"><b>{escape(c)}</b> {count(n)}</div>' for name, c, n in named
-    )
-    unstable = sum(not unicodedata.is_normalized("NFC", text) for text in texts)
-    note = f"{count(unstable)} texts are not NFC; data.unicode makes them so. " * bool(unstable)
-    note += f"The most common and the rarest are shown, {count(rare)} are not." * (rare > 0)
-    return f"""<h2>Characters</h2><details><summary>{count(len(counts))} different characters.
-{note}</summary><div class="characters">{cells}</div></details>"""
+    return [(unicodedata.name(c, "no name").lower(), _visible(c), n) for c, n in shown]
 
 
-def _rejects(index: Index) -> str:
-    if not index.rejects:
-        return '<h2>Rejected rows</h2><p class="quiet">None.</p>'
+def _rejects(index: Index) -> list[tuple[str, ...]]:
+    """Return the reasons, each with its count and an example."""
     reasons = Counter(reject.reason for reject in index.rejects).most_common()
     first = {reject.reason: reject for reject in reversed(index.rejects)}
-    rows = [
+    return [
         (reason, count(n), _cut(first[reason].id, _LONG_ID), _cut(first[reason].detail, 200))
         for reason, n in reasons
     ]
-    return f"<h2>Rejected rows</h2>{table(('Reason', 'Count', 'For example', 'Detail'), rows)}"
 
 
-def _sample(index: Index, tokenizer: SpeechTokenizer, utterances: int, seed: int) -> str:
+def _sample(
+    index: Index, tokenizer: SpeechTokenizer, utterances: int, seed: int
+) -> list[dict[str, Any]]:
+    """Draw utterances to show and to play."""
     chosen = sorted(random.Random(seed).sample(range(len(index)), min(utterances, len(index))))
-    shown = "".join(_utterance(row, tokenizer) for row in index.table.take(chosen).to_pylist())
-    return f"""<h2>Utterances</h2><p class="quiet">{len(chosen)} of {count(len(index))}, drawn by
-seed {seed}. Waveforms are at full scale; log-mels are what the encoder sees, 80 bands up to 8 kHz,
-the first 30 s.</p>{shown}"""
+    return [_utterance(row, tokenizer) for row in index.table.take(chosen).to_pylist()]
 
 
-def _utterance(row: IndexRow, tokenizer: SpeechTokenizer) -> str:
-    heard = "".join(_recording(part) for part in recordings(row))
+def _utterance(row: IndexRow, tokenizer: SpeechTokenizer) -> dict[str, Any]:
     about = [row["language"], row["speaker"], f"{row['samples'] / SAMPLING_RATE:.2f} s"]
     facts = [("text", row["text"]), ("prompt", row["prompt"]), ("task", row["task"])]
     facts += [("tokens", count(len(tokenizer.encode(row["text"]))))]
     facts += [("about", " · ".join(str(a) for a in about if a))]
-    listed = "".join(f"<dt>{n}</dt><dd>{escape(v)}</dd>" for n, v in facts if v)
-    return f"""<article class="utterance"><div>{heard}</div>
-<div><small>{escape(_cut(row["id"], 120))}</small><dl>{listed}</dl></div></article>"""
+    return {
+        "id": _cut(row["id"], 120),
+        "facts": [(name, value) for name, value in facts if value],
+        "recordings": [_recording(part) for part in recordings(row)],
+    }
 
 
-def _recording(part: Recording) -> str:
+def _recording(part: Recording) -> dict[str, Any]:
     try:
         samples = fit(decode(part["uri"], span_of(part)), part["samples"])
     except (AudioError, OSError) as error:
-        return f'<p class="quiet">No audio: {escape(str(error))}</p>'
-    return waveform(samples) + mel_picture(samples) + player(part["uri"], span_of(part), samples)
-
-
-# ---- words
+        return {"error": str(error)}
+    wave, columns = waveform(samples)
+    return {
+        "wave": wave,
+        "columns": columns,
+        "mel": mel_picture(samples),
+        "audio": embed(part["uri"], span_of(part), samples),
+    }
 
 
 def _seconds(index: Index) -> list[float]:

@@ -1,10 +1,9 @@
-"""What a run's plan does with its corpus: how bins are filled, and with what."""
+"""Section about a run's plan: how its bins are filled, and with what."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +20,17 @@ from omni.model.projector import soft_tokens
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import Plan
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
-from omni.report.charts import count, histogram, percent, short
-from omni.report.run_page import table
+from omni.report.charts import histogram
+from omni.report.formats import count, percent, short
 from omni.storage.path import StoragePath
 
-_BINS = 14  # that are drawn
+_BINS = 14  # in the picture
 _COLOURS = 8
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run's plan, and its corpus where that is still what it was. note: what is missing."""
+    """Plan of a run, and its corpus if that has not changed. note: what is missing."""
 
     config: Config
     file: PlanFile
@@ -46,7 +45,7 @@ class RunPlan:
 
 
 def read_run(run: StoragePath) -> RunPlan:
-    """Raises ConfigError where a directory holds no run, or none that has a plan."""
+    """Read the plan and the corpus of a run. Raises ConfigError if there is no run or no plan."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: neither a manifest nor a run: it has no config.yaml")
     config = load_config(run / "config.yaml")
@@ -63,7 +62,7 @@ def read_run(run: StoragePath) -> RunPlan:
     try:
         index = build_indexes(config)["train"]
         if index.fingerprint != file.index_fingerprint:
-            index, note = None, "The corpus is another one now: only the plan is shown."
+            index, note = None, "The corpus has changed since: only the plan is shown."
         elif (run / "tokenizer.json").is_file():
             tokenizer, note = _tokenizer(run / "tokenizer.json")
     except (ConfigError, SourceError) as error:
@@ -72,15 +71,30 @@ def read_run(run: StoragePath) -> RunPlan:
 
 
 def _tokenizer(path: StoragePath) -> tuple[SpeechTokenizer | None, str]:
-    """A run's, or none and what to say of that."""
+    """Read a run's tokenizer; if it is damaged, return None and a note."""
     try:
         return SpeechTokenizer.from_json(path.read_text(encoding="utf-8")), ""
     except Exception as error:  # the tokenizers library raises plain Exception
-        return None, f"The run's tokens are not known: {path} is damaged ({error})."
+        return None, f"The tokenizer cannot be read: {path} is damaged ({error})."
 
 
-def plan_sections(made: RunPlan, seed: int) -> str:
-    """How bins are filled, a picture of some, and what utterances are made of."""
+@dataclass(frozen=True)
+class Segment:
+    """An utterance in the picture of a bin. parts: style, position and length of its rectangles."""
+
+    title: str
+    parts: list[tuple[str, int, int]]
+
+
+@dataclass(frozen=True)
+class Bin:
+    number: int
+    segments: list[Segment]
+    filled: float  # of 1
+
+
+def plan_section(made: RunPlan, seed: int) -> dict[str, Any]:
+    """Return the values of plan.html: how bins are filled, and pictures of some drawn by `seed`."""
     plan, lengths = made.plan, made.file.lengths
     sums = np.add.reduceat(lengths[plan.members], plan.starts[:-1])
     fill = 100 * sums / made.positions
@@ -95,25 +109,31 @@ def plan_sections(made: RunPlan, seed: int) -> str:
         soft = soft_of(made.index, made.config)
         usable = np.flatnonzero(lengths > 0)
         seconds = made.index.table["samples"].to_numpy()[usable] / SAMPLING_RATE
-        words = lengths[usable] - soft[usable]
+        text = lengths[usable] - soft[usable]
         figures += [
             histogram("Soft tokens", "per utterance", soft[usable].tolist(), whole=True),
-            histogram("Text positions", "per utterance", words.tolist(), whole=True),
+            histogram("Text positions", "per utterance", text.tolist(), whole=True),
             histogram("Positions a second", "of audio", (lengths[usable] / seconds).tolist()),
         ]
-    absent = int((lengths == 0).sum())
-    said = (
-        f"Steps: {count(plan.steps)}, of {count(plan.bins_per_step)} x {count(made.positions)} "
-        f"positions; {short(plan.epoch(plan.bins))} epochs. "
-        f"{percent(float(fill.mean()) / 100)} of all positions hold an utterance. "
-    )
-    said += f"Longer than a bin and left out: {count(absent)}." if absent else ""
-    return f"""<h2>Bins</h2><p>{said}</p><div class="small">{"".join(figures)}</div>
-{_mixture(made)}{_pictures(made, soft, seed)}"""
+    languages = None if made.index is None else made.index.table["language"].to_pylist()
+    names = sorted({languages[n] or "none" for n in plan.members}) if languages else []
+    colours = {name: n % _COLOURS for n, name in enumerate(names)}
+    return {
+        "steps": plan.steps,
+        "bins_per_step": plan.bins_per_step,
+        "positions": made.positions,
+        "epochs": plan.epoch(plan.bins),
+        "filled": float(fill.mean()) / 100,
+        "absent": int((lengths == 0).sum()),
+        "figures": figures,
+        "mixture": _mixture(made),
+        "key": list(colours.items()) if len(colours) > 1 else [],
+        "bins": _bins(made, soft, languages, colours, seed),
+    }
 
 
 def soft_of(index: Index, config: Config) -> np.ndarray:
-    """(n,) soft tokens of each utterance."""
+    """Return (n,) soft tokens of each utterance."""
     mode, stack = config.encoder.mode, config.model.stack
     return np.array(
         [
@@ -123,67 +143,49 @@ def soft_of(index: Index, config: Config) -> np.ndarray:
     )
 
 
-def _mixture(made: RunPlan) -> str:
-    """How often the utterances of each weight occur."""
+def _mixture(made: RunPlan) -> list[tuple[str, ...]]:
+    """Count how often the utterances of each weight occur."""
     weights = made.file.weights
     if weights is None:
-        return ""
+        return []
     times = np.bincount(made.plan.members, minlength=len(weights))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for weight in np.unique(weights):
         group = (weights == weight) & (made.file.lengths > 0)
         share = times[group].sum() / max(1, times.sum())
         mean = short(float(times[group].mean())) if group.any() else "–"
         rows.append((short(float(weight)), count(int(group.sum())), mean, percent(float(share))))
-    head = ("Weight", "Utterances", "Times in this plan, mean", "Share of all")
-    return f"<h2>Mixture</h2>{table(head, rows)}"
+    return rows
 
 
-def _pictures(made: RunPlan, soft: np.ndarray | None, seed: int) -> str:
-    plan = made.plan
+def _bins(
+    made: RunPlan,
+    soft: np.ndarray | None,
+    languages: list[str | None] | None,
+    colours: dict[str, int],
+    seed: int,
+) -> list[Bin]:
+    plan, lengths = made.plan, made.file.lengths
     number = min(_BINS, plan.bins)
     chosen = np.sort(np.random.default_rng(seed).choice(plan.bins, number, replace=False))
-    languages = None if made.index is None else made.index.table["language"].to_pylist()
-    colours = _colours([languages[n] or "none" for n in plan.members] if languages else [])
-    rows = ""
+    drawn = []
     for b in chosen.tolist():
-        members, at, svg = plan.bin(b).tolist(), 0, ""
-        for place, n in enumerate(members):
-            colour = colours.get(languages[n] or "none", 0) if languages else place
-            svg += _segment(made, n, at, 0 if soft is None else int(soft[n]), colour % _COLOURS)
-            at += int(made.file.lengths[n])
-        rows += (
-            f"<span>bin {count(b)}</span>"
-            f'<svg viewBox="0 0 {made.positions} 22" preserveAspectRatio="none" role="img" '
-            f'aria-label="bin {b}"><rect class="empty" width="{made.positions}" height="22"/>{svg}'
-            f"</svg><span>{percent(at / made.positions)}</span>"
-        )
-    key = "".join(
-        f'<span><svg viewBox="0 0 12 12"><rect class="c{n % _COLOURS}" width="12" height="12"/>'
-        f"</svg>{escape(name)}</span>"
-        for name, n in colours.items()
-        if len(colours) > 1
-    )
-    what = "Colours are utterances" if len(colours) < 2 else "Colours are languages"
-    return f"""<h2>Some bins</h2><p class="quiet">{what}; full colour is soft tokens, pale is text.
-Point at one to see which it is.</p><p class="legend quiet">{key}</p>
-<div class="bins">{rows}</div>"""
+        segments, start = [], 0
+        for position, n in enumerate(plan.bin(b).tolist()):
+            colour = colours[languages[n] or "none"] if languages else position % _COLOURS
+            segments.append(_segment(made, n, start, 0 if soft is None else int(soft[n]), colour))
+            start += int(lengths[n])
+        drawn.append(Bin(b, segments, start / made.positions))
+    return drawn
 
 
-def _colours(languages: Sequence[str]) -> dict[str, int]:
-    return {name: n for n, name in enumerate(sorted(set(languages)))}
-
-
-def _segment(made: RunPlan, number: int, at: int, soft: int, colour: int) -> str:
-    """One utterance of a bin: its soft tokens, then its text."""
+def _segment(made: RunPlan, number: int, start: int, soft: int, colour: int) -> Segment:
+    """Return an utterance of a bin: its soft tokens, then its text."""
     length = int(made.file.lengths[number])
-    told = made.file.ids[number]
+    title = made.file.ids[number]
     if made.index is not None:
-        told += f": {made.index.table['text'][number].as_py()}"
-    parts = [(at, soft, ""), (at + soft, length - soft, " words")] if soft else [(at, length, "")]
-    drawn = "".join(
-        f'<rect class="c{colour}{kind}" x="{x}" width="{width}" height="22"/>'
-        for x, width, kind in parts
-        if width > 0
-    )
-    return f"<g><title>{escape(told[:200])} ({length} positions)</title>{drawn}</g>"
+        title += f": {made.index.table['text'][number].as_py()}"
+    parts = [(f"c{colour}", start, soft), (f"c{colour} words", start + soft, length - soft)]
+    if not soft:
+        parts = [(f"c{colour}", start, length)]
+    return Segment(f"{title[:200]} ({length} positions)", [part for part in parts if part[2] > 0])

@@ -3,7 +3,7 @@ for (const svg of document.querySelectorAll("svg")) {
   const before = texts.map(e => e.textContent), cursor = svg.querySelector(".cursor");
   const curves = [...svg.querySelectorAll("[data-values]")].map(path => {
     const values = path.dataset.values.split(" ").map(v => v.split(","));
-    const at = path.getAttribute("d").match(/[\\d.]+(?=,)/g);
+    const at = path.getAttribute("d").match(/[\d.]+(?=,)/g);
     return values.map(([step, value], i) => ({x: +at[i], step, value}));
   });
   svg.onpointermove = event => {
