@@ -12,8 +12,8 @@ import omni
 WITH_RAY = {
     "omni.bench.stream_speed",
     "omni.cluster.job_client",
-    "omni.cluster.nodes",
     "omni.cluster.ray_init",
+    "omni.cluster.ray_internals",
     "omni.corpus.build",
     "omni.metrics.prometheus",
     "omni.run.attempts",

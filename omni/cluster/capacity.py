@@ -1,8 +1,7 @@
-"""How many workers a cluster has room for, beside the encoders that feed them."""
+"""Nodes of a cluster, and how many workers fit on them beside the encoders that feed them."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +14,11 @@ _LOADER: Bundle = {"CPU": 1}
 
 @dataclass(frozen=True)
 class Node:
+    """A node of the cluster; `leaving`: it is announced to be taken away."""
+
     id: str
     resources: Bundle
-    leaving: bool = False  # announced to be taken away
+    leaving: bool = False
     labels: Labels = field(default_factory=dict)
     address: str = ""
 
@@ -25,9 +26,29 @@ class Node:
         return all(self.labels.get(name) == value for name, value in labels.items())
 
 
+def cluster_nodes() -> list[Node]:
+    """List the living nodes of the cluster that this process is connected to."""
+    import ray
+
+    from omni.cluster.ray_internals import draining_node_ids
+
+    leaving = draining_node_ids()
+    return [
+        Node(
+            node["NodeID"],
+            node["Resources"],
+            node["NodeID"] in leaving,
+            node.get("Labels") or {},
+            node["NodeManagerAddress"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks a cluster for, besides its number of workers."""
+    """Resources that a run asks a cluster for, per worker, encoder actor and loader."""
 
     worker: Bundle
     encoder: Bundle
@@ -49,11 +70,11 @@ class Demand:
         )
 
     def fits(self, nodes: Sequence[Node], workers: int, encoders: int, loaders: int) -> bool:
-        """Whether so many find a place on nodes that have their labels and are here to stay."""
+        """Check that so many fit on nodes with their labels that are not leaving."""
         bundles = [(self.worker, self.worker_labels)] * workers
         bundles += [(self.encoder, self.encoder_labels)] * encoders
         bundles += [(_LOADER, {})] * loaders
-        return _packs([node for node in nodes if not node.leaving], bundles)
+        return _fit(_staying(nodes), bundles)
 
 
 def bundle(cpus: float, gpus: float) -> dict[str, float]:
@@ -61,10 +82,10 @@ def bundle(cpus: float, gpus: float) -> dict[str, float]:
 
 
 def workers_that_fit(nodes: Sequence[Node], demand: Demand, least: int, most: int) -> int:
-    """The largest number of workers, `least` to `most`, that leaves room for all encoders and
-    loaders; where there is none, for one of each. 0 where not even that fits.
+    """Count the workers, `least` to `most`, that leave room for all encoders and loaders.
 
-    One loader more is counted than will run: Ray does not place things as tightly as this does.
+    Where not even `least` do, count those that leave room for one of each; 0 where none fit.
+    One loader more is counted than will run, because Ray does not place bundles as tightly.
     """
     for encoders, loaders in ((demand.encoders, demand.loaders), (1, 1)):
         for workers in range(most, least - 1, -1):
@@ -74,12 +95,13 @@ def workers_that_fit(nodes: Sequence[Node], demand: Demand, least: int, most: in
 
 
 def shortage(nodes: Sequence[Node], demand: Demand, least: int, most: int) -> str | None:
-    """Why `least` workers and all encoders cannot be at work together, naming the settings; None
-    where they can. Loaders take what CPUs are left, and need one.
+    """Explain why `least` workers and all encoders cannot run together, naming the settings.
+
+    None where they can. Loaders use the CPUs that are left, and need one.
     """
     if demand.fits(nodes, least, demand.encoders, 1):
         return None
-    cluster = f"the cluster has {_told(nodes)}"
+    cluster = f"the cluster has {_resources_text(nodes)}"
     for setting, need, labels in (
         ("train", demand.worker, demand.worker_labels),
         ("encoder", demand.encoder, demand.encoder_labels),
@@ -87,28 +109,26 @@ def shortage(nodes: Sequence[Node], demand: Demand, least: int, most: int) -> st
         if labels and not any(node.has(labels) for node in nodes):
             wanted = ",".join(f"{name}={value}" for name, value in labels.items())
             return f"{setting}.labels: no node has {wanted} (ray start --labels {wanted})"
-        if not _packs([node for node in nodes if not node.leaving], [(need, labels)]):
+        if not _fit(_staying(nodes), [(need, labels)]):
             gpus = need.get("GPU", 0)
             what = "gpus" if gpus and not any(n.resources.get("GPU") for n in nodes) else "cpus"
             one = "a worker" if setting == "train" else "an encoder"
             return f"{setting}.{what}: no node has the {_bundle_text(need)} of {one}; {cluster}"
-    range_text = str(least) if least == most else f"[{least}, {most}]"
-    asked = f"{least} x {_bundle_text(demand.worker)}"
-    encoders = f"encoder.actors {demand.encoders} x {_bundle_text(demand.encoder)}"
+    workers = f"train.workers {least if least == most else f'[{least}, {most}]'}"
     if not demand.fits(nodes, least, 0, 1):
-        return f"train.workers {range_text}: {asked} do not fit; {cluster}"
+        return f"{workers}: {least} x {_bundle_text(demand.worker)} do not fit; {cluster}"
     room = next(n for n in range(demand.encoders, -1, -1) if demand.fits(nodes, least, n, 1))
-    expected = f"room for {room}" if room else "room for none"
-    return f"{encoders} would starve: beside train.workers {range_text} is {expected}; {cluster}"
+    encoders = f"encoder.actors {demand.encoders} x {_bundle_text(demand.encoder)}"
+    return f"{encoders}: beside {workers} there is room for {room or 'none'}; {cluster}"
 
 
-def _told(nodes: Sequence[Node]) -> str:
-    total: Counter[str] = Counter()
-    for node in nodes:
-        for name in ("GPU", "CPU"):
-            total[name] += node.resources.get(name, 0)  # type: ignore[assignment]  # may be 0.5
-    one = len(nodes) == 1
-    return f"{_bundle_text(total)} on {len(nodes)} node{'' if one else 's'}"
+def _staying(nodes: Sequence[Node]) -> list[Node]:
+    return [node for node in nodes if not node.leaving]
+
+
+def _resources_text(nodes: Sequence[Node]) -> str:
+    total = {name: sum(n.resources.get(name, 0) for n in nodes) for name in ("GPU", "CPU")}
+    return f"{_bundle_text(total)} on {len(nodes)} node{'' if len(nodes) == 1 else 's'}"
 
 
 def _bundle_text(of: Mapping[str, float]) -> str:
@@ -121,21 +141,21 @@ def _plural(count: float) -> str:
     return "" if 0 < count <= 1 else "s"
 
 
-def _packs(free: Sequence[Node], bundles: Sequence[tuple[Bundle, Labels]]) -> bool:
-    """First fit; what may go to some nodes only comes first, then the largest."""
-    left = [(of, dict(of.resources)) for of in free]
+def _fit(nodes: Sequence[Node], bundles: Sequence[tuple[Bundle, Labels]]) -> bool:
+    """Place bundles first-fit: those with most labels first, then the largest."""
+    free = [(node, dict(node.resources)) for node in nodes]
 
     def difficulty(item: tuple[Bundle, Labels]) -> tuple[int, float, float]:
         need, labels = item
         return -len(labels), -need.get("GPU", 0.0), -need.get("CPU", 0.0)
 
     for need, labels in sorted(bundles, key=difficulty):
-        for of, node in left:
-            if of.has(labels) and all(
-                node.get(name, 0.0) >= much - 1e-9 for name, much in need.items()
+        for node, left in free:
+            if node.has(labels) and all(
+                left.get(name, 0.0) >= amount - 1e-9 for name, amount in need.items()
             ):
-                for name, much in need.items():
-                    node[name] = node.get(name, 0.0) - much
+                for name, amount in need.items():
+                    left[name] = left.get(name, 0.0) - amount
                 break
         else:
             return False

@@ -25,8 +25,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from omni.checkpoint.resume import ResumePoint, find_resume_point, newest_step
-from omni.cluster.capacity import Demand, bundle, workers_that_fit
-from omni.cluster.nodes import nodes
+from omni.cluster.capacity import Demand, bundle, cluster_nodes, workers_that_fit
 from omni.metrics.prometheus import RayPublisher
 from omni.metrics.run_files import count_events, last_line, read_events, write_event, write_text
 from omni.model.download import HubError, SourceError
@@ -178,13 +177,13 @@ class Attempts:
 
     def _room(self) -> int:
         train = self._config.train
-        return workers_that_fit(nodes(), Demand.of(self._config), train.least, train.most)
+        return workers_that_fit(cluster_nodes(), Demand.of(self._config), train.least, train.most)
 
     def _should_move(self, workers: int, seen: Mapping[str, int]) -> str | None:
         """Why the group should stop with a checkpoint and start again elsewhere."""
         events = read_events(self._run_dir, seen)
         used = {node for row in events if row["event"] == "attempt" for node in row["nodes"]}
-        leaving = {node.id for node in nodes() if node.leaving} & used
+        leaving = {node.id for node in cluster_nodes() if node.leaving} & used
         if leaving:
             return f"{len(leaving)} node(s) with workers will be taken away"
         train = self._config.train

@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from omni.cluster import nodes
-from omni.cluster.capacity import Demand, shortage, workers_that_fit
+from omni.cluster.capacity import Demand, cluster_nodes, shortage, workers_that_fit
+from omni.cluster.ray_internals import autoscaler_limits
 from omni.config import Config
 from omni.corpus.index_row import recordings
 from omni.errors import ConfigError, first_line
@@ -64,7 +64,7 @@ def _check_room(config: Config) -> None:
     least, most = config.train.least, config.train.most
     demand = Demand.of(config)
     deadline = time.monotonic() + (_SETTLE_SECONDS if os.environ.get("RAY_ADDRESS") else 0)
-    while (problem := shortage(nodes.nodes(), demand, least, most)) is not None:
+    while (problem := shortage(cluster_nodes(), demand, least, most)) is not None:
         if _will_grow(demand, least):
             return
         if time.monotonic() > deadline:
@@ -74,12 +74,12 @@ def _check_room(config: Config) -> None:
 
 def _will_grow(demand: Demand, workers: int) -> bool:
     """Whether an autoscaler could bring what is missing."""
-    reachable = nodes.reachable()
-    if reachable is None:
+    limits = autoscaler_limits()
+    if limits is None:
         return False
     return all(
         demand.worker.get(name, 0) * workers + demand.encoder.get(name, 0) * demand.encoders
-        <= reachable.get(name, 0)
+        <= limits.get(name, 0)
         for name in ("GPU", "CPU")
     )
 
@@ -90,7 +90,7 @@ def _will_grow(demand: Demand, workers: int) -> bool:
 def _check_nodes(prepared: Prepared) -> None:
     """Raises ConfigError where a node that may get work does not see what this one sees."""
     here = ray.get_runtime_context().get_node_id()
-    others = [n for n in nodes.nodes() if n.id != here and n.resources.get("CPU")]
+    others = [n for n in cluster_nodes() if n.id != here and n.resources.get("CPU")]
     config, word = prepared.config, uuid.uuid4().hex
     seen = {node.id: config.run_dir / f".preflight-{node.id[:12]}" for node in others}
     answers = {}
@@ -190,7 +190,7 @@ def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | No
         return None
     config, split = prepared.config, prepared.splits["train"]
     train = config.train
-    found = nodes.nodes()
+    found = cluster_nodes()
     alone = len(found) == 1 and not (train.gpus or config.encoder.gpus)
     return estimate(
         config,

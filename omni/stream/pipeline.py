@@ -8,7 +8,6 @@ block k reaches rank k mod W, and the plan's integer says exactly what has been 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +16,9 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.operators import actor_pool_map_operator
 from ray.util.metrics import Histogram
 
+from omni.cluster.ray_internals import SchedulerWorkarounds
 from omni.cluster.watchdog import limited
 from omni.metrics.table import PROMETHEUS
 from omni.plan.plan import Split
@@ -28,7 +26,6 @@ from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, StreamSettings, load_bin
 
-_PAUSES = (0.002, 0.05)  # seconds: after the first idle round, and at most
 _BOUNDARIES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]  # seconds
 _LOADER_CPUS = 1.0  # Ray's default: the load stage fuses with the read of the row numbers
 
@@ -45,8 +42,8 @@ def make_stream(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if _Steward not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(_Steward)
+    if SchedulerWorkarounds not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(SchedulerWorkarounds)
     config, per_block = settings.config, settings.bins_per_block
     numbers = np.concatenate([np.full(len(bins), split) for split, bins in rows])
     bins = np.concatenate([bins for _, bins in rows])
@@ -77,37 +74,6 @@ def make_stream(
             num_gpus=config.encoder.gpus,  # a dead actor is restarted without limit, Ray's default
         )
     )
-
-
-class _Steward(ExecutionCallback):
-    """What Ray Data's scheduler (2.60) has no settings for."""
-
-    _moved = -1
-    _pause = _PAUSES[0]
-
-    def before_execution_starts(self, executor: Any) -> None:
-        """Let encoders work on a node that is about to go.
-
-        Ray Data gives them nothing more to do. Where they are the only ones, the trainers never get
-        the blocks that end their step, and there is no checkpoint when the node goes.
-        """
-        if hasattr(actor_pool_map_operator, "get_draining_nodes"):  # Ray has no setting for it
-            actor_pool_map_operator.get_draining_nodes = dict
-
-    def on_execution_step(self, executor: Any) -> None:
-        """A breath after a round that moved nothing, longer each time.
-
-        While every stage waits for the trainer no task is active, and the scheduler then goes round
-        without waiting: 40 % of a core that two-core machines need for training.
-        """
-        metrics = [operator.metrics for operator in executor._topology]
-        moved = sum(m.num_tasks_submitted + m.num_outputs_of_finished_tasks for m in metrics)
-        if moved == self._moved:
-            time.sleep(self._pause)
-            self._pause = min(2 * self._pause, _PAUSES[1])
-        else:
-            self._pause = _PAUSES[0]
-        self._moved = moved
 
 
 def _unlike_loader(cpus: float) -> float:
