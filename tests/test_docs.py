@@ -131,7 +131,7 @@ RUNNABLE = [
     pytest.param(
         block,
         id=f"{block.page}:{block.line}",
-        marks=[pytest.mark.slow, pytest.mark.timeout(1800)] if block.slow else [],
+        marks=[pytest.mark.slow, pytest.mark.timeout(3600)] if block.slow else [],
     )
     for block in BLOCKS
     if block.runnable
