@@ -1,4 +1,4 @@
-"""Errors that people see, and one line for any of them."""
+"""Errors of wrong settings, and one line for any error."""
 
 from __future__ import annotations
 
@@ -8,4 +8,5 @@ class ConfigError(ValueError):
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's text that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

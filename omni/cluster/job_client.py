@@ -1,4 +1,8 @@
-"""A job on a Ray cluster: sent there, followed, and ended, through the cluster's job server."""
+"""Submit a job to a Ray cluster's job server, follow its output, and return its exit code.
+
+Ray's `tail_job_logs` ends with the connection and starts again at the first line; `Follower` goes
+on where it was, so that each line is written once.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +21,33 @@ from typing import Any
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from omni.cluster.versions import EXPECTED, PASSED_ON, expected_versions, installed_versions
+from omni.cluster.versions import (
+    EXPECTED,
+    expected_versions,
+    forwarded_variables,
+    installed_versions,
+)
 from omni.cluster.working_dir import Packed, pack, readable
 from omni.config import Config
 from omni.errors import ConfigError, first_line
 from omni.storage.path import redact
 
-SETTINGS = "omni-job.yaml"  # the resolved settings, in the job's working directory
-_PATIENCE = 60.0  # seconds without the job server before we stop following
-_LONGEST_STEP = 60  # seconds on top of the grace period, for a checkpoint to reach storage
+SETTINGS = "omni-job.yaml"  # file of the resolved settings in the job's working directory
+_SERVER_TIMEOUT = 60.0  # seconds
+_FINAL_SAVE_TIMEOUT = 60  # seconds after run.grace_seconds, for a checkpoint to reach storage
 
 
 class SubmitError(RuntimeError):
-    """The job server cannot be reached, or refuses."""
+    """The job server cannot be reached, or refuses the job."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """job: train or encode. python: the interpreter's name on the cluster's head. install: have
-    the cluster install the versions that are installed here.
+    """A job to run on a cluster.
+
+    job: train or encode. folder: working directory to upload, at most `limit` bytes of it, without
+    the patterns of `exclude`. python: interpreter on the cluster's head. install: have the cluster
+    install the versions that are installed here. flags: further arguments of the job.
     """
 
     config: Config
@@ -45,13 +57,14 @@ class Request:
     limit: int = 200 << 20
     python: str = "python"
     install: bool = False
-    flags: Sequence[str] = ()  # of the job
+    flags: Sequence[str] = ()
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the job server at `address`; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or here.
+    """Connect to the job server at `address`.
 
-    A cluster that asks for a token gets the one that is at hand. Raises SubmitError.
+    None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine. Sends the token of this machine if
+    the cluster asks for one. Raises SubmitError.
     """
     import requests
 
@@ -70,20 +83,21 @@ def connect(address: str | None) -> JobSubmissionClient:
             return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
     except AuthenticationError:
         raise SubmitError(
-            f"{shown} asks for its token, and the one given is missing or another: put the "
-            "cluster's into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            f"{shown}: the cluster's token is missing here, or is another: put it into "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
     except (ConnectionError, requests.RequestException, RuntimeError) as error:
         raise SubmitError(f"no job server at {shown}: {first_line(error)}") from None
 
 
 def submit(client: JobSubmissionClient, request: Request, say: Callable[[str], None]) -> str:
-    """Pack the working directory and start the job; returns its id. Raises ConfigError where it
-    is too large, SubmitError where the server refuses.
+    """Upload the working directory and start the job; returns its id.
+
+    Raises ConfigError for a directory that is too large, SubmitError where the server refuses.
     """
     config = request.config
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # how it packs, file by file
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # a line for each file
     runtime: dict[str, Any] = {"env_vars": environment(config)}
     if request.install:
         wanted = [f"{name}=={version}" for name, version in installed_versions().items()]
@@ -91,7 +105,7 @@ def submit(client: JobSubmissionClient, request: Request, say: Callable[[str], N
     with tempfile.TemporaryDirectory(prefix="omni-submit-") as into:
         packed = pack(request.folder, Path(into), request.exclude, request.limit)
         describe(packed, say)
-        say(f"run directory: {config.run_dir}, which every node of the cluster has to see")
+        say(f"run directory: {config.run_dir}, which every node of the cluster must see")
         (packed.folder / SETTINGS).write_text(config.to_yaml())
         start = functools.partial(
             client.submit_job,
@@ -102,14 +116,14 @@ def submit(client: JobSubmissionClient, request: Request, say: Callable[[str], N
             metadata={"run": config.run.name, "submitted_from": platform.node()},
         )
         try:
-            return str(_when_ready(start))
+            return str(_start_when_ready(start))
         except (RuntimeError, RayError) as error:
             raise SubmitError(f"the job was refused: {first_line(error)}") from None
 
 
-def _when_ready(start: Callable[[], str]) -> str:
-    """A head that has only just started takes no jobs yet."""
-    deadline = time.monotonic() + _PATIENCE
+def _start_when_ready(start: Callable[[], str]) -> str:
+    """Retry while the head, which may have just started, takes no jobs yet."""
+    deadline = time.monotonic() + _SERVER_TIMEOUT
     while True:
         try:
             return start()
@@ -120,7 +134,7 @@ def _when_ready(start: Callable[[], str]) -> str:
 
 
 def check_settings(config: Config) -> None:
-    """Raises ConfigError where they hold secrets."""
+    """Refuse URIs with credentials, which all on the cluster could read. Raises ConfigError."""
     if "://***@" in config.to_yaml():
         raise ConfigError(
             "a URI with credentials would be readable by everyone on the cluster: set them in the "
@@ -129,13 +143,14 @@ def check_settings(config: Config) -> None:
 
 
 def environment(config: Config) -> dict[str, str]:
-    """What the job's processes are told: where weights come from, which versions were meant, and
-    that a stopped job gets the time for its last checkpoint.
+    """Return the environment variables of the job.
+
+    They are the sources of weights, the versions installed here, and the time in which a stopped
+    job may write its last checkpoint.
     """
-    given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return {name: text for name, text in given.items() if redact(text) == text} | {
+    return forwarded_variables() | {
         EXPECTED: expected_versions(),
-        "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.run.grace_seconds) + _LONGEST_STEP),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.run.grace_seconds) + _FINAL_SAVE_TIMEOUT),
     }
 
 
@@ -148,53 +163,49 @@ def describe(packed: Packed, say: Callable[[str], None]) -> None:
 
 
 class Follower:
-    """Writes a job's output as it comes, each character once, until the job has ended."""
+    """Write a job's output as it comes, each character once, until the job has ended."""
 
     def __init__(
         self, client: JobSubmissionClient, job: str, write: Callable[[str], object]
     ) -> None:
         self._client, self._job, self._write = client, job, write
-        self._written = 0  # characters
-        self._heard = time.monotonic()
+        self._written = 0
+        self._last_answer = time.monotonic()
 
     def run(self) -> int:
-        """The job's exit code. Raises SubmitError where the server stays away."""
+        """Follow the job and return its exit code. Raises SubmitError if the server is gone."""
         while True:
             try:
                 asyncio.run(self._tail())
                 details = self._client.get_job_info(self._job)
                 if details.status.is_terminal():
-                    self._rest()
+                    self._write_new(self._client.get_job_logs(self._job), 0)
                     return exit_code(details)
             except (RuntimeError, OSError, RayError) as error:
-                if time.monotonic() - self._heard > _PATIENCE:
+                if time.monotonic() - self._last_answer > _SERVER_TIMEOUT:
                     raise SubmitError(
-                        f"{self._job}: the job server is gone: {first_line(error)}; the job itself "
-                        "may go on"
+                        f"{self._job}: no answer from the job server for {_SERVER_TIMEOUT:.0f} s: "
+                        f"{first_line(error)}; the job itself may continue"
                     ) from None
             time.sleep(1.0)
 
     async def _tail(self) -> None:
-        """The server tells everything from the beginning, each time that it is asked."""
+        """Follow one connection; the server sends everything from the beginning on each."""
         seen = 0
         async for text in self._client.tail_job_logs(self._job):
-            self._heard = time.monotonic()
-            self._fresh(text, seen)
+            self._last_answer = time.monotonic()
+            self._write_new(text, seen)
             seen += len(text)
 
-    def _rest(self) -> None:
-        """Lines that came between the last look and the end."""
-        self._fresh(self._client.get_job_logs(self._job), 0)
-
-    def _fresh(self, text: str, seen: int) -> None:
-        fresh = text[max(0, self._written - seen) :]
-        if fresh:
-            self._write(fresh)
+    def _write_new(self, text: str, seen: int) -> None:
+        new = text[max(0, self._written - seen) :]
+        if new:
+            self._write(new)
             self._written = max(self._written, seen + len(text))
 
 
 def exit_code(details: JobDetails) -> int:
-    """The driver's own; 130 for a job that was stopped, 1 for one that never ran."""
+    """Return the driver's exit code; 130 for a job that was stopped, 1 for one that never ran."""
     if details.status == JobStatus.STOPPED:
         return 130
     if details.driver_exit_code is not None:
@@ -203,7 +214,7 @@ def exit_code(details: JobDetails) -> int:
 
 
 def _token() -> str | None:
-    """As Ray looks for it: in the environment, in a file that it names, in the home folder."""
+    """Read the token where Ray does: environment, the file that it names, or the home folder."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"].strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()

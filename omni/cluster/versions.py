@@ -1,4 +1,4 @@
-"""Versions and variables that a job takes from the machine that submits it."""
+"""Versions and environment variables that a job takes from the machine that submits it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from omni.storage.path import redact
+
 EXPECTED = "OMNI_EXPECTED_VERSIONS"
-PASSED_ON = (
+_FORWARDED = (
     *("WHISPER_MS_ID", "WHISPER_HF_ID", "HF_ENDPOINT", "HF_HOME", "MODELSCOPE_DOMAIN"),
-    # Where trackers write; never their keys, which everyone on the dashboard would see.
+    # Targets of trackers, but never their keys: everyone sees them on the dashboard.
     *("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "WANDB_BASE_URL"),
     *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
     *("SWANLAB_PROJ_NAME", "SWANLAB_WORKSPACE", "SWANLAB_MODE"),
@@ -20,11 +22,17 @@ PASSED_ON = (
 _DISTRIBUTION = "nanochat-omni"
 
 
+def forwarded_variables() -> dict[str, str]:
+    """Return the environment variables that workers need, without those that hold credentials."""
+    given = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+    return {name: text for name, text in given.items() if redact(text) == text}
+
+
 def installed_versions() -> dict[str, str]:
-    """Of omni's own requirements, by name; without local labels such as +cpu."""
+    """Return the versions of omni's requirements by name, without local labels such as +cpu."""
     try:
         lines = metadata.requires(_DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:  # the code lies there without having been installed
+    except metadata.PackageNotFoundError:  # omni runs from a folder of source files.
         lines = ["ray", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers"]
     versions = {}
     for requirement in map(Requirement, lines):
@@ -38,12 +46,12 @@ def installed_versions() -> dict[str, str]:
 
 
 def expected_versions() -> str:
-    """What `differences` reads on the cluster."""
+    """Write the versions installed here as JSON, for `differences` on the cluster."""
     return json.dumps(installed_versions())
 
 
 def differences(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """One line for each package whose version is another than where the job was submitted."""
+    """Return a line for each package whose version differs from where the job was submitted."""
     try:
         expected = json.loads(environment.get(EXPECTED, "{}"))
     except ValueError:

@@ -1,6 +1,6 @@
-"""A rank that makes no progress ends its process: a restart is cheaper than a silent night.
+"""End processes that make no progress, so that the run restarts them.
 
-A hang can sit in a library, a collective or a storage call, where no exception reaches it.
+A process may hang in a library, a collective or a storage call, where no exception reaches it.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ EXIT_CODE = 70
 
 
 class Watchdog:
-    """Ends the process when `seconds` pass between two beats.
+    """Ends the process when more than `seconds` pass between two beats.
 
-    report: called before, with what was being done and for how long.
-    hurry: seconds that are enough in a situation that it finds, else None.
+    report: called first, with the activity that hangs and for how many seconds.
+    shorter_timeout: called to ask for a shorter timeout in seconds; None keeps the normal one.
     """
 
     def __init__(
         self,
         seconds: float,
         report: Callable[[str, float], None],
-        hurry: Callable[[], float | None] = lambda: None,
+        shorter_timeout: Callable[[], float | None] = lambda: None,
     ) -> None:
-        self._seconds, self._report, self._hurry = seconds, report, hurry
+        self._seconds, self._report, self._shorter_timeout = seconds, report, shorter_timeout
         self._doing, self._since = "", float("inf")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
-    def beat(self, doing: str, patience: float = 1.0) -> None:
-        """Progress; what comes next is `doing`, and may take `patience` times as long as usual."""
+    def beat(self, doing: str, factor: float = 1.0) -> None:
+        """Report progress; the next activity is `doing` and may take `factor` times the timeout."""
         self._doing = doing
-        self._since = time.monotonic() + (patience - 1) * self._seconds
+        self._since = time.monotonic() + (factor - 1) * self._seconds
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """For work of unknown length, such as an evaluation."""
+        """Suspend the watchdog during work of unknown length, such as an evaluation."""
         self._since = float("inf")
         try:
             yield
@@ -56,9 +56,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self._seconds / 10)):
             passed = time.monotonic() - self._since
-            if passed <= self._seconds and passed <= (self._hurry() or self._seconds):
+            if passed <= self._seconds and passed <= (self._shorter_timeout() or self._seconds):
                 continue
-            # Reporting writes to storage, which may be what hangs.
+            # A report writes to storage, and storage may be what hangs: do not wait for it.
             threading.Thread(target=self._report, args=(self._doing, passed), daemon=True).start()
             faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__ or sys.stderr)
             self._stop.wait(2.0)
@@ -67,9 +67,9 @@ class Watchdog:
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """End this process if the block takes longer: its owner starts another and tries again.
+    """End this process if the block takes longer than `seconds`; Ray then starts another.
 
-    The timer needs no GIL, so it also ends a call into C that never returns. One block at a time.
+    The timer needs no GIL, so it also ends a call into C that never returns. Blocks do not nest.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:

@@ -1,4 +1,8 @@
-"""The folder that a job takes to the cluster: code, settings and small files, nothing else."""
+"""Copy what a job needs of a folder, before Ray uploads it to the cluster.
+
+Ray's own packaging follows links out of the folder and in circles, uploads .git and what
+.git/info/exclude ignores, and checks the size only of the finished archive.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +22,28 @@ _NEVER = {
 }  # fmt: skip
 _SECRETS = (".env", ".env.*", "*.pem", "*.key", ".netrc")
 _CODE = ("omni", "jobs")
-_COUNTED = 20_000  # files of a folder that is left out; then it is "more than"
+_MOST_COUNTED = 20_000  # files; the size of a larger folder is given as "over"
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    path: str  # relative to the folder
-    why: str
-    size: int  # bytes
-    more: bool = False  # there is more: counting would have taken long
+    """A file or folder that is not uploaded; path: relative to the working directory.
+
+    size: bytes. at_least: the folder holds more, and counting all of it would take long.
+    """
+
+    path: str
+    reason: str
+    size: int
+    at_least: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path} ({'over ' * self.more}{readable(self.size)}, {self.why})"
+        return f"{self.path} ({'over ' * self.at_least}{readable(self.size)}, {self.reason})"
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was copied, in files and bytes, and what was not."""
+    """Number of files and bytes that were copied into `folder`, and what was left out."""
 
     folder: Path
     files: int
@@ -45,11 +54,11 @@ class Packed:
 def pack(source: Path, into: Path, exclude: Sequence[str] = (), limit: int = 200 << 20) -> Packed:
     """Copy what a job needs of `source` into the empty folder `into`.
 
-    Left out are version control and caches, run directories, what git ignores, files that look
-    like secrets, links that lead outside, and paths or names that match a pattern of `exclude`.
-    omni's own code is added where `source` does not hold it, so that the cluster runs this version.
+    Leaves out version control and caches, run directories, what git ignores, files that look like
+    secrets, links that lead outside, and paths or names that match a pattern of `exclude`. Adds
+    omni's own code where `source` does not hold it, so that the cluster runs this version.
 
-    Raises ConfigError where more than `limit` bytes would be packed.
+    Raises ConfigError for more than `limit` bytes.
     """
     source = source.resolve()
     ignored = _ignored_by_git(source)
@@ -59,17 +68,17 @@ def pack(source: Path, into: Path, exclude: Sequence[str] = (), limit: int = 200
         here = Path(folder)
         for name in sorted(names):
             path = here / name
-            why = _why_not(path, source, exclude, ignored)
-            if why is not None:
+            reason = _reason_not(path, source, exclude, ignored)
+            if reason is not None:
                 names.remove(name)
-                left_out.append(LeftOut(str(path.relative_to(source)), why, *_size(path)))
+                left_out.append(LeftOut(str(path.relative_to(source)), reason, *_size(path)))
         for name in sorted(files):
             path = here / name
-            why = _why_not(path, source, exclude, ignored)
-            if why is None:
+            reason = _reason_not(path, source, exclude, ignored)
+            if reason is None:
                 chosen.append((path.relative_to(source), path.stat().st_size))
-            elif why != "cache":
-                left_out.append(LeftOut(str(path.relative_to(source)), why, *_size(path)))
+            elif reason != "cache":
+                left_out.append(LeftOut(str(path.relative_to(source)), reason, *_size(path)))
     pairs = [(source / path, path, size) for path, size in chosen]
     for package in _CODE:
         if not (source / package / "__init__.py").is_file():
@@ -90,7 +99,8 @@ def readable(size: float) -> str:
     return f"{size:,.1f} GB"
 
 
-def _why_not(path: Path, source: Path, exclude: Sequence[str], ignored: set[Path]) -> str | None:
+def _reason_not(path: Path, source: Path, exclude: Sequence[str], ignored: set[Path]) -> str | None:
+    """Return the reason to leave out a path; None to upload it."""
     name, relative = path.name, str(path.relative_to(source))
     if name in _NEVER or name.endswith((".pyc", ".egg-info")):
         return "cache" if name.endswith(".pyc") else "version control, environment or cache"
@@ -101,7 +111,7 @@ def _why_not(path: Path, source: Path, exclude: Sequence[str], ignored: set[Path
     if path in ignored:
         return "ignored by git"
     if (path / "checkpoints").is_dir() and (path / "config.yaml").is_file():
-        return "a run"
+        return "a run directory"
     if path.is_symlink():
         target = path.resolve()
         if path.is_dir():
@@ -112,7 +122,7 @@ def _why_not(path: Path, source: Path, exclude: Sequence[str], ignored: set[Path
 
 
 def _ignored_by_git(source: Path) -> set[Path]:
-    """Files and folders that git ignores; nothing where there is no git or no repository."""
+    """List what git ignores; nothing where there is no git or no repository."""
     ignored = ["--others", "--ignored", "--exclude-standard", "--directory"]
     try:
         out = subprocess.run(
@@ -124,7 +134,7 @@ def _ignored_by_git(source: Path) -> set[Path]:
 
 
 def _package(name: str) -> Iterator[tuple[Path, Path, int]]:
-    """(file, its path in the pack, bytes) of one of omni's packages."""
+    """List (file, its path in the copy, bytes) of one of omni's packages."""
     root = Path(__file__).parents[2] / name
     for path in sorted(root.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
@@ -132,7 +142,7 @@ def _package(name: str) -> Iterator[tuple[Path, Path, int]]:
 
 
 def _size(path: Path) -> tuple[int, bool]:
-    """Bytes of a file, or of what lies in a folder, and whether there is more."""
+    """Count the bytes of a file or folder, and say if that is only a part of them."""
     if path.is_symlink() or path.is_file():
         return path.lstat().st_size, False
     total, seen = 0, 0
@@ -140,7 +150,7 @@ def _size(path: Path) -> tuple[int, bool]:
         for name in files:
             total += os.lstat(os.path.join(folder, name)).st_size
             seen += 1
-            if seen == _COUNTED:
+            if seen == _MOST_COUNTED:
                 return total, True
     return total, False
 

@@ -51,7 +51,7 @@ def test_code_and_settings_go_along_and_nothing_else(project: Path, tmp_path: Pa
     assert left.keys() == {".git", ".venv", "omni/__pycache__", ".env", "old"}
     assert [item.size for item in packed.left_out][:3] == [90_000, 70_003, 50_000]
     assert str(left[".venv"]).startswith(".venv (90 kB, ")
-    assert "run" in left["old"].why and "secrets" in left[".env"].why
+    assert "run" in left["old"].reason and "secrets" in left[".env"].reason
 
 
 def test_what_git_ignores_stays(project: Path, tmp_path: Path) -> None:
