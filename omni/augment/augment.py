@@ -1,7 +1,7 @@
-"""Augmentation of training audio: what is changed in a recording, drawn for each epoch.
+"""Augment training audio, with changes drawn anew for each epoch.
 
-What a recording becomes is a pure function of (run.seed, epoch, its content, the settings and
-corpora): not of the order, of the worker, or of where a run was interrupted.
+The result is a pure function of run.seed, epoch, content, settings and noise corpora; order,
+worker and interruptions have no influence.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from omni.augment.noise import Clips
 from omni.augment.speed import Speeds, names_of
 from omni.config import AugmentConfig
 
-_DIRECT_DB = (0.0, 10.0)  # direct sound over the tail of a made response: far and near speakers
+_DIRECT_DB = (0.0, 10.0)  # direct over reverberant sound, from distant to close speakers
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one recording in one epoch. Good for one use: its generators go on."""
+    """The changes of one recording in one epoch. Use it once: its generators advance."""
 
     speed: float
     reverb: bool
@@ -32,20 +32,20 @@ class Change:
     telephone: bool
     gain_db: float | None
     masks: bool
-    room: np.random.Generator = field(repr=False)  # which one
-    noise: np.random.Generator = field(repr=False)  # which one, and from where
-    places: np.random.Generator = field(repr=False)  # of the masks
+    room: np.random.Generator = field(repr=False)  # chooses the response
+    noise: np.random.Generator = field(repr=False)  # chooses the recording and its start
+    places: np.random.Generator = field(repr=False)  # places the masks
 
     @property
     def clean(self) -> bool:
-        """Whether nothing happens."""
+        """Check that nothing is changed."""
         changed = self.reverb or self.telephone or self.masks or self.speed != 1.0
         return not changed and self.snr_db is None and self.gain_db is None
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """All that changes training audio; picklable. speeds: None where all keep their own."""
+    """Settings and corpora of augmentation; picklable. speeds: None where no speed changes."""
 
     settings: AugmentConfig
     seed: int
@@ -55,19 +55,19 @@ class Augmentation:
 
     @property
     def identity(self) -> str:
-        """Changes with whatever changes a recording, but for the run's seed."""
+        """Hash everything that changes a recording, except the run's seed."""
         settings = self.settings.model_dump(mode="json", exclude={"noise", "reverb"})
         parts = [json.dumps(settings, sort_keys=True), self.noise.identity, self.rooms.identity]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=12).hexdigest()
 
     def change(self, number: int, keys: Sequence[str], epoch: int) -> list[Change]:
-        """For each recording of an utterance, by its content; one speed for all of them."""
+        """Draw the changes of each recording of an utterance; all of them share one speed."""
         speed = 1.0 if self.speeds is None else self.speeds.of(number, epoch)
         names = names_of(keys).tolist()
         return [self._draw(speed, [self.seed, epoch, part, n]) for part, n in enumerate(names)]
 
     def _draw(self, speed: float, entropy: list[int]) -> Change:
-        """Everything is drawn whether it is used or not: an effect more leaves the others alone."""
+        """Draw all effects, used or not, so that enabling one leaves the others as they are."""
         seeds = np.random.SeedSequence(entropy).spawn(4)
         drawn, room, sounds, places = (np.random.default_rng(seed) for seed in seeds)
         settings = self.settings
@@ -87,9 +87,9 @@ class Augmentation:
 
 
 def augment(audio: np.ndarray, change: Change, augmentation: Augmentation) -> np.ndarray:
-    """The changed recording: (S,) float32 at 16 kHz in and out, S by `changed_length`.
+    """Apply the changes to (S,) float32 audio at 16 kHz; the new length is `changed_length`.
 
-    A room hears the voice and its noise comes on top; a telephone hears both. Raises AudioError
+    Order: speed, reverberation, noise, telephone, gain. Raises AudioError
     where a noise or an impulse response cannot be decoded.
     """
     audio = effects.change_speed(audio, change.speed)
@@ -115,9 +115,9 @@ def _response(augmentation: Augmentation, generator: np.random.Generator) -> np.
 def spec_augment(
     mel: np.ndarray, settings: AugmentConfig, generator: np.random.Generator
 ) -> np.ndarray:
-    """A log-mel (n_mels, T) with time and frequency masks (Park et al. 2019, without warping).
+    """Mask time and frequency of a log-mel (n_mels, T), after Park et al. 2019 without warping.
 
-    Masked values become the clip's mean, to which the paper's zeros are equal: it normalises.
+    Masked values become the mean of the clip, which is zero in the paper's normalised input.
     """
     masked = mel.copy()
     mean = float(mel.mean(dtype=np.float64))
@@ -134,7 +134,7 @@ def spec_augment(
 def mask_windows(
     mel: np.ndarray, windows: Sequence[Window], settings: AugmentConfig, change: Change
 ) -> np.ndarray:
-    """`spec_augment` of each window of a clip's log-mel, without the padding at their ends."""
+    """Apply `spec_augment` to each encoder window of a clip, leaving out its padding."""
     masked = mel.copy()
     first = 0
     for window in windows:

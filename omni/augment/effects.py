@@ -1,6 +1,6 @@
-"""What augmentation does to a waveform or a log-mel: functions without state.
+"""Change waveforms and log-mels: pure functions.
 
-Audio is (S,) float32 mono at 16 kHz, in and out. It may leave [-1, 1]: nothing downstream clips.
+Audio is (S,) float32 mono at 16 kHz, in and out. It may exceed [-1, 1]: nothing downstream clips.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _MU = 255.0  # ITU-T G.711, North America and Japan
 
 
 def change_speed(audio: np.ndarray, speed: float) -> np.ndarray:
-    """Played `speed` times as fast, pitch and tempo alike, by resampling: `changed_length`."""
+    """Play audio `speed` times as fast, changing pitch and tempo, by resampling."""
     if speed == 1.0:
         return audio
     changed = soxr.resample(audio, SAMPLING_RATE * speed, SAMPLING_RATE)
-    samples = changed_length(len(audio), speed)  # the resampler may round otherwise
+    samples = changed_length(len(audio), speed)  # The resampler may round differently.
     return np.pad(changed[:samples], (0, max(0, samples - len(changed)))).astype(np.float32)
 
 
@@ -32,8 +32,9 @@ def gain(audio: np.ndarray, decibels: float) -> np.ndarray:
 
 
 def mix(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
-    """With noise of the same length, so that mean powers over the clip have that ratio. Silence on
-    either side has no ratio: the audio is returned as it is.
+    """Add noise of the same length at a ratio of mean powers of `snr_db`.
+
+    Where either is silent there is no ratio, and the audio is returned unchanged.
     """
     if not (power(audio) > 0 and power(noise) > 0):
         return audio
@@ -42,13 +43,14 @@ def mix(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
 
 
 def power(audio: np.ndarray) -> float:
-    """Mean square."""
+    """Compute the mean square."""
     return float(np.mean(np.square(audio, dtype=np.float64))) if len(audio) else 0.0
 
 
 def reverberate(audio: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Convolved with a room's impulse response. The direct sound (its peak) stays where it was,
-    length and mean power stay what they were.
+    """Convolve audio with a room's impulse response.
+
+    The direct sound (the peak of the response) keeps its time; length and mean power are kept.
     """
     if not power(response) > 0:
         return audio
@@ -61,9 +63,9 @@ def reverberate(audio: np.ndarray, response: np.ndarray) -> np.ndarray:
 def made_response(
     generator: np.random.Generator, seconds: float, direct_db: float, rate: int = SAMPLING_RATE
 ) -> np.ndarray:
-    """An impulse response after Polack (1988): white noise that decays exponentially.
+    """Make an impulse response after Polack (1988): exponentially decaying white noise.
 
-    seconds: until the tail is 60 dB down. direct_db: of the direct sound over all of the tail.
+    seconds: time until the tail is 60 dB down. direct_db: direct sound over the whole tail.
     """
     times = np.arange(1, max(2, round(seconds * rate))) / rate
     tail = generator.standard_normal(len(times)) * np.exp(-np.log(1e3) / seconds * times)
@@ -72,7 +74,7 @@ def made_response(
 
 
 def telephone(audio: np.ndarray) -> np.ndarray:
-    """As a telephone line brings it: band-limited, 8 kHz, 8 bits after the mu-law, band-limited."""
+    """Simulate a telephone line: band-pass, 8 kHz, 8-bit mu-law, band-pass."""
     narrow = _convolve(audio, _telephone_band(), _TAPS // 2)[::2]
     loud = np.log1p(_MU * np.abs(np.clip(narrow, -1, 1))) / np.log1p(_MU)
     loud = np.round(loud * 127) / 127
@@ -83,7 +85,7 @@ def telephone(audio: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _telephone_band() -> np.ndarray:
-    """A linear-phase band-pass: the difference of two windowed sinc low-passes."""
+    """Design a linear-phase band-pass: the difference of two windowed sinc low-passes."""
     times = np.arange(_TAPS) - _TAPS // 2
     low, high = (2 * hz / SAMPLING_RATE for hz in TELEPHONE_HZ)
     ideal = high * np.sinc(high * times) - low * np.sinc(low * times)
@@ -91,7 +93,7 @@ def _telephone_band() -> np.ndarray:
 
 
 def _convolve(audio: np.ndarray, taps: np.ndarray, delay: int) -> np.ndarray:
-    """(S,) float64 from `delay` on, as long as the audio."""
+    """Convolve; return (S,) float64 from `delay` on, as long as the audio."""
     size = 1 << (len(audio) + len(taps) - 2).bit_length()
     product = np.fft.rfft(audio, size) * np.fft.rfft(taps, size)
     return np.asarray(np.fft.irfft(product, size)[delay : delay + len(audio)])
@@ -102,7 +104,7 @@ def mask(
 ) -> None:
     """Overwrite up to `width` neighbouring rows (axis 0) or columns (1), in place.
 
-    As in SpecAugment (Park et al. 2019): the width is drawn from 0 to `width`, then the place.
+    As in SpecAugment (Park et al. 2019): the width is drawn from 0 to `width`, then the position.
     """
     size = mel.shape[axis]
     count = int(generator.integers(0, min(width, size) + 1))

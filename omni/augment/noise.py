@@ -1,4 +1,4 @@
-"""Corpora of noises and of room impulse responses: manifests of recordings, without text."""
+"""Read corpora of noises and room impulse responses: manifests of recordings without text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omni.corpus.lengths import measure_all, span_of
 from omni.corpus.manifest import ManifestError, manifest_path
 from omni.storage.path import StoragePath, public_uri, raise_if_unreachable
 
-_SHORTEST = SAMPLING_RATE // 10  # samples to read: fewer may be no frame of a file at a low rate
+_SHORTEST = SAMPLING_RATE // 10  # samples; fewer may be less than a frame of a low-rate file
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Clip:
     uri: str
     span: AudioSpan
     samples: int  # at 16 kHz
-    key: str  # of its content
+    key: str  # content hash
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Recordings to draw from. Reading raises AudioError for one that cannot be decoded."""
+    """Recordings to draw from; reading one that cannot be decoded raises AudioError."""
 
-    kind: str  # of what, for messages
+    kind: str  # noise or reverb, for messages
     clips: tuple[Clip, ...] = ()
 
     def excerpt(self, generator: np.random.Generator, samples: int) -> np.ndarray:
-        """(samples,) float32 of one of them, from anywhere; a shorter one is repeated."""
+        """Draw (samples,) float32 from anywhere in one recording, repeated where it is shorter."""
         clip = self.clips[int(generator.integers(len(self.clips)))]
         length = max(samples, _SHORTEST)
         first = int(generator.integers(max(1, clip.samples - length + 1)))
@@ -48,7 +48,7 @@ class Clips:
         return np.resize(self._read(clip, span), samples)
 
     def whole(self, generator: np.random.Generator) -> np.ndarray:
-        """One of them from start to end."""
+        """Draw one recording from start to end."""
         clip = self.clips[int(generator.integers(len(self.clips)))]
         return self._read(clip, clip.span)
 
@@ -60,7 +60,7 @@ class Clips:
 
     @property
     def identity(self) -> str:
-        """Changes with the content, the length or the order of the recordings; not with paths."""
+        """Hash content, length and order of the recordings, but no paths."""
         digest = hashlib.blake2b(digest_size=12)
         digest.update(repr([(clip.key, clip.samples) for clip in self.clips]).encode())
         return digest.hexdigest()
@@ -74,11 +74,12 @@ def read_clips(
     threads: int = 8,
     allow_absolute: bool = False,
 ) -> Clips:
-    """The recordings of manifests with rows such as {"audio": "rain.wav"}; `offset` and `duration`
-    (seconds) name a span, other fields are of no matter.
+    """Read manifests with rows such as {"audio": "rain.wav"}.
+
+    `offset` and `duration` (seconds) select a span; other fields are ignored.
 
     Raises ManifestError where a manifest is missing, a row is not such a row, or a recording cannot
-    be used: who makes a run again is to hear the same noises. OSError: storage does not answer.
+    be used, since a repeated run must draw the same noises. OSError: storage is unavailable.
     """
     clips: list[Clip] = []
     for spec in specs:
@@ -103,33 +104,33 @@ def _rows(path: StoragePath, allow_absolute: bool) -> list[dict[str, Any]]:
         raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
     numbered = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
-    return [_row(place, line, path.parent, allow_absolute) for place, line in numbered]
+    return [_row(position, line, path.parent, allow_absolute) for position, line in numbered]
 
 
-def _row(place: str, line: str, folder: StoragePath, allow_absolute: bool) -> dict[str, Any]:
+def _row(position: str, line: str, folder: StoragePath, allow_absolute: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{place}: not JSON: {error}") from None
+        raise ManifestError(f"{position}: not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or "\0" in row["audio"]:
-        raise ManifestError(f'{place}: expected {{"audio": FILE}}, got {line[:40]!r}')
+        raise ManifestError(f'{position}: expected {{"audio": FILE}}, got {line[:40]!r}')
     try:
         uri = recording_uri(folder, row["audio"], allow_absolute)
     except ValueError as error:
-        raise ManifestError(f"{place}: field 'audio': {error}") from None
+        raise ManifestError(f"{position}: field 'audio': {error}") from None
     start, duration = row.get("offset"), row.get("duration")
     for name, value in (("offset", start), ("duration", duration)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < 1e8):
-            raise ManifestError(f"{place}: field {name!r}: expected seconds, got {value!r}")
+            raise ManifestError(f"{position}: field {name!r}: expected seconds, got {value!r}")
     return {
-        "id": place,
+        "id": position,
         "uri": uri,
         "offset": None,
         "length": None,
         "start": float(start or 0.0),
-        # As in a manifest of speech: without an offset it is the whole file.
+        # As in a manifest of speech, without an offset the whole file is meant.
         "duration": None if start is None or duration is None else float(duration),
-        "text": "a sound",  # what has none would be rejected
+        "text": "a sound",  # Rows without text would be rejected.
         "audios": None,
     }

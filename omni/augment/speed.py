@@ -1,5 +1,6 @@
-"""Speeds of utterances, drawn anew for each epoch: a changed speed changes how many positions an
-utterance takes, so the plan has to know it before any audio is decoded.
+"""Draw the speed of each utterance anew for each epoch.
+
+A changed speed changes the number of positions, so the plan must know it before decoding.
 
 Everything here is a pure function of (run.seed, epoch, content of the utterance).
 """
@@ -14,24 +15,25 @@ import numpy as np
 
 
 def changed_length(samples: int, speed: float) -> int:
-    """Samples of a recording of `samples` that is played so many times as fast."""
+    """Return the length of `samples` samples played `speed` times as fast."""
     return max(1, round(samples / speed))
 
 
 def speed_of(speeds: Sequence[float], seed: int, key: str, epoch: int) -> float:
-    """The speed that the recording with this content key is given in an epoch."""
+    """Draw the speed of the recording with a content key in an epoch."""
     return speeds[int(_choices(len(speeds), seed, names_of([key]), epoch)[0])]
 
 
 def names_of(keys: Sequence[str]) -> np.ndarray:
-    """(n,) uint64 that stand for content keys."""
+    """Hash content keys to (n,) uint64."""
     digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.fromiter((int.from_bytes(d, "little") for d in digests), np.uint64, len(keys))
 
 
 def _choices(count: int, seed: int, names: np.ndarray, epoch: int) -> np.ndarray:
-    """(n,) numbers under `count`, evenly: as many generators would take seconds per epoch, so each
-    name goes through the finaliser of SplitMix64 (Steele et al. 2014).
+    """Draw (n,) uniform numbers below `count`.
+
+    Uses the finaliser of SplitMix64 (Steele et al. 2014): one generator per name would take seconds per epoch.
     """
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     mixed = names ^ state
@@ -43,9 +45,9 @@ def _choices(count: int, seed: int, names: np.ndarray, epoch: int) -> np.ndarray
 
 @dataclass(frozen=True)
 class Speeds:
-    """The speed of every utterance in every epoch, and the positions that it takes then.
+    """Speeds of all utterances in all epochs, and the positions that they need.
 
-    An utterance whose drawn speed would make it longer than a bin keeps its own in that epoch.
+    An utterance that a drawn speed would make longer than a bin keeps its own in that epoch.
     """
 
     speeds: tuple[float, ...]
@@ -55,12 +57,12 @@ class Speeds:
     seed: int
 
     def of(self, number: int, epoch: int) -> float:
-        """The speed of one utterance."""
+        """Return the speed of one utterance in an epoch."""
         choice = int(_choices(len(self.speeds), self.seed, self.names[number, None], epoch)[0])
         return self.speeds[choice] if self.positions[choice, number] else 1.0
 
     def lengths(self, epoch: int) -> np.ndarray:
-        """(n,) positions of all utterances; 0 leaves one out."""
+        """Return (n,) positions of all utterances in an epoch; 0 leaves one out."""
         choices = _choices(len(self.speeds), self.seed, self.names, epoch)
         drawn = np.take_along_axis(self.positions, choices[None], axis=0)[0]
         fits = (drawn > 0) & (self.natural > 0)
@@ -68,13 +70,13 @@ class Speeds:
 
     @property
     def shortest(self) -> np.ndarray:
-        """(n,) positions at the fastest of the speeds; 0: not in the plan."""
+        """Return (n,) positions at the fastest speed; 0: not in the plan."""
         fastest = np.where(self.positions > 0, self.positions, self.natural).min(axis=0)
         return np.where(self.natural > 0, fastest, 0)
 
     @property
     def identity(self) -> bytes:
-        """What makes the lengths of all epochs."""
+        """Hash all that determines the lengths of all epochs."""
         digest = hashlib.blake2b(repr((self.speeds, self.seed)).encode(), digest_size=12)
         digest.update(np.ascontiguousarray(self.positions, dtype=np.int32).tobytes())
         digest.update(self.names.tobytes())

@@ -1,4 +1,4 @@
-"""What a corpus may mean by the name of a recording."""
+"""Resolve and validate the audio paths of a manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "oss")
 
 
 def recording_uri(folder: StoragePath, name: str, allow_absolute: bool) -> str:
-    """Where the recording `name` of a manifest in `folder` lies: a path, or a URI of an object.
+    """Resolve the recording `name` of a manifest in `folder` to a path or the URI of an object.
 
     Raises ValueError where it may not lie there: outside the folder unless `allow_absolute`, on
     this machine while the manifest is in a bucket, or with credentials and options of its own,
@@ -34,7 +34,7 @@ def recording_uri(folder: StoragePath, name: str, allow_absolute: bool) -> str:
     else:
         path = rest if mark else name
         uri, normal = str(folder / path), os.path.normpath(path)
-        # By its words alone: a link in that folder is its owner's doing.
+        # Compare names, not link targets: a link in the folder was put there by its owner.
         within = normal.split(os.sep)[0] != os.pardir
         if os.path.isabs(path):
             uri = os.path.normpath(path) if mark else str(Path(path))

@@ -1,4 +1,4 @@
-"""Index corpora ahead of training: every part of every source, measured by Ray Data tasks.
+"""Build an index folder: measure every part of every source in Ray Data tasks.
 
 A part that is there and was made of the same is not done again, so the same command continues an
 interrupted one, and takes up what was added to a corpus.
@@ -32,13 +32,13 @@ from omni.storage.path import StorageError, StoragePath, public_uri, reason_of, 
 from omni.storage.retry import retry_storage
 
 _SAY_SECONDS = 5.0
-_PATIENCE_SECONDS = 60.0  # for storage that does not answer
+_PATIENCE_SECONDS = 60.0  # Retry unavailable storage for this long.
 
 
 def make_index(
     specs: Sequence[str], out: StoragePath, options: Options, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Index the sources in `out`, and count; `say` gets a line of progress now and then.
+    """Index the sources into the folder `out`; call `say` with a line of progress now and then.
 
     Returns the counts of `omni.corpus.built_index.finish`, `parts`, and `done`: those made in this
     call.
@@ -63,7 +63,7 @@ def make_index(
 
 
 def _alone(out: StoragePath) -> contextlib.AbstractContextManager[Any]:
-    """One job at a time; object storage has no locks."""
+    """Lock the folder against a second job; object storage has no locks."""
     return FileLock(out / ".lock", timeout=0) if isinstance(out, Path) else contextlib.nullcontext()
 
 
@@ -87,7 +87,7 @@ def _index(
     if len(set(names)) < len(names):
         raise ManifestError("the same source is given twice")
     if isinstance(out, Path):
-        for stale in out.glob("*/*.tmp"):  # of a job that was killed: this one holds the lock
+        for stale in out.glob("*/*.tmp"):  # left by a killed job, since this one holds the lock
             stale.unlink(missing_ok=True)
 
     def is_done(number: int) -> bool:
@@ -96,13 +96,15 @@ def _index(
 
     todo = [n for n, done in enumerate(parallel_map(is_done, range(len(tasks)))) if not done]
     if todo:
-        (out / INDEX_FILE).unlink(missing_ok=True)  # training must not read a mixture of two
+        (out / INDEX_FILE).unlink(
+            missing_ok=True
+        )  # Training must not read a mix of old and new parts.
         start_ray(Config())
         _follow(tasks, todo, options, out, say)
     result = finish(tasks, out)
     known = set(names)
     for old in [*(out / "parts").glob("*.parquet"), *(out / "audio").glob("*.bin")]:
-        if old.stem not in known:  # of a corpus as it was before
+        if old.stem not in known:  # made from an earlier state of the corpus
             old.unlink()
     return {**result, "parts": len(tasks), "done": len(todo)}
 
@@ -114,12 +116,12 @@ def _follow(
     out: StoragePath,
     say: Callable[[str], None],
 ) -> None:
-    """Have the parts made, one task each, and tell from time to time."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` tells what it would
+    """Make the parts, one task each, and report progress."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` reports progress instead.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    held = {"tasks": ray.put(tasks)}  # in a container, or Ray would resolve it before each task
+    held = {"tasks": ray.put(tasks)}  # Ray resolves a bare reference before every task.
 
     def make(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         [number] = batch["id"].tolist()
@@ -132,7 +134,7 @@ def _follow(
         for row in made.iter_rows():
             if row["error"]:
                 raise ManifestError(row["error"])
-            if row["away"]:  # what is made stays; the same command goes on
+            if row["unavailable"]:  # Finished parts stay: the same command continues.
                 raise RuntimeError(f"indexing stopped: {row['away']}")
             total.update({name: row[name] for name in ("rows", "samples", "rejects", "bytes")})
             total["parts"] += 1
@@ -154,14 +156,14 @@ def _progress(total: Counter[str], parts: int, seconds: float) -> str:
 
 
 def _make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
-    """A row of counts, and of what went wrong."""
+    """Write one part; return its counts and errors as columns of one row."""
     counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
-    counts |= {"error": "", "away": ""}  # what is wrong with the source, and with its storage
+    counts |= {"error": "", "unavailable": ""}  # of the source; of its storage, which may recover
     try:
         made = retry_storage(lambda: write_part(*task, options, out), seconds=_PATIENCE_SECONDS)
         counts |= {**made, "rejects": len(made["rejects"])}
     except ManifestError as error:
         counts["error"] = str(error)
     except OSError as error:
-        counts["away"] = reason_of(error)
+        counts["unavailable"] = reason_of(error)
     return {name: [value] for name, value in counts.items()}

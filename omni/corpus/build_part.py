@@ -1,9 +1,9 @@
-"""Parts of an index on disk: measured rows of a part of a source, each file whole or not there.
+"""Write a part of an index: the measured rows of one part of a source, atomically.
 
 DIR/index.json            sources, counts, and the order of the parts
-DIR/parts/NAME.parquet    rows of omni.corpus.index.SCHEMA; in its metadata what it was made of
-DIR/audio/NAME.bin        recordings that had no place of their own, one after another
-DIR/rejects.jsonl         what was left out, with reasons
+DIR/parts/NAME.parquet    rows of omni.corpus.index.SCHEMA; metadata: the source's fingerprint
+DIR/audio/NAME.bin        recordings that came inside rows, one after another
+DIR/rejects.jsonl         rows that were left out, with reasons
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from omni.corpus.sources.base import digest
 from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
 from omni.storage.retry import retry_storage
 
-_BATCH = 256  # rows measured together
+_BATCH = 256  # rows measured in one go
 _METADATA = b"omni"
 
 
 def part_name(source: Source, part: Part) -> str:
-    """The name of a part's files, the same in every run."""
+    """Name the files of a part, alike in every run."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", part.name)[-60:].lstrip(".-")
     return f"{plain}-{digest(source.spec, part.name)}"
 
 
 def fingerprint(part: Part, options: Options) -> str:
-    """What a part's files were made of."""
+    """Hash the content and the options that a part is made from."""
     return digest(INDEX_VERSION, part.fingerprint, part.where, options.fingerprint)
 
 
 def about_part(folder: StoragePath, name: str) -> dict[str, Any] | None:
-    """`fingerprint`, `rejects` and `audio` (bytes) of a part that is there; None: it is not."""
+    """Read `fingerprint`, `rejects` and `audio` (bytes) of a finished part; None without one."""
     try:
         with opened(folder / "parts" / f"{name}.parquet") as file:
             metadata = pq.read_metadata(file).metadata
@@ -63,7 +63,7 @@ def about_part(folder: StoragePath, name: str) -> dict[str, Any] | None:
 
 
 def opened(path: StoragePath) -> Any:
-    """A file for pyarrow to read, which asks for ranges of it. Raises OSError."""
+    """Open a file for pyarrow, which reads ranges of it. Raises OSError."""
     return path.open("rb") if isinstance(path, Path) else path.ranges()
 
 
@@ -72,14 +72,14 @@ def _size(path: StoragePath) -> int | None:
 
 
 def write_part(source: Source, part: Part, options: Options, folder: StoragePath) -> dict[str, Any]:
-    """Measure a part and write its files; returns its rows, samples, rejects and bytes of audio.
+    """Measure a part and write its files; return rows, samples, rejects and bytes of audio.
 
     Raises ManifestError where the source is not what it should be.
     """
     name = part_name(source, part)
     made: dict[str, Any] = {"rows": 0, "samples": 0, "rejects": [], "bytes": 0}
     audio, table = folder / "audio" / f"{name}.bin", folder / "parts" / f"{name}.parquet"
-    # Closed from the right: the table appears last, when its recordings are there.
+    # The context managers close from the right: the table appears after its recordings.
     with _whole(table) as sink, _whole(audio) as sound, pq.ParquetWriter(sink, SCHEMA) as writer:
         rows = source.read(part)
         if options.number_ids:
@@ -104,14 +104,14 @@ def write_part(source: Source, part: Part, options: Options, folder: StoragePath
 
 
 class _Kept:
-    """Recordings one after another in a file. Rows that are spans of one come in a row."""
+    """Append recordings to a file; consecutive spans of one recording share one copy."""
 
     def __init__(self, file: IO[bytes], uri: str) -> None:
         self._file, self._uri = file, uri
         self._last, self._offset = b"", 0
 
     def place(self, data: bytes) -> dict[str, Any]:
-        """Where in the file it now lies."""
+        """Append a recording; return its file, offset and length in bytes."""
         if data is not self._last:
             self._last, self._offset = data, self._file.tell()
             self._file.write(data)
@@ -121,7 +121,7 @@ class _Kept:
 def _next_batch(
     rows: Iterator[Row], kept: _Kept, untranscribed: bool
 ) -> list[tuple[Row, dict[str, Any] | AudioError | None]]:
-    """Rows with what they measure, where they brought their recording; it is kept if it is good."""
+    """Take rows; measure and keep the recordings that came inside them."""
     taken: list[tuple[Row, dict[str, Any] | AudioError | None]] = []
     for row in islice(rows, _BATCH):
         if row.data is None or row.error is not None:
@@ -144,7 +144,7 @@ def _measured(
     folder: StoragePath,
     untranscribed: bool,
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
-    """Rows of the index, in order, and what cannot be used."""
+    """Return rows of the index, in order, and the rejects."""
     unmeasured = [row for row, found in taken if found is None and row.error is None]
     measured = iter(measure_rows([vars(row) for row in unmeasured]))
     good: list[dict[str, Any]] = []
@@ -168,13 +168,13 @@ def _measured(
 
 
 def _relative(uri: str, folder: StoragePath) -> str:
-    """A place inside the index's folder moves with it."""
+    """Make a path inside the index folder relative, so that the folder can be moved."""
     return uri.removeprefix(f"{folder}/")
 
 
 @contextmanager
 def _whole(path: StoragePath) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when all of it is written."""
+    """Write a file that appears under its name once it is complete."""
     if isinstance(path, ObjectPath):
         with tempfile.NamedTemporaryFile(prefix="omni-part-") as made:
             yield made

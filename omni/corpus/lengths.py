@@ -1,4 +1,4 @@
-"""Lengths and content keys of recordings, from their headers and edges, kept between runs."""
+"""Measure recordings: lengths from headers, content keys from both ends, kept between runs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from omni.audio.decode import AudioError, AudioSpan, measure, measure_object
 from omni.storage.path import ObjectPath, StoragePath, literal_path, write_whole
 from omni.storage.retry import retry_storage
 
-_REQUESTS = 32  # to object storage at a time: they wait more than they work
-_LISTED = 1000  # objects of one folder that are worth a listing of it
-_PATIENCE_SECONDS = 60.0  # for storage that does not answer
+_REQUESTS = 32  # concurrent requests to object storage; each mostly waits
+_LISTED = 1000  # List a folder once this many of its objects are named.
+_PATIENCE_SECONDS = 60.0  # Retry unavailable storage for this long.
 _EDGE = 64 * 1024  # bytes hashed at each end of a file
-_SILENT = 1 / 16  # of their bytes is what silence is packed into; speech in no format
+_SILENT = 1 / 16  # Silence compresses below this share; speech in no format does.
 _BLOCK = 4 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
 class Reject:
-    """An utterance that is left out, with a reason of a few words."""
+    """An utterance that is left out, with a short reason."""
 
     id: str
     uri: str
@@ -42,7 +42,7 @@ class Reject:
 def measure_all(
     rows: list[dict[str, Any]], manifest: StoragePath, cache_dir: StoragePath | None, threads: int
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
-    """Add `samples` and `key` to rows; unchanged files are not opened again."""
+    """Add `samples` and `key` to rows, without opening files that have not changed."""
     known = _Measurements(manifest, cache_dir)
     results = measure_rows(rows, known, threads)
     good: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def measure_all(
 def measure_rows(
     rows: list[dict[str, Any]], known: _Measurements | None = None, threads: int = 8
 ) -> list[dict[str, Any] | AudioError]:
-    """`samples` and `key` of each row, or why it cannot be used."""
+    """Measure `samples` and `key` of each row, or return the error that makes it unusable."""
     known = known or _Measurements(Path(), None)
     objects = _objects(rows)
     with ThreadPoolExecutor(max(threads, _REQUESTS) if objects else threads) as pool:
@@ -71,13 +71,13 @@ def measure_rows(
 
 
 def _objects(rows: list[dict[str, Any]]) -> set[str]:
-    """URIs of what lies in object storage."""
+    """Return the URIs of recordings in object storage."""
     named = (place["uri"] for row in rows for place in row["audios"] or [row])
     return {uri for uri in named if "://" in uri}
 
 
 def _marks(uris: set[str], pool: ThreadPoolExecutor) -> dict[str, str]:
-    """What changes with an object: its size and time. What is not there is missing.
+    """Return size and time of each object, which change with it; leave out missing ones.
 
     Where many objects of a folder are named, one listing tells of a thousand at a time.
     """
@@ -107,7 +107,7 @@ def _marks(uris: set[str], pool: ThreadPoolExecutor) -> dict[str, str]:
 
 
 def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
-    """What a row's recordings measure; the first error of several."""
+    """Measure the recordings of a row; return the first error, if any."""
     if row["audios"] is None:
         return _measure_one(row, known)
     measured = []
@@ -154,7 +154,7 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _measure_object(path: ObjectPath, row: dict[str, Any]) -> dict[str, Any]:
-    """`samples` and `key` of an object, of which as little as possible is read.
+    """Measure `samples` and `key` of an object, reading as little of it as possible.
 
     Raises AudioError, and OSError for storage that does not answer.
     """
@@ -184,7 +184,7 @@ def _measure_object(path: ObjectPath, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_data(data: bytes, start: float, duration: float | None) -> dict[str, Any]:
-    """`samples` and `key` of an encoded audio file in memory, as of the same file on disk.
+    """Measure `samples` and `key` of an encoded audio file in memory.
 
     Raises AudioError.
     """
@@ -205,10 +205,10 @@ def _content_key(row: dict[str, Any], size: int) -> str:
 
 
 def _key(read: Callable[[int, int], bytes], size: int, start: float, duration: float | None) -> str:
-    """Hash of the recording's size and both ends and of the span in it; of all of a recording that
-    is small, or that begins and ends in silence, as others of its size may.
+    """Hash size, span and both ends of a recording.
 
-    read: bytes of the recording from a place on, at most so many.
+    All bytes count of a small recording, and of one that begins and ends in silence: others of the
+    same size may do so too. read(offset, count): up to `count` bytes from `offset` on.
     """
     digest = hashlib.blake2b(f"{size} {start} {duration}".encode(), digest_size=16)
     last = max(_EDGE, size - _EDGE)
@@ -222,22 +222,22 @@ def _key(read: Callable[[int, int], bytes], size: int, start: float, duration: f
 
 
 def _is_silent(data: bytes) -> bool:
-    middle = data[len(data) // 2 :][:4096]  # enough to tell speech, in a fraction of the time
+    middle = data[len(data) // 2 :][:4096]  # enough to recognise speech quickly
     return all(len(zlib.compress(part, 1)) < _SILENT * len(part) for part in (middle, data))
 
 
 def span_of(row: Mapping[str, Any]) -> AudioSpan:
-    """Where the utterance of an index row lies in its file."""
+    """Return the span of the file that an index row stands for."""
     inside = None if row["length"] is None else (row["offset"], row["length"])
     return AudioSpan(row["start"], row["duration"], inside)
 
 
 class _Measurements:
-    """What earlier runs measured of one manifest's files, kept as Parquet."""
+    """Measurements of a manifest's files, kept as Parquet between runs."""
 
     def __init__(self, manifest: StoragePath, cache_dir: StoragePath | None) -> None:
         self._values: dict[str, dict[str, Any]] = {}
-        self.marks: dict[str, str] = {}  # of objects, while `kept`
+        self.marks: dict[str, str] = {}  # size and time of objects, where measurements are kept
         self._fresh = False
         self._path: StoragePath | None = None
         if cache_dir is None:
@@ -250,7 +250,7 @@ class _Measurements:
             for row in kept.to_pylist():
                 self._values[row.pop("file")] = row
         except (OSError, pa.ArrowException, KeyError):
-            self._values = {}  # absent or damaged: measure again
+            self._values = {}  # Missing or damaged: measure again.
 
     @property
     def kept(self) -> bool:

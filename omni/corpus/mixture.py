@@ -1,4 +1,4 @@
-"""Several corpora as one index, each with its weight, prompt and language."""
+"""Mix corpora into one index, each with its weight, prompt and language."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_mixture(
     cache_dir: StoragePath | None = None,
     allow_absolute: bool = False,
 ) -> Index:
-    """Index the sources, in order; of plain paths alone it is what `build_index` makes of them.
+    """Index the sources in order; plain paths alone give what `build_index` gives.
 
     Raises ManifestError as it does, also where one of the sources has no usable row.
     """
@@ -54,12 +54,12 @@ def build_mixture(
 
 
 def names_of(sources: Sequence[str | SourceConfig]) -> list[str]:
-    """The manifests alone."""
+    """Return the manifests of the sources."""
     return [source if isinstance(source, str) else source.source for source in sources]
 
 
 def _in_language(index: Index, language: str | None) -> Index:
-    """With the language of rows that name none."""
+    """Fill in the language of rows without one."""
     if language is None:
         return index
     at = index.table.schema.get_field_index("language")

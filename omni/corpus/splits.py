@@ -13,14 +13,14 @@ from omni.storage.path import join, reason_of, redact
 
 
 def build_indexes(config: Config) -> dict[str, Index]:
-    """The index of each split that the config names. Raises ConfigError."""
+    """Index each split that the config names. Raises ConfigError."""
     try:
         if config.cache is not None:
             open_folder(join(config.cache, "encoder"))
     except (OSError, ValueError, NotImplementedError) as error:
         reason = redact(str(error))
         raise ConfigError(f"data.cache: expected a folder or a URI: {reason}") from None
-    if config.cache_dir is not None:  # measured lengths go there
+    if config.cache_dir is not None:  # Measured lengths are kept there.
         try:
             config.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:

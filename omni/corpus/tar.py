@@ -1,10 +1,10 @@
-"""Tar shards in WebDataset's form, read in place: members of one basename are one utterance.
+"""Read tar shards of WebDataset in place: members with one basename are one utterance.
 
     a/0001.flac  a/0001.txt                 audio and text, or
     a/0002.wav   a/0002.json                audio and the fields of a manifest row
 
 A member is only ever a range of bytes of the shard. Nothing is extracted, so no name in an archive
-can become a path; names that try are refused all the same, since such a shard is not what it says.
+can become a path. Absolute names and names with .. are refused all the same.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TarError(ValueError):
 def read_tar(
     path: StoragePath, fields: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a manifest, in the shard's order: `audio` is the member's name, `bytes` its (offset,
-    length) in the shard. fields: gives a row's own fields the names of a manifest.
+    """Yield manifest rows in the shard's order. `audio` is the name of the member, `bytes` its
+    (offset, length) in the shard. fields: renames a row's own fields to those of a manifest.
 
     Raises TarError: not a tar, damaged, compressed, an unsafe member, or a row without its parts.
     """
@@ -47,7 +47,7 @@ def read_tar(
 
 
 def refuse_unsafe(path: StoragePath, member: tarfile.TarInfo) -> None:
-    """Raises TarError for a member that points elsewhere, or is no file or folder."""
+    """Raise TarError for a member outside the archive, and for links and devices."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise TarError(f"{path}: the member {member.name!r} points outside the archive")
@@ -56,7 +56,7 @@ def refuse_unsafe(path: StoragePath, member: tarfile.TarInfo) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """WebDataset's key and suffix: the basename is cut at its first dot."""
+    """Split a name into WebDataset's key and suffix, at the first dot of the basename."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
@@ -81,7 +81,7 @@ def _row(
             row |= found
         if "txt" in files:
             row["text"] = _read(shard, files["txt"]).decode()
-    except ValueError as error:  # of which UnicodeDecodeError is one
+    except ValueError as error:  # includes UnicodeDecodeError
         raise TarError(f"{path}: {key!r}: {error}") from None
     row = fields(row)
     if "text" not in row:
@@ -91,5 +91,5 @@ def _row(
 
 def _read(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = shard.extractfile(member)
-    assert file is not None  # it is a regular file
+    assert file is not None  # The member is a regular file.
     return file.read()

@@ -1,4 +1,4 @@
-"""What is done to a corpus's text before it is learnt: Unicode form, case, punctuation, language.
+"""Normalise the text of a corpus: Unicode form, case, punctuation, language tag.
 
 Pure functions of text and settings (`data.unicode` to `data.language_tag`), applied once to the
 rows of an index: plan, tokenizer, fingerprints and references follow from what they return.
@@ -21,13 +21,13 @@ from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_json, messages_of
 from omni.model.chat_template import Message
 
-DEFAULT_TASK = "transcribe"  # the task of rows that name none
+DEFAULT_TASK = "transcribe"  # task of rows without one
 UNSPACED = {"zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "ja", "th", "lo", "my", "km"}
 # Scripts of theirs, for `regex`. The prolonged sound mark of kana belongs to no script.
 UNSPACED_SCRIPTS = (
     r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\u30fc"
 )
-_SPOKEN = "%‰&@#§"  # Unicode calls them punctuation, readers say them
+_SPOKEN = "%‰&@#§"  # Unicode counts them as punctuation; people read them aloud.
 _JOINED = regex.compile(
     rf"(?<=[{UNSPACED_SCRIPTS}]\p{{M}}*)[^\P{{P}}{_SPOKEN}]+(?=[{UNSPACED_SCRIPTS}])"
 )
@@ -38,7 +38,7 @@ _PUNCTUATION = regex.compile(
 )
 _NO_SPACE = regex.compile(
     rf"[{UNSPACED_SCRIPTS}][\p{{M}}\p{{P}}]*\n|\n[{UNSPACED_SCRIPTS}]"
-)  # at the seam of two texts
+)  # where two texts meet
 _CODE = regex.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 # ISO 639-3 codes and names of the languages whose text is treated in a way of its own.
@@ -61,14 +61,17 @@ _ALIASES = {
 
 
 def language_code(language: str) -> str:
-    """`fr` of fr, FR, fr-CA and fr_FR.UTF-8; the language alone, without script and region."""
+    """Reduce fr, FR, fr-CA or fr_FR.UTF-8 to `fr`: the language without script and region."""
     name = language.strip().lower().replace("_", "-").partition("-")[0].partition(".")[0]
     return _ALIASES.get(name, name)
 
 
 @dataclass(frozen=True)
 class TextPolicy:
-    """language: of rows that name none. prompts: of tasks, for rows without one."""
+    """Settings of text normalisation.
+
+    language: default for rows without one. prompts: by task, for rows without a prompt.
+    """
 
     unicode: Literal["NFC", "NFKC", "none"] = "none"
     case: Literal["keep", "lower", "upper"] = "keep"
@@ -79,17 +82,17 @@ class TextPolicy:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> TextPolicy:
-        """Of a config's section `data`; checkpoints from before there were policies had none."""
+        """Read the policy from the `data` section of a config; old checkpoints lack some fields."""
         names = ("unicode", "case", "punctuation", "language", "language_tag")
         prompts = {name: task["prompt"] for name, task in (data.get("tasks") or {}).items()}
         return cls(**{name: data[name] for name in names if name in data}, prompts=prompts)
 
     def form(self, text: str) -> str:
-        """`text` in the policy's Unicode form."""
+        """Convert text to the policy's Unicode form."""
         return text if self.unicode == "none" else unicodedata.normalize(self.unicode, text)
 
     def transcript(self, text: str, language: str | None = None) -> str:
-        """What a model learns to write where a transcript says `text`."""
+        """Normalise a transcript to the text that the model learns to write."""
         text = self.form(text)
         if self.punctuation == "strip":
             text = " ".join(_PUNCTUATION.sub(_without, _JOINED.sub("", text)).split())
@@ -98,12 +101,12 @@ class TextPolicy:
             text = (text.replace("I", "ı").replace("İ", "i") if turkic else text).lower()
         elif self.case == "upper":
             text = (text.replace("i", "İ") if turkic else text).upper()
-        return self.form(text)  # ǰ has no capital of its own: case can take a form apart
+        return self.form(text)  # Changing case can undo the form: ǰ has no capital of its own.
 
     def prompt(self, prompt: str, language: str | None) -> str:
-        """The prompt of a recording in `language`, with `lang:fr` at its end where tags are on.
+        """Normalise a prompt, and append `lang:fr` where language tags are on.
 
-        Raises ValueError for a language that is no code.
+        Raises ValueError for a language that is not a code.
         """
         prompt = self.form(prompt)
         if not self.language_tag or not language:
@@ -115,7 +118,7 @@ class TextPolicy:
 
 
 def join(texts: Sequence[str]) -> str:
-    """Texts that follow each other, with a space between where their script has spaces."""
+    """Join consecutive texts, with a space where their script uses spaces."""
     joined = ""
     for text in texts:
         joined += (
@@ -129,10 +132,10 @@ def _without(found: regex.Match[str]) -> str:
 
 
 def apply_policy(index: Index, policy: TextPolicy) -> Index:
-    """The index with the text that is learnt; rows that have none left become rejects.
+    """Normalise all text of an index; rows without text afterwards become rejects.
 
     Transcripts get the whole policy; conversations and rows of other tasks, whose answers are not
-    what is said, the Unicode form alone. Raises ValueError naming a row whose language is no code.
+    what is said, get the Unicode form only. Raises ValueError naming a row with a wrong language.
     """
     if _untouched(index, policy):
         return index
@@ -149,7 +152,7 @@ def apply_policy(index: Index, policy: TextPolicy) -> Index:
 
 
 def _untouched(index: Index, policy: TextPolicy) -> bool:
-    """Whether all text has its form already, and nothing else is asked for: the usual case."""
+    """Check for the usual case: all text has its form already, and nothing else is asked for."""
     if (policy.case, policy.punctuation) != ("keep", "keep") or policy.language_tag:
         return False
     if policy.language is not None and index.table["language"].null_count:
@@ -163,7 +166,7 @@ def _untouched(index: Index, policy: TextPolicy) -> bool:
 
 
 def _apply(row: dict[str, Any], policy: TextPolicy) -> bool:
-    """Change a row in place; whether it has text left."""
+    """Normalise a row in place; return whether it still has text."""
     language = row["language"] = row["language"] or policy.language
     if row["messages"] is not None:
         said = [

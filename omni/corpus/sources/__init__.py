@@ -1,4 +1,4 @@
-"""Corpora in the shapes in which people keep speech, as one stream of rows: docs/corpora.md."""
+"""Open corpora of any supported format as a stream of rows (docs/corpora.md)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = ("jsonl", "csv", "tsv", "parquet", "hf", "ms", "wds", "shar", "cuts", "k
 
 
 def open_source(spec: str, options: Options = _DEFAULT) -> Source:
-    """The corpus that SPEC names: KIND:PLACE, or a place that shows what it is.
+    """Open the corpus that SPEC names: KIND:PATH, or a path whose format can be recognised.
 
     Raises ManifestError.
     """
@@ -57,7 +57,7 @@ def open_source(spec: str, options: Options = _DEFAULT) -> Source:
 
 
 def _dataset(spec: str, kind: str, name: str, options: Options) -> Source:
-    """A saved dataset, maybe with a split behind its folder; else what the hubs' clients read."""
+    """Open a dataset saved on disk (FOLDER[:SPLIT]), or one of a hub."""
     place, _, split = name.rpartition(":")
     for folder, wanted in ((name, None), (place, split)):
         path = Path(os.path.expanduser(folder)).absolute()
@@ -67,7 +67,7 @@ def _dataset(spec: str, kind: str, name: str, options: Options) -> Source:
 
 
 def _recognise(spec: str) -> str:
-    """The kind of a place without a prefix. Raises ManifestError where it could be several."""
+    """Recognise the format of a path. Raises ManifestError where it could be several."""
     path, spec = absolute(spec), public_uri(spec)
     if path.is_dir():
         kinds = list(_kinds_of_folder(path))
@@ -104,7 +104,7 @@ def _kinds_of_folder(path: StoragePath) -> Iterator[str]:
     suffixes: set[str] = set()
     for files in _names_below(path):
         suffixes |= {name.rpartition(".")[2].lower() for name in files}
-        if len(suffixes) > 1000:  # not what endings are
+        if len(suffixes) > 1000:  # These are not file endings.
             break
     if "tar" in suffixes:
         yield "wds"
@@ -122,10 +122,10 @@ def _names_below(path: StoragePath) -> Iterator[Iterable[str]]:
 
 
 def _is_cuts(path: StoragePath) -> bool:
-    """Whether the first line is one of lhotse's cuts."""
+    """Check whether the first line is a cut of lhotse."""
     try:
         with open_lines(path) as file:
             row = json.loads(file.readline())
     except (OSError, EOFError, ValueError, RecursionError):
-        return False  # whoever reads it says what is wrong
+        return False  # The reader reports the error.
     return isinstance(row, dict) and "supervisions" in row and "audio" not in row

@@ -1,4 +1,4 @@
-"""What all sources of utterances share: rows, parts, and the names that people give to columns."""
+"""Rows, parts and column names, shared by all sources of utterances."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ COLUMNS = {
     "offset": ("offset",),
     "duration": ("duration",),
 }
-_WORDS = ("id", "speaker", "language")  # numbers will do where a text is expected
+_WORDS = ("id", "speaker", "language")  # fields whose numbers are taken as text
 
 
 @dataclass(frozen=True)
 class Options:
-    """How corpora are read. columns: a corpus's own name for a field of COLUMNS."""
+    """Options of reading a corpus. columns: the corpus's own name of a field in COLUMNS."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    language: str | None = None  # of rows that do not say
-    audio_folder: str = ""  # put before the recordings' paths, as Common Voice's `clips`
-    number_ids: bool = False  # ids are made of places, whatever rows call themselves
+    language: str | None = None  # of rows without one
+    audio_folder: str = ""  # prefix of audio paths, such as `clips` of Common Voice
+    number_ids: bool = False  # ids from file and line instead of the rows' own
     rows_per_part: int = 1000
     allow_absolute: bool = False  # corpora may name files outside their own folder
-    segment: Segmenting | None = None  # rows may lack text; long recordings of theirs are cut
+    segment: Segmenting | None = None  # Rows may lack text; their long recordings are cut.
 
     @property
     def fingerprint(self) -> str:
-        """Of what changes rows, but not the way they are cut into parts."""
+        """Represent the options that change rows, without those that only cut them into parts."""
         settings: tuple[Any, ...] = (
             sorted(self.columns.items()), self.language, self.audio_folder, self.number_ids,
         )  # fmt: skip
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a source that is read on its own: some lines of a file, a shard, row groups.
+    """A share of a source that one task reads: lines of a file, a shard, row groups.
 
     name: the same whenever the same corpus is cut the same way.
     fingerprint: changes when the part's content does.
@@ -67,11 +67,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """An utterance: who says what, and where it lies (or `data`, its encoded audio file).
+    """An utterance: text, speaker, and the location of its audio (or `data`, an encoded file).
 
     uri, offset, length: a file, or a range of its bytes. start, duration: seconds in the recording.
     messages, audios: of a conversation, as the index has them.
-    error: why it cannot be used, a reason and a detail; the place is then of no interest.
+    error: reason and detail of a row that cannot be used; its location is then ignored.
     """
 
     id: str
@@ -92,21 +92,21 @@ class Row:
 
 
 class Source(Protocol):
-    """A corpus. Pickled into every task: it holds names and settings, no open file."""
+    """A corpus. It is pickled into every task, so it holds names and settings but no open file."""
 
     spec: str
 
     def parts(self) -> list[Part]:
-        """In order. Raises ManifestError."""
+        """List the parts in order. Raises ManifestError."""
         ...
 
     def read(self, part: Part) -> Iterator[Row]:
-        """The rows of a part, one at a time. Raises ManifestError naming file, row and field."""
+        """Yield the rows of a part. Raises ManifestError naming file, row and field."""
         ...
 
 
-def canonical(row: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """A row's fields under the names of a manifest."""
+def manifest_fields(row: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Rename a row's fields to those of a manifest."""
     found: dict[str, Any] = {}
     for name, usual in COLUMNS.items():
         candidates = (options.columns[name],) if name in options.columns else usual
@@ -126,7 +126,7 @@ def canonical(row: Mapping[str, Any], options: Options) -> dict[str, Any]:
 
 
 def explain_missing(name: str, columns: list[str], options: Options) -> str:
-    """Where a column is not there: what was looked for, and what there is."""
+    """Say which column was expected and which there are."""
     wanted = options.columns.get(name) or " or ".join(COLUMNS[name])
     return (
         f"field {name!r} is missing: expected a column {wanted} (--{name}_column names another), "
@@ -134,16 +134,16 @@ def explain_missing(name: str, columns: list[str], options: Options) -> str:
     )
 
 
-def inside(place: str, folder: StoragePath, name: str, options: Options) -> str:
-    """A file's path as a corpus in `folder` names it. Raises ManifestError where it may not."""
+def resolve_audio(position: str, folder: StoragePath, name: str, options: Options) -> str:
+    """Resolve an audio path of a corpus in `folder`. Raises ManifestError if it is not allowed."""
     try:
         return recording_uri(folder, name, options.allow_absolute)
     except ValueError as error:
-        raise ManifestError(f"{place}: {error}") from None
+        raise ManifestError(f"{position}: {error}") from None
 
 
 def file_fingerprint(path: StoragePath) -> str:
-    """Size and time of a file."""
+    """Return size and time of a file as text."""
     try:
         if isinstance(path, ObjectPath):
             info = path.info()
@@ -162,7 +162,7 @@ def digest(*parts: Any) -> str:
 
 
 def files_of(spec: str, suffixes: tuple[str, ...]) -> list[StoragePath]:
-    """The files that a path names: itself, those in a folder (at any depth), or of a pattern."""
+    """List the files of a path, of a folder (at any depth), or of a pattern."""
     path = absolute(spec)
     found: list[StoragePath]
     if path.is_dir():
@@ -179,9 +179,7 @@ def files_of(spec: str, suffixes: tuple[str, ...]) -> list[StoragePath]:
 
 
 def names_within(folder: StoragePath) -> dict[str, str]:
-    """All files of a folder, at any depth, by their names relative to it; and what changes with
-    them: size and time.
-    """
+    """Map the relative name of each file in a folder, at any depth, to its size and time."""
     if isinstance(folder, ObjectPath):
         found = folder.files_within()
         return {name: repr((info.size, info.mtime_ns)) for name, info in found.items()}
@@ -189,7 +187,7 @@ def names_within(folder: StoragePath) -> dict[str, str]:
     for base, _, files in os.walk(folder, followlinks=True):
         for file in files:
             path = os.path.join(base, file)
-            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+            with contextlib.suppress(FileNotFoundError):  # a dangling link
                 status = os.stat(path)
                 names[os.path.relpath(path, folder)] = repr((status.st_size, status.st_mtime_ns))
     return names

@@ -1,4 +1,4 @@
-"""A folder of recordings, each with its text in a .txt file of the same name."""
+"""Read a folder of recordings, each with its text in a .txt file of the same name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FolderSource:
 
 
 def _recordings(folder: StoragePath) -> Iterator[tuple[str, str]]:
-    """Name of each recording, relative to the folder, and what changes with it or its text."""
+    """Yield the relative name of each recording, with size and time of it and of its text."""
     marks = names_within(folder)
     for name, mark in marks.items():
         stem, _, suffix = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face and ModelScope: from a hub, saved on disk, or in a folder.
+"""Read datasets of Hugging Face and ModelScope: from a hub, saved on disk, or in a folder.
 
 Audio stays encoded: it is never decoded by these libraries, and rows stream by.
 """
@@ -20,12 +20,12 @@ from omni.model.download import HubError, once_per_node
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Check whether `save_to_disk` wrote this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def split_spec(text: str) -> tuple[str, list[str]]:
-    """ID_OR_FOLDER[:config][:split] as the name and the words behind it."""
+    """Split ID_OR_FOLDER[:config][:split] into the name and the words behind it."""
     if Path(os.path.expanduser(text)).is_dir():
         return text, []
     name, *words = text.split(":")
@@ -54,7 +54,7 @@ class HubSource:
             stream = _stream(folder, config, split, revision)
         except ManifestError as error:
             raise ManifestError(f"{self.spec}: {error}") from None
-        except Exception as error:  # every hub client has its own family of errors
+        except Exception as error:  # Hub clients raise errors of many families.
             what = f"{type(error).__name__}: {first_line(error)}"
             kind = HubError if _may_pass(error) else ManifestError
             raise kind(f"{self.spec}: cannot be opened: {what}") from None
@@ -69,7 +69,7 @@ class HubSource:
     def read(self, part: Part) -> Iterator[Row]:
         config, split, revision, number, count, folder = part.where
         try:
-            if self.modelscope and not Path(folder).is_dir():  # another node than the driver's
+            if self.modelscope and not Path(folder).is_dir():  # on another node than the driver's
                 folder, _ = _locate(self.name, self.modelscope)
             stream = _stream(folder, config, split, revision).shard(count, number)
             tables = stream.with_format("arrow").iter(batch_size=BATCH)
@@ -96,7 +96,7 @@ class HubSource:
 
 
 class SavedSource:
-    """What `Dataset.save_to_disk` wrote; a part is a range of rows."""
+    """A dataset written by `Dataset.save_to_disk`; a part is a range of rows."""
 
     def __init__(self, spec: str, folder: Path, options: Options, split: str | None = None) -> None:
         self.spec, self.folder, self.options, self.split = spec, folder, options, split
@@ -143,9 +143,9 @@ class SavedSource:
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Whether a hub is away or overloaded, by the causes of what its client raises."""
+    """Check the causes of a client's error for a hub that is unavailable or overloaded."""
     while error is not None:
-        # Clients bring their own families; of httpx's it is this base, and no import of theirs.
+        # Errors of httpx are recognised by name: importing it is left to the clients.
         family = {base.__name__ for base in type(error).__mro__}
         if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
             return True
@@ -157,7 +157,7 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 def _locate(name: str, modelscope: bool) -> tuple[str, str | None]:
-    """A folder or ID, and the revision of the latter: workers read what the driver saw."""
+    """Fix the revision of an ID, so that workers read what the driver saw."""
     if Path(os.path.expanduser(name)).is_dir():
         return str(Path(os.path.expanduser(name)).absolute()), None
     name, _, revision = name.partition("@")
@@ -183,7 +183,7 @@ def _download(name: str, revision: str | None) -> str:
 
 
 def _choose(name: str, revision: str | None, words: list[str]) -> tuple[str, str]:
-    """Config and split. One word may be either; what there is only one of need not be named."""
+    """Choose config and split. One word may name either; the only one need not be named."""
     from datasets import get_dataset_config_names, get_dataset_split_names
 
     configs = get_dataset_config_names(name, revision=revision)
@@ -213,7 +213,7 @@ def _stream(name: str, config: str, split: str, revision: str | None) -> Any:
 
 
 def _folder_mark(folder: Path) -> str:
-    """Names, sizes and times of a folder's files."""
+    """Hash names, sizes and times of a folder's files."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return digest(stats)

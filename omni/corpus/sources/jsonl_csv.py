@@ -1,4 +1,4 @@
-"""Manifests of a line (or CSV record) per utterance, cut into parts by their bytes."""
+"""Read JSONL, CSV and TSV manifests, cut into parts at byte offsets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import IO, Any, Literal
 
 from omni.corpus.manifest import ManifestError, checked_row
-from omni.corpus.sources.base import Options, Part, Row, canonical, explain_missing
+from omni.corpus.sources.base import Options, Part, Row, explain_missing, manifest_fields
 from omni.storage.path import StoragePath, raise_if_unreachable
 
 Kind = Literal["jsonl", "csv", "tsv"]
@@ -23,7 +23,7 @@ _LARGEST_FIELD = 1 << 24  # characters of a CSV field; Python's own limit is 128
 
 @contextlib.contextmanager
 def open_lines(path: StoragePath) -> Iterator[IO[bytes]]:
-    """A text file's bytes, unpacked where its name ends in .gz."""
+    """Open a text file as bytes, decompressed where its name ends in .gz."""
     with path.open("rb") as file:
         if path.suffix == ".gz":
             with gzip.open(file, "rb") as unpacked:
@@ -33,14 +33,14 @@ def open_lines(path: StoragePath) -> Iterator[IO[bytes]]:
 
 
 def cut(path: StoragePath, rows: int, kind: Kind = "jsonl") -> list[Part]:
-    """Parts of `rows` records; where: (first byte, bytes, number of the first line).
+    """Cut a file into parts of `rows` records; where: (first byte, bytes, first line number).
 
     A part's fingerprint is that of its bytes: what is appended to a file changes the end only.
     Raises ManifestError.
     """
     parts: list[Part] = []
     if path.suffix == ".gz":
-        rows *= 10  # it cannot be entered in the middle: every part unpacks what lies before it
+        rows *= 10  # gzip has no random access: every part decompresses all before it.
     try:
         with open_lines(path) as file:
             lines = iter(file)
@@ -65,7 +65,7 @@ def cut(path: StoragePath, rows: int, kind: Kind = "jsonl") -> list[Part]:
 
 
 def read_bytes(path: StoragePath, part: Part) -> bytes:
-    """The bytes of a part that `cut` made."""
+    """Read the bytes of a part made by `cut`."""
     position, length, _ = part.where
     try:
         with open_lines(path) as file:
@@ -77,7 +77,7 @@ def read_bytes(path: StoragePath, part: Part) -> bytes:
 
 
 def json_objects(path: StoragePath, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of each line that is not blank. Raises ManifestError."""
+    """Yield position (FILE:LINE) and object of each line. Raises ManifestError."""
     for number, line in enumerate(io.BytesIO(read_bytes(path, part)), start=part.where[2]):
         if not line.strip():
             continue
@@ -91,7 +91,7 @@ def json_objects(path: StoragePath, part: Part) -> Iterator[tuple[str, dict[str,
 
 
 def _records(lines: Iterator[bytes], kind: Kind) -> Iterator[bytes]:
-    """CSV records as bytes: one line each, or more where quotes span lines."""
+    """Yield CSV records as bytes: one line each, or several where quotes span lines."""
     csv.field_size_limit(_LARGEST_FIELD)
     taken: list[bytes] = []
 
@@ -106,7 +106,7 @@ def _records(lines: Iterator[bytes], kind: Kind) -> Iterator[bytes]:
 
 
 def _dialect(kind: Kind) -> dict[str, Any]:
-    # Tab-separated files of speech (Common Voice) hold quotation marks as they are.
+    # Quotation marks in TSV files (Common Voice) are part of the text.
     return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
 
 
@@ -121,16 +121,18 @@ class LineSource:
 
     def read(self, part: Part) -> Iterator[Row]:
         rows = json_objects(self.path, part) if self.kind == "jsonl" else self._csv(part)
-        for place, fields in rows:
-            if "messages" in fields:  # a conversation names its parts itself
+        for position, fields in rows:
+            if "messages" in fields:  # A conversation has its own field names.
                 row = fields
             else:
-                row = canonical(fields, self.options)
+                row = manifest_fields(fields, self.options)
                 for name in ("audio", "text"):
                     if name not in row:
                         missing = explain_missing(name, list(fields), self.options)
-                        raise ManifestError(f"{place}: {missing}")
-            checked = checked_row(self.path, place, row, allow_absolute=self.options.allow_absolute)
+                        raise ManifestError(f"{position}: {missing}")
+            checked = checked_row(
+                self.path, position, row, allow_absolute=self.options.allow_absolute
+            )
             yield Row(**checked)
 
     def _csv(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -141,32 +143,32 @@ class LineSource:
             data = read_bytes(self.path, part)
             reader = csv.reader(io.StringIO(data.decode(), newline=""), **_dialect(self.kind))
             for values in reader:
-                place = f"{self.path}:{part.where[2] + reader.line_num - 1}"
+                position = f"{self.path}:{part.where[2] + reader.line_num - 1}"
                 if not values:
                     continue
                 if len(values) != len(names):
                     raise ManifestError(
-                        f"{place}: expected {len(names)} columns ({', '.join(names)}), "
+                        f"{position}: expected {len(names)} columns ({', '.join(names)}), "
                         f"got {len(values)}"
                     )
-                yield place, self._typed(place, dict(zip(names, values, strict=True)))
+                yield position, self._typed(position, dict(zip(names, values, strict=True)))
         except (ValueError, csv.Error) as error:
             if isinstance(error, ManifestError):
                 raise
             raise ManifestError(f"{self.path}: expected UTF-8 CSV: {error}") from None
 
-    def _typed(self, place: str, fields: dict[str, str]) -> dict[str, Any]:
-        """Numbers as numbers; what is empty is absent, but for the text."""
+    def _typed(self, position: str, fields: dict[str, str]) -> dict[str, Any]:
+        """Convert numbers, and drop empty fields except the text."""
         typed: dict[str, Any] = {}
         own = {self.options.columns.get(name, name): name for name in _NUMBERS}
-        texts = canonical(fields, self.options)
+        texts = manifest_fields(fields, self.options)
         for name, value in fields.items():
             if name in own and value:
                 try:
                     typed[name] = float(value)
                 except ValueError:
                     raise ManifestError(
-                        f"{place}: field {name!r}: expected a number, got {value!r}"
+                        f"{position}: field {name!r}: expected a number, got {value!r}"
                     ) from None
             else:
                 typed[name] = value if value or value is texts.get("text") else None

@@ -1,4 +1,4 @@
-"""Kaldi data folders: wav.scp, text, and where they are segments, utt2spk, utt2lang."""
+"""Read Kaldi data folders: wav.scp, text, and optional segments, utt2spk, utt2lang."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from omni.corpus.manifest import ManifestError, check_row
-from omni.corpus.sources.base import Options, Part, Row, digest, file_fingerprint, inside
+from omni.corpus.sources.base import Options, Part, Row, digest, file_fingerprint, resolve_audio
 from omni.corpus.sources.jsonl_csv import cut, read_bytes
 from omni.storage.path import StoragePath, literal_path, raise_if_unreachable
 
@@ -37,21 +37,21 @@ class KaldiSource:
     def read(self, part: Part) -> Iterator[Row]:
         lines = []
         for number, raw in enumerate(io.BytesIO(read_bytes(self.list, part)), part.where[2]):
-            place = f"{self.list}:{number}"
-            if fields := _fields(place, raw, 4 if self.segments else 2):
-                lines.append((place, fields))
+            position = f"{self.list}:{number}"
+            if fields := _fields(position, raw, 4 if self.segments else 2):
+                lines.append((position, fields))
         ids = {fields[0] for _, fields in lines}
         texts, speakers, languages = (
             self._look_up(name, ids) for name in ("text", "utt2spk", "utt2lang")
         )
         named = {fields[1] for _, fields in lines} if self.segments else set()
         scp = self._look_up("wav.scp", named)
-        for place, fields in lines:
+        for position, fields in lines:
             name = fields[0]
             recording = scp.get(fields[1]) if self.segments else fields[1]
             if recording is None:
-                raise ManifestError(f"{place}: no recording {fields[1]!r} in wav.scp")
-            start, end = self._times(place, fields)
+                raise ManifestError(f"{position}: no recording {fields[1]!r} in wav.scp")
+            start, end = self._times(position, fields)
             row = Row(
                 id=name,
                 text=texts.get(name, ""),
@@ -61,11 +61,11 @@ class KaldiSource:
                 language=languages.get(name, self.options.language),
             )
             named_row = {"id": name, "text": row.text, "speaker": row.speaker}
-            check_row(place, {**named_row, "audio": recording})
-            yield self._placed(place, row, recording)
+            check_row(position, {**named_row, "audio": recording})
+            yield self._placed(position, row, recording)
 
     def _look_up(self, file: str, keys: set[str]) -> dict[str, str]:
-        """The lines of these keys: such a file is as long as the corpus."""
+        """Read the lines of the given keys only: the file is as long as the corpus."""
         path, found = self.folder / file, {}
         if not keys or not path.is_file():
             return {}
@@ -76,33 +76,33 @@ class KaldiSource:
                     found[fields[0]] = fields[1] if len(fields) > 1 else ""
         return found
 
-    def _times(self, place: str, fields: list[str]) -> tuple[float, float | None]:
+    def _times(self, position: str, fields: list[str]) -> tuple[float, float | None]:
         if not self.segments:
             return 0.0, None
         try:
             start, end = float(fields[2]), float(fields[3])
         except (ValueError, IndexError):
-            raise ManifestError(f"{place}: expected UTTERANCE RECORDING START END") from None
-        if end == -1:  # Kaldi's way to say: to the end
+            raise ManifestError(f"{position}: expected UTTERANCE RECORDING START END") from None
+        if end == -1:  # In Kaldi -1 means to the end of the recording.
             return start, None
         if not 0 <= start < end < 1e8:
-            raise ManifestError(f"{place}: expected 0 <= START < END in seconds")
+            raise ManifestError(f"{position}: expected 0 <= START < END in seconds")
         return start, end
 
-    def _placed(self, place: str, row: Row, recording: str) -> Row:
-        """The row with its recording's place."""
+    def _placed(self, position: str, row: Row, recording: str) -> Row:
+        """Add the location of the recording to a row."""
         if recording.endswith("|") or recording.startswith("|"):
             raise ManifestError(
-                f"{place}: {recording[:60]!r} is a command, and omni runs none: convert the "
+                f"{position}: {recording[:60]!r} is a command, and omni runs none: convert the "
                 "recordings first, e.g. with wav-copy scp:wav.scp ark,scp:wav.ark,new.scp"
             )
         if recording.endswith("]"):
-            raise ManifestError(f"{place}: {recording[-60:]!r}: ranges are not supported")
+            raise ManifestError(f"{position}: {recording[-60:]!r}: ranges are not supported")
         ark = re.fullmatch(r"(.+):(\d+)", recording)
         name, offset = (ark[1], int(ark[2])) if ark else (recording, None)
         if self.options.audio_folder:
             name = f"{self.options.audio_folder}/{name}"
-        path = inside(place, self.folder, name, self.options)
+        path = resolve_audio(position, self.folder, name, self.options)
         if offset is None:
             return replace(row, uri=path)
         ark_file = literal_path(path)
@@ -121,10 +121,10 @@ class KaldiSource:
         return replace(row, uri=path, offset=offset, length=length)
 
 
-def _fields(place: str, raw: bytes, count: int) -> list[str]:
-    """A line's words, of which the last takes what is left; none of a blank one."""
+def _fields(position: str, raw: bytes, count: int) -> list[str]:
+    """Split a line into `count` words, the last with all that is left; a blank line has none."""
     try:
         fields = raw.decode().split(maxsplit=count - 1)
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{place}: expected UTF-8: {error}") from None
+        raise ManifestError(f"{position}: expected UTF-8: {error}") from None
     return [*fields[:-1], fields[-1].rstrip()] if fields else []

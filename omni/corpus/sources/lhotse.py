@@ -1,4 +1,4 @@
-"""Cut manifests of lhotse: JSON lines with a recording, a span, and supervisions."""
+"""Read cut manifests of lhotse: JSON lines with recording, span and supervisions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from omni.corpus.manifest import ManifestError, check_row
-from omni.corpus.sources.base import Options, Part, Row, inside
+from omni.corpus.sources.base import Options, Part, Row, resolve_audio
 from omni.corpus.sources.jsonl_csv import cut as cut_lines
 from omni.corpus.sources.jsonl_csv import json_objects
 from omni.storage.path import StoragePath
@@ -24,52 +24,57 @@ class CutsSource:
         return cut_lines(self.path, self.options.rows_per_part)
 
     def read(self, part: Part) -> Iterator[Row]:
-        for place, cut in json_objects(self.path, part):
-            yield self._row(place, cut)
+        for position, cut in json_objects(self.path, part):
+            yield self._row(position, cut)
 
-    def _row(self, place: str, cut: dict[str, Any]) -> Row:
+    def _row(self, position: str, cut: dict[str, Any]) -> Row:
         recording = cut.get("recording")
         if not isinstance(recording, dict):
             reason = "it has features only" if "features" in cut else "it has no recording"
-            return Row(id=_name(place, cut), error=("no recording", f"{place}: {reason}"))
+            return Row(id=_name(position, cut), error=("no recording", f"{position}: {reason}"))
         sources = recording.get("sources")
         if not isinstance(sources, list) or not all(isinstance(s, dict) for s in sources):
-            raise ManifestError(f"{place}: field 'recording.sources': expected a list of objects")
+            raise ManifestError(
+                f"{position}: field 'recording.sources': expected a list of objects"
+            )
         kinds = {str(source.get("type")) for source in sources}
         if len(sources) != 1 or not kinds <= {"file", "url"}:
             what = f"{len(sources)} sources of type {', '.join(sorted(kinds))}"
             return Row(
-                id=_name(place, cut), error=("no audio file", f"{place}: expected a file, {what}")
+                id=_name(position, cut),
+                error=("no audio file", f"{position}: expected a file, {what}"),
             )
         name = sources[0].get("source")
         if not isinstance(name, str) or not name or "\0" in name:
-            raise ManifestError(f"{place}: field 'recording.sources': expected a path, {name!r}")
+            raise ManifestError(f"{position}: field 'recording.sources': expected a path, {name!r}")
         if "://" in name and name.partition(":")[0] in ("http", "https"):
-            return Row(id=_name(place, cut), error=("no audio file", f"{place}: fetch {name!r}"))
+            return Row(
+                id=_name(position, cut), error=("no audio file", f"{position}: fetch {name!r}")
+            )
         if self.options.audio_folder:
             name = f"{self.options.audio_folder}/{name}"
-        path = inside(place, self.path.parent, name, self.options)
-        return row_of_cut(place, cut, self.options, (path, None, None))
+        path = resolve_audio(position, self.path.parent, name, self.options)
+        return row_of_cut(position, cut, self.options, (path, None, None))
 
 
 def row_of_cut(
-    place: str, cut: dict[str, Any], options: Options, where: tuple[str, int | None, int | None]
+    position: str, cut: dict[str, Any], options: Options, where: tuple[str, int | None, int | None]
 ) -> Row:
-    """A cut whose recording lies at `where`: uri, offset, length. Raises ManifestError."""
-    name, recording = _name(place, cut), cut.get("recording") or {}
+    """Turn a cut into a row. where: uri, offset, length of its recording. Raises ManifestError."""
+    name, recording = _name(position, cut), cut.get("recording") or {}
     kind = cut.get("type", "MonoCut")
     if kind not in ("MonoCut", "MultiCut"):
-        return Row(id=name, error=("mixed cut", f"{place}: expected a MonoCut, got {kind}"))
+        return Row(id=name, error=("mixed cut", f"{position}: expected a MonoCut, got {kind}"))
     if recording.get("transforms"):
-        detail = f"{place}: {recording['transforms']!r}: save the transformed audio"[:200]
+        detail = f"{position}: {recording['transforms']!r}: save the transformed audio"[:200]
         return Row(id=name, error=("transformed recording", detail))
     channels = recording.get("channel_ids") or [0]
     if kind == "MonoCut" and len(channels) > 1:
-        detail = f"{place}: channel {cut.get('channel')} of {channels}"
+        detail = f"{position}: channel {cut.get('channel')} of {channels}"
         return Row(id=name, error=("one channel of several", detail))
     start, duration = cut.get("start", 0.0), cut.get("duration")
     if duration is None:
-        raise ManifestError(f"{place}: field 'duration' is missing")
+        raise ManifestError(f"{position}: field 'duration' is missing")
     spoken = [s for s in cut.get("supervisions") or [] if isinstance(s, dict)]
     said = [s.get("text") or "" for s in sorted(spoken, key=lambda s: s.get("start") or 0.0)]
     row = {
@@ -81,7 +86,7 @@ def row_of_cut(
         "speaker": _shared(spoken, "speaker"),
         "language": _shared(spoken, "language") or options.language,
     }
-    check_row(place, row)
+    check_row(position, row)
     total = recording.get("duration")
     whole = isinstance(total, (int, float)) and not start and abs(total - duration) < _ROUNDING
     return Row(
@@ -97,14 +102,14 @@ def row_of_cut(
     )
 
 
-def _name(place: str, cut: dict[str, Any]) -> str:
+def _name(position: str, cut: dict[str, Any]) -> str:
     name = cut.get("id")
     if not isinstance(name, str) or not name:
-        raise ManifestError(f"{place}: field 'id': expected a text, got {name!r}")
+        raise ManifestError(f"{position}: field 'id': expected a text, got {name!r}")
     return name
 
 
 def _shared(supervisions: list[dict[str, Any]], field: str) -> str | None:
-    """What all supervisions of a cut say."""
+    """Return the value that all supervisions of a cut share, else None."""
     values = {str(s[field]) for s in supervisions if s.get(field) is not None}
     return values.pop() if len(values) == 1 else None

@@ -1,4 +1,4 @@
-"""Tables of utterances: Parquet, with audio files inside or named, and what `datasets` reads."""
+"""Read tables of utterances: Parquet with audio inside or by path, and tables of `datasets`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from omni.corpus.sources.base import (
     Options,
     Part,
     Row,
-    canonical,
     digest,
     explain_missing,
     file_fingerprint,
-    inside,
+    manifest_fields,
+    resolve_audio,
 )
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, raise_if_unreachable, redact
 from omni.storage.retry import retry_storage
 
-_SERVERS = ("http", "https", "hf")  # recordings there are fetched once
-BATCH = 32  # rows in memory at a time, with their audio
-_PATIENCE_SECONDS = 60.0  # for a recording that lies on a server
+_SERVERS = ("http", "https", "hf")  # schemes whose recordings are downloaded once
+BATCH = 32  # rows with audio in memory at a time
+_PATIENCE_SECONDS = 60.0  # Retry a server for this long.
 
 
 class ParquetSource:
@@ -79,7 +79,7 @@ def _opened(path: StoragePath) -> Iterator[pq.ParquetFile]:
 
 
 def _groups(path: StoragePath) -> tuple[str, list[int]]:
-    """What changes with a file, and the rows of each of its row groups. Raises ManifestError."""
+    """Return fingerprint and row-group sizes of a Parquet file. Raises ManifestError."""
     mark = file_fingerprint(path)
     try:
         with _opened(path) as file:
@@ -91,7 +91,7 @@ def _groups(path: StoragePath) -> tuple[str, list[int]]:
 
 
 def _gather(sizes: list[int], rows: int) -> Iterator[tuple[int, ...]]:
-    """Neighbouring row groups that hold about `rows` rows."""
+    """Group neighbouring row groups into parts of about `rows` rows."""
     groups: list[int] = []
     held = 0
     for group, size in enumerate(sizes):
@@ -110,32 +110,32 @@ def wanted_columns(options: Options) -> set[str]:
 
 def rows_of(
     table: pa.Table,
-    place: str,
+    position: str,
     name: str,
     first: int,
     folder: StoragePath | None,
     options: Options,
     columns: list[str],
 ) -> Iterator[Row]:
-    """The utterances of a table. `place`, `name`: what it is part of, in messages and in ids.
+    """Yield the utterances of a table. position, name: prefix of messages, prefix of ids.
 
     first: the number of its first row, from 0. folder: what paths are relative to; None: there are
     none. columns: all that the corpus has, for messages. Raises ManifestError.
     """
     for number, fields in enumerate(table.to_pylist(), start=first + 1):
-        row = canonical(fields, options)
+        row = manifest_fields(fields, options)
         for field in ("audio", "text"):
             if field not in row:
                 missing = explain_missing(field, columns, options)
-                raise ManifestError(f"{place}:{number}: {missing}")
+                raise ManifestError(f"{position}:{number}: {missing}")
         row["text"] = "" if row["text"] is None else row["text"]
         audio = row.pop("audio")
-        held = _held(f"{place}:{number}", audio)
+        held = _held(f"{position}:{number}", audio)
         if held is not None:
-            # Times of a recording that the rows were cut from: they carry what was cut.
+            # The row holds the cut audio; these are times in the recording before cutting.
             for time in {"offset", "duration"} - options.columns.keys():
                 row.pop(time, None)
-        check_row(f"{place}:{number}", {**row, "audio": ""})
+        check_row(f"{position}:{number}", {**row, "audio": ""})
         row["text"] = row["text"].strip()
         start, duration = row.pop("offset", None), row.pop("duration", None)
         row["start"] = float(start or 0.0)
@@ -145,36 +145,40 @@ def rows_of(
             yield Row(**row, data=held)
             continue
         path = audio["path"] if isinstance(audio, dict) else audio
-        yield _elsewhere(row, f"{place}:{number}", path, folder, options)
+        yield _elsewhere(row, f"{position}:{number}", path, folder, options)
 
 
-def _held(place: str, audio: Any) -> bytes | None:
-    """The audio file inside a row, if it is there."""
+def _held(position: str, audio: Any) -> bytes | None:
+    """Return the encoded audio inside a row, if any."""
     if isinstance(audio, dict) and not {"bytes", "path"} & audio.keys():
         raise ManifestError(
-            f"{place}: field 'audio': expected an encoded audio file (bytes or path), "
+            f"{position}: field 'audio': expected an encoded audio file (bytes or path), "
             f"got {', '.join(audio)}"
         )
     if isinstance(audio, (dict, bytes, str)) or audio is None:
         data = audio.get("bytes") if isinstance(audio, dict) else audio
         return data if isinstance(data, bytes) else None
     raise ManifestError(
-        f"{place}: field 'audio': expected an encoded audio file, its path, or both, "
+        f"{position}: field 'audio': expected an encoded audio file, its path, or both, "
         f"got {type(audio).__name__}"
     )
 
 
 def _elsewhere(
-    row: dict[str, Any], place: str, path: str | None, folder: StoragePath | None, options: Options
+    row: dict[str, Any],
+    position: str,
+    path: str | None,
+    folder: StoragePath | None,
+    options: Options,
 ) -> Row:
-    """A row whose recording is a file of its own, here or on a server."""
+    """Complete a row whose audio is a file, local or on a server."""
     if not path:
-        return Row(**row, error=("missing", f"{place}: neither bytes nor a path"))
-    server, mark, _ = path.rpartition("::")[2].partition("://")  # of URLs in a chain, the last
+        return Row(**row, error=("missing", f"{position}: neither bytes nor a path"))
+    server, mark, _ = path.rpartition("::")[2].partition("://")  # the last URL of a chain
     if not mark or server not in _SERVERS:
         if folder is None and not options.allow_absolute:
-            raise ManifestError(f"{place}: {redact(path)!r} is no file of the dataset")
-        return Row(**row, uri=inside(place, folder or Path("/"), path, options))
+            raise ManifestError(f"{position}: {redact(path)!r} is no file of the dataset")
+        return Row(**row, uri=resolve_audio(position, folder or Path("/"), path, options))
     try:
         return Row(**row, data=retry_storage(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))
     except (OSError, ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Tar shards, read in place by byte range: WebDataset's, and lhotse Shar's."""
+"""Read tar shards of WebDataset and of lhotse Shar in position, by byte range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from omni.corpus.manifest import ManifestError, checked_row
-from omni.corpus.sources.base import Options, Part, Row, canonical, file_fingerprint
+from omni.corpus.sources.base import Options, Part, Row, file_fingerprint, manifest_fields
 from omni.corpus.sources.jsonl_csv import json_objects
 from omni.corpus.sources.lhotse import row_of_cut
 from omni.corpus.tar import TarError, read_tar, refuse_unsafe
@@ -33,13 +33,13 @@ class TarSource:
         path = self.paths[part.where[0]]
         try:
             for found in read_tar(path, self._fields):
-                place = f"{path}:{found['audio']}"
-                yield Row(**checked_row(path, place, found))
+                position = f"{path}:{found['audio']}"
+                yield Row(**checked_row(path, position, found))
         except TarError as error:
             raise ManifestError(str(error)) from None
 
     def _fields(self, row: dict[str, Any]) -> dict[str, Any]:
-        return canonical({k: v for k, v in row.items() if k != "audio"}, self.options)
+        return manifest_fields({k: v for k, v in row.items() if k != "audio"}, self.options)
 
 
 class SharSource:
@@ -64,23 +64,23 @@ class SharSource:
         cuts, shard = (self.folder / name for name in part.where)
         whole = Part("", "", (0, -1, 1))
         recordings = _recordings(shard)
-        for place, cut in json_objects(cuts, whole):
+        for position, cut in json_objects(cuts, whole):
             name, offset, length = next(recordings, ("", 0, 0))
             if name.rpartition(".")[0] != str(cut.get("id")):
                 raise ManifestError(
-                    f"{place}: expected its recording at the same place in {shard.name}, "
+                    f"{position}: expected its recording at the same position in {shard.name}, "
                     f"found {name or 'nothing'}"
                 )
-            yield row_of_cut(place, cut, self.options, (str(shard), offset, length))
+            yield row_of_cut(position, cut, self.options, (str(shard), offset, length))
 
 
 def _recordings(path: StoragePath) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and length of each audio file; each is followed by its JSON."""
+    """Yield name, offset and length of each audio file of a shard."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
             for member in shard:
                 refuse_unsafe(path, member)
-                shard.members = []  # type: ignore[attr-defined]  # or it would keep them all
+                shard.members = []  # type: ignore[attr-defined]  # Otherwise it keeps them all.
                 if member.isfile() and not member.name.endswith((".json", ".nometa")):
                     yield member.name, member.offset_data, member.size
     except TarError as error:
