@@ -33,7 +33,8 @@ def names_of(keys: Sequence[str]) -> np.ndarray:
 def _choices(count: int, seed: int, names: np.ndarray, epoch: int) -> np.ndarray:
     """Draw (n,) uniform numbers below `count`.
 
-    Uses the finaliser of SplitMix64 (Steele et al. 2014): one generator per name would take seconds per epoch.
+    The finaliser of SplitMix64 (Steele et al. 2014) is used, since one generator per name would
+    take seconds per epoch.
     """
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     mixed = names ^ state

@@ -110,7 +110,9 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"left out    {_listed(result['rejects']) if result['rejects'] else 'none'}",
     ]
     if result["without_text"]:
-        lines.insert(1, f"no text     {result['without_text']:,}: only jobs.transcribe reads them")
+        lines.insert(
+            1, f"no text     {result['without_text']:,}: only `omni transcribe` reads them"
+        )
     for title, edges, counts in (
         ("seconds", SECONDS, result["lengths"]),
         ("characters", CHARACTERS, result["texts"]),

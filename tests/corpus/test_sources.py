@@ -562,7 +562,7 @@ def test_a_damaged_index_is_one_error(damage: Callable[[Path], Any], built: Path
 
 def test_an_unfinished_index_is_no_manifest(built: Path) -> None:
     (built / "index.json").unlink()
-    with pytest.raises(ManifestError, match=r"/built: .*\bjobs\.index\b"):
+    with pytest.raises(ManifestError, match=r"/built: .*\bindex\.json\b"):
         build_index([str(built)])
 
 
