@@ -16,7 +16,7 @@ from omni.bench.timing import Ceiling, Result, alternate, describe_machine, medi
 from omni.config import Config
 from omni.corpus.lengths import span_of
 from omni.corpus.mixture import build_mixture
-from omni.model.download import read_whisper_files, whisper_folder
+from omni.model.encoder.weights import WhisperConfig, read_whisper_files, whisper_folder
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.stream.codec import DTYPES
 
@@ -54,19 +54,19 @@ def typical_clips(config: Config, count: int = _CLIPS) -> list[tuple[Path, Audio
     return [(Path(r["uri"]), span_of(r)) for r in table.take(chosen).to_pylist()]
 
 
-def encoder_flops(config: dict[str, Any], frames: int) -> float:
+def encoder_flops(config: WhisperConfig, frames: int) -> float:
     """Multiply-adds times two of one window of `frames` output frames: convolutions, projections,
     attention. Whisper's config.json gives the widths."""
-    width, ffn, n_mels = config["d_model"], config["encoder_ffn_dim"], config["num_mel_bins"]
+    width, ffn, n_mels = config.d_model, config.encoder_ffn_dim, config.num_mel_bins
     stem = 2 * frames * 3 * n_mels * width + frames * 3 * width * width
     layer = frames * (4 * width * width + 2 * width * ffn) + 2 * frames * frames * width
-    return 2.0 * (stem + config["encoder_layers"] * layer)
+    return 2.0 * (stem + config.encoder_layers * layer)
 
 
 def _encoders(
     config: Config, device: torch.device, audio: Sequence[np.ndarray], result: Result
 ) -> None:
-    source = None if config.encoder.weights == "hub" else config.encoder.weights
+    source = config.encoder.weights
     dtype = DTYPES[config.encoder.dtype]
     shared: dict[str, Any] = {"dtype": dtype, "device": device}
     full = WhisperEncoder(source, mode="full", **shared)
@@ -115,7 +115,7 @@ def _encoders(
 
 
 def _reference(
-    source: str | None, mels: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+    source: str, mels: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Any]:
     """transformers' own encoder over windows padded to 30 s, in batches."""
     from transformers import WhisperConfig

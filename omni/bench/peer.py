@@ -26,7 +26,7 @@ from omni.bench.timing import Result, describe_machine, median
 from omni.bench.whole_run import JobRun, for_timing, run_job, steps_of_epochs
 from omni.config import Config
 from omni.model.batch import Batch
-from omni.model.download import read_whisper_files, whisper_folder
+from omni.model.encoder.weights import read_whisper_files, whisper_folder
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
@@ -88,7 +88,7 @@ class Peer:
         self.threads = os.cpu_count() or 1
         self.batch_size = round(len(train.plan.members) / train.plan.steps)
         encoder = self._config.encoder
-        folder = whisper_folder(None if encoder.weights == "hub" else encoder.weights)
+        folder = whisper_folder(encoder.weights)
         _, state = read_whisper_files(folder)
         self._encoder = Reference(WhisperConfig.from_pretrained(folder)).eval()
         self._encoder.load_state_dict(state)
@@ -118,8 +118,7 @@ class Peer:
         with torch.inference_mode(), self._autocast():
             theirs = self._model(self._batch(rows))
             e = self._config.encoder
-            source = None if e.weights == "hub" else e.weights
-            ours = WhisperEncoder(source, mode="full", dtype=DTYPES[e.dtype])
+            ours = WhisperEncoder(e.weights, mode="full", dtype=DTYPES[e.dtype])
             features = ours.encode([row["audio"] for row in rows])
             packed = self._model(self._collate(rows, features, packed=True))
         self._model.train()

@@ -19,7 +19,8 @@ from omni.audio.logmel import SAMPLING_RATE, WINDOW_FRAMES
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from omni.errors import ConfigError
 from omni.model.chat_template import PLACEHOLDER, Template, make_template
-from omni.model.download import SourceError, read_whisper_files, whisper_folder
+from omni.model.download import SourceError
+from omni.model.encoder.weights import read_whisper_files, whisper_folder
 from omni.model.lm.gpt import GPT
 from omni.model.lm.hf import HFLanguageModel
 from omni.model.lm.lora import merge_lora
@@ -98,9 +99,7 @@ def _to_voxtral(
     lm = model.lm
     _fits_voxtral(found, model)
     assert isinstance(lm, HFLanguageModel) and isinstance(model.projector, Projector)
-    source = found.encoder["source"]
-    folder = whisper_folder(None if source == "hub" else source)
-    whisper, encoder = read_whisper_files(folder)
+    whisper, encoder = read_whisper_files(whisper_folder(found.encoder["source"]))
     tokenizer = template.tokenizer.to_transformers()
     tokenizer.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]})
     audio_id = int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))
@@ -108,12 +107,12 @@ def _to_voxtral(
     text = dict(lm.config.architecture) | {"vocab_size": rows, "tie_word_embeddings": False}
     config = VoxtralConfig(
         audio_config=VoxtralEncoderConfig(
-            hidden_size=whisper["d_model"],
-            intermediate_size=whisper["encoder_ffn_dim"],
-            num_hidden_layers=whisper["encoder_layers"],
-            num_attention_heads=whisper["encoder_attention_heads"],
-            num_mel_bins=whisper["num_mel_bins"],
-            max_source_positions=whisper["max_source_positions"],
+            hidden_size=whisper.d_model,
+            intermediate_size=whisper.encoder_ffn_dim,
+            num_hidden_layers=whisper.encoder_layers,
+            num_attention_heads=whisper.encoder_attention_heads,
+            num_mel_bins=whisper.num_mel_bins,
+            max_source_positions=whisper.max_source_positions,
         ),
         text_config=AutoConfig.for_model(text.pop("model_type"), **text),
         audio_token_id=audio_id,
@@ -142,7 +141,7 @@ def _to_voxtral(
     )
     target.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    WhisperFeatureExtractor(feature_size=whisper["num_mel_bins"]).save_pretrained(out)
+    WhisperFeatureExtractor(feature_size=whisper.num_mel_bins).save_pretrained(out)
     (out / "transcribe.py").write_text(_script(template, model.config.stack, prompt))
 
 

@@ -55,7 +55,7 @@ class Transcriber:
             found = read_checkpoint(checkpoint, verify=True)
             facts = found.encoder
             encoder = WhisperEncoder(
-                None if facts["source"] == "hub" else facts["source"],
+                facts["source"],
                 mode=facts["mode"],
                 margin_seconds=facts["margin_seconds"],
                 layers=facts.get("layers") or "last",

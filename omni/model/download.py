@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -16,22 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from omni.errors import first_line
-from omni.model.encoder.ctranslate2 import read_ct2_encoder
 
 ASSETS = Path(__file__).parents[1] / "assets"
-EMBEDDED_WHISPER = ASSETS / "whisper-tiny.en"
-DEFAULT_HF_ID = "openai/whisper-base"
-
-_SMALL = ["config.json", "preprocessor_config.json"]
-_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "*.safetensors.index.json"]
-_TORCH_BIN = ["pytorch_model.bin"]
-_CT2 = ["model.bin"]
 
 
 class SourceError(RuntimeError):
@@ -81,25 +69,6 @@ class HubModel:
                 if any(any(held.glob(p)) for p in patterns if not p.endswith(".json")):
                     return held
             raise
-
-
-def whisper_folder(source: str | None = None) -> Path:
-    """Resolve `source` to a local folder in transformers or CTranslate2 layout, downloading if
-    needed. None: the hubs, see `omni.model.encoder.whisper.load_whisper`.
-    """
-    if source == "embedded":
-        return EMBEDDED_WHISPER
-    if source is not None:
-        folder = Path(source).expanduser()
-        if not (folder / "config.json").is_file():
-            raise SourceError(f"encoder weights {source!r}: expected a folder with config.json")
-        return folder
-    models = []
-    if ms_id := os.environ.get("WHISPER_MS_ID"):
-        models.append(HubModel.parse("ModelScope", ms_id))
-    hf_id = os.environ.get("WHISPER_HF_ID") or DEFAULT_HF_ID
-    models.append(HubModel.parse("Hugging Face", hf_id))
-    return fetch(models, _SMALL, (_SAFETENSORS, _TORCH_BIN, _CT2))
 
 
 def fetch(
@@ -162,46 +131,3 @@ def once_per_node(model: HubModel | str) -> FileLock:
     folder = Path(tempfile.gettempdir()) / f"omni-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return FileLock(folder / f"{name}.lock")
-
-
-def read_whisper_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the encoder's tensors of a folder; decoder tensors stay on disk.
-
-    Tensor names lose their prefix (`model.encoder.`, `encoder.`). Raises `SourceError` naming the
-    folder when weights are missing, or are not Whisper's.
-    """
-    try:
-        return _read(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SourceError(f"{folder}: damaged: {first_line(error)}") from None
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if (folder / "model.bin").is_file():
-        return read_ct2_encoder(folder)
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "whisper":
-        raise SourceError(f"{folder}: model_type is {config.get('model_type')!r}, expected whisper")
-    shards = sorted(folder.glob("model*.safetensors"))
-    state: dict[str, Tensor] = {}
-    if shards:
-        for shard in shards:
-            with safe_open(shard, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if (short := _encoder_name(name)) is not None:
-                        state[short] = tensors.get_tensor(name)
-    elif (folder / "pytorch_model.bin").is_file():
-        mapped = torch.load(folder / "pytorch_model.bin", weights_only=True, mmap=True)
-        for name, tensor in mapped.items():
-            if (short := _encoder_name(name)) is not None:
-                state[short] = tensor.clone()
-    if not state:
-        raise SourceError(f"{folder}: no Whisper encoder tensors (model*.safetensors)")
-    return config, state
-
-
-def _encoder_name(name: str) -> str | None:
-    for prefix in ("model.encoder.", "encoder."):
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return None

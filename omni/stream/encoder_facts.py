@@ -11,6 +11,7 @@ from omni.config import Config
 from omni.corpus.index import Index
 from omni.errors import ConfigError
 from omni.model.download import HubError, SourceError
+from omni.model.encoder.weights import local_whisper
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.storage.path import join
 from omni.stream.codec import DTYPES, FeatureCodec
@@ -26,7 +27,7 @@ def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
         codec=FeatureCodec.of(facts),
         cache=None if config.cache is None else join(config.cache, encoder_key(facts)),
         encoder={
-            "source": None if encoder.weights == "hub" else encoder.weights,
+            "hf_id": encoder.weights,
             "mode": encoder.mode,
             "margin_seconds": encoder.margin_seconds,
             "layers": encoder.layers,
@@ -41,10 +42,11 @@ def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
 def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
     """What made the features, and how long the utterances were: checkpoints keep it."""
     settings = config.encoder
-    source = None if settings.weights == "hub" else settings.weights
     try:
+        if settings.weights not in ("embedded", "hub"):
+            local_whisper(settings.weights)
         encoder = WhisperEncoder(
-            source,
+            settings.weights,
             mode=settings.mode,
             margin_seconds=settings.margin_seconds,
             layers=settings.layers,

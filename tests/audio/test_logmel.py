@@ -8,7 +8,7 @@ import torch
 from transformers import WhisperFeatureExtractor
 
 from omni.audio.logmel import HOP, WINDOW_SAMPLES, log_mel
-from omni.model.download import EMBEDDED_WHISPER
+from omni.model.encoder.weights import EMBEDDED_WHISPER
 
 
 def extractor(n_mels: int) -> WhisperFeatureExtractor:

@@ -25,7 +25,7 @@ from omni.bench.timing import Result, alternate, describe_machine, ratio_of
 from omni.bench.whole_run import for_timing, steps_of_epochs
 from omni.config import Config, load_config
 from omni.corpus.index import build_index
-from omni.model.download import EMBEDDED_WHISPER
+from omni.model.encoder.weights import EMBEDDED_WHISPER
 from omni.run.make_job import make_job
 from omni.run.prepare import prepare
 from omni.run.rates import Trainer, audio_seconds
@@ -63,7 +63,7 @@ def test_the_flops_of_the_encoder_are_those_that_torch_counts(frames: int) -> No
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(mel)
     counted = counter.get_total_flops()
-    assert encoder_flops(settings.to_dict(), frames) == pytest.approx(counted, rel=1e-6)
+    assert encoder_flops(settings, frames) == pytest.approx(counted, rel=1e-6)
 
 
 def test_typical_clips_have_the_lengths_of_the_corpus(config: Config) -> None:

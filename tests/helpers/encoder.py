@@ -9,7 +9,7 @@ import pytest
 
 from omni.audio.decode import decode
 from omni.model.download import ASSETS
-from omni.model.encoder.whisper import WhisperEncoder, load_whisper
+from omni.model.encoder.whisper import WhisperEncoder
 
 CORPUS = ASSETS / "prompts-en"
 
@@ -23,9 +23,9 @@ def clips() -> list[np.ndarray]:
 
 @pytest.fixture(scope="session")
 def trim() -> WhisperEncoder:
-    return load_whisper("embedded", mode="trim")
+    return WhisperEncoder("embedded", mode="trim")
 
 
 @pytest.fixture(scope="session")
 def full() -> WhisperEncoder:
-    return load_whisper("embedded", mode="full")
+    return WhisperEncoder("embedded", mode="full")

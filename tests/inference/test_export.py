@@ -184,7 +184,7 @@ from omni.model import load_nanochat
 from omni.model.lm.nanochat import find_tokenizer
 from omni.model.projector import make_projector, stack_frames
 from omni.model.tokenizer import SpeechTokenizer
-from omni.model.encoder.whisper import load_whisper
+from omni.model.encoder.whisper import WhisperEncoder
 folder = Path(sys.argv[1])
 lm, facts = load_nanochat(folder), json.loads((folder / "audio.json").read_text())
 shape, encoder = facts["model"], facts["encoder"]
@@ -194,7 +194,7 @@ projector = make_projector(
 weights = load_file(folder / "audio.safetensors")
 projector.load_state_dict({n.removeprefix("projector."): t for n, t in weights.items()})
 tokenizer = SpeechTokenizer.load(find_tokenizer(folder))
-whisper = load_whisper(encoder["source"], mode=encoder["mode"])
+whisper = WhisperEncoder(encoder["source"], mode=encoder["mode"])
 for file in sys.argv[2:]:
     audio, _ = soundfile.read(file, dtype="float32")
     with torch.no_grad():

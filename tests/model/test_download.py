@@ -21,17 +21,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from omni.model.download import EMBEDDED_WHISPER, SourceError, read_whisper_files, whisper_folder
-from omni.model.encoder.whisper import WhisperEncoder, load_whisper
+from omni.model.download import SourceError
+from omni.model.encoder.weights import EMBEDDED_WHISPER, read_whisper_files, whisper_folder
+from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.lm.pretrained import find_pretrained
 from tests.helpers.hf_folders import save_folder
 from tests.helpers.loopback_hub import closed_port, serve
 
 LOAD = """
 from omni.model.download import SourceError
-from omni.model.encoder.whisper import load_whisper
+from omni.model.encoder.whisper import WhisperEncoder
 try:
-    print("loaded", load_whisper().fingerprint)
+    print("loaded", WhisperEncoder().fingerprint)
 except SourceError as error:
     print("SourceError", error)
 """
@@ -78,7 +79,7 @@ def run_elsewhere(
 
 
 def load_elsewhere(home: Path, *arguments: str, script: str = LOAD, **environment: str) -> str:
-    """What a script says in a fresh process; LOAD: `load_whisper()`."""
+    """What a script says in a fresh process; LOAD: `WhisperEncoder()`."""
     done = run_elsewhere(home, "-c", script, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -92,7 +93,7 @@ def fetched(paths: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def embedded() -> str:
-    return load_whisper("embedded").fingerprint
+    return WhisperEncoder("embedded").fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -367,19 +368,19 @@ def same_weights(one: WhisperEncoder, other: WhisperEncoder) -> bool:
 def test_a_local_folder_is_taken_as_it_is(trim: WhisperEncoder, tmp_path: Path) -> None:
     shutil.copytree(EMBEDDED_WHISPER, tmp_path / "whisper")
     assert whisper_folder(str(tmp_path / "whisper")) == tmp_path / "whisper"
-    assert same_weights(load_whisper(str(tmp_path / "whisper")), trim)
+    assert same_weights(WhisperEncoder(str(tmp_path / "whisper")), trim)
 
 
 def test_a_folder_without_config_is_refused_by_name(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(SourceError, match=r"\bconfig\.json\b") as caught:
-            load_whisper(str(folder))
+            WhisperEncoder(str(folder))
         assert str(folder) in str(caught.value)
 
 
 def test_a_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"model\*\.safetensors") as caught:
-        load_whisper(str(copy_config(tmp_path)))
+        WhisperEncoder(str(copy_config(tmp_path)))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -387,12 +388,12 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     config = json.loads((EMBEDDED_WHISPER / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(SourceError, match=r"\bmodel_type\b.*'bert'.*\bwhisper\b"):
-        load_whisper(str(tmp_path))
+        WhisperEncoder(str(tmp_path))
 
 
 def test_a_folder_may_hold_pytorch_model_bin(trim: WhisperEncoder, tmp_path: Path) -> None:
     as_pytorch_bin(tmp_path)
-    encoder = load_whisper(str(tmp_path))
+    encoder = WhisperEncoder(str(tmp_path))
     assert same_weights(encoder, trim)
     assert encoder.fingerprint == trim.fingerprint
 
@@ -403,7 +404,7 @@ def test_the_decoder_is_not_loaded(trim: WhisperEncoder, tmp_path: Path) -> None
     _, state = read_whisper_files(tmp_path)
     assert not [name for name in state if "decoder" in name or "proj_out" in name]
     assert "layers.0.self_attn.q_proj.weight" in state
-    encoder = load_whisper(str(tmp_path))
+    encoder = WhisperEncoder(str(tmp_path))
     assert same_weights(encoder, trim)
     assert encoder.fingerprint == trim.fingerprint, "the decoder does not count"
 
@@ -417,11 +418,11 @@ def test_shards_and_a_shorter_prefix_are_the_same_encoder(
     for number, half in enumerate((names[::2], names[1::2]), start=1):
         shard = {name: tensors[name] for name in half}
         save_file(shard, tmp_path / f"model-0000{number}-of-00002.safetensors")
-    assert load_whisper(str(tmp_path)).fingerprint == trim.fingerprint
+    assert WhisperEncoder(str(tmp_path)).fingerprint == trim.fingerprint
 
 
 def test_other_weights_have_another_fingerprint(trim: WhisperEncoder, tmp_path: Path) -> None:
     tensors = encoder_tensors()
     tensors["model.encoder.conv1.bias"][0] += 0.5
     save_file(tensors, copy_config(tmp_path) / "model.safetensors")
-    assert load_whisper(str(tmp_path)).fingerprint != trim.fingerprint
+    assert WhisperEncoder(str(tmp_path)).fingerprint != trim.fingerprint

@@ -26,5 +26,5 @@ def test_bf16_is_computed_in_where_the_processor_has_it(
     monkeypatch.setattr(precision, "has_bf16", lambda device_type: hardware)
     assert precision.compute_dtype(wanted, CPU) == computed
     encoder = WhisperEncoder("embedded", mode="trim", dtype=wanted)
-    assert encoder.conv1.weight.dtype == computed
+    assert encoder.encoder.conv1.weight.dtype == computed
     assert encoder.encode([torch.zeros(8000).numpy()])[0].dtype == wanted

@@ -1,26 +1,25 @@
-"""The frozen Whisper encoder: recordings in, soft-token features out.
+"""The frozen Whisper encoder: audio in, features for the projector out.
 
-`WhisperEncoder.encode` is what the stream calls: clips of any length, one (T, d_model) tensor each.
-Two modes decide how much audio the encoder looks at:
+`preprocess` and `forward` are the interface of nanochat-omni's `audio.py`. The stream calls
+`encode`, which takes clips of any length and returns one (T, d_model) tensor each. Two modes
+decide how much audio the encoder sees:
 
 - `full`: every window is padded to 30 s and yields 1500 frames, as OpenAI's Whisper does;
 - `trim`: the real length plus a margin of silence is encoded and the real frames are kept.
 
-Audio over 30 s is cut into consecutive windows whose features are concatenated. A batch of windows
-is packed, not padded: their frames lie one after another, N of them, and only attention looks at
-one window at a time. On CPU a clip's features are the same to the last bit whoever shares it.
+Audio over 30 s is cut into consecutive windows whose features are concatenated. On CPU a clip's
+features do not depend on the other clips of a batch, to the last bit.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.audio.logmel import (
@@ -33,156 +32,83 @@ from omni.audio.logmel import (
     clip_mel,
     plan_windows,
 )
-from omni.model.download import read_whisper_files, whisper_folder
+from omni.model.encoder.transformer import WhisperTransformer, pad_features, pad_mels
+from omni.model.encoder.weights import (
+    DEFAULT_HF_ID,
+    read_whisper_files,
+    weights_fingerprint,
+    whisper_folder,
+)
 from omni.model.precision import compute_dtype
 
-CPU_FRAMES = 1_500  # per batch: enough rows for the matrix products, small enough for the caches
+if TYPE_CHECKING:
+    from transformers import WhisperFeatureExtractor
+
+# Encoder frames per batch: on CPU enough rows for the matrix products, few enough for the caches.
+CPU_FRAMES = 1_500
 GPU_FRAMES = 48_000
-_TILE_QUERIES, _TILE_SCORES = 256, 400_000  # bf16 scores of a tile: 0.8 MB
 
 
-class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer; parameter names as in transformers' Whisper."""
+def load_whisper(
+    hf_id: str = DEFAULT_HF_ID, ms_id: str | None = None
+) -> tuple[WhisperFeatureExtractor, WhisperTransformer]:
+    """Load transformers' feature extractor and the frozen encoder, in fp32 on CPU.
 
-    def __init__(self, width: int, heads: int, ffn: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(width, width),
-                "k_proj": nn.Linear(width, width, bias=False),
-                "v_proj": nn.Linear(width, width),
-                "out_proj": nn.Linear(width, width),
-            }
-        )
-        self.final_layer_norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, ffn)
-        self.fc2 = nn.Linear(ffn, width)
-
-    def forward(self, x_NC: Tensor, packing: _Packing) -> Tensor:
-        normed = self.self_attn_layer_norm(x_NC)
-        q, k, v = (
-            self.self_attn[name](normed).unflatten(-1, (self.heads, -1))
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        attended = packing.attend(q, k, v).flatten(1)
-        x_NC = x_NC + self.self_attn["out_proj"](attended)
-        hidden = F.gelu(self.fc1(self.final_layer_norm(x_NC)))
-        return x_NC + self.fc2(hidden)
-
-
-class _Packing:
-    """Where each window's frames lie among N, and attention inside windows.
-
-    `each` takes window after window, which a CPU does best; `padded` takes all of them as one
-    (windows, longest) batch, with a key mask only where lengths differ, for accelerators.
+    hf_id, ms_id and errors: see `whisper_folder`.
     """
-
-    def __init__(self, lengths: Sequence[int], device: torch.device, padded: bool) -> None:
-        self.lengths = list(lengths)
-        self._padded = padded
-        if padded:
-            longest = max(lengths)
-            counts = torch.tensor(self.lengths)
-            valid_BL = torch.arange(longest) < counts[:, None]
-            self._shape = (len(lengths), longest)
-            self._places_N = valid_BL.flatten().nonzero().squeeze(1).to(device)
-            ragged = min(lengths) < longest
-            self._mask = valid_BL[:, None, None, :].to(device) if ragged else None
-
-    def attend(self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor:
-        if not self._padded:
-            parts = [t.split(self.lengths) for t in (q_NHD, k_NHD, v_NHD)]
-            return torch.cat([_attend_one(*window) for window in zip(*parts, strict=True)])
-        q, k, v = (self._unpack(t).transpose(1, 2) for t in (q_NHD, k_NHD, v_NHD))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, self._places_N)
-
-    def _unpack(self, x_NHD: Tensor) -> Tensor:
-        batch, longest = self._shape
-        rows = x_NHD.new_zeros(batch * longest, *x_NHD.shape[1:])
-        return rows.index_copy_(0, self._places_N, x_NHD).view(batch, longest, *x_NHD.shape[1:])
-
-
-def _attend_one(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor) -> Tensor:
-    """Attention of one window, (L, H, D).
-
-    In bf16 on CPU, torch 2.13's fused kernel takes 60 % longer than two matrix products over tiles
-    whose scores stay in the second-level cache. In fp32 it is as fast, and what transformers calls.
-    """
-    q, k, v = (t.transpose(0, 1) for t in (q_LHD, k_LHD, v_LHD))
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
-    heads, length, width = q.shape
-    # The scale is a power of two for Whisper's heads of 64, hence exact.
-    keys, values = (k / math.sqrt(width)).transpose(1, 2).contiguous(), v.contiguous()
-    queries, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    rows = min(length, _TILE_QUERIES)
-    step = max(1, _TILE_SCORES // (rows * length))  # heads per tile
-    for h in range(0, heads, step):
-        for i in range(0, length, rows):
-            scores = torch.bmm(queries[h : h + step, i : i + rows], keys[h : h + step])
-            out[h : h + step, i : i + rows] = torch.bmm(scores.softmax(-1), values[h : h + step])
-    return out.transpose(0, 1)
+    folder = whisper_folder(hf_id, ms_id)
+    encoder = WhisperTransformer(*read_whisper_files(folder)).float()
+    return _feature_extractor(folder, encoder.config.num_mel_bins), encoder
 
 
 class WhisperEncoder(nn.Module):
-    """Whisper's audio encoder with frozen parameters, in eval mode from `__init__` on.
+    """Whisper's audio encoder with frozen parameters, always in eval mode.
 
-    source: None (the hubs, see `omni.model.download`), "embedded", or a folder in transformers
-        layout.
-    layers: whose outputs are features. "last" is the usual one, after the final LayerNorm. A list
-        (0 is the first layer's input, n the n-th layer's output, as transformers numbers
-        hidden states) or "all" puts them side by side, each normalised (LayerNorm without
-        weights), since their sizes differ by orders of magnitude: `feature_dim` is
+    hf_id, ms_id: where the weights come from, see `whisper_folder`.
+    device: CPU by default.
+    dtype: fp32 (default) or bf16, of features, and of weights and activations where the device
+        computes in it (see `compute_dtype`).
+    mode, margin_seconds: see `omni.audio.logmel.plan_windows`.
+    layers: the layers whose outputs are features. "last" is the usual one, after the final
+        LayerNorm. A list (0 is the input of the first layer, n the output of the n-th, as
+        transformers numbers hidden states) or "all" concatenates them, each normalised (LayerNorm
+        without weights), since their scales differ by orders of magnitude: `feature_dim` is
         len(layers) * d_model.
-    dtype: fp32 or bf16, of features, and of weights and activations where the device computes in it
-        (see `compute_dtype`).
     frame_budget: encoder frames per batch in `encode`; a longer window is a batch of its own. None:
         1,500 (30 s) on CPU, 48,000 on an accelerator.
-    padded: how windows of a batch attend, see `_Packing`. None: by device.
+    padded: attend over a padded batch of windows instead of one window at a time. None: on
+        accelerators.
     """
 
     def __init__(
         self,
-        source: str | None = None,
+        hf_id: str = DEFAULT_HF_ID,
+        ms_id: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         *,
         mode: Mode = "full",
         margin_seconds: float = 0.5,
         layers: Literal["last", "all"] | Sequence[int] = "last",
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
         frame_budget: int | None = None,
         padded: bool | None = None,
     ) -> None:
         super().__init__()
-        folder = whisper_folder(source)
-        config, state = read_whisper_files(folder)
-        self.config: dict[str, Any] = config
-        self.d_model: int = config["d_model"]
-        self.n_mels: int = config["num_mel_bins"]
+        self.folder: Path = whisper_folder(hf_id, ms_id)
+        config, state = read_whisper_files(self.folder)
+        self.config = config
+        self.d_model = config.d_model
+        self.n_mels = config.num_mel_bins
         self.sampling_rate = SAMPLING_RATE
         self.mode: Mode = mode
         self.margin_seconds = margin_seconds
-        heads, ffn = config["encoder_attention_heads"], config["encoder_ffn_dim"]
-        with torch.device("meta"):
-            self.conv1 = nn.Conv1d(self.n_mels, self.d_model, 3, padding=1)
-            self.conv2 = nn.Conv1d(self.d_model, self.d_model, 3, stride=2, padding=1)
-            # Given its (meta) weight, it skips an initialisation that would import the compiler.
-            positions = (config["max_source_positions"], self.d_model)
-            self.embed_positions = nn.Embedding(*positions, _weight=torch.empty(positions))
-            self.layers = nn.ModuleList(
-                EncoderLayer(self.d_model, heads, ffn) for _ in range(config["encoder_layers"])
-            )
-            self.layer_norm = nn.LayerNorm(self.d_model)
-        self.layer_ids = _layer_ids(layers, config["encoder_layers"])
+        self.layer_ids = _layer_ids(layers, config.encoder_layers)
         self.feature_dim = max(1, len(self.layer_ids)) * self.d_model
-        self.load_state_dict(state, assign=True)
-        self.fingerprint = _fingerprint(state)
-        self.dtype = dtype
-        self.to(device=device, dtype=compute_dtype(dtype, torch.device(device)))
-        self.requires_grad_(False)
+        self.fingerprint = weights_fingerprint(state)
+        self.encoder = WhisperTransformer(config, state)
+        self.dtype = dtype or torch.float32
+        device = torch.device(device or "cpu")
+        self.to(device=device, dtype=compute_dtype(self.dtype, device))
         super().train(False)
         on_cpu = self.device.type == "cpu"
         self.padded = not on_cpu if padded is None else padded
@@ -190,18 +116,24 @@ class WhisperEncoder(nn.Module):
         self.frame_budget = default if frame_budget is None else frame_budget
 
     def train(self, mode: bool = True) -> WhisperEncoder:
-        """The encoder is frozen: it stays in eval mode whatever a parent module switches to."""
+        """Do nothing: the frozen encoder stays in eval mode when a parent module is switched."""
         return self
 
     @property
     def device(self) -> torch.device:
-        return self.conv1.weight.device
+        return self.encoder.conv1.weight.device
+
+    @functools.cached_property
+    def feature_extractor(self) -> WhisperFeatureExtractor:
+        """transformers' feature extractor of this model; `preprocess` equals it in mode `full`."""
+        return _feature_extractor(self.folder, self.n_mels)
 
     def preprocess(self, audio_arrays: Sequence[np.ndarray]) -> Tensor:
-        """Log-mel of clips of at most 30 s: (B, n_mels, T_mel) fp32, padded to the longest.
+        """Compute the log-mels of clips of at most 30 s: (B, n_mels, T_mel) fp32.
 
-        T_mel is 3000 in `full`. In `trim`, shorter clips of the batch are padded with zeros; pass
-        their lengths to `forward` (or call `encode`, which does without padding).
+        audio_arrays: (S,) mono at 16 kHz each. T_mel is 3000 in `full`. In `trim`, shorter clips of
+        the batch are padded with zeros: pass their lengths to `forward`, or call `encode`, which
+        does not pad. Raises ValueError for a longer clip.
         """
         for number, audio in enumerate(audio_arrays):
             if len(audio) > WINDOW_SAMPLES:
@@ -209,31 +141,25 @@ class WhisperEncoder(nn.Module):
                     f"clip {number} is {len(audio) / SAMPLING_RATE:.1f} s long; preprocess takes "
                     "at most 30 s (encode cuts longer audio into windows)"
                 )
-        return _pad([self.front_end(audio) for audio in audio_arrays])
+        return pad_mels([self.front_end(audio) for audio in audio_arrays])
 
     def front_end(self, audio: np.ndarray) -> Tensor:
-        """`clip_mel` with this encoder's settings."""
+        """Compute `clip_mel` with this encoder's settings."""
         return clip_mel(audio, self.n_mels, self.mode, self.margin_seconds)
 
     def forward(self, input_features: Tensor, mel_lengths: Sequence[int] | None = None) -> Tensor:
         """Encode log-mels (B, n_mels, T_mel) to features (B, T_enc, d_model), T_enc = T_mel // 2.
 
-        mel_lengths: valid mel frames of each row (even numbers); None means all of them. Frames
-        beyond a row's length are not looked at, and their outputs are zero.
+        mel_lengths: valid mel frames of each row (even numbers); None: all of them. Frames beyond a
+        row's length are ignored, and their features are zero.
         """
         total = input_features.shape[-1]
         lengths = [total] * len(input_features) if mel_lengths is None else list(mel_lengths)
         mels = [mel[:, :length] for mel, length in zip(input_features, lengths, strict=True)]
-        rows = self._encode_packed(mels)
-        out = torch.zeros(
-            len(mels), total // 2, self.feature_dim, dtype=self.dtype, device=self.device
-        )
-        for number, row in enumerate(rows):
-            out[number, : len(row)] = row
-        return out
+        return pad_features(self._encode_packed(mels), total // 2)
 
     def encode(self, audio_arrays: Sequence[np.ndarray]) -> list[Tensor]:
-        """Features of clips of any length: one (T, d_model) tensor each, T = `encoder_frames`.
+        """Encode clips of any length to one (T, d_model) tensor each, T = `encoder_frames`.
 
         audio_arrays: (S,) fp32 mono at 16 kHz.
         """
@@ -241,15 +167,15 @@ class WhisperEncoder(nn.Module):
         return self.encode_mels(mels, [len(audio) for audio in audio_arrays])
 
     def encode_mels(self, mels: Sequence[Tensor], samples: Sequence[int]) -> list[Tensor]:
-        """`encode` after the front end: mels from `clip_mel`, samples of each clip.
+        """Encode clips whose log-mels `clip_mel` has computed; samples: length of each clip.
 
-        Windows are sorted by length and batched under `frame_budget`; results come back in the
-        order of the input.
+        Windows are sorted by length and batched under `frame_budget`; features are returned in the
+        order of the clips.
         """
         jobs: list[tuple[int, Window, Tensor]] = []
         for number, (mel, count) in enumerate(zip(mels, samples, strict=True)):
             windows = plan_windows(count, self.mode, self.margin_seconds)
-            parts = mel.split([window.padded // HOP for window in windows], dim=1)
+            parts = torch.split(mel, [window.padded // HOP for window in windows], dim=1)
             jobs += [(number, window, part) for window, part in zip(windows, parts, strict=True)]
         done: list[list[tuple[int, Tensor]]] = [[] for _ in mels]
         for batch in self._batches(jobs):
@@ -264,7 +190,7 @@ class WhisperEncoder(nn.Module):
         filled = 0
         for job in sorted(jobs, key=lambda item: item[1].padded):
             frames = job[1].padded // FRAME
-            # A padded batch costs its longest row, which is this one, times its rows.
+            # Each row of a padded batch costs as much as its longest, which is the current window.
             filled = frames * (len(batches[-1]) + 1) if self.padded and batches else filled + frames
             if batches and filled <= self.frame_budget:
                 batches[-1].append(job)
@@ -273,55 +199,23 @@ class WhisperEncoder(nn.Module):
                 filled = frames
         return batches
 
-    @torch.inference_mode()
     def _encode_packed(self, mels: Sequence[Tensor]) -> list[Tensor]:
-        """Features (T // 2, d_model) of log-mels (n_mels, T), each with T even and at most 3000."""
-        lengths = [mel.shape[1] // 2 for mel in mels]
-        packing = _Packing(lengths, self.device, self.padded)
-        x = self._stem_padded(mels) if self.padded else self._stem_each(mels)
-        hidden = [x]
-        for layer in self.layers:
-            x = layer(x, packing)
-            if self.layer_ids:
-                hidden.append(x)
-        x = self.layer_norm(x)
-        if self.layer_ids:
-            hidden[-1] = x
-            x = torch.cat([F.layer_norm(hidden[n], (self.d_model,)) for n in self.layer_ids], -1)
-        return list(x.to(self.dtype).split(lengths))
-
-    def _stem_each(self, mels: Sequence[Tensor]) -> Tensor:
-        """Convolutions and positions, window after window: (N, d_model)."""
-        parts = []
-        for mel in mels:
-            x = F.gelu(self.conv1(mel[None].to(self.conv1.weight)))
-            x = F.gelu(self.conv2(x))[0].transpose(0, 1)
-            parts.append(x + self.embed_positions.weight[: len(x)])
-        return torch.cat(parts)
-
-    def _stem_padded(self, mels: Sequence[Tensor]) -> Tensor:
-        """The same in one batch. Lengths are even, so no kept frame sees beyond its own mel."""
-        batch = _pad(mels)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        x = F.gelu(self.conv1(batch.to(self.conv1.weight, non_blocking=True)))
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
-        x = x + self.embed_positions.weight[: x.shape[1]]
-        return torch.cat([row[: mel.shape[1] // 2] for row, mel in zip(x, mels, strict=True)])
+        encoded = self.encoder.encode(mels, self.padded, self.layer_ids)
+        return [features.to(self.dtype) for features in encoded]
 
 
-def load_whisper(source: str | None = None, **kwargs: Any) -> WhisperEncoder:
-    """A frozen `WhisperEncoder` from `source`; keyword arguments are `WhisperEncoder`'s.
+def _feature_extractor(folder: Path, n_mels: int) -> WhisperFeatureExtractor:
+    """Load preprocessor_config.json, or Whisper's standard settings where the folder has none."""
+    from transformers import WhisperFeatureExtractor
 
-    source None asks ModelScope for `WHISPER_MS_ID` when that is set, then Hugging Face for
-    `WHISPER_HF_ID` (default openai/whisper-base) at `HF_ENDPOINT`. Raises `SourceError` that
-    lists each source with its reason when none serves.
-    """
-    return WhisperEncoder(source, **kwargs)
+    if (folder / "preprocessor_config.json").is_file():
+        found: WhisperFeatureExtractor = WhisperFeatureExtractor.from_pretrained(folder)
+        return found
+    return WhisperFeatureExtractor(feature_size=n_mels)
 
 
 def _layer_ids(layers: Literal["last", "all"] | Sequence[int], count: int) -> list[int]:
-    """The chosen layers in order; none for "last". Raises ValueError."""
+    """Resolve `layers` to sorted numbers; an empty list for "last". Raises ValueError."""
     if layers == "last":
         return []
     if layers == "all":
@@ -329,21 +223,3 @@ def _layer_ids(layers: Literal["last", "all"] | Sequence[int], count: int) -> li
     if not layers or any(not isinstance(n, int) or not 0 <= n <= count for n in layers):
         raise ValueError(f"layers {layers}: expected last, all, or numbers from 0 to {count}")
     return sorted(layers)
-
-
-def _pad(mels: Sequence[Tensor]) -> Tensor:
-    """(n_mels, T) tensors as one zero-padded batch (B, n_mels, max T)."""
-    batch = torch.zeros(len(mels), mels[0].shape[0], max(mel.shape[1] for mel in mels))
-    for row, mel in enumerate(mels):
-        batch[row, :, : mel.shape[1]] = mel
-    return batch
-
-
-def _fingerprint(state: dict[str, Tensor]) -> str:
-    """Hash of the weights as stored: which encoder made a feature."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -11,8 +11,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Refer
 
 from omni.audio.logmel import FRAME, SAMPLING_RATE, WINDOW_SAMPLES, encoder_frames, plan_windows
 from omni.config import OptimConfig
-from omni.model.download import EMBEDDED_WHISPER, read_whisper_files
-from omni.model.encoder.whisper import WhisperEncoder, load_whisper
+from omni.model.encoder.weights import EMBEDDED_WHISPER, read_whisper_files
+from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.train.optim import make_optimizers
 from tests.helpers.small_gpt import SMALL
@@ -53,7 +53,9 @@ def test_full_mode_equals_the_encoder_of_transformers(
 def _frames_per_pass(encoder: WhisperEncoder) -> list[int]:
     """Frames that go through the first layer at a time, noted from now on."""
     seen: list[int] = []
-    encoder.layers[0].register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    encoder.encoder.layers[0].register_forward_hook(
+        lambda module, inputs, out: seen.append(len(out))
+    )
     return seen
 
 
@@ -61,7 +63,7 @@ def _frames_per_pass(encoder: WhisperEncoder) -> list[int]:
 def test_neighbours_do_not_matter_to_the_last_bit_on_cpu(
     dtype: torch.dtype, clips: list[np.ndarray]
 ) -> None:
-    encoder = load_whisper("embedded", mode="trim", dtype=dtype)
+    encoder = WhisperEncoder("embedded", mode="trim", dtype=dtype)
     seen = _frames_per_pass(encoder)
     together = encoder.encode(clips[:17])
     assert len(seen) < 5 and max(seen) <= 1500, "it really batches"
@@ -75,10 +77,10 @@ def test_padded_batches_change_rounding_only(
     dtype: torch.dtype, bound: float, clips: list[np.ndarray]
 ) -> None:
     # In fp64 rounding is 1e-15: what remains would be a fault of the masks.
-    packed = load_whisper("embedded", mode="trim", dtype=dtype)
-    padded = load_whisper("embedded", mode="trim", dtype=dtype, frame_budget=2000, padded=True)
+    packed = WhisperEncoder("embedded", mode="trim", dtype=dtype)
+    padded = WhisperEncoder("embedded", mode="trim", dtype=dtype, frame_budget=2000, padded=True)
     sizes: list[tuple[int, int]] = []
-    padded.conv2.register_forward_hook(
+    padded.encoder.conv2.register_forward_hook(
         lambda module, inputs, output: sizes.append((len(output), output.shape[-1]))
     )
     together = padded.encode(clips[:17])
@@ -91,8 +93,8 @@ def test_padded_batches_change_rounding_only(
 
 
 def test_windows_of_one_length_need_no_mask(clips: list[np.ndarray]) -> None:
-    packed = load_whisper("embedded", mode="full", dtype=torch.float64)
-    padded = load_whisper("embedded", mode="full", dtype=torch.float64, padded=True)
+    packed = WhisperEncoder("embedded", mode="full", dtype=torch.float64)
+    padded = WhisperEncoder("embedded", mode="full", dtype=torch.float64, padded=True)
     for one, other in zip(packed.encode(clips[:2]), padded.encode(clips[:2]), strict=True):
         assert float((one - other).abs().max()) < 1e-9
 
@@ -100,7 +102,7 @@ def test_windows_of_one_length_need_no_mask(clips: list[np.ndarray]) -> None:
 def test_a_clip_over_the_budget_is_a_batch_of_its_own(
     trim: WhisperEncoder, clips: list[np.ndarray]
 ) -> None:
-    tight = load_whisper("embedded", mode="trim", frame_budget=1)
+    tight = WhisperEncoder("embedded", mode="trim", frame_budget=1)
     assert torch.equal(tight.encode(clips[:2])[1], trim.encode(clips[1:2])[0])
 
 
@@ -112,7 +114,7 @@ def test_trim_keeps_the_real_frames(trim: WhisperEncoder, clips: list[np.ndarray
 def test_the_margin_is_context_and_not_output(clips: list[np.ndarray]) -> None:
     clip = clips[4]
     bare, roomy = (
-        load_whisper("embedded", mode="trim", margin_seconds=m).encode([clip])[0] for m in (0, 2)
+        WhisperEncoder("embedded", mode="trim", margin_seconds=m).encode([clip])[0] for m in (0, 2)
     )
     assert bare.shape == roomy.shape
     assert not torch.equal(bare, roomy)
@@ -125,7 +127,7 @@ def test_a_clip_of_5_ms_is_one_frame(trim: WhisperEncoder, clips: list[np.ndarra
 
 
 def test_bf16_stays_close_to_fp32(trim: WhisperEncoder, clips: list[np.ndarray]) -> None:
-    rounded = load_whisper("embedded", mode="trim", dtype=torch.bfloat16)
+    rounded = WhisperEncoder("embedded", mode="trim", dtype=torch.bfloat16)
     for clip in clips[:5]:
         (exact,), (close,) = trim.encode([clip]), rounded.encode([clip])
         assert close.dtype == torch.bfloat16
@@ -251,6 +253,6 @@ def test_no_weight_of_the_encoder_reaches_an_optimizer(
 def test_the_fingerprint_names_the_weights_and_not_their_use(
     full: WhisperEncoder, trim: WhisperEncoder
 ) -> None:
-    rounded = load_whisper("embedded", dtype=torch.bfloat16)
+    rounded = WhisperEncoder("embedded", dtype=torch.bfloat16)
     assert full.fingerprint == trim.fingerprint == rounded.fingerprint
     assert len(trim.fingerprint) == 24
