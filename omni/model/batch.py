@@ -1,4 +1,4 @@
-"""What a worker's step sees: one packed batch of fixed shape."""
+"""A packed batch of fixed shape: the input of a training step."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -1
+IGNORED = -1  # target of a position that is not supervised
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B bins of T positions. N audio positions over all bins, F = stack x d_model.
-
-    tokens_BT, targets_BT (-1 = not supervised), segments_BT (which utterance; 0 = padding) are
-    int64, audio_mask_BT is bool, audio_NF is bf16 or fp32, in row-major order of the mask;
-    audio_starts_N is True where a recording begins. tasks_BT are numbers of tasks, int64.
-    teacher: the same utterances with the transcript in the place of the audio, for distillation; as
-    many supervised positions in the same order.
-    """
+    """B bins of T positions; N audio positions over all bins, of width F = stack x frame width."""
 
     tokens_BT: Tensor
+    """Token ids, int64."""
     targets_BT: Tensor
+    """Ids of the next tokens, int64; `IGNORED` where a position is not supervised."""
     segments_BT: Tensor
+    """Numbers of the utterances of a bin from 1, int64; 0 is padding."""
     audio_mask_BT: Tensor
+    """True at audio positions."""
     audio_NF: Tensor
+    """Stacked encoder frames in row-major order of the mask, bf16 or fp32."""
     audio_starts_N: Tensor
+    """True where a recording begins."""
     tasks_BT: Tensor
+    """Numbers of the tasks, int64."""
     teacher: Batch | None = None
+    """The same utterances with the transcript in place of the audio, for distillation; it has as
+    many supervised positions, in the same order."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; copies to a GPU go on while the caller does."""
+        """Copy the batch to `device`; copies to a GPU are asynchronous."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        if device.type == "cuda":  # only pinned memory is copied in the background
+        if device.type == "cuda":  # Only pinned memory is copied asynchronously.
             tensors = {name: t if t.is_cuda else t.pin_memory() for name, t in tensors.items()}
         moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in tensors.items()}
         if self.teacher is not None:

@@ -1,7 +1,7 @@
-"""Where weights come from: ModelScope, Hugging Face, a folder, or omni's own assets.
+"""Download model files from ModelScope and Hugging Face.
 
-A node downloads a model once: processes that want the same one wait for each other. What a hub
-serves is compared with the hash that it names before it is used.
+A node downloads a model once: processes that need the same one wait for each other. Downloaded
+files are compared with the hash that the hub reports before they are used.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 class SourceError(RuntimeError):
-    """No source could serve the weights; the message names each with its reason."""
+    """Weights are missing, damaged or of another kind; the message names the file or source."""
 
 
 class HubError(SourceError):
-    """The hubs did not serve: not the fault of a setting, and worth another try."""
+    """No hub served the files. The message lists each with its reason; a retry may succeed."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model on a hub; without a revision its newest one."""
+    """A model on a hub; revision None is the newest."""
 
     hub: Literal["ModelScope", "Hugging Face"]
     id: str
@@ -40,7 +40,7 @@ class HubModel:
 
     @classmethod
     def parse(cls, hub: Literal["ModelScope", "Hugging Face"], name: str) -> HubModel:
-        """ID or ID@REVISION."""
+        """Parse ID or ID@REVISION."""
         model_id, _, revision = name.partition("@")
         return cls(hub, model_id, revision or None)
 
@@ -48,9 +48,10 @@ class HubModel:
         return f"{self.hub} {self.id}" + (f"@{self.revision}" if self.revision else "")
 
     def download(self, patterns: Sequence[str]) -> Path:
-        """The folder with what matches; the clients resume what was interrupted.
+        """Download the files that match and return their folder.
 
-        Without a network it is what was downloaded before.
+        The hubs' clients resume interrupted downloads. Without a network, files that were
+        downloaded before are returned.
         """
         arguments: dict[str, Any] = {"allow_patterns": list(patterns)}
         if self.revision:
@@ -64,27 +65,29 @@ class HubModel:
         try:
             return Path(snapshot_download(self.id, **arguments))
         except Exception:
-            with contextlib.suppress(Exception):  # its client does not look there by itself
-                held = Path(snapshot_download(self.id, local_files_only=True, **arguments))
-                if any(any(held.glob(p)) for p in patterns if not p.endswith(".json")):
-                    return held
+            # Unlike Hugging Face's client, ModelScope's does not fall back to its cache.
+            with contextlib.suppress(Exception):
+                cached = Path(snapshot_download(self.id, local_files_only=True, **arguments))
+                if any(any(cached.glob(p)) for p in patterns if not p.endswith(".json")):
+                    return cached
             raise
 
 
 def fetch(
     models: Sequence[HubModel], small: Sequence[str], weights: Sequence[Sequence[str]]
 ) -> Path:
-    """The folder of the first model that a hub serves.
+    """Download the first model that its hub serves and return its folder.
 
-    small: patterns of the files beside the weights. weights: patterns by preference; the first that
-    the repository has are fetched. Raises HubError with a line for each model.
+    small: patterns of the files beside the weights. weights: groups of patterns in order of
+    preference; the first group that the repository has is fetched. Raises HubError with one line
+    per model.
     """
     reasons = []
     for model in models:
         try:
             with once_per_node(model):
                 return _fetch_one(model, small, weights)
-        except Exception as error:  # every hub client has its own family of errors
+        except Exception as error:  # The hubs' clients raise errors of many unrelated classes.
             reasons.append(f"  {model}: {type(error).__name__}: {first_line(error)}")
     raise HubError("no source served the weights:\n" + "\n".join(reasons))
 
@@ -97,17 +100,19 @@ def _fetch_one(model: HubModel, small: Sequence[str], weights: Sequence[Sequence
             break
     else:
         wanted = ", ".join(pattern for patterns in weights for pattern in patterns)
-        raise FileNotFoundError(f"no weights in it ({wanted})")
+        raise FileNotFoundError(f"the repository has no weights ({wanted})")
     if "config.json" in small and not (folder / "config.json").is_file():
-        raise FileNotFoundError("the repository holds no config.json")
+        raise FileNotFoundError("the repository has no config.json")
     for path in found:
         _check_hash(path)
     return folder
 
 
 def _check_hash(path: Path) -> None:
-    """Hugging Face keeps large files under their SHA-256, but does not look whether it is theirs;
-    ModelScope's client does."""
+    """Compare a large file from Hugging Face with its SHA-256, once. Raises OSError.
+
+    Its client names large files by their SHA-256 but does not verify it; ModelScope's does.
+    """
     name = path.resolve().name
     if len(name) != 64 or set(name) - set("0123456789abcdef"):
         return
@@ -121,12 +126,12 @@ def _check_hash(path: Path) -> None:
     if digest.hexdigest() != name:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-        raise OSError(f"{path.name}: what was downloaded has another hash than the hub names")
+        raise OSError(f"{path.name}: the downloaded file has another hash than the hub reports")
     mark.touch()
 
 
 def once_per_node(model: HubModel | str) -> FileLock:
-    """Held by whoever downloads it to this node."""
+    """Return the lock that a process of this node holds while it downloads a model."""
     name = hashlib.blake2b(str(model).encode(), digest_size=8).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"omni-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,7 +1,7 @@
-"""From encoder frames to the language model's residual stream.
+"""Projectors: stacked encoder frames to soft tokens of the language model's width.
 
-A projector takes `stack` frames for one soft token. A new one is one class with this constructor
-and `forward`, and one name in `PROJECTORS`.
+A projector maps `stack` frames to one soft token. To add one, write a class with the constructor
+and `forward` of `SwiGLUProjector` and name it in `PROJECTORS`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def stack_frames(features_TF: Tensor, stack: int) -> Tensor:
 
 
 def soft_tokens(frames: int, stack: int) -> int:
-    """Positions that `frames` encoder frames take in a sequence."""
+    """Count the soft tokens of `frames` encoder frames."""
     return -(-frames // stack)
 
 
@@ -31,8 +31,8 @@ class Projector(nn.Module):
     """Two-layer MLP without biases: fc2(gelu(fc1(x))), (..., in_dim) to (..., out_dim).
 
     fc1 starts uniform(+-sqrt(3 / in_dim)), so that unit-variance input gives unit-variance hidden
-    values; fc2 starts at zero, so that an untrained projector adds nothing to the stream. Weights
-    are fp32 masters; outside autocast the product runs in the input's dtype.
+    values; fc2 starts at zero, so that an untrained projector adds nothing to the residual stream.
+    Weights are fp32; outside autocast the products run in the input's dtype.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None) -> None:
@@ -52,10 +52,10 @@ class Projector(nn.Module):
 
 
 class SwiGLUProjector(nn.Module):
-    """RMSNorm, a gated MLP, RMSNorm: soft tokens of unit size from the first step on.
+    """RMSNorm, gated MLP, RMSNorm: norm_out(out(silu(gate(x)) * up(x))), x = norm_in(input).
 
-    norm(x) -> silu(gate) * up -> out, each (..., in_dim) to (..., out_dim). A language model that
-    was trained on text expects embeddings of a certain size; what it gets is that times a constant.
+    (..., in_dim) to (..., out_dim). Soft tokens have unit RMS from the first step on, since a
+    pretrained language model expects embeddings of a certain RMS; `OmniModel` scales them to it.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None) -> None:
@@ -78,15 +78,16 @@ class SwiGLUProjector(nn.Module):
     def forward(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor:
         normed = self.norm_in(x.to(self.norm_in.weight.dtype))
         hidden = F.silu(self.gate(normed)) * self.up(normed)
-        return self.norm_out(self.out(hidden).to(self.norm_out.weight.dtype))
+        soft: Tensor = self.norm_out(self.out(hidden).to(self.norm_out.weight.dtype))
+        return soft
 
 
 class ConvProjector(nn.Module):
-    """Convolutions of kernel 3 and stride 2, one for each halving of the frame rate, then an MLP.
+    """Convolutions of kernel 3 and stride 2, one per halving of the frame rate; linear.
 
-    Neighbouring soft tokens share frames at their edges, which stacking does not give them. What
-    lies before the first and after the last frame of a recording is zero, whoever its neighbours
-    are. in_dim must be a power of two times the width of a frame.
+    Unlike with plain stacking, neighbouring soft tokens share frames at their edges. Each recording
+    is padded with zeros at both ends; nothing crosses from one recording to the next. in_dim is
+    `stack`, a power of two, times the width of a frame.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ class ConvProjector(nn.Module):
     ) -> None:
         super().__init__()
         if stack & (stack - 1) or in_dim % stack:
-            raise ValueError(f"the conv projector halves the frame rate: stack {stack} is no power")
+            raise ValueError(
+                f"projector conv: stack {stack}: expected a power of two that divides {in_dim}"
+            )
         hidden_dim = hidden_dim or out_dim
         self.stack, self.frame = stack, in_dim // stack
         widths = [self.frame] + [hidden_dim] * (stack.bit_length() - 1)
@@ -114,7 +117,10 @@ class ConvProjector(nn.Module):
         self.norm_out.weight.fill_(1.0)
 
     def forward(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor:
-        """x: (N, stack * d). starts_N: True where a recording begins; None: only at the first."""
+        """Project x (N, stack * d).
+
+        starts_N: True where a recording begins; None: at the first row only.
+        """
         if starts_N is None:
             starts_N = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             starts_N[:1] = True
@@ -128,13 +134,14 @@ class ConvProjector(nn.Module):
             after = F.pad(h, (0, 0, 0, 1))[1:] * ~ends[:, None]
             window = torch.cat((before, h, after), dim=-1)[::2]
             h, starts = F.gelu(conv(window)), starts[::2]
-        return self.norm_out(self.out(h).to(self.norm_out.weight.dtype))
+        soft: Tensor = self.norm_out(self.out(h).to(self.norm_out.weight.dtype))
+        return soft
 
 
 class LayerMix(nn.Module):
-    """A weighted sum of encoder layers, with weights that are learnt: softmax(logits).
+    """Weighted sum of normalised encoder layers, (N, stack * layers * d) to (N, stack * d).
 
-    The encoder has normalised each. (N, stack * layers * d) to (N, stack * d).
+    The weights are softmax(logits) of learnt logits.
     """
 
     def __init__(self, layers: int, width: int) -> None:
@@ -157,13 +164,13 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 def make_projector(
     kind: str, stack: int, frame: int, out_dim: int, hidden_dim: int | None
 ) -> nn.Module:
-    """The projector called `kind`, for `stack` frames of width `frame`. Raises ValueError."""
-    own = {"stack": stack} if kind == "conv" else {}
-    return PROJECTORS[kind](stack * frame, out_dim, hidden_dim, **own)
+    """Build the projector named `kind` for `stack` frames of width `frame`. Raises ValueError."""
+    extra = {"stack": stack} if kind == "conv" else {}
+    return PROJECTORS[kind](stack * frame, out_dim, hidden_dim, **extra)
 
 
 def _uniform(linear: nn.Linear, generator: torch.Generator | None) -> None:
-    """Unit-variance input gives unit-variance output."""
+    """Initialise so that unit-variance input gives unit-variance output."""
     bound = math.sqrt(3.0 / linear.in_features)
     linear.weight.uniform_(-bound, bound, generator=generator)
 
