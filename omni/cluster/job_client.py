@@ -97,7 +97,7 @@ def submit(client: JobSubmissionClient, request: Request, say: Callable[[str], N
     """
     config = request.config
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # a line for each file
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # They log every file.
     runtime: dict[str, Any] = {"env_vars": environment(config)}
     if request.install:
         wanted = [f"{name}=={version}" for name, version in installed_versions().items()]
