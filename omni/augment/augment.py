@@ -119,7 +119,7 @@ def spec_augment(
 
     Masked values become the mean of the clip, which is zero in the paper's normalised input.
     """
-    masked = mel.copy()
+    masked: np.ndarray = mel.copy()
     mean = float(mel.mean(dtype=np.float64))
     frames = mel.shape[1]
     longest = int(settings.time_mask_seconds * SAMPLING_RATE / HOP)
@@ -135,7 +135,7 @@ def mask_windows(
     mel: np.ndarray, windows: Sequence[Window], settings: AugmentConfig, change: Change
 ) -> np.ndarray:
     """Apply `spec_augment` to each encoder window of a clip, leaving out its padding."""
-    masked = mel.copy()
+    masked: np.ndarray = mel.copy()
     first = 0
     for window in windows:
         real = slice(first, first + min(window.padded, window.stop - window.start) // HOP)

@@ -59,7 +59,7 @@ class Index:
     weights: np.ndarray | None = None  # (n,) occurrences in an epoch; None: one each
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return int(self.table.num_rows)
 
     @property
     def hours(self) -> float:
