@@ -61,8 +61,10 @@ def test_what_git_ignores_stays(project: Path, tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)
     (project / ".gitignore").write_text("data/\n*.log\n")
     put(project / "configs/b.log")
+    put(project / "notes.txt")
+    (project / ".git/info/exclude").write_text("notes.txt\n")
     packed = pack(project, into(tmp_path))
-    assert {"data", "configs/b.log"} <= {item.path for item in packed.left_out}
+    assert {"data", "configs/b.log", "notes.txt"} <= {item.path for item in packed.left_out}
     assert not any("data" in name or name.endswith(".log") for name in files(packed.folder))
 
 
@@ -76,10 +78,12 @@ def test_links_bring_files_of_the_folder_and_no_others(project: Path, tmp_path: 
     (project / "same.jsonl").symlink_to("train.jsonl")
     (project / "out").symlink_to(tmp_path / "elsewhere/secret")
     (project / "folder").symlink_to(tmp_path / "elsewhere")
+    (project / "circle").symlink_to(".")
     packed = pack(project, into(tmp_path))
     assert (packed.folder / "same.jsonl").read_bytes() == b"xxx"
-    assert {"out", "folder"} <= {item.path for item in packed.left_out}
-    assert not {"out", "folder"} & set(os.listdir(packed.folder))
+    links = {"out", "folder", "circle"}
+    assert links <= {item.path for item in packed.left_out}
+    assert not links & set(os.listdir(packed.folder))
 
 
 def test_a_folder_without_omni_gets_this_version(tmp_path: Path) -> None:
