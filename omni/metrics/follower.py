@@ -1,4 +1,4 @@
-"""Following a run's own files while it goes on, and telling others what is new in them."""
+"""Follower of a run's files: reports new rows and events to listeners while the run goes on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from omni.storage.path import ObjectPath, StoragePath
 
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 0.5
-_POLL_AFAR_SECONDS = 3.0  # requests to object storage
-_JOIN_SECONDS = 10.0  # a storage that is away must not hold up the end
+_OBJECT_STORE_POLL_SECONDS = 3.0
+_JOIN_SECONDS = 10.0  # Unavailable storage must not delay the end of the run.
 Row = dict[str, Any]
 
 
 class Listener(Protocol):
-    """Hears of every row of metrics.jsonl and of every new event, in order."""
+    """Receiver of every row of metrics.jsonl and of every new event, in order."""
 
-    seen: int  # rows that it had before it began to listen
+    seen: int  # rows received from an earlier follower
 
     def rewound(self, rows: int, step: int) -> None:
-        """Only the first `rows` rows count from now on; those of `step` and later come again.
+        """Discard all but the first `rows` rows; those of `step` and later come again.
 
-        Also said once before the first row.
+        Called once before the first row too.
         """
 
     def rows(self, rows: Sequence[Row]) -> None: ...
@@ -39,25 +39,25 @@ class Listener(Protocol):
 
 
 class Follower:
-    """Use as a context manager: listeners are told by a thread until it ends, or call `poll`.
+    """Follow metrics.jsonl and the events: in a thread as a context manager, or by calls of `poll`.
 
     metrics.jsonl grows, and is cut back to the checkpoint when workers start again.
     """
 
     def __init__(self, run_dir: StoragePath, listeners: Sequence[Listener]) -> None:
         self._run_dir, self._listeners = run_dir, listeners
-        self._every = POLL_SECONDS if isinstance(run_dir, Path) else _POLL_AFAR_SECONDS
+        self._interval = POLL_SECONDS if isinstance(run_dir, Path) else _OBJECT_STORE_POLL_SECONDS
         self._metrics = _tail(run_dir / METRICS)
         self._events: dict[StoragePath, _Tail | _ObjectTail] = {}
-        self._steps: list[int] = []  # of the rows that listeners have had
+        self._steps: list[int] = []  # of the rows that listeners have received
         self._began = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="follow")
-        self._new_events()  # what befell earlier attempts is no news
+        self._new_events()  # Listeners get no events of earlier drivers.
 
     def __enter__(self) -> Follower:
         with contextlib.suppress(OSError):
-            self.poll()  # now, so that what comes next is new
+            self.poll()  # Rows that are there already are no news to listeners.
         self._thread.start()
         return self
 
@@ -69,7 +69,7 @@ class Follower:
                 self.poll()
 
     def poll(self) -> None:
-        """Tell what is new. Raises OSError where it cannot be read."""
+        """Report what is new. Raises OSError if it cannot be read."""
         kept, rows = self._metrics.new()
         if not self._began:
             self._began = True
@@ -97,13 +97,13 @@ class Follower:
         return rows
 
     def _follow(self) -> None:
-        while not self._stop.wait(self._every):
-            with contextlib.suppress(OSError):  # storage that is away comes back
+        while not self._stop.wait(self._interval):
+            with contextlib.suppress(OSError):  # Storage may be available at the next poll.
                 self.poll()
 
 
 def _catch_up(listener: Listener, rows: list[Row]) -> None:
-    """Tell what it has not had, whole steps: one whose rows it had in part comes again."""
+    """Report the rows a listener lacks; a step it has received in part comes again whole."""
     first = min(listener.seen, len(rows))
     while 0 < first < len(rows) and rows[first]["step"] == rows[first - 1]["step"]:
         first -= 1
@@ -118,23 +118,23 @@ def _tail(path: StoragePath) -> _Tail | _ObjectTail:
 
 
 class _Tail:
-    """The whole lines of a file of JSON objects, each given once."""
+    """Reader of the complete lines of a growing JSON-lines file, each returned once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode, self._offset = -1, 0
-        self._given: list[int] = []  # hashes of the lines
+        self._returned: list[int] = []  # hashes of the lines
 
     def new(self) -> tuple[int, list[Row]]:
-        """How many of the rows given so far are still there, and the rows after them.
+        """Return how many of the returned rows are still in the file, and the rows after them.
 
-        Rows are taken back by replacing the file (`keep_lines`): then the new one is compared with
-        what was given, line by line.
+        Rows are removed by replacing the file (`keep_lines`): then the new file is compared line by
+        line with what was returned.
         """
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
-            self._inode, self._offset, self._given = -1, 0, []
+            self._inode, self._offset, self._returned = -1, 0, []
             return 0, []
         found: list[tuple[int, Row]] = []
         with file:
@@ -144,31 +144,31 @@ class _Tail:
                 self._inode, self._offset = stat.st_ino, 0
             file.seek(self._offset)
             for line in file:
-                if not line.endswith(b"\n"):  # being written
+                if not line.endswith(b"\n"):  # It is still being written.
                     break
                 self._offset += len(line)
                 row = _parse(line)
                 if row is not None:
                     found.append((hash(line), row))
-        kept = len(self._given)
+        kept = len(self._returned)
         if replaced:
-            pairs = zip(self._given, found, strict=False)
+            pairs = zip(self._returned, found, strict=False)
             kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1][0], pairs))
-            del self._given[kept:], found[:kept]
-        self._given += [number for number, _ in found]
+            del self._returned[kept:], found[:kept]
+        self._returned += [number for number, _ in found]
         return kept, [row for _, row in found]
 
 
 class _ObjectTail:
-    """The same, of a file in segments (omni/storage/append.py): those that changed are read."""
+    """As `_Tail`, for a file in segments (omni/storage/append.py); reads those that changed."""
 
     def __init__(self, path: ObjectPath) -> None:
         self._path = path
-        self._parts: list[tuple[tuple[int | None, int | None], int]] = []  # what it was; rows in it
-        self._given: list[int] = []  # hashes of the lines
+        self._parts: list[tuple[tuple[int | None, int | None], int]] = []  # size and time; rows
+        self._returned: list[int] = []  # hashes of the lines
 
     def new(self) -> tuple[int, list[Row]]:
-        """As `_Tail.new`."""
+        """See `_Tail.new`."""
         infos = {info.base_name: info for info in self._path.parent.listing()}
         same = 0
         while same < len(self._parts):
@@ -187,10 +187,10 @@ class _ObjectTail:
             ]
             self._parts.append(((info.size, info.mtime_ns), len(rows)))
             found += rows
-        pairs = zip(self._given[first:], found, strict=False)
+        pairs = zip(self._returned[first:], found, strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1][0], pairs))
         kept = first + common
-        self._given[kept:] = [number for number, _ in found[common:]]
+        self._returned[kept:] = [number for number, _ in found[common:]]
         return kept, [row for _, row in found[common:]]
 
 

@@ -1,7 +1,6 @@
-"""The files a run is read from: metrics.jsonl, events.jsonl, rejects.jsonl, summary.json.
+"""Files that describe a run: metrics.jsonl, events.jsonl, rejects.jsonl, summary.json.
 
-Writing waits for storage that is away (omni/storage/retry.py): a line that is lost would be a hole
-in the books.
+Writes wait while storage is unavailable (omni/storage/retry.py), so that no row is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from omni.storage.retry import retry_storage
 
 
 def append_json(path: StoragePath, rows: list[dict[str, Any]]) -> None:
-    """Append rows as JSON lines: all of them or, where that fails, none."""
+    """Append rows as JSON lines, all of them or none."""
     if rows:
         data = _lines(rows)
         retry_storage(lambda: _append(path, data))
@@ -50,7 +49,7 @@ def _append(path: StoragePath, data: bytes) -> None:
 
 
 def read_lines(path: StoragePath) -> Iterator[bytes]:
-    """The lines of a file that grows; nothing where there is none."""
+    """Read the lines of a file that grows; none if it does not exist."""
     if not isinstance(path, Path):
         yield from growing.read(path)
     elif path.is_file():
@@ -59,7 +58,7 @@ def read_lines(path: StoragePath) -> Iterator[bytes]:
 
 
 def read_json_lines(path: StoragePath) -> Iterator[dict[str, Any]]:
-    """Whole objects of a JSON-lines file; a line cut off by a crash is passed over."""
+    """Read the objects of a JSON-lines file; skip lines that a crash cut short."""
     for line in read_lines(path):
         try:
             row = json.loads(line)
@@ -70,7 +69,7 @@ def read_json_lines(path: StoragePath) -> Iterator[dict[str, Any]]:
 
 
 def keep_lines(path: StoragePath, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop rows atomically: what a killed attempt logged after its last checkpoint is redone."""
+    """Remove the other rows, atomically: steps after the newest checkpoint are trained again."""
     if not path.is_file():
         return
     kept = _lines(row for row in read_json_lines(path) if keep(row))
@@ -81,7 +80,7 @@ def keep_lines(path: StoragePath, keep: Callable[[dict[str, Any]], bool]) -> Non
 
 
 def remove_lines(path: StoragePath) -> None:
-    """A file that grew, where there is one."""
+    """Remove a file that grows, if it exists."""
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
     else:
@@ -103,27 +102,28 @@ def write_json(path: StoragePath, value: Any) -> None:
 
 
 EVENTS = "events.jsonl"
-_EVENTS_OF_RANKS = "events.rank-*.jsonl"  # in object storage, where a file has one writer
+_EVENTS_OF_RANKS = "events.rank-*.jsonl"  # Objects have one writer.
 
 
 def write_event(
     run_dir: StoragePath, event: str, step: int | None = None, rank: int | None = None, **facts: Any
 ) -> None:
-    """What befell a run, kept for its whole life: attempts, faults, skipped steps, its end.
+    """Append an event of the run: an attempt, a fault, a skipped step, its end.
 
-    Unlike metrics.jsonl it is never rewound: what was redone shows twice. rank None: the driver.
+    Events are never removed, so that those of steps that are trained again show twice. rank: None
+    for the driver.
     """
-    about = {"time": round(time.time(), 3), "run": run_dir.name, "rank": rank}
-    row = {**about, "event": event, "step": step, **facts}
-    alone = isinstance(run_dir, Path) or rank is None
-    name = EVENTS if alone else _EVENTS_OF_RANKS.replace("*", f"{rank:04d}")
+    source = {"time": round(time.time(), 3), "run": run_dir.name, "rank": rank}
+    row = {**source, "event": event, "step": step, **facts}
+    shared = isinstance(run_dir, Path) or rank is None
+    name = EVENTS if shared else _EVENTS_OF_RANKS.replace("*", f"{rank:04d}")
     append_json(run_dir / name, [row])
 
 
 def read_events(run_dir: StoragePath, after: Mapping[str, int] = {}) -> list[dict[str, Any]]:
-    """In the order in which they were written, as far as the clocks of nodes agree.
+    """Read the events in the order of their time.
 
-    after: what `count_events` said when those before were there.
+    after: counts of `count_events`; earlier events are left out.
     """
     files = event_files(run_dir)
     rows = [row for p in files for row in list(read_json_lines(p))[after.get(p.name, 0) :]]
@@ -131,7 +131,7 @@ def read_events(run_dir: StoragePath, after: Mapping[str, int] = {}) -> list[dic
 
 
 def count_events(run_dir: StoragePath) -> dict[str, int]:
-    """How many there are now, by file."""
+    """Count the events in each file."""
     return {path.name: len(list(read_json_lines(path))) for path in event_files(run_dir)}
 
 
@@ -147,6 +147,6 @@ def _time(row: dict[str, Any]) -> float:
 
 
 def last_line(error: BaseException) -> str:
-    """Of its message, which may be a page of another process's traceback."""
+    """Return the last line of a message, which may hold the traceback of another process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "no message"

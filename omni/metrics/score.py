@@ -1,4 +1,4 @@
-"""Word and character error rates that anybody can reproduce: Whisper's normaliser and jiwer.
+"""Word and character error rates, with Whisper's text normaliser and jiwer.
 
 Languages that are written without spaces between words are scored by characters, as in the paper on
 Whisper (Radford et al. 2022, appendix C): there a "word" is a character, or a run of letters of a
@@ -20,25 +20,25 @@ from whisper_normalizer.english import EnglishTextNormalizer
 from omni.corpus.text import UNSPACED, UNSPACED_SCRIPTS, language_code
 
 _UNITS = regex.compile(rf"(?=[{UNSPACED_SCRIPTS}])\X|(?:(?![{UNSPACED_SCRIPTS}])\S)+")
-# Joiners, soft hyphens, marks of direction; variants of a character; circles around it.
+# Format characters, variation selectors, enclosing marks.
 _INVISIBLE = regex.compile(r"[\p{Cf}\ufe00-\ufe0f\U000e0100-\U000e01ef\p{Me}]")
-_STRAY_MARKS = regex.compile(r"(?<![\p{L}\p{N}\p{M}])\p{M}+")  # on nothing that is spoken
-_STRESSED = frozenset(("ru", "uk", "be", "bg"))  # in dictionaries and primers only
+_STRAY_MARKS = regex.compile(r"(?<![\p{L}\p{N}\p{M}])\p{M}+")  # marks without a letter
+_STRESSED = frozenset(("ru", "uk", "be", "bg"))  # Stress marks are not part of the spelling.
 
 
 @functools.lru_cache(maxsize=2)
 def _normalizer(english: bool) -> EnglishTextNormalizer | BasicTextNormalizer:
-    # Without preserve_marks it puts a space in the place of every combining mark that NFKC leaves,
-    # as OpenAI's does (whisper/normalizers/basic.py, remove_symbols: categories M, S and P): of
-    # Hindi, Thai, Burmese the vowels would be gone and the words in pieces.
+    # Without preserve_marks a space replaces every combining mark that NFKC leaves, as in OpenAI's
+    # whisper/normalizers/basic.py: Hindi, Thai and Burmese would lose their vowels, and words would
+    # fall apart.
     return EnglishTextNormalizer() if english else BasicTextNormalizer(preserve_marks=True)
 
 
 def normalize(text: str, language: str = "en") -> str:
-    """Whisper's English normaliser for `en`, its basic one for other languages.
+    """Normalise with Whisper's English normaliser for `en`, its basic one for other languages.
 
-    The basic one is given NFKC, so that full-width brackets are brackets to it, and keeps combining
-    marks that stand on a letter.
+    Text for the basic one is brought to NFKC first, so that it knows full-width brackets, and keeps
+    the combining marks of letters.
     """
     code = language_code(language)
     if code != "en":
@@ -50,23 +50,23 @@ def normalize(text: str, language: str = "en") -> str:
 
 
 def by_characters(language: str) -> bool:
-    """Whether a language's headline is its CER: it is written without spaces between words."""
+    """Return True for languages without spaces between words, for which the CER is quoted."""
     return language_code(language) in UNSPACED
 
 
 def units(text: str, language: str = "en") -> list[str]:
-    """What counts as a word: between spaces; of a language without them a character (a grapheme
-    cluster, as Whisper's `split_letters` has it), or a run of letters of another script.
+    """Split text into words. In a language without spaces, each character (grapheme cluster, as in
+    Whisper's `split_letters`) is a word, and so is a run of letters of another script.
     """
     return _UNITS.findall(text) if by_characters(language) else text.split()
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Edit counts; they add up, so ranks and corpora can be summed before dividing.
+    """Counts of edits, to be summed over utterances and ranks before dividing.
 
-    `words` and `chars` are those of the references. References that normalise to nothing count
-    their hypothesis' words as insertions.
+    words, chars: of the references. If a reference normalises to nothing, the words of its
+    hypothesis count as insertions.
     """
 
     word_errors: int = 0
@@ -92,17 +92,17 @@ class Errors:
 
 
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> Errors:
-    """Edit counts of one utterance after normalisation.
+    """Count the edits of one utterance after normalisation.
 
-    Characters are code points, spaces among them unless the language has none.
+    Characters are code points, including spaces unless the language has none.
     """
     reference, hypothesis = normalize(reference, language), normalize(hypothesis, language)
-    wanted, heard = " ".join(units(reference, language)), " ".join(units(hypothesis, language))
+    spoken, written = " ".join(units(reference, language)), " ".join(units(hypothesis, language))
     if by_characters(language):
         reference, hypothesis = ("".join(text.split()) for text in (reference, hypothesis))
     if not reference:
-        return Errors(word_errors=len(heard.split()), char_errors=len(hypothesis))
-    words = jiwer.process_words(wanted, heard)
+        return Errors(word_errors=len(written.split()), char_errors=len(hypothesis))
+    words = jiwer.process_words(spoken, written)
     chars = jiwer.process_characters(reference, hypothesis)
     return Errors(
         words.substitutions + words.deletions + words.insertions,
