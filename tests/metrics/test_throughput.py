@@ -1,17 +1,77 @@
-"""Which stage the others wait for."""
+"""Seconds by phase, model FLOPs utilisation, and the stage that limits throughput."""
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from omni.metrics.throughput import ADVICE, judge
+from omni.metrics.throughput import (
+    ADVICE,
+    PHASES,
+    Stopwatch,
+    flops_per_position,
+    judge,
+    peak_flops,
+    peak_of,
+)
 from tests.helpers.whole_runs import lines, run_job
+
+
+def test_phases_add_up_and_are_taken_once() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch.phase("forward"):
+            time.sleep(0.02)
+    with pytest.raises(ValueError), watch.phase("backward"):
+        raise ValueError
+    watch.add("wait", 1.5)
+    taken = watch.take()
+    assert tuple(taken) == PHASES
+    assert taken["forward"] >= 0.04 and taken["backward"] > 0 and taken["wait"] == 1.5
+    assert taken["optimizer"] == 0 and set(watch.take().values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("slower", "faster"),
+    [
+        ("NVIDIA H100 PCIe", "NVIDIA H100 NVL"),
+        ("NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3"),
+        ("NVIDIA L4", "NVIDIA L40S"),
+        ("NVIDIA A10G", "NVIDIA A10"),
+        ("NVIDIA A10", "NVIDIA A100-SXM4-80GB"),
+        ("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090"),
+    ],
+)
+def test_gpus_whose_names_begin_alike_are_told_apart(slower: str, faster: str) -> None:
+    low, high = peak_of(slower), peak_of(faster)
+    assert low is not None and high is not None and low < high
+
+
+@pytest.mark.parametrize("name", ["Tesla K80", "NVIDIA L400", "NVIDIA"])
+def test_a_gpu_that_is_not_known_has_no_peak(name: str) -> None:
+    assert peak_of(name) is None
+
+
+def test_a_cpu_has_no_peak_that_we_know() -> None:
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_weights_of_products_count_and_frozen_ones_less() -> None:
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    assert flops_per_position(model) == 6 * (8 * 4 + 4 * 2)
+    model[1].requires_grad_(False)
+    assert flops_per_position(model) == 4 * 8 * 4 + 6 * 4 * 2
+    tied = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
+    tied[1].weight = tied[0].weight
+    assert flops_per_position(tied) == 0, "said in the module: embeddings are left out"
 
 
 @pytest.mark.parametrize(
