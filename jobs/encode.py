@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         _, config = parse_settings(parser, argv)
         from omni.run.fill_cache import fill_cache
-        from omni.stream.feature_cache import more_room
+        from omni.stream.feature_cache import advice_when_full
 
         done = fill_cache(config, lambda line: print(f"  {line}", flush=True))
         rate = done["audio_seconds"] / done["seconds"] if done["seconds"] else 0.0
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         for reason, count in done["rejects"].items():
             print(f"left out: {count} {reason}")
         if done["full"]:
-            advice = more_room(config.encoder.format)
+            advice = advice_when_full(config.encoder.format)
             raise RuntimeError(f"the feature cache is full ({done['full']}); {advice}")
 
     return run_job(job)

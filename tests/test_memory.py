@@ -48,13 +48,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 _LOAD = """
 import resource, sys
 from omni.config import load_config
-from omni.run.make_job import encoder_settings
+from omni.stream.settings import stream_settings
 from omni.run.prepare import prepare
 from omni.run.rates import loaded_blocks, without_cache
 overrides = ["--data.train", sys.argv[1] + ".jsonl", "--run.storage", sys.argv[1] + ".runs"]
 config = load_config("configs/smoke.yaml", [*overrides, "--optim.steps", "5"])
 prepared = prepare(config)
-settings = without_cache(encoder_settings(config, prepared.encoder))
+settings = without_cache(stream_settings(config, prepared.encoder))
 plan = prepared.splits["train"].plan
 blocks, _ = loaded_blocks(prepared.splits["train"], range(plan.bins - 5, plan.bins), settings)
 assert all(e is None for b in blocks for row in b["errors"].to_pylist() for e in row)

@@ -18,9 +18,9 @@ from omni.run.actor_count import assume_actors
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import encoder_rate, first_rows, loaded_blocks, without_cache
 from omni.stream.collate import Utterance
-from omni.stream.encoder_facts import encoder_settings
 from omni.stream.schema import utterances
-from omni.stream.stages import EncodeStage, StreamSettings
+from omni.stream.settings import StreamSettings, stream_settings
+from omni.stream.stages import EncodeStage
 from omni.train.evaluation import Layout
 
 
@@ -51,7 +51,7 @@ def take_sample(config: Config, bins: int, seconds: float = 5.0) -> Sample:
     """Load and encode the first `bins` bins of the training plan, in this process."""
     torch.set_num_threads(config.encoder.threads)
     prepared = prepare(config)
-    settings = without_cache(encoder_settings(config, prepared.encoder))
+    settings = without_cache(stream_settings(config, prepared.encoder))
     train: Split = prepared.splits["train"]
     rows = first_rows(train.plan, bins, config.optim)
     loaded, took = loaded_blocks(train, rows, settings)

@@ -21,10 +21,10 @@ from omni.plan.plan import Split
 from omni.run.make_job import make_job
 from omni.run.prepare import prepare
 from omni.run.rates import Trainer, audio_seconds
-from omni.stream.encoder_facts import encoder_settings
 from omni.stream.pipeline import make_stream
 from omni.stream.schema import LOADED_SCHEMA
-from omni.stream.stages import EncodeStage, StreamSettings, load_bin
+from omni.stream.settings import StreamSettings, stream_settings
+from omni.stream.stages import EncodeStage, load_bin
 
 _BINS = 16
 _ROUNDS = 2
@@ -119,7 +119,7 @@ def _drained(config: Config, ends: Sequence[int], result: Result) -> None:
     """The stream with a consumer that only takes: what caching gains, and what Ray costs."""
     prepared = prepare(config)
     train = prepared.splits["train"]
-    settings = encoder_settings(config, prepared.encoder)
+    settings = stream_settings(config, prepared.encoder)
     bins = [end * config.optim.bins_per_step for end in ends]
     start_ray(config)
     try:

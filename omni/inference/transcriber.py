@@ -31,6 +31,7 @@ from omni.model.speech_lm import OmniModel
 from omni.storage.path import StoragePath, as_path, public_uri, reason_of
 from omni.stream.codec import DTYPES, FeatureCodec
 from omni.stream.collate import Utterance
+from omni.stream.encoder_facts import EncoderFacts
 
 ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
 
@@ -53,19 +54,19 @@ class Transcriber:
         """Raises ConfigError when the checkpoint or its encoder cannot be used."""
         try:
             found = read_checkpoint(checkpoint, verify=True)
-            facts = found.encoder
+            facts = EncoderFacts.from_dict(found.encoder)
             encoder = WhisperEncoder(
-                facts["source"],
-                mode=facts["mode"],
-                margin_seconds=facts["margin_seconds"],
-                layers=facts.get("layers") or "last",
-                dtype=DTYPES[facts["dtype"]],
+                facts.source,
+                mode=facts.mode,
+                margin_seconds=facts.margin_seconds,
+                layers=facts.layers or "last",
+                dtype=DTYPES[facts.dtype],
                 device=device,
             )
-            if encoder.fingerprint != facts["fingerprint"]:
+            if encoder.fingerprint != facts.fingerprint:
                 raise CheckpointError(
                     f"{checkpoint}: trained on features of other encoder weights than "
-                    f"{facts['source']!r} now holds"
+                    f"{facts.source!r} now holds"
                 )
             config = yaml.safe_load((found.path / "config.yaml").read_text())
             wanted = torch.bfloat16 if config["train"]["precision"] == "bf16" else torch.float32
@@ -76,18 +77,18 @@ class Transcriber:
             raise ConfigError(f"--checkpoint: {error}") from None
         return cls(
             encoder,
-            FeatureCodec.of(facts),
+            facts.codec,
             model,
             template,
             config["data"]["prompt"],
             bf16,
-            facts["longest_seconds"],
+            facts.longest_seconds,
             TextPolicy.of(config["data"]),
         )
 
     def features_of(self, audio: np.ndarray) -> Tensor:
         """Features (T, d_model) as training saw them, of (S,) fp32 mono at 16 kHz."""
-        return self.codec.as_travelled(self.encoder.encode([audio])[0])
+        return self.codec.roundtrip(self.encoder.encode([audio])[0])
 
     def utterance(
         self, spoken: Sequence[np.ndarray], messages: Sequence[Message], number: int

@@ -1,4 +1,4 @@
-"""Utterances into bins of a fixed size: best fit over pools, in arrays that hold millions."""
+"""Pack utterances into bins of a fixed size: best fit over pools, for millions of utterances."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_POOL_BINS = 256  # bins packed together: wide enough to fill them, narrow enough to stay shuffled
+# Bins packed together: enough to fill them well, few enough to keep the shuffled order.
+_POOL_BINS = 256
 
 
 @dataclass(frozen=True)
 class Bins:
     """Bins one after another: the first `sizes[0]` of `members` make up bin 0, and so on."""
 
-    members: np.ndarray  # (n,) int32 utterance numbers
-    sizes: np.ndarray  # (bins,) int64, each over 0
+    members: np.ndarray
+    """(n,) int32 utterance numbers."""
+    sizes: np.ndarray
+    """(bins,) int64 utterances of each bin, at least 1."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -27,17 +30,18 @@ class Bins:
 
     @property
     def starts(self) -> np.ndarray:
-        """(bins,) place of each bin's first member."""
-        return np.cumsum(self.sizes) - self.sizes
+        """Index of each bin's first member: (bins,)."""
+        starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
+        return starts
 
-    def sums(self, lengths: np.ndarray) -> np.ndarray:
-        """(bins,) positions that are filled in each."""
+    def filled(self, lengths: np.ndarray) -> np.ndarray:
+        """Sum the lengths of the members of each bin: (bins,) positions."""
         if not len(self):
             return np.zeros(0, np.int64)
         return np.add.reduceat(lengths[self.members].astype(np.int64), self.starts)
 
     def take(self, numbers: np.ndarray) -> Bins:
-        """Some of the bins, in this order."""
+        """Select bins, in the order of `numbers`."""
         sizes = self.sizes[numbers]
         shift = self.starts[numbers] - (np.cumsum(sizes) - sizes)
         return Bins(self.members[np.arange(int(sizes.sum())) + np.repeat(shift, sizes)], sizes)
@@ -49,7 +53,8 @@ class Bins:
         return cls(np.concatenate(members), np.concatenate(sizes))
 
     @classmethod
-    def one(cls, members: list[int]) -> Bins:
+    def single(cls, members: list[int]) -> Bins:
+        """Make one bin of the members."""
         return cls(np.asarray(members, np.int32), np.asarray([len(members)], np.int64))
 
 
@@ -59,11 +64,11 @@ def pack(
     capacity: int,
     generator: np.random.Generator | None = None,
 ) -> Bins:
-    """Pack `order` (utterance numbers) into bins of `capacity`, best fit, longest first.
+    """Pack the utterances of `order` into bins of `capacity` positions, best fit, longest first.
 
-    Packing runs over pools of about 256 bins; what is left over in a badly filled bin moves on to
-    the next pool. With a generator, "longest" is taken loosely (a random 50 to 100 % of the
-    length), or a small corpus would fall into the same bins in every epoch.
+    Packing runs over pools of about 256 bins; the utterances of the emptiest bin move on to the
+    next pool. With a generator, the order by length is loose (a random 50 to 100 % of the length
+    counts): otherwise a small corpus would fall into the same bins in every epoch.
     Raises ValueError if an utterance is longer than a bin.
     """
     ranks = lengths.astype(np.float64)
@@ -75,31 +80,33 @@ def pack(
         raise ValueError(
             f"utterance {worst} needs {lengths[worst]} positions, a bin has {capacity}"
         )
-    filled = np.cumsum(needs)  # up to and with each of the order
+    total = np.cumsum(needs)
     bits = [1 << space for space in range(capacity + 1)]
     parts: list[Bins] = []
-    left = np.zeros(0, order.dtype)  # members of the bin that goes back
-    first = held = 0
+    carried = np.zeros(0, order.dtype)
+    first = carried_positions = 0
     while first < len(order):
-        before = int(filled[first - 1]) if first else 0
-        full = int(np.searchsorted(filled, before + _POOL_BINS * capacity - held))
+        before = int(total[first - 1]) if first else 0
+        full = int(np.searchsorted(total, before + _POOL_BINS * capacity - carried_positions))
         last = min(full + 1, len(order))
-        pool = np.concatenate([left, order[first:last]])
+        pool = np.concatenate([carried, order[first:last]])
         packed = _best_fit(pool[np.lexsort((pool, -ranks[pool]))], lengths, bits)
         first = last
         if first < len(order):
-            # The emptiest bin goes back: its members lead the next pool.
-            sums = packed.sums(lengths)
-            emptiest = int(np.argmin(sums))
-            left, held = packed.take(np.array([emptiest])).members, int(sums[emptiest])
+            # The emptiest bin is taken apart again: its members lead the next pool.
+            filled = packed.filled(lengths)
+            emptiest = int(np.argmin(filled))
+            carried = packed.take(np.array([emptiest])).members
+            carried_positions = int(filled[emptiest])
             packed = packed.take(np.delete(np.arange(len(packed)), emptiest))
         parts.append(packed)
     return Bins.join(parts)
 
 
 def _best_fit(numbers: np.ndarray, lengths: np.ndarray, bits: list[int]) -> Bins:
-    """Best fit in the order given. Open bins are kept by free space, found through a bit mask.
+    """Put utterances, in this order, each into the open bin with the least sufficient space.
 
+    Open bins are listed by their free space; a bit mask of the spaces that occur finds the least.
     bits: 1 << space for every space up to the bins' capacity.
     """
     capacity = len(bits) - 1

@@ -1,8 +1,8 @@
-"""What a plan was made of, kept in the run's directory: enough to make it again without the corpus.
+"""Save the input of a plan in the run's directory, to make the plan again without the corpus.
 
-plan/FINGERPRINT.parquet    per row of the training index: id, positions (0: not in the plan);
-                            of a mixture the weight; where speeds change: name, and positions at
-                            each speed
+plan/FINGERPRINT.parquet has a row for each row of the training index: its id and positions (0: not
+in the plan); of a mixture also the weight; with changes of speed also the name, and the positions
+at each speed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ _KEY = b"omni.plan"
 
 @dataclass(frozen=True)
 class PlanFile:
+    """Input of `make_plan`, and the ids of the utterances."""
+
     ids: list[str]
-    lengths: np.ndarray  # (n,) positions
+    lengths: np.ndarray
+    """(n,) positions of each utterance; 0: not in the plan."""
     index_fingerprint: str
     seed: int
     bin_positions: int
     bins_per_step: int
     speeds: Speeds | None = None
-    weights: np.ndarray | None = None  # (n,) occurrences in an epoch
+    weights: np.ndarray | None = None
+    """(n,) occurrences of each utterance in an epoch; None: one each."""
 
     def plan(self, steps: int) -> Plan:
-        """The plan's first `steps` steps."""
+        """Make the first `steps` steps of the plan."""
         return make_plan(
             self.lengths,
             index_fingerprint=self.index_fingerprint,
@@ -60,10 +64,9 @@ def write_plan_file(
     lengths: np.ndarray,
     weights: np.ndarray | None,
 ) -> None:
-    """Write what the plan of the training split was made of, where that is not there yet.
+    """Write the input of the training split's plan, unless the file exists.
 
-    lengths: (n,) positions of each utterance, 0 for one outside the plan. weights: (n,) how often
-    each occurs in an epoch.
+    lengths, weights: as in `PlanFile`.
     """
     path = plan_path(config.run_dir, split.plan.fingerprint)
     if path.is_file():
@@ -84,13 +87,16 @@ def write_plan_file(
         for number, positions in enumerate(speeds.positions):
             table = table.append_column(f"positions {number}", pa.array(positions))
     path.parent.mkdir(exist_ok=True)
-    made = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), made)
-    write_bytes(path, made.getvalue().to_pybytes())
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(facts)}), sink)
+    write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def read_plan_file(path: StoragePath) -> PlanFile:
-    """Raises OSError, ValueError or KeyError for a file that is missing or not one of these."""
+    """Read the input of a plan.
+
+    Raises OSError for a missing file, ValueError or KeyError for one that is not a plan file.
+    """
     with path.open("rb") as file:
         table = pq.read_table(file)
     facts = json.loads((table.schema.metadata or {})[_KEY])

@@ -1,4 +1,4 @@
-"""Rows of the index as sequences of ids: how long they are, and what a teacher reads."""
+"""Render rows of the index as token sequences, and count the positions they take."""
 
 from __future__ import annotations
 
@@ -18,19 +18,31 @@ from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO, Template
 from omni.model.projector import soft_tokens
 
+# Rows that are Python objects at a time: they take ten times the memory of the table.
 _BATCH = 65_536
 _TOKENS = pa.schema(
     [
         ("tokens", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.bool_())),
-        ("heard", pa.list_(pa.list_(pa.int32()))),
+        ("teacher_tokens", pa.list_(pa.list_(pa.int32()))),
         ("task_number", pa.int32()),
     ]
 )
 
 
+class PlannedRow(IndexRow):
+    """Index row with the columns that `with_tokens` adds."""
+
+    tokens: list[int]
+    """Token ids, with AUDIO in the place of each recording."""
+    supervised: list[bool]
+    teacher_tokens: list[list[int]] | None
+    """Token ids of the transcript of each recording; None without distillation."""
+    task_number: int | None
+
+
 def task_names(config: Config, indexes: dict[str, Index]) -> list[str]:
-    """Names of the tasks, sorted. Raises ConfigError where a row has one that is not known."""
+    """List the names of the tasks, sorted. Raises ConfigError for a row of an unknown task."""
     found: dict[str, str] = {}
     for name, index in indexes.items():
         for task in index.table["task"].unique().to_pylist():
@@ -48,12 +60,16 @@ def task_names(config: Config, indexes: dict[str, Index]) -> list[str]:
 def with_tokens(
     index: Index, template: Template, tasks: list[str], config: Config
 ) -> tuple[pa.Table, np.ndarray, list[Reject]]:
-    """The index with token ids, positions per utterance (0: does not fit a bin), and rejects."""
+    """Add token ids to the index.
+
+    Returns the table (rows are `PlannedRow`s), (n,) positions of each utterance, 0 where it does
+    not fit a bin, and those utterances as rejects.
+    """
     lengths = np.zeros(len(index), dtype=np.int64)
     rejects: list[Reject] = []
-    made: list[pa.Table] = []
+    batches: list[pa.Table] = []
     first = 0
-    for batch in index.table.to_batches(max_chunksize=_BATCH):  # as Python objects it is tenfold
+    for batch in index.table.to_batches(max_chunksize=_BATCH):
         rows: list[IndexRow] = batch.to_pylist()
         names = [row["task"] or DEFAULT_TASK for row in rows]
         for row, task in zip(rows, names, strict=True):
@@ -67,24 +83,26 @@ def with_tokens(
             if need <= capacity:
                 lengths[i] = need
                 continue
+            seconds = row["samples"] / SAMPLING_RATE
             rejects.append(
                 Reject(
                     row["id"],
                     row["uri"],
                     "longer than a bin",
-                    f"{need} positions ({row['samples'] / SAMPLING_RATE:.1f} s, "
-                    f"{len(sequence.ids)} tokens); optim.bin_positions is {capacity}",
+                    f"{need} positions ({seconds:.1f} s, {len(sequence.ids)} tokens); "
+                    f"optim.bin_positions is {capacity}",
                 )
             )
         first += len(rows)
+        teacher = _teacher_tokens(rows, template) if config.optim.kl_weight else [None] * len(rows)
         columns = {
             "tokens": [r.ids for r in rendered],
             "supervised": [r.supervised for r in rendered],
-            "heard": _heard(rows, template) if config.optim.kl_weight else [None] * len(rows),
+            "teacher_tokens": teacher,
             "task_number": [tasks.index(name) for name in names],
         }
-        made.append(pa.table(columns, schema=_TOKENS))
-    joined = pa.concat_tables([_TOKENS.empty_table(), *made]).combine_chunks()
+        batches.append(pa.table(columns, schema=_TOKENS))
+    joined = pa.concat_tables([_TOKENS.empty_table(), *batches]).combine_chunks()
     table = index.table
     for name in _TOKENS.names:
         table = table.append_column(name, joined[name])
@@ -92,50 +110,52 @@ def with_tokens(
 
 
 def beyond_ctc(table: pa.Table, lengths: np.ndarray) -> int:
-    """How many utterances of the plan have more tokens to learn than soft tokens: CTC, which puts
-    one on each at most, learns nothing from them.
+    """Count the utterances of the plan with more supervised tokens than soft tokens.
+
+    CTC emits at most one token per soft token, and learns nothing from them.
     """
-    tokens = _counted(table["tokens"])
-    audio = _counted(table["tokens"], AUDIO)
+    tokens = _list_counts(table["tokens"])
+    audio = _list_counts(table["tokens"], AUDIO)
     soft = lengths - (tokens - audio - 1)
-    return int(((lengths > 0) & (_counted(table["supervised"], True) - 1 > soft)).sum())
+    return int(((lengths > 0) & (_list_counts(table["supervised"], True) - 1 > soft)).sum())
 
 
-def _counted(column: pa.ChunkedArray, value: int | None = None) -> np.ndarray:
-    """(n,) how many elements each list has, or how many of them are `value`."""
+def _list_counts(column: pa.ChunkedArray, value: int | None = None) -> np.ndarray:
+    """Count the elements of each list of a column, or those that equal `value`: (n,)."""
     counts = [np.zeros(0, np.int64)]
     for chunk in column.chunks:
         offsets = chunk.offsets.to_numpy()
         if value is None:
             counts.append(np.diff(offsets))
             continue
-        # As often as it stands before each list's end, less before its start.
-        held = chunk.values.to_numpy(zero_copy_only=False) == value
-        before = np.concatenate(([0], np.cumsum(held)))
+        equal = chunk.values.to_numpy(zero_copy_only=False) == value
+        before = np.concatenate(([0], np.cumsum(equal)))
         counts.append(np.diff(before[offsets]))
     return np.concatenate(counts)
 
 
-def _heard(rows: list[IndexRow], template: Template) -> list[list[list[int]]]:
-    """Ids of what is said in each recording of each row: what the teacher reads.
+def _teacher_tokens(rows: Sequence[IndexRow], template: Template) -> list[list[list[int]]]:
+    """Tokenize the transcript of each recording of each row, for distillation.
 
-    Raises ConfigError where a recording of a conversation has no transcript.
+    Raises ConfigError for a recording of a conversation without a transcript.
     """
     encode = template.tokenizer.encode_batch
-    heard = []
+    teacher = []
     for row in rows:
         texts = [text for text in transcripts(row) if text is not None]
         if len(texts) < len(recordings(row)):
             raise ConfigError(
-                f"optim.kl_weight: {row['id']}: distillation reads what is said, and a recording "
-                'has no transcript; expected {"audio": ..., "text": ...} in its message'
+                f"optim.kl_weight: {row['id']}: distillation needs the transcript of every "
+                'recording; expected {"audio": ..., "text": ...} in its message'
             )
-        heard.append(encode(texts))
-    return heard
+        teacher.append(encode(texts))
+    return teacher
 
 
 def sequence_positions(frames: Sequence[int], ids: int, stack: int) -> int:
-    """Positions an utterance takes in a bin: `ids` ids, one for each of its recordings, which have
-    so many frames. The last id is a target, not an input.
+    """Count the positions of an utterance in a bin.
+
+    frames: encoder frames of each recording, which becomes soft tokens in the place of its AUDIO.
+    ids: token ids with those of the recordings. The last id is a target, not an input.
     """
     return sum(soft_tokens(count, stack) for count in frames) + ids - len(frames) - 1

@@ -34,9 +34,8 @@ from omni.run.make_job import held_bins, make_job
 from omni.run.prepare import Prepared
 from omni.run.signals import Signals
 from omni.storage.path import ObjectPath, StoragePath
-from omni.stream.encoder_facts import encoder_settings
 from omni.stream.pipeline import make_stream
-from omni.stream.stages import StreamSettings
+from omni.stream.settings import StreamSettings, stream_settings
 from omni.train.batches import TooManyRejects
 from omni.train.loop import TrainLoop
 from omni.train.stop_request import StopRequest
@@ -64,7 +63,7 @@ class Attempts:
         # The driver owns the index and the plans; the stages read them from the object store. The
         # references travel in lists: Ray would resolve one that is an argument itself.
         self._splits = [ray.put(split) for split in prepared.splits.values()]
-        self._settings = encoder_settings(self._config, prepared.encoder)
+        self._settings = stream_settings(self._config, prepared.encoder)
         self._looked = 0.0
         self._changed = 0
         self._verified: tuple[ResumePoint | None, list[str]] | None = (

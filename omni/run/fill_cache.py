@@ -29,10 +29,10 @@ from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
 from omni.run.actor_count import assume_actors
 from omni.storage.path import join
-from omni.stream.encoder_facts import encoder_facts, encoder_key, encoder_settings
+from omni.stream.encoder_facts import describe_encoder
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.pipeline import make_stream
-from omni.stream.stages import StreamSettings
+from omni.stream.settings import StreamSettings, stream_settings
 
 _SAY_SECONDS = 5.0
 
@@ -49,8 +49,8 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
     if config.cache is None:
         raise ConfigError("data.cache: expected a folder or URI; null keeps nothing")
     indexes = build_indexes(config)
-    facts = encoder_facts(config, indexes["train"])
-    settings = encoder_settings(config, facts)
+    facts = describe_encoder(config, indexes["train"])
+    settings = stream_settings(config, facts)
     if not config.augment.clean_share:
         del indexes["train"]
         say("augment changes all training audio in every epoch: only dev and test are encoded")
@@ -59,7 +59,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
     rejects = Counter(r.reason for index in indexes.values() for r in index.rejects)
     table = _distinct(indexes)
     keys = table["key"].to_pylist()
-    cache = FeatureCache(join(config.cache, encoder_key(facts)))
+    cache = FeatureCache(join(config.cache, facts.cache_folder))
     missing = np.flatnonzero([key not in cache for key in keys])
     result: dict[str, Any] = {
         "location": cache.location,
@@ -89,7 +89,7 @@ def _distinct(indexes: dict[str, Index]) -> pa.Table:
         table = pa.Table.from_pylist(rows, table.schema)
     _, first = np.unique(np.asarray(table["key"].to_pylist()), return_index=True)
     table = table.take(pa.array(np.sort(first)))
-    for name in ("tokens", "supervised", "heard", "task_number"):
+    for name in ("tokens", "supervised", "teacher_tokens", "task_number"):
         table = table.append_column(name, pa.nulls(len(table)))
     return table
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from omni.config import Config
@@ -18,6 +16,7 @@ from omni.model.lm.pretrained import Pretrained, find_pretrained
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
 from omni.storage.path import StoragePath
+from omni.stream.encoder_facts import EncoderFacts
 
 
 def pretrained_of(config: Config) -> Pretrained | None:
@@ -60,7 +59,7 @@ def template_of(config: Config, tokenizer: SpeechTokenizer) -> Template:
 
 
 def model_of(
-    config: Config, tokenizer: SpeechTokenizer, encoder: dict[str, Any], lm: Pretrained | None
+    config: Config, tokenizer: SpeechTokenizer, encoder: EncoderFacts, lm: Pretrained | None
 ) -> OmniConfig:
     m = config.model
     shape: GPTConfig | HFConfig
@@ -104,10 +103,10 @@ def model_of(
             "optim.kl_weight: the language model that reads the transcript must stay as it is; "
             "expected model.train without lm"
         )
-    layers = encoder["layers"]
+    layers = encoder.layers
     return OmniConfig(
         lm=shape,
-        feature_dim=encoder["d_model"],
+        feature_dim=encoder.d_model,
         layers=len(layers) if layers else 1,
         stack=m.stack,
         projector=projector,

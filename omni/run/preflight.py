@@ -27,7 +27,7 @@ from omni.run.prepare import Prepared
 from omni.run.trial import Trial, try_pipe
 from omni.storage.folder import open_folder
 from omni.storage.path import StoragePath, reason_of, redact
-from omni.stream.encoder_facts import encoder_settings
+from omni.stream.settings import stream_settings
 
 _SETTLE_SECONDS = 15.0  # a cluster whose nodes are still coming up
 _NODE_SECONDS = 60.0  # for a node's answer
@@ -178,7 +178,7 @@ def _not_shared(mark: StoragePath, word: str, config: Config) -> str | None:
 def _missing(prepared: Prepared) -> float:
     """Share of the training utterances that the cache lacks now, or is not asked for."""
     keys = prepared.splits["train"].table["key"].to_pylist()
-    cache = encoder_settings(prepared.config, prepared.encoder).open_cache()
+    cache = stream_settings(prepared.config, prepared.encoder).open_cache()
     if cache is None:
         return 1.0
     absent = sum(key not in cache for key in keys) / len(keys)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import beyond_ctc, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import model_of, pretrained_of, template_of, tokenizer_of
-from omni.stream.encoder_facts import encoder_facts, encoder_identity
+from omni.stream.encoder_facts import EncoderFacts, describe_encoder
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Prepared:
     template: Literal["plain", "chat"]
     tasks: list[str]  # their numbers are those of the batches
     model: OmniConfig
-    encoder: dict[str, Any]  # see encoder_facts
+    encoder: EncoderFacts
     lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
     weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
     fingerprints: dict[str, str]
@@ -78,7 +78,7 @@ def prepare(config: Config) -> Prepared:
         if not getattr(config.data, name):
             raise ConfigError(f"data.{name}: expected at least one manifest")
     indexes = build_indexes(config)
-    encoder = encoder_facts(config, indexes["train"])
+    encoder = describe_encoder(config, indexes["train"])
     lm = pretrained_of(config)
     tokenizer = tokenizer_of(config, None if resume is None else resume.path, indexes["train"], lm)
     model = model_of(config, tokenizer, encoder, lm)
@@ -140,7 +140,7 @@ def prepare(config: Config) -> Prepared:
         "model": hashlib.blake2b(
             json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
         ).hexdigest(),
-        "encoder": " ".join(encoder_identity(encoder)),
+        "encoder": " ".join(encoder.identity),
         "augment": "" if augmentation is None else augmentation.identity,
     }
     return Prepared(

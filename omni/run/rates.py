@@ -17,7 +17,8 @@ from omni.audio.logmel import SAMPLING_RATE
 from omni.config import Config, OptimConfig
 from omni.plan.plan import Plan, Split, padded_step
 from omni.stream.schema import LOADED_SCHEMA
-from omni.stream.stages import EncodeStage, StreamSettings, load_bin
+from omni.stream.settings import StreamSettings
+from omni.stream.stages import EncodeStage, load_bin
 from omni.train.loop import TrainLoop
 from omni.train.worker_spec import WorkerSpec
 

@@ -27,8 +27,8 @@ from omni.run.rates import (
     loaded_blocks,
     without_cache,
 )
-from omni.stream.encoder_facts import encoder_settings
-from omni.stream.stages import EncodeStage, StreamSettings
+from omni.stream.settings import StreamSettings, stream_settings
+from omni.stream.stages import EncodeStage
 from omni.train.worker_spec import WorkerSpec
 
 
@@ -57,7 +57,7 @@ def try_pipe(prepared: Prepared, seconds: float = 0.0, blocks: int = 2) -> Trial
     prepared = replace(prepared, config=config.model_copy(update={"optim": alone}))
     bins = np.arange(min(blocks, -(-prepared.splits["train"].plan.bins // per_block)) * per_block)
     split = ray.put(prepared.splits["train"])
-    settings = without_cache(encoder_settings(prepared.config, prepared.encoder))
+    settings = without_cache(stream_settings(prepared.config, prepared.encoder))
     patience = config.train.timeout_seconds
     task: Any = ray.remote(_load_and_encode).options(
         num_cpus=encoder.cpus, num_gpus=encoder.gpus, label_selector=encoder.labels, max_retries=1

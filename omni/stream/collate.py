@@ -1,4 +1,4 @@
-"""Utterances to packed batches of fixed shape."""
+"""Lay out utterances in packed batches of fixed shape."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from omni.model.batch import IGNORED, Batch
 from omni.model.chat_template import AUDIO
 from omni.model.projector import stack_frames
 
-TEACHER_GRAIN = 64  # positions: few shapes
+# Lengths of teacher batches are rounded up to it, so that few shapes occur.
+TEACHER_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance as the worker gets it: ids in which AUDIO stands for a recording.
+    """One utterance as a training worker receives it.
 
-    features: a (T, d) tensor for each AUDIO; None where a recording was rejected: the utterance's
-    slot stays in the plan and becomes padding.
-    supervised: which ids are to be learnt. heard: only where a teacher reads it.
+    features: a (T, d) tensor for each recording; None: a recording was rejected, and the utterance
+    becomes padding.
+    ids: token ids with AUDIO in the place of each recording.
+    supervised: True for the ids that are targets.
+    teacher_tokens: token ids of the transcript of each recording, for distillation.
     """
 
     features: Sequence[Tensor] | None
     ids: Sequence[int]
     supervised: Sequence[bool]
-    number: int = -1  # row of the index
+    number: int = -1
+    """Row of the index."""
     task: int = 0
-    heard: Sequence[Sequence[int]] | None = None  # ids of what each recording says
+    teacher_tokens: Sequence[Sequence[int]] | None = None
 
     @property
     def prompt(self) -> Sequence[int]:
-        """What stands before the last answer: what a decoder is given."""
+        """Ids before the last answer, which the decoder is given."""
         last = len(self.ids)
         while last and self.supervised[last - 1]:
             last -= 1
@@ -52,7 +56,7 @@ def collate(
 ) -> Batch:
     """Lay out bins of utterances as a `Batch` of (len(bins), positions).
 
-    teacher: with one more batch of the same utterances as text, as long as its longest bin.
+    teacher: add a batch of the same utterances as text, for distillation.
     """
     shape = (len(bins), positions)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -72,9 +76,9 @@ def collate(
             if stop > positions:
                 raise ValueError(f"bin {row} holds {stop} positions, expected at most {positions}")
             audio += stacked
-            given, wanted = ids[:-1], np.where(supervised[1:], ids[1:], IGNORED)
-            mask[row, cursor:stop] = given == AUDIO
-            tokens[row, cursor:stop] = np.where(given == AUDIO, 0, given)
+            inputs, wanted = ids[:-1], np.where(supervised[1:], ids[1:], IGNORED)
+            mask[row, cursor:stop] = inputs == AUDIO
+            tokens[row, cursor:stop] = np.where(inputs == AUDIO, 0, inputs)
             targets[row, cursor:stop] = wanted
             segments[row, cursor:stop] = segment
             tasks[row, cursor:stop] = utterance.task
@@ -90,22 +94,22 @@ def collate(
         audio_NF=torch.cat(audio) if audio else empty,
         audio_starts_N=torch.from_numpy(starts),
         tasks_BT=torch.from_numpy(tasks),
-        teacher=_as_text(bins) if teacher else None,
+        teacher=_teacher_batch(bins) if teacher else None,
     )
 
 
-def _as_text(bins: Sequence[Sequence[Utterance]]) -> Batch:
-    """The bins with what is said in the place of the recordings."""
+def _teacher_batch(bins: Sequence[Sequence[Utterance]]) -> Batch:
+    """Lay out the bins with transcripts in the place of the recordings, as long as the longest."""
     written = []
     for members in bins:
         row = []
         for utterance in members:
             if utterance.features is None:
                 continue
-            if utterance.heard is None:
+            if utterance.teacher_tokens is None:
                 raise ValueError("a teacher needs the transcript of every recording")
-            said = iter(utterance.heard)
-            parts = [next(said) if token == AUDIO else [token] for token in utterance.ids]
+            transcript = iter(utterance.teacher_tokens)
+            parts = [next(transcript) if token == AUDIO else [token] for token in utterance.ids]
             flags = [[flag] * len(p) for flag, p in zip(utterance.supervised, parts, strict=True)]
             row.append(
                 replace(
@@ -114,12 +118,12 @@ def _as_text(bins: Sequence[Sequence[Utterance]]) -> Batch:
             )
         written.append(row)
     longest = max(sum(len(u.ids) - 1 for u in row) for row in written)
-    positions = -(-max(longest, 1) // TEACHER_GRAIN) * TEACHER_GRAIN
+    positions = -(-max(longest, 1) // TEACHER_MULTIPLE) * TEACHER_MULTIPLE
     return collate(written, positions=positions, stack=1, frame_dim=1)
 
 
 def _expand(utterance: Utterance, soft: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """ids and supervision with each AUDIO repeated for its soft tokens."""
+    """Repeat each AUDIO id, and its flag, as often as its recording has soft tokens."""
     ids = np.asarray(utterance.ids, dtype=np.int64)
     repeats = np.ones(len(ids), dtype=np.int64)
     repeats[ids == AUDIO] = soft

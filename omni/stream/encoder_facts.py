@@ -1,46 +1,84 @@
-"""Describe the encoder of a run: identity of its features, settings for the stages."""
+"""Describe the frozen encoder of a run: the identity of its features and their layout."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.logmel import SAMPLING_RATE, Mode
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.errors import ConfigError
 from omni.model.download import HubError, SourceError
 from omni.model.encoder.weights import local_whisper
 from omni.model.encoder.whisper import WhisperEncoder
-from omni.storage.path import join
-from omni.stream.codec import DTYPES, FeatureCodec
-from omni.stream.stages import StreamSettings
+from omni.stream.codec import DTYPES, FeatureCodec, Format
+
+_LONGEST_QUANTILE = 0.99
 
 
-def encoder_settings(config: Config, facts: dict[str, Any]) -> StreamSettings:
-    """What the stages of the stream need to know of the encoder that `facts` describe."""
-    encoder = config.encoder
-    return StreamSettings(
-        config=config,
-        n_mels=facts["n_mels"],
-        codec=FeatureCodec.of(facts),
-        cache=None if config.cache is None else join(config.cache, encoder_key(facts)),
-        encoder={
-            "hf_id": encoder.weights,
-            "mode": encoder.mode,
-            "margin_seconds": encoder.margin_seconds,
-            "layers": encoder.layers,
-            "dtype": DTYPES[encoder.dtype],
-            "frame_budget": encoder.frame_budget,
-        },
-        bins_per_block=config.optim.bins_per_block,
-        fingerprint=facts["fingerprint"],
-    )
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """Encoder settings and weights that determine the features; saved in every checkpoint.
+
+    Fields with a default are absent from checkpoints of older versions.
+    """
+
+    source: str
+    """`encoder.weights`: embedded, hub, or a folder."""
+    mode: Mode
+    margin_seconds: float
+    dtype: str
+    format: Format = "exact"
+    fingerprint: str
+    """Hash of the weights."""
+    d_model: int
+    """Width of one encoder layer."""
+    layers: list[int] = field(default_factory=list)
+    """Layers whose outputs are concatenated; empty: the last one alone."""
+    n_mels: int
+    longest_seconds: float
+    """Duration that 99 % of the training utterances do not exceed."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderFacts:
+        """Read the `encoder` entry of a checkpoint."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def identity(self) -> list[str]:
+        """Values that two encoders must share to compute the same features."""
+        values = [self.fingerprint, self.mode, str(self.margin_seconds), self.dtype]
+        # Caches and runs of older versions have names without these two.
+        if self.format != "exact":
+            values.append(self.format)
+        if self.layers:
+            values.append("layers" + ".".join(map(str, self.layers)))
+        return values
+
+    @property
+    def cache_folder(self) -> str:
+        """Name of the folder in `data.cache` that holds the features of this encoder."""
+        return "-".join(self.identity)
+
+    @property
+    def codec(self) -> FeatureCodec:
+        width = self.d_model * max(1, len(self.layers))
+        return FeatureCodec(width, DTYPES[self.dtype], self.format)
 
 
-def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
-    """What made the features, and how long the utterances were: checkpoints keep it."""
+def describe_encoder(config: Config, train: Index) -> EncoderFacts:
+    """Load the configured encoder and describe it.
+
+    Raises ConfigError for wrong weights or settings, HubError when no hub answers.
+    """
     settings = config.encoder
     try:
         if settings.weights not in ("embedded", "hub"):
@@ -53,32 +91,20 @@ def encoder_facts(config: Config, train: Index) -> dict[str, Any]:
         )
     except HubError:
         raise
-    except (SourceError, ValueError) as error:
+    except SourceError as error:
         raise ConfigError(f"encoder.weights: {error}") from None
-    longest_samples = float(np.quantile(train.table["samples"].to_numpy(), 0.99))
-    return {
-        "source": settings.weights,
-        "mode": settings.mode,
-        "margin_seconds": settings.margin_seconds,
-        "dtype": settings.dtype,
-        "format": settings.format,
-        "fingerprint": encoder.fingerprint,
-        "d_model": encoder.d_model,
-        "layers": encoder.layer_ids,
-        "n_mels": encoder.n_mels,
-        "longest_seconds": longest_samples / SAMPLING_RATE,
-    }
-
-
-def encoder_key(encoder: dict[str, Any]) -> str:
-    """Names the folder of features that this encoder makes."""
-    return "-".join(encoder_identity(encoder))
-
-
-def encoder_identity(encoder: dict[str, Any]) -> list[str]:
-    """What two encoders must share to make the same features."""
-    names = ["fingerprint", "mode", "margin_seconds", "dtype"]
-    names += ["format"] if encoder["format"] != "exact" else []
-    identity = [str(encoder[name]) for name in names]
-    layers = encoder.get("layers")
-    return identity + (["layers" + ".".join(map(str, layers))] if layers else [])
+    except ValueError as error:
+        raise ConfigError(f"encoder.layers: {error}") from None
+    longest = float(np.quantile(train.table["samples"].to_numpy(), _LONGEST_QUANTILE))
+    return EncoderFacts(
+        source=settings.weights,
+        mode=settings.mode,
+        margin_seconds=settings.margin_seconds,
+        dtype=settings.dtype,
+        format=settings.format,
+        fingerprint=encoder.fingerprint,
+        d_model=encoder.d_model,
+        layers=encoder.layer_ids,
+        n_mels=encoder.n_mels,
+        longest_seconds=longest / SAMPLING_RATE,
+    )

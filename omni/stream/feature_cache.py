@@ -1,9 +1,9 @@
-"""The feature cache: what the encoder computed once, kept by content.
+"""Cache of encoder features by content hash, in append-only shards.
 
-A cache folder belongs to one encoder (weights, dtype, mode, margin, format). It holds append-only
-shards: `NAME.bin`, the features one after another, and `NAME.arrow`, the table that says where each
-one lies. The table is written last, so a shard exists whole or not at all, and any number of actors
-write beside each other without locks, on local disk or in object storage.
+A cache folder belongs to one encoder (weights, dtype, mode, margin, format). A shard is two files:
+`NAME.bin`, the features one after another, and `NAME.arrow`, their keys, offsets and checksums. The
+table is written last, so a shard exists whole or not at all, and any number of actors write beside
+each other without locks, on local disk or in object storage.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +28,14 @@ _SCHEMA = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
-_HELD_FLUSHES = 8  # of features in memory while storage is away
+# While storage is unavailable, so many times `flush_bytes` of features wait in memory.
+_MOST_WAITING = 8
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Entry:
+    """Location and checksum of one recording's features."""
+
     shard: str
     offset: int
     length: int
@@ -45,8 +48,8 @@ class FeatureCache:
     location: a local folder, or a URI such as s3://bucket/cache.
     limit_bytes: no shard is written that would bring the folder over it. Writers that work beside
         each other may overshoot by one shard each.
-    flush_bytes, flush_seconds: when `put` turns what it gathered into a shard. A killed writer
-        loses at most that much work.
+    flush_bytes, flush_seconds: size and age at which `put` writes a shard. A killed writer loses
+        at most that much work.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class FeatureCache:
         self.flush_bytes = flush_bytes
         self.flush_seconds = flush_seconds
         self.limit_bytes = limit_bytes
-        self.full: str | None = None  # why nothing more is kept, in one line
+        self.full: str | None = None
+        """Reason why nothing more is kept, in one line."""
         self._folder = open_folder(location)
-        self._places: dict[str, list[_Place]] = {}  # damaged copies may lie beside a whole one
+        # A key may have several entries: a damaged copy beside a whole one.
+        self._entries: dict[str, list[_Entry]] = {}
         self._shards: set[str] = set()
         self._stored_bytes = 0
         self._pending: dict[str, bytes] = {}
@@ -70,42 +75,46 @@ class FeatureCache:
         self._flushed_at = time.monotonic()
         self.refresh()
 
+    def __iter__(self) -> Iterator[str]:
+        stored = {key for key, entries in self._entries.items() if entries}
+        return iter(stored | self._pending.keys())
+
     def __len__(self) -> int:
-        return len({key for key, places in self._places.items() if places} | self._pending.keys())
+        return sum(1 for _ in self)
 
     def __contains__(self, key: str) -> bool:
-        """Whether the tables name it; only `get` finds out whether it is whole."""
-        return bool(self._places.get(key)) or key in self._pending
+        """Look the key up in the tables; only `get` notices that its features are damaged."""
+        return bool(self._entries.get(key)) or key in self._pending
 
     @property
     def location(self) -> str:
-        """Where the cache lies, fit for messages."""
+        """Location of the cache without credentials, for messages."""
         return self._folder.location
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the features on disk, as far as this instance has seen."""
+        """Bytes of features in storage, as of the last refresh."""
         return self._stored_bytes
 
     def refresh(self) -> None:
-        """Take note of shards that other processes have finished since the last look."""
+        """Read the tables of shards that other processes finished since the last refresh."""
         try:
             if not self._folder.changed():
                 return
             sizes = self._folder.list()
         except OSError:
-            return  # storage is away: what this instance knows already is all there is for now
+            return  # Listing failed: keep using the shards already known.
         for name in sizes:
             shard, _, suffix = name.rpartition(".")
             if suffix != "arrow" or shard in self._shards or f"{shard}.bin" not in sizes:
                 continue
             self._shards.add(shard)
             self._stored_bytes += sizes[f"{shard}.bin"]
-            for key, place in self._read_table(shard, sizes[f"{shard}.bin"]):
-                self._places.setdefault(key, []).append(place)
+            for key, entry in self._read_table(shard, sizes[f"{shard}.bin"]):
+                self._entries.setdefault(key, []).append(entry)
 
     def get(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The features that are here; a damaged one counts as absent."""
+        """Read the features that are cached; damaged ones count as absent."""
         wanted = list(dict.fromkeys(keys))
         if any(key not in self for key in wanted):
             self.refresh()
@@ -114,15 +123,15 @@ class FeatureCache:
             if key in self._pending:
                 found[key] = self._pending[key]
                 continue
-            for place in list(self._places.get(key, ())):
-                if (data := self._read(place)) is not None:
+            for entry in list(self._entries.get(key, ())):
+                if (data := self._read(entry)) is not None:
                     found[key] = data
                     break
-                self._places[key].remove(place)
+                self._entries[key].remove(entry)
         return found
 
     def put(self, items: Mapping[str, bytes]) -> None:
-        """Add features; they are on disk after `flush`, or once enough came together."""
+        """Add features, and write a shard once enough are pending or the oldest are old."""
         if self.full:
             return
         for key, data in items.items():
@@ -136,10 +145,10 @@ class FeatureCache:
             self.flush()
 
     def flush(self, strict: bool = False) -> None:
-        """Write what was gathered as one shard, or say in `full` why it cannot be kept.
+        """Write the pending features as one shard, or set `full` to the reason they are not kept.
 
-        Storage that is away costs nothing but memory: the next flush tries again, until too much
-        has come together. With `strict` it is an OSError at once.
+        While storage is unavailable they stay in memory up to a limit, and the next flush tries
+        again. strict: raise OSError instead.
         """
         self._flushed_at = time.monotonic()
         pending, self._pending, self._pending_bytes = self._pending, {}, 0
@@ -149,14 +158,14 @@ class FeatureCache:
         if not pending:
             return
         shard = uuid.uuid4().hex
-        places: dict[str, _Place] = {}
+        entries: dict[str, _Entry] = {}
         offset = 0
         for key, data in pending.items():
-            places[key] = _Place(shard, offset, len(data), zlib.crc32(data))
+            entries[key] = _Entry(shard, offset, len(data), zlib.crc32(data))
             offset += len(data)
         rows = [
-            {"key": key, "offset": p.offset, "length": p.length, "crc32": p.crc32}
-            for key, p in places.items()
+            {"key": key, "offset": e.offset, "length": e.length, "crc32": e.crc32}
+            for key, e in entries.items()
         ]
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, _SCHEMA) as writer:
@@ -165,7 +174,7 @@ class FeatureCache:
             self._folder.write(f"{shard}.bin", b"".join(pending.values()))
             self._folder.write(f"{shard}.arrow", sink.getvalue().to_pybytes())
         except OSError as error:
-            if error.errno in NO_SPACE or offset > _HELD_FLUSHES * self.flush_bytes:
+            if error.errno in NO_SPACE or offset > _MOST_WAITING * self.flush_bytes:
                 self.full = f"{self._folder.location}: {error.strerror or error}"
                 return
             self._pending, self._pending_bytes = pending, offset
@@ -174,11 +183,11 @@ class FeatureCache:
             return
         self._shards.add(shard)
         self._stored_bytes += offset
-        for key, place in places.items():
-            self._places.setdefault(key, []).append(place)
+        for key, entry in entries.items():
+            self._entries.setdefault(key, []).append(entry)
 
     def _within(self, items: dict[str, bytes], room: int) -> dict[str, bytes]:
-        """The first items that fit into `room` bytes."""
+        """Take the first items that fit into `room` bytes; set `full` when some do not."""
         kept = {}
         for key, data in items.items():
             room -= len(data)
@@ -189,30 +198,32 @@ class FeatureCache:
             kept[key] = data
         return kept
 
-    def _read(self, place: _Place) -> bytes | None:
+    def _read(self, entry: _Entry) -> bytes | None:
         try:
-            data = self._folder.read(f"{place.shard}.bin", place.offset, place.length)
+            data = self._folder.read(f"{entry.shard}.bin", entry.offset, entry.length)
         except (OSError, ValueError):
             return None
-        return data if zlib.crc32(data) == place.crc32 and len(data) == place.length else None
+        return data if zlib.crc32(data) == entry.crc32 and len(data) == entry.length else None
 
-    def _read_table(self, shard: str, size: int) -> list[tuple[str, _Place]]:
-        """Where a shard's features lie; nothing for a damaged or foreign file."""
+    def _read_table(self, shard: str, size: int) -> list[tuple[str, _Entry]]:
+        """Read the keys and entries of a shard of `size` bytes; none from a damaged table."""
         try:
             raw = self._folder.read(f"{shard}.arrow")
             table = pa.ipc.open_file(pa.py_buffer(raw)).read_all().cast(_SCHEMA)
-            table.validate(full=True)  # a flipped offset inside would be read as an address
+            table.validate(full=True)  # Without it a flipped offset is read as a memory address.
             rows = table.to_pylist()
-            places = [(r["key"], _Place(shard, r["offset"], r["length"], r["crc32"])) for r in rows]
+            entries = [
+                (r["key"], _Entry(shard, r["offset"], r["length"], r["crc32"])) for r in rows
+            ]
             return [
-                (key, p) for key, p in places if p.offset >= 0 and 0 <= p.length <= size - p.offset
+                (key, e) for key, e in entries if e.offset >= 0 and 0 <= e.length <= size - e.offset
             ]
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
             return []
 
 
-def more_room(format: str) -> str:
-    """What to do about a full cache, for messages."""
+def advice_when_full(format: str) -> str:
+    """Return the settings that make room in a full cache, for messages."""
     return "raise data.cache_gb" + (
         ", or halve the features with encoder.format int8" if format == "exact" else ""
     )

@@ -1,65 +1,121 @@
-"""The tables that travel between the stages of the stream."""
+"""Schemas and row types of the tables between the stages of the stream.
+
+One row is one bin. Lists have one entry per utterance of the bin, and lists inside them one entry
+per recording of the utterance.
+"""
 
 from __future__ import annotations
 
 from itertools import chain, islice
-from typing import Any
+from typing import TypedDict
 
 import pyarrow as pa
+import torch
 
 from omni.stream.codec import FeatureCodec
 from omni.stream.collate import Utterance
 
-# One row is one bin; lists have one entry per utterance of the bin, and lists in them one per
-# recording of the utterance.
 _COMMON = [
     ("split", pa.string()),
     ("bin", pa.int64()),
-    ("numbers", pa.list_(pa.int64())),  # rows of the index
+    ("numbers", pa.list_(pa.int64())),
     ("ids", pa.list_(pa.string())),
     ("uris", pa.list_(pa.string())),
     ("texts", pa.list_(pa.string())),
     ("languages", pa.list_(pa.string())),
-    ("samples", pa.list_(pa.int64())),  # at 16 kHz, of all its recordings
-    ("tokens", pa.list_(pa.list_(pa.int32()))),  # with AUDIO for each recording
+    ("samples", pa.list_(pa.int64())),
+    ("tokens", pa.list_(pa.list_(pa.int32()))),
     ("supervised", pa.list_(pa.list_(pa.bool_()))),
-    ("heard", pa.list_(pa.list_(pa.list_(pa.int32())))),  # ids of what is said, or null
+    ("teacher_tokens", pa.list_(pa.list_(pa.list_(pa.int32())))),
     ("tasks", pa.list_(pa.int32())),
-    ("load_seconds", pa.float64()),  # reading, decoding, log-mels
-    ("errors", pa.list_(pa.string())),  # "reason\ndetail" of an unusable recording, else null
+    ("load_seconds", pa.float64()),
+    ("errors", pa.list_(pa.string())),
 ]
 LOADED_SCHEMA = pa.schema(
     [
         *_COMMON,
-        ("keys", pa.list_(pa.list_(pa.string()))),  # null: augmented, nothing for the cache
-        ("lengths", pa.list_(pa.list_(pa.int64()))),  # samples at 16 kHz
-        ("features", pa.list_(pa.list_(pa.large_binary()))),  # from the cache, else null
-        ("mels", pa.list_(pa.list_(pa.large_binary()))),  # (n_mels, T_mel) of what must be encoded
+        ("keys", pa.list_(pa.list_(pa.string()))),
+        ("lengths", pa.list_(pa.list_(pa.int64()))),
+        ("features", pa.list_(pa.list_(pa.large_binary()))),
+        ("mels", pa.list_(pa.list_(pa.large_binary()))),
     ]
 )
 ENCODED_SCHEMA = pa.schema(
     [
         *_COMMON,
-        ("frames", pa.list_(pa.list_(pa.int64()))),  # none: rejected
-        ("features", pa.large_binary()),  # all utterances', one after another
+        ("frames", pa.list_(pa.list_(pa.int64()))),
+        ("features", pa.large_binary()),
         ("encode_seconds", pa.float64()),
         ("encoded_samples", pa.int64()),
-        ("cache_full", pa.string()),  # why the cache keeps nothing more, else null
+        ("cache_full", pa.string()),
     ]
 )
 
 
-def utterances(row: dict[str, Any], codec: FeatureCodec) -> list[Utterance]:
-    """The utterances of one encoded row; rejected ones have no features."""
-    parts = iter(codec.decode(row["features"]).split(list(chain(*row["frames"]))))
+class BinRow(TypedDict):
+    """Columns that both stages emit."""
+
+    split: str
+    bin: int
+    numbers: list[int]
+    """Rows of the index."""
+    ids: list[str]
+    uris: list[str]
+    texts: list[str]
+    languages: list[str | None]
+    samples: list[int]
+    """Samples at 16 kHz, summed over the recordings of an utterance."""
+    tokens: list[list[int]]
+    """Token ids, with AUDIO in the place of each recording."""
+    supervised: list[list[bool]]
+    teacher_tokens: list[list[list[int]] | None]
+    """Token ids of the transcript of each recording; None without distillation."""
+    tasks: list[int | None]
+    load_seconds: float
+    """Seconds of reading, decoding and log-mels."""
+    errors: list[str | None]
+    """Reason and detail, on a line each, of a recording that cannot be used."""
+
+
+class LoadedRow(BinRow):
+    """One bin with cached features, or with log-mels where the cache has none."""
+
+    keys: list[list[str | None]]
+    """Cache keys; None: augmented audio, which is never cached."""
+    lengths: list[list[int]]
+    """Samples at 16 kHz of each recording."""
+    features: list[list[bytes | None]]
+    """Features from the cache."""
+    mels: list[list[bytes | None]]
+    """Log-mels (n_mels, T_mel) of the recordings to encode."""
+
+
+class EncodedRow(BinRow):
+    """One bin with the features of its utterances."""
+
+    frames: list[list[int]]
+    """Frames of each recording; empty: the utterance was rejected."""
+    features: bytes
+    """Features of all recordings, one after another."""
+    encode_seconds: float
+    encoded_samples: int
+    """Samples at 16 kHz that the encoder ran over; cached ones are not counted."""
+    cache_full: str | None
+    """Reason why the cache keeps nothing more."""
+
+
+def utterances(row: EncodedRow, codec: FeatureCodec) -> list[Utterance]:
+    """Cut one encoded row into its utterances; rejected ones have no features."""
+    frames = list(chain(*row["frames"]))
+    parts = iter(torch.split(codec.decode(row["features"]), frames))
     return [
         Utterance(
-            features=list(islice(parts, len(frames))) if frames else None,
+            features=list(islice(parts, len(of_utterance))) if of_utterance else None,
             ids=row["tokens"][i],
             supervised=row["supervised"][i],
             number=row["numbers"][i],
             task=row["tasks"][i] or 0,
-            heard=row["heard"][i],
+            teacher_tokens=row["teacher_tokens"][i],
         )
-        for i, frames in enumerate(row["frames"])
+        for i, of_utterance in enumerate(row["frames"])
     ]

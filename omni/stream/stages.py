@@ -1,19 +1,18 @@
-"""The work of the stream's stages, without Ray: bins to log-mels, log-mels to features.
+"""Stages of the stream, without Ray: bins to log-mels, log-mels to features.
 
 load_bin (cache lookup, decode, augment, log-mel) -> EncodeStage (frozen Whisper, cache)
 
-What is augmented is not what its content key names: it goes through both stages without a key, so
-that the feature cache can neither give nor take it.
+A content key names the audio as it is in the file. Augmented audio goes through both stages without
+a key, so that the feature cache neither serves nor stores it.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -23,87 +22,65 @@ from omni.audio.decode import AudioError, decode_patiently, fit
 from omni.audio.logmel import SAMPLING_RATE, clip_mel, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
-from omni.config import Config
-from omni.corpus.index_row import IndexRow, Recording, recordings
+from omni.corpus.index_row import Recording, recordings
 from omni.corpus.lengths import span_of
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.plan.plan import Split
+from omni.plan.sequences import PlannedRow
 from omni.storage.path import register_credentials
 from omni.storage.retry import retry_storage
-from omni.stream.codec import FeatureCodec, tensor_bytes, tensor_from
+from omni.stream.codec import tensor_bytes, tensor_from
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.schema import ENCODED_SCHEMA
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """What stages need to know; small and picklable."""
-
-    config: Config
-    n_mels: int
-    codec: FeatureCodec
-    cache: str | None  # location of this encoder's features
-    encoder: dict[str, Any]  # arguments of WhisperEncoder
-    keep_features: bool = True  # False: only the cache gets them, the stream's rows have none
-    bins_per_block: int = 1
-    fingerprint: str = ""  # of the encoder's weights
-
-    def open_cache(self) -> FeatureCache | None:
-        if self.cache is None:
-            return None
-        limit = self.config.data.cache_gb
-        return FeatureCache(self.cache, limit_bytes=None if limit is None else int(limit * 1e9))
+from omni.stream.schema import ENCODED_SCHEMA, EncodedRow, LoadedRow
+from omni.stream.settings import StreamSettings
 
 
 def load_bin(
     split: Split, number: int, settings: StreamSettings, cache: FeatureCache | None
-) -> dict[str, Any]:
-    """One row of LOADED_SCHEMA. A recording that cannot be used keeps its place with its reason."""
+) -> LoadedRow:
+    """Load one bin: features from the cache, log-mels of the recordings that it lacks.
+
+    An utterance with a recording that cannot be used stays in the row, with its error.
+    """
     began = time.perf_counter()
     register_credentials(settings.config.locations)
-    members = split.plan.bin(number).tolist()
-    rows = split.table.take(pa.array(members, pa.int64())).to_pylist()
-    heard = _heard(split, number, rows)
-    keys = [[recording.key for recording in of_row] for of_row in heard]
-    cached = cache.get(key for key in chain(*keys) if key is not None) if cache is not None else {}
+    members: list[int] = split.plan.bin(number).tolist()
+    rows: list[PlannedRow] = split.table.take(pa.array(members, pa.int64())).to_pylist()
+    scheduled = _scheduled_recordings(split, number, rows)
+    keys = [[recording.key for recording in of_row] for of_row in scheduled]
+    cached = {} if cache is None else cache.get(key for key in chain(*keys) if key is not None)
     features = [[cached.get(key) if key else None for key in of_row] for of_row in keys]
     mels: list[list[bytes | None]] = []
     errors: list[str | None] = []
     decoded = 0
-    for of_row, known in zip(heard, features, strict=True):
+    for of_row, from_cache in zip(scheduled, features, strict=True):
         error = None
-        made: list[bytes | None] = []
-        for recording, feature in zip(of_row, known, strict=True):
+        row_mels: list[bytes | None] = []
+        for recording, feature in zip(of_row, from_cache, strict=True):
             mel = None
             if feature is None and error is None:
                 try:
                     mel = _log_mel(recording, settings)
-                    decoded += recording.place["samples"]
+                    decoded += recording.row["samples"]
                 except AudioError as problem:
                     error = f"{problem.reason}\n{problem.detail}"
-            made.append(mel)
-        mels.append(made)
+            row_mels.append(mel)
+        mels.append(row_mels)
         errors.append(error)
-    _hold_back(decoded / SAMPLING_RATE, time.perf_counter() - began, settings)
-    columns = {
-        name: [row[column] for row in rows]
-        for name, column in (
-            ("ids", "id"),
-            ("uris", "uri"),
-            ("texts", "text"),
-            ("languages", "language"),
-            ("tokens", "tokens"),
-            ("supervised", "supervised"),
-            ("heard", "heard"),
-            ("tasks", "task_number"),
-        )
-    }
-    lengths = [[recording.samples for recording in of_row] for of_row in heard]
+    _limit_rate(decoded / SAMPLING_RATE, time.perf_counter() - began, settings)
+    lengths = [[recording.samples for recording in of_row] for of_row in scheduled]
     return {
         "split": split.name,
         "bin": number,
         "numbers": members,
-        **columns,
+        "ids": [row["id"] for row in rows],
+        "uris": [row["uri"] for row in rows],
+        "texts": [row["text"] for row in rows],
+        "languages": [row["language"] for row in rows],
+        "tokens": [row["tokens"] for row in rows],
+        "supervised": [row["supervised"] for row in rows],
+        "teacher_tokens": [row["teacher_tokens"] for row in rows],
+        "tasks": [row["task_number"] for row in rows],
         "samples": [sum(of_row) for of_row in lengths],
         "keys": keys,
         "lengths": lengths,
@@ -115,56 +92,64 @@ def load_bin(
 
 
 @dataclass(frozen=True)
-class _Recording:
-    """A recording as an epoch hears it."""
+class _ScheduledRecording:
+    """A recording with the augmentation of the epoch that its bin belongs to."""
 
-    place: Recording  # where it lies, and what is known of it: the index's row
+    row: Recording
     augmentation: Augmentation | None = None
-    change: Change | None = None  # None: as it is
+    change: Change | None = None
+    """None: the audio stays as it is."""
 
     @property
     def key(self) -> str | None:
-        """Its name in the feature cache, where it has one."""
-        return self.place["key"] if self.change is None else None
+        """Key in the feature cache; None for augmented audio."""
+        return self.row["key"] if self.change is None else None
 
     @property
     def samples(self) -> int:
-        samples = int(self.place["samples"])
+        """Samples at 16 kHz after the change of speed."""
+        samples = int(self.row["samples"])
         return samples if self.change is None else changed_length(samples, self.change.speed)
 
 
-def _heard(split: Split, number: int, rows: list[IndexRow]) -> list[list[_Recording]]:
-    """The recordings of each utterance of a bin."""
-    spoken, augmentation = [recordings(row) for row in rows], split.augmentation
+def _scheduled_recordings(
+    split: Split, number: int, rows: Sequence[PlannedRow]
+) -> list[list[_ScheduledRecording]]:
+    """Draw the augmentation of each recording of each utterance of a bin."""
+    by_row, augmentation = [recordings(row) for row in rows], split.augmentation
     if augmentation is None:
-        return [[_Recording(place) for place in of_row] for of_row in spoken]
+        return [[_ScheduledRecording(recording) for recording in of_row] for of_row in by_row]
     members, epochs = split.plan.bin(number).tolist(), split.plan.passes_of(number).tolist()
-    heard = []
-    for member, epoch, of_row in zip(members, epochs, spoken, strict=True):
-        drawn = augmentation.change(member, [place["key"] for place in of_row], epoch)
-        heard.append(
+    scheduled = []
+    for member, epoch, of_row in zip(members, epochs, by_row, strict=True):
+        changes = augmentation.change(member, [recording["key"] for recording in of_row], epoch)
+        scheduled.append(
             [
-                _Recording(place) if change.clean else _Recording(place, augmentation, change)
-                for place, change in zip(of_row, drawn, strict=True)
+                _ScheduledRecording(recording)
+                if change.clean
+                else _ScheduledRecording(recording, augmentation, change)
+                for recording, change in zip(of_row, changes, strict=True)
             ]
         )
-    return heard
+    return scheduled
 
 
-def _hold_back(audio: float, seconds: float, settings: StreamSettings) -> None:
-    """Wait until `audio` seconds of audio may have been read."""
+def _limit_rate(audio_seconds: float, seconds: float, settings: StreamSettings) -> None:
+    """Sleep until loading so much audio is within `data.loader_rate`."""
     rate = settings.config.data.loader_rate
     if rate is not None:
-        time.sleep(max(0.0, audio / rate - seconds))
+        time.sleep(max(0.0, audio_seconds / rate - seconds))
 
 
-def _log_mel(recording: _Recording, settings: StreamSettings) -> bytes:
-    """Bytes of a recording's log-mel in the encoder's dtype: it would round it anyway, and bf16 is
-    half the traffic. Raises AudioError.
+def _log_mel(recording: _ScheduledRecording, settings: StreamSettings) -> bytes:
+    """Decode and augment a recording, and compute its log-mel (n_mels, T_mel). Raises AudioError.
+
+    The result has the encoder's dtype: the encoder would round it anyway, and bf16 halves the
+    traffic between the stages.
     """
-    encoder, place = settings.config.encoder, recording.place
-    audio = decode_patiently(place["uri"], span_of(place))
-    audio = fit(audio, place["samples"])
+    encoder, row = settings.config.encoder, recording.row
+    audio = decode_patiently(row["uri"], span_of(row))
+    audio = fit(audio, row["samples"])
     augmentation, change = recording.augmentation, recording.change
     if augmentation is not None and change is not None:
         audio = augment(audio, change, augmentation)
@@ -176,109 +161,127 @@ def _log_mel(recording: _Recording, settings: StreamSettings) -> bytes:
     return tensor_bytes(mel.to(settings.encoder["dtype"]))
 
 
-_Name = str | tuple[int, int, int]  # a content key, or a place where augmented audio stands
+# Name of a recording inside a block: a content key, or its row, utterance and recording numbers
+# where the audio is augmented.
+_Name = str | tuple[int, int, int]
 
 
-def _names(number: int, row: dict[str, Any]) -> list[list[_Name]]:
-    """What the features of each recording of a block's row go by inside the block."""
+def _names(number: int, row: LoadedRow) -> list[list[_Name]]:
+    """Name each recording of row `number` of a block."""
     return [
         [(number, i, part) if key is None else key for part, key in enumerate(keys)]
         for i, keys in enumerate(row["keys"])
     ]
 
 
-def _keys(names: Iterable[_Name]) -> list[str]:
-    """Those that the cache may know."""
+def _cache_keys(names: Iterable[_Name]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
 class EncodeStage:
-    """Actor: log-mels to features, which also go into the cache."""
+    """Encode log-mels, in batches over the rows of a block, and put the features into the cache."""
 
     def __init__(self, settings: StreamSettings) -> None:
         torch.set_num_threads(settings.config.encoder.threads)
-        arguments = dict(settings.encoder)
-        if settings.config.encoder.gpus:
-            arguments["device"] = "cuda"
+        device = "cuda" if settings.config.encoder.gpus else "cpu"
         self._settings = settings
-        self._encoder = WhisperEncoder(**arguments)
+        self._encoder = WhisperEncoder(**settings.encoder, device=device)
         if settings.fingerprint and self._encoder.fingerprint != settings.fingerprint:
             raise RuntimeError(
-                "this node's encoder weights are not those that the run was planned with; "
-                "WHISPER_MS_ID and WHISPER_HF_ID take ID@REVISION"
+                "encoder.weights: this node has other weights than the run was planned with; "
+                "fix a revision: WHISPER_MS_ID and WHISPER_HF_ID take ID@REVISION"
             )
         self._cache = settings.open_cache()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
+        """Turn a table of `LOADED_SCHEMA` into one of `ENCODED_SCHEMA`, row by row."""
+        rows: list[LoadedRow] = table.to_pylist()
         began = time.perf_counter()
         encoded, samples = self._encode(rows)
         seconds = time.perf_counter() - began if samples else 0.0
-        codec = self._settings.codec
-        done = []
+        done: list[EncodedRow] = []
         for number, row in enumerate(rows):
             parts = [
                 [
-                    known if known is not None else encoded.get(name)
-                    for known, name in zip(features, names, strict=True)
+                    cached if cached is not None else encoded.get(name)
+                    for cached, name in zip(features, names, strict=True)
                 ]
                 for features, names in zip(row["features"], _names(number, row), strict=True)
             ]
-            # An utterance is used whole or not at all.
-            whole = [
+            # An utterance that lacks a recording is left out as a whole.
+            complete = [
                 [p for p in of_row if p is not None and None not in of_row] for of_row in parts
             ]
-            kept = list(chain(*whole)) if self._settings.keep_features else []
-            done.append(
-                {
-                    **{name: row[name] for name in ENCODED_SCHEMA.names if name in row},
-                    "frames": [[codec.frames(part) for part in of_row] for of_row in whole],
-                    "features": b"".join(kept),
-                    "encode_seconds": seconds / len(rows),
-                    "encoded_samples": samples // len(rows),
-                    "cache_full": None if self._cache is None else self._cache.full,
-                }
-            )
+            done.append(self._encoded_row(row, complete, seconds / len(rows), samples // len(rows)))
         return pa.Table.from_pylist(done, ENCODED_SCHEMA)
 
     def __del__(self) -> None:
-        """Ray lets go of the stage when the stream ends: keep what has not been written yet."""
+        # Ray drops the actor when the stream ends: write what is still pending.
         cache = getattr(self, "_cache", None)
         if cache is not None:
             cache.flush()
 
-    def _encode(self, rows: list[dict[str, Any]]) -> tuple[dict[_Name, bytes], int]:
-        """Features by name of what the rows lack, and how many samples of audio were encoded."""
+    def _encoded_row(
+        self, row: LoadedRow, features: list[list[bytes]], seconds: float, samples: int
+    ) -> EncodedRow:
+        codec = self._settings.codec
+        return {
+            "split": row["split"],
+            "bin": row["bin"],
+            "numbers": row["numbers"],
+            "ids": row["ids"],
+            "uris": row["uris"],
+            "texts": row["texts"],
+            "languages": row["languages"],
+            "samples": row["samples"],
+            "tokens": row["tokens"],
+            "supervised": row["supervised"],
+            "teacher_tokens": row["teacher_tokens"],
+            "tasks": row["tasks"],
+            "load_seconds": row["load_seconds"],
+            "errors": row["errors"],
+            "frames": [[codec.frames(part) for part in of_row] for of_row in features],
+            "features": b"".join(chain(*features)) if self._settings.keep_features else b"",
+            "encode_seconds": seconds,
+            "encoded_samples": samples,
+            "cache_full": None if self._cache is None else self._cache.full,
+        }
+
+    def _encode(self, rows: Sequence[LoadedRow]) -> tuple[dict[_Name, bytes], int]:
+        """Encode what the rows lack; returns features by name, and the samples of that audio."""
         missing: dict[_Name, tuple[bytes, int]] = {}
         for number, row in enumerate(rows):
-            columns = (chain(*row[name]) for name in ("mels", "lengths"))
-            for name, mel, samples in zip(chain(*_names(number, row)), *columns, strict=True):
+            names, mels, lengths = _names(number, row), row["mels"], row["lengths"]
+            for name, mel, samples in zip(
+                chain(*names), chain(*mels), chain(*lengths), strict=True
+            ):
                 if mel is not None:
                     missing[name] = (mel, samples)
         if not missing:
             return {}, 0
         found: dict[_Name, bytes] = {}
         if self._cache is not None:
-            # The loader looked a while ago: the block before may have brought some of them.
-            found.update(self._cache.get(_keys(missing)))
-        fresh = {key: value for key, value in missing.items() if key not in found}
+            # An earlier block may have added some since the load stage looked them up.
+            found.update(self._cache.get(_cache_keys(missing)))
+        fresh = {name: value for name, value in missing.items() if name not in found}
         if fresh:
             encoder, codec = self._encoder, self._settings.codec
-            mels = [
+            mels_of_fresh = [
                 tensor_from(mel, encoder.dtype).view(encoder.n_mels, -1)
                 for mel, _ in fresh.values()
             ]
-            features = self._features(mels, [count for _, count in fresh.values()])
-            made = {key: codec.encode(f) for key, f in zip(fresh, features, strict=True)}
+            features = self._features(mels_of_fresh, [count for _, count in fresh.values()])
+            encoded = {name: codec.encode(f) for name, f in zip(fresh, features, strict=True)}
             if self._cache is not None:
-                self._cache.put({key: made[key] for key in _keys(made)})
-                if not self._settings.keep_features:  # a row that is counted is on disk
+                self._cache.put({key: encoded[key] for key in _cache_keys(encoded)})
+                if not self._settings.keep_features:
+                    # Rows without features are counted as stored, so they must be.
                     retry_storage(functools.partial(self._cache.flush, strict=True))
-            found = {**found, **made}
+            found = {**found, **encoded}
         return found, sum(count for _, count in fresh.values())
 
     def _features(self, mels: list[Tensor], samples: list[int]) -> list[Tensor]:
-        """Encode; a batch that the device's memory cannot hold is halved until it can."""
+        """Encode log-mels; halve a batch until the device's memory holds it."""
         try:
             return self._encoder.encode_mels(mels, samples)
         except (torch.OutOfMemoryError, MemoryError):

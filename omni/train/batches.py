@@ -21,9 +21,8 @@ from omni.metrics.throughput import Stopwatch
 from omni.model.batch import Batch
 from omni.plan.plan import EMPTY, padded_step
 from omni.storage.retry import retry_storage
-from omni.stream.codec import FeatureCodec
 from omni.stream.collate import Utterance
-from omni.stream.schema import utterances
+from omni.stream.schema import EncodedRow, utterances
 from omni.train.distributed import all_gather
 from omni.train.evaluation import HeldOut, Layout
 from omni.train.worker_spec import WorkerSpec
@@ -80,7 +79,7 @@ class Feed:
         """Take a held-out split, which leads the stream, into memory."""
         held = []
         for _ in range(rows // (self.world * self.job.config.optim.bins_per_block)):
-            block = self._next().to_pylist()
+            block: list[EncodedRow] = self._next().to_pylist()
             self._note_rejects(block, step=0)
             for row in block:
                 if row["split"] != name:
@@ -160,7 +159,7 @@ class Feed:
         return table
 
     def _microbatch(self, table: pa.Table, step: int, place: int) -> Microbatch:
-        rows = table.to_pylist()
+        rows: list[EncodedRow] = table.to_pylist()
         self._check(rows[0], step, place)
         self._note_rejects(rows, step + 1)
         batch = self.layout.batch([self._utterances(row) for row in rows])
@@ -195,10 +194,10 @@ class Feed:
             ),
         )
 
-    def _utterances(self, row: dict[str, Any]) -> list[Utterance]:
-        return utterances(row, FeatureCodec.of(self.job.encoder))
+    def _utterances(self, row: EncodedRow) -> list[Utterance]:
+        return utterances(row, self.job.encoder.codec)
 
-    def _check(self, row: dict[str, Any], step: int, place: int) -> None:
+    def _check(self, row: EncodedRow, step: int, place: int) -> None:
         """The stream and the loop must agree on what is trained now."""
         optim = self.job.config.optim
         offset = place * optim.bins_per_block
@@ -209,7 +208,7 @@ class Feed:
                 f"the plan says {expected}"
             )
 
-    def _note_rejects(self, rows: list[dict[str, Any]], step: int) -> None:
+    def _note_rejects(self, rows: list[EncodedRow], step: int) -> None:
         for row in rows:
             for i, error in enumerate(row["errors"]):
                 if error is None:

@@ -178,7 +178,7 @@ class TrainLoop:
         if model.mix is None:
             return {}
         weights = model.mix.logits.detach().float().softmax(0).tolist()
-        return dict(zip(map(str, self.job.encoder["layers"]), weights, strict=True))
+        return dict(zip(map(str, self.job.encoder.layers), weights, strict=True))
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
@@ -200,7 +200,7 @@ class TrainLoop:
             self.checkpoints,
             state=copy.deepcopy(self.state),
             model=self.job.model,
-            encoder=self.job.encoder,
+            encoder=self.job.encoder.to_dict(),
             weights=weights,
             optimizer=optimizer,
             config_yaml=self.config.to_yaml(),

@@ -18,7 +18,7 @@ from omni.metrics.rows import Measured, Pools, Window, summarize, train_row
 from omni.metrics.run_files import append_json, last_line, read_json_lines, write_event, write_json
 from omni.metrics.table import EvalRow, TrainRow, to_json
 from omni.metrics.throughput import Stopwatch, flops_per_position, peak_flops
-from omni.stream.feature_cache import more_room
+from omni.stream.feature_cache import advice_when_full
 from omni.train.batches import Feed
 from omni.train.model_state import Trained
 from omni.train.step import Step
@@ -123,7 +123,7 @@ class Books:
         self._said_full = True
         note = (
             f"the feature cache is full ({feed.cache_full}): what it lacks is encoded again in "
-            f"every epoch; {more_room(self._job.config.encoder.format)}"
+            f"every epoch; {advice_when_full(self._job.config.encoder.format)}"
         )
         append_json(self._metrics, [{"kind": "note", "step": step, "text": note}])
 

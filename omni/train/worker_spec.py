@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from omni.checkpoint.resume import ResumePoint
 from omni.config import Config
 from omni.model.speech_lm import OmniConfig
+from omni.stream.encoder_facts import EncoderFacts
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
     config: Config
     model: OmniConfig
-    encoder: dict[str, Any]  # source, mode, margin_seconds, dtype, fingerprint, d_model, ...
+    encoder: EncoderFacts
     tokenizer_json: str
     template: Literal["plain", "chat"]
     tasks: list[str]

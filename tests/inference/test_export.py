@@ -29,7 +29,7 @@ from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import find_pretrained, load_lm
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
-from omni.stream.encoder_facts import encoder_facts
+from omni.stream.encoder_facts import describe_encoder
 from tests.helpers.hf_folders import chat_tokenizer, save_folder
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"
@@ -53,7 +53,7 @@ def _checkpoint(
         folder,
         state=TrainState(step=7),
         model=shape,
-        encoder=encoder_facts(config, index),
+        encoder=describe_encoder(config, index).to_dict(),
         weights=weights,
         optimizer={},
         config_yaml=config.to_yaml(),

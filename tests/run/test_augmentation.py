@@ -29,10 +29,10 @@ from omni.run.preflight import _needed
 from omni.run.prepare import Prepared, check_fingerprints, prepare
 from omni.run.rates import without_cache
 from omni.stream.collate import collate
-from omni.stream.encoder_facts import encoder_settings
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import LOADED_SCHEMA, utterances
-from omni.stream.stages import EncodeStage, StreamSettings, load_bin
+from omni.stream.settings import StreamSettings, stream_settings
+from omni.stream.stages import EncodeStage, load_bin
 from tests.helpers.whole_runs import ROOT, command, curve, embedded, ledger, run_job, write_manifest
 
 POSITIONS = 128
@@ -67,7 +67,7 @@ def _config(folder: Path, augment: dict[str, Any] | None, **run: Any) -> Config:
 
 
 def _settings(prepared: Prepared) -> StreamSettings:
-    return encoder_settings(prepared.config, prepared.encoder)
+    return stream_settings(prepared.config, prepared.encoder)
 
 
 def _loaded(
@@ -256,7 +256,7 @@ def test_the_cache_neither_gives_nor_takes_what_is_changed(tmp_path: Path) -> No
     found = _encode(stage, loaded)
     assert [row["features"] for row in found] == [row["features"] for row in expected]
     stage._cache.flush()
-    assert set(FeatureCache(folder)._places) == clean
+    assert set(FeatureCache(folder)) == clean
 
     # What lies in it is what a run without augmentation makes, and such a run reads it.
     whole = plain.splits["train"]

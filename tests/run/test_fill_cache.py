@@ -79,7 +79,7 @@ def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_pat
     assert f" {kept - before:,} utterances" in done.stdout
     assert f" {kept:,} of {distinct:,}" in done.stdout
     assert kept == distinct - 1 and "1 not finite" in done.stdout
-    whole = cache.get(list(cache._places))
+    whole = cache.get(cache)
     codec = FeatureCodec(384, format="int8")
     assert len(whole) == kept and all(codec.frames(data) > 0 for data in whole.values())
 

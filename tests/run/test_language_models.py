@@ -23,8 +23,8 @@ from omni.model.lm.lora import is_adapter
 from omni.run.make_job import make_job
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
-from omni.stream.encoder_facts import encoder_settings
 from omni.stream.schema import utterances
+from omni.stream.settings import stream_settings
 from omni.stream.stages import EncodeStage
 from omni.train.evaluation import HeldOut, Layout
 from omni.train.model_state import Trained
@@ -76,7 +76,7 @@ def _config(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 def _trainer(prepared: Prepared) -> Trainer:
-    settings = without_cache(encoder_settings(prepared.config, prepared.encoder))
+    settings = without_cache(stream_settings(prepared.config, prepared.encoder))
     count = prepared.config.optim.bins_per_step * 4
     loaded, _ = loaded_blocks(prepared.splits["train"], range(count), settings)
     return Trainer(
@@ -88,7 +88,7 @@ def _held(trainer: Trainer) -> HeldOut:
     """The training utterances, held out for a look at what was learnt."""
     job = trainer._loop.job
     rows = [row for block in trainer._blocks for row in block.to_pylist()]
-    codec = encoder_settings(job.config, job.encoder).codec
+    codec = stream_settings(job.config, job.encoder).codec
     seen: dict[int, HeldUtterance] = {}
     for row in rows:
         for u in utterances(row, codec):
@@ -117,7 +117,7 @@ def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
     prepared = prepare(_config(tmp_path, optim={"kl_weight": 0.0}))
     trainer = _trainer(prepared)
     loop, model = trainer._loop, trainer._loop.trained.model
-    assert model.mix is not None and prepared.encoder["layers"] == [1, 3, 4]
+    assert model.mix is not None and prepared.encoder.layers == [1, 3, 4]
     assert loop._layer_weights(model) == pytest.approx({"1": 1 / 3, "3": 1 / 3, "4": 1 / 3})
     frozen = {
         name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad

@@ -93,8 +93,8 @@ def test_a_run_is_decided_before_it_starts(configure: Configure) -> None:
     assert train.table.schema.field("tokens").type == pa.list_(pa.int32())
     assert prepared.tasks == ["transcribe"] and row["task_number"] == 0
     assert prepared.model.lm.vocab_size == prepared.tokenizer.vocab_size <= 300
-    assert prepared.model.feature_dim == prepared.encoder["d_model"] == 384
-    assert prepared.encoder["longest_seconds"] == pytest.approx(2.0, abs=0.5)
+    assert prepared.model.feature_dim == prepared.encoder.d_model == 384
+    assert prepared.encoder.longest_seconds == pytest.approx(2.0, abs=0.5)
 
 
 def _needs(prepared: Prepared) -> list[int]:
@@ -343,7 +343,7 @@ def test_a_run_continues_with_its_own_tokenizer(configure: Configure, first: Pre
         configure().run_dir / "checkpoints",
         state=TrainState(step=1, fingerprints=first.fingerprints),
         model=first.model,
-        encoder=first.encoder,
+        encoder=first.encoder.to_dict(),
         weights={},
         optimizer={},
         config_yaml=first.config.to_yaml(),

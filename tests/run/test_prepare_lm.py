@@ -206,7 +206,7 @@ def test_a_teacher_needs_what_is_said(tmp_path: Path) -> None:
     assert error.startswith("optim.kl_weight: talk-0: ")
     prepared = prepare(_with_talks(tmp_path, [_talk(0, "hello")], **sections))
     row = prepared.splits["train"].table.to_pylist()[-1]
-    assert [prepared.tokenizer.decode(ids) for ids in row["heard"]] == ["hello", "again"]
+    assert [prepared.tokenizer.decode(ids) for ids in row["teacher_tokens"]] == ["hello", "again"]
 
 
 def test_the_referee_checkpoint_is_a_language_model_too(

@@ -12,7 +12,7 @@ from omni.config import Config, parse_config
 from omni.run.prepare import Prepared, prepare
 from omni.storage import path as places
 from omni.storage.path import ObjectPath, as_path
-from omni.stream.encoder_facts import encoder_settings
+from omni.stream.settings import stream_settings
 from omni.stream.stages import load_bin
 from tests.helpers.loopback_s3 import s3_bucket
 from tests.helpers.whole_runs import embedded
@@ -31,7 +31,7 @@ def _config(storage: Path, train: str) -> Config:
 
 
 def _loaded(prepared: Prepared) -> list[dict[str, Any]]:
-    settings = encoder_settings(prepared.config, prepared.encoder)
+    settings = stream_settings(prepared.config, prepared.encoder)
     return [load_bin(prepared.splits["train"], number, settings, None) for number in range(2)]
 
 

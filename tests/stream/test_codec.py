@@ -30,7 +30,7 @@ def test_exact_features_survive_to_the_last_bit(dtype: torch.dtype) -> None:
     assert codec.frames(data) == 5
     back = codec.decode(data)
     assert back.dtype == dtype and back.shape == (5, WIDTH)
-    assert _bits(back) == _bits(features) == _bits(codec.as_travelled(features))
+    assert _bits(back) == _bits(features) == _bits(codec.roundtrip(features))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -55,7 +55,7 @@ def test_compact_features_are_off_by_half_a_level_at_most(dtype: torch.dtype) ->
     rounding = largest / 254 + (largest / 256 if dtype == torch.bfloat16 else 1e-6 * largest)
     assert ((back.float() - features.float()).abs() <= rounding).all()
     assert not torch.equal(back, features), "something was rounded"
-    assert torch.equal(codec.as_travelled(features), back)
+    assert torch.equal(codec.roundtrip(features), back)
 
 
 def test_a_frame_of_zeros_and_a_loud_one_do_not_disturb_each_other() -> None:
@@ -67,9 +67,9 @@ def test_a_frame_of_zeros_and_a_loud_one_do_not_disturb_each_other() -> None:
 
 @pytest.mark.parametrize("format", ["exact", "int8"])
 def test_bytes_of_several_utterances_are_decoded_together(format: str) -> None:
-    codec = FeatureCodec.of({"d_model": WIDTH, "dtype": "bf16", "format": format})
+    codec = FeatureCodec(WIDTH, format=format)
     parts = [_features(n, torch.bfloat16, seed=n) for n in (3, 0, 7)]
     joined = codec.decode(b"".join(codec.encode(part) for part in parts))
     for part, back in zip(parts, joined.split([3, 0, 7]), strict=True):
-        assert _bits(back) == _bits(codec.as_travelled(part))
+        assert _bits(back) == _bits(codec.roundtrip(part))
     assert codec.encode(parts[1]) == b"" and codec.decode(b"").shape == (0, WIDTH)

@@ -16,9 +16,9 @@ from omni.metrics.rows import Window
 from omni.run.make_job import make_job
 from omni.run.prepare import Prepared, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
-from omni.stream.encoder_facts import encoder_settings
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.stages import EncodeStage, StreamSettings, load_bin
+from omni.stream.settings import StreamSettings, stream_settings
+from omni.stream.stages import EncodeStage, load_bin
 
 STEPS, BINS = 50, 10
 
@@ -34,7 +34,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 def _blocks(prepared: Prepared, **encoder: Any) -> list[Any]:
-    settings = without_cache(encoder_settings(prepared.config, prepared.encoder))
+    settings = without_cache(stream_settings(prepared.config, prepared.encoder))
     settings = replace(settings, encoder={**settings.encoder, **encoder})
     loaded, _ = loaded_blocks(prepared.splits["train"], range(BINS), settings)
     return encoder_rate(EncodeStage(settings), loaded, 0)[1]
@@ -66,7 +66,7 @@ def test_batches_of_the_encoder_leave_the_curve_bit_identical(
 def test_the_cache_leaves_the_curve_bit_identical(
     prepared: Prepared, reference: torch.Tensor, tmp_path: Path
 ) -> None:
-    plain = encoder_settings(prepared.config, prepared.encoder)
+    plain = stream_settings(prepared.config, prepared.encoder)
     settings: StreamSettings = replace(plain, cache=str(tmp_path))
     stage = EncodeStage(settings)
     split = prepared.splits["train"]
@@ -126,7 +126,7 @@ def test_a_loader_that_is_held_back_reads_no_faster(prepared: Prepared) -> None:
     config = prepared.config.model_copy(
         update={"data": prepared.config.data.model_copy(update={"loader_rate": 100.0})}
     )
-    settings = without_cache(encoder_settings(config, prepared.encoder))
+    settings = without_cache(stream_settings(config, prepared.encoder))
     blocks, seconds = loaded_blocks(prepared.splits["train"], range(2), settings)
     audio = (
         sum(sum(row) for block in blocks for row in block["samples"].to_pylist()) / SAMPLING_RATE
