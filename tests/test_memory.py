@@ -29,7 +29,7 @@ from omni.audio.decode import decode_blocks
 from omni.stream.codec import FeatureCodec
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import Template
-from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.model.encoder.whisper import WhisperEncoder

@@ -1,4 +1,4 @@
-"""Recordings to 16 kHz mono float32, with one reason for each way a recording can be bad."""
+"""Decode recordings to 16 kHz mono float32; each kind of bad recording has one reason."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from omni.storage.byte_range import ByteRange, ObjectRange, WatchedReader
 from omni.storage.path import ObjectPath, StoragePath, literal_path
 from omni.storage.retry import retry_storage
 
-_WHOLE_BYTES = 4 << 20  # recordings in archives and buckets up to this size are read at once
-_READ_AHEAD = 256 << 10  # bytes of a request for a part of a longer one
+_MAX_WHOLE = 4 << 20  # Larger recordings in archives and buckets, in bytes, are read in parts.
+_READ_AHEAD = 256 << 10  # bytes of a request for such a part
 Recording: TypeAlias = bytes | str | StoragePath
 
 
 class AudioError(ValueError):
-    """A recording cannot be used. `reason` is one of a few words, fit for counting."""
+    """A recording cannot be used. `reason` is one of a few fixed phrases, to count by."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -35,54 +35,56 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True)
 class AudioSpan:
-    """Where an utterance lies in its file: `start` and `duration` in seconds, None: to the end.
-
-    bytes: (offset, length) of the recording in an archive that holds more than it.
-    """
+    """Position of an utterance in its file."""
 
     start: float = 0.0
+    """In seconds."""
     duration: float | None = None
+    """In seconds; None: to the end."""
     bytes: tuple[int, int] | None = None
+    """(offset, length) of the recording in an archive."""
 
 
 def resampled_length(frames: int, rate: int) -> int:
-    """Samples at 16 kHz of `frames` at `rate`."""
+    """Convert a number of samples at `rate` to the number at 16 kHz."""
     return round(frames * SAMPLING_RATE / rate)
 
 
 def measure(data: Recording, span: AudioSpan = AudioSpan()) -> int:
-    """Samples at 16 kHz that `decode` will return, from the header alone.
+    """Read only the header and return the number of samples that `decode` will return.
 
     data: a path or plain URI (`omni.storage.path.literal_path`), or the bytes of a file.
 
-    Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`; and OSError for
-    object storage that does not answer.
+    Raises AudioError: `missing`, `unreadable`, `empty`, or `span outside the file`; and OSError
+    when object storage is unavailable.
     """
     if isinstance(data, bytes):
-        return _measured(io.BytesIO(data), span, "bytes")
-    where = _where(data)
-    if isinstance(where, Path) and not where.is_file():
+        return _measure_source(io.BytesIO(data), span, "bytes")
+    path = _as_path(data)
+    if isinstance(path, Path) and not path.is_file():
         raise AudioError("missing", f"no such file: {data}")
-    return _measured(_source(where, span), span, str(where))
+    return _measure_source(_open_source(path, span), span, str(path))
 
 
 def measure_object(
-    file: Any, place: tuple[int, int], span: AudioSpan, name: str, known: dict[int, bytes]
+    file: Any, extent: tuple[int, int], span: AudioSpan, name: str, known: dict[int, bytes]
 ) -> int:
-    """`measure` of a range of an open object of pyarrow's: (offset, length) in bytes.
+    """Measure a recording in a range of an open pyarrow file, as `measure`.
 
-    known: bytes of the range that are here already, by their place in it.
+    extent: (offset, length) of the range in bytes. known: parts of it that have been read already,
+    by their offset in it.
     """
-    source = WatchedReader(ObjectRange(file, *place, known), max(map(len, known.values())))
-    return _measured(source, span, name)
+    source = WatchedReader(ObjectRange(file, *extent, known), max(map(len, known.values())))
+    return _measure_source(source, span, name)
 
 
-def _measured(source: str | BinaryIO, span: AudioSpan, path: str) -> int:
+def _measure_source(source: str | BinaryIO, span: AudioSpan, path: str) -> int:
     try:
         info = soundfile.info(source)
-        _check(source)
-    except (OSError, soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
-        _check(source)
+        _raise_storage_error(source)
+    except (OSError, soundfile.LibsndfileError, TypeError) as error:
+        # soundfile raises TypeError for headerless .raw files.
+        _raise_storage_error(source)
         raise AudioError("unreadable", f"{path}: {error}") from None
     if info.frames <= 0:
         raise AudioError("empty", f"{path}: no samples")
@@ -96,12 +98,12 @@ def _measured(source: str | BinaryIO, span: AudioSpan, path: str) -> int:
 def decode(data: Recording, span: AudioSpan = AudioSpan()) -> np.ndarray:
     """Decode to (S,) float32 mono at 16 kHz; channels are averaged.
 
-    data: a path or plain URI, or the bytes of a file in any format libsndfile reads.
-    Raises AudioError: `unreadable`, `empty`, `not finite`, or `span outside the file`; of an object
-    `missing`, and OSError for object storage that does not answer.
+    data: a path or plain URI, or the bytes of a file in any format that libsndfile reads.
+    Raises AudioError: `unreadable`, `empty`, `not finite`, `span outside the file`, or `missing`
+    for an object; and OSError when object storage is unavailable.
     """
     name = "bytes" if isinstance(data, bytes) else str(data)
-    source = _source(data, span)
+    source = _open_source(data, span)
     try:
         with soundfile.SoundFile(source) as file:
             rate = file.samplerate
@@ -111,9 +113,9 @@ def decode(data: Recording, span: AudioSpan = AudioSpan()) -> np.ndarray:
             if first:
                 file.seek(first)
             samples = file.read(count, dtype="float32", always_2d=True)
-        _check(source)
+        _raise_storage_error(source)
     except (OSError, soundfile.LibsndfileError, TypeError) as error:
-        _check(source)
+        _raise_storage_error(source)
         raise AudioError("unreadable", f"{name}: {error}") from None
     if not len(samples):
         raise AudioError("empty", f"{name}: no samples")
@@ -127,35 +129,35 @@ def decode(data: Recording, span: AudioSpan = AudioSpan()) -> np.ndarray:
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def _source(data: Recording, span: AudioSpan) -> str | BinaryIO:
-    """What soundfile opens: a file's name, or the bytes of a recording."""
+def _open_source(data: Recording, span: AudioSpan) -> str | BinaryIO:
+    """Return what soundfile can open: a file name, or a file object of the recording's bytes."""
     if isinstance(data, bytes):
         return io.BytesIO(data)
-    where = _where(data)
-    if isinstance(where, ObjectPath):
-        return _object(where, span)
+    path = _as_path(data)
+    if isinstance(path, ObjectPath):
+        return _open_object(path, span)
     if span.bytes is None:
-        return str(where)
+        return str(path)
     offset, length = span.bytes
-    if length > _WHOLE_BYTES:
-        return cast(BinaryIO, io.BufferedReader(ByteRange(str(where), offset, length)))
-    with open(where, "rb") as file:
+    if length > _MAX_WHOLE:
+        return cast(BinaryIO, io.BufferedReader(ByteRange(str(path), offset, length)))
+    with open(path, "rb") as file:
         file.seek(offset)
         return io.BytesIO(file.read(length))
 
 
-def _where(data: str | StoragePath) -> StoragePath:
+def _as_path(data: str | StoragePath) -> StoragePath:
     return literal_path(data) if isinstance(data, str) else data
 
 
-def _object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
-    """A short recording in one request; a long one where it is needed. Raises AudioError."""
+def _open_object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
+    """Read a short recording in one request; read a long one on demand. Raises AudioError."""
     try:
         file = path.ranges()
         size = file.size()
         offset, length = span.bytes or (0, size)
         length = min(length, max(0, size - offset))
-        if length > _WHOLE_BYTES:
+        if length > _MAX_WHOLE:
             return WatchedReader(ObjectRange(file, offset, length), _READ_AHEAD)
         with file:
             return io.BytesIO(file.read_at(length, offset) if length else b"")
@@ -163,18 +165,18 @@ def _object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
         raise AudioError("missing", f"no such object: {path}") from None
 
 
-def _check(source: object) -> None:
-    """Raises the OSError of storage that failed while a recording was being read."""
+def _raise_storage_error(source: object) -> None:
+    """Raise ConnectionError if object storage failed while the recording was read."""
     if isinstance(source, WatchedReader) and source.failed is not None:
         raise ConnectionError(str(source.failed))
 
 
-def decode_patiently(path: str | StoragePath, span: AudioSpan = AudioSpan()) -> np.ndarray:
-    """`decode`, for a file that was there a while ago: storage that is away is waited for.
+def decode_with_retry(path: str | StoragePath, span: AudioSpan = AudioSpan()) -> np.ndarray:
+    """Decode a file of the index, retrying while its storage is unavailable.
 
-    Raises AudioError for a bad file, and OSError when its whole folder or bucket stays away.
+    Raises AudioError for a bad file, and OSError when its folder or bucket stays unavailable.
     """
-    where = _where(path)
+    where = _as_path(path)
     if isinstance(where, ObjectPath):
         return retry_storage(lambda: decode(where, span))
 
@@ -182,15 +184,15 @@ def decode_patiently(path: str | StoragePath, span: AudioSpan = AudioSpan()) -> 
         try:
             return decode(where, span)
         except AudioError:
-            _look_into(where.parent)
-        # The folder can be read. It may have come back only now: the second answer counts.
+            _check_readable(where.parent)
+        # The folder is readable now, but may not have been before: decode again.
         return decode(where, span)
 
     return retry_storage(attempt)
 
 
-def _look_into(folder: Path) -> None:
-    """Raises OSError where a folder cannot be read, or is the empty place of a lost mount."""
+def _check_readable(folder: Path) -> None:
+    """Raise OSError if a folder is unreadable, or empty as the mount point of a lost mount is."""
     with os.scandir(folder) as entries:
         empty = next(entries, None) is None
     if empty:
@@ -200,14 +202,14 @@ def _look_into(folder: Path) -> None:
 def decode_blocks(
     data: Recording, seconds: float = 30.0, span: AudioSpan = AudioSpan()
 ) -> Iterator[np.ndarray]:
-    """What `decode` returns, to the last bit, in blocks of about `seconds`.
+    """Yield the samples that `decode` returns, bit for bit, in blocks of about `seconds`.
 
-    Memory does not grow with the file. Raises AudioError as `decode` does, where it gets there.
+    Memory does not grow with the file. Raises AudioError as `decode`, once it reaches the fault.
     """
     name = "bytes" if isinstance(data, bytes) else str(data)
     resample: soxr.ResampleStream | None = None
     empty = True
-    source = _source(data, span)
+    source = _open_source(data, span)
     try:
         with soundfile.SoundFile(source) as file:
             rate = file.samplerate
@@ -221,7 +223,7 @@ def decode_blocks(
             while True:
                 count = min(left, round(seconds * rate))
                 samples = file.read(count, dtype="float32", always_2d=True)
-                _check(source)
+                _raise_storage_error(source)
                 left -= len(samples)
                 mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
                 if not np.isfinite(mono).all():
@@ -235,23 +237,23 @@ def decode_blocks(
                 if last:
                     break
     except (OSError, soundfile.LibsndfileError, TypeError) as error:
-        _check(source)
+        _raise_storage_error(source)
         raise AudioError("unreadable", f"{name}: {error}") from None
     if empty:
         raise AudioError("empty", f"{name}: no samples")
 
 
 def fit(audio: np.ndarray, samples: int) -> np.ndarray:
-    """Cut or zero-pad to the `samples` that the index measured.
+    """Cut or zero-pad audio (S,) to the `samples` in the index.
 
-    Resamplers and codec headers disagree by a few samples; more than one encoder frame (20 ms)
-    means the file is not what the index saw: AudioError `length mismatch`.
+    Resamplers and codec headers differ by a few samples. Raises AudioError `length mismatch` for a
+    difference of more than one encoder frame (20 ms): the file has changed since it was indexed.
     """
     if abs(len(audio) - samples) > FRAME:
         raise AudioError(
             "length mismatch",
-            f"decoded {len(audio) / SAMPLING_RATE:.3f} s, the index reserved "
-            f"{samples / SAMPLING_RATE:.3f} s",
+            f"decoded {len(audio) / SAMPLING_RATE:.3f} s, expected {samples / SAMPLING_RATE:.3f} s "
+            "as in the index",
         )
     if len(audio) >= samples:
         return audio[:samples]
@@ -259,10 +261,10 @@ def fit(audio: np.ndarray, samples: int) -> np.ndarray:
 
 
 def _frames(span: AudioSpan, total: int, rate: int, name: str) -> tuple[int, int]:
-    """The span as (first, count) in frames of the file."""
+    """Convert a span to (first, count) in samples of the file. Raises AudioError."""
     first = round(span.start * rate)
     count = total - first if span.duration is None else round(span.duration * rate)
-    # A manifest rounds to milliseconds: a span may end that much after the file does.
+    # Manifests round to milliseconds, so a span may end slightly after the file.
     slack = rate // 100
     if first < 0 or count <= 0 or first + count > total + slack:
         raise AudioError(

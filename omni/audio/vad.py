@@ -1,7 +1,7 @@
-"""Where somebody speaks in a recording of any length, by Silero VAD.
+"""Find speech in a recording of any length with Silero VAD.
 
-Its weights come with the package, it runs on torch alone, and its state goes from one block of
-audio to the next: the spans do not depend on the blocks, and memory does not grow with the file.
+Its weights are part of its package, and it needs only torch. Its state is carried from one block of
+audio to the next, so the spans do not depend on the blocks and memory does not grow with the file.
 """
 
 from __future__ import annotations
@@ -18,25 +18,22 @@ import torch
 from omni.audio.decode import AudioSpan, Recording, decode_blocks
 from omni.audio.logmel import SAMPLING_RATE
 
-_CHUNK = 512  # samples that the model hears at a time
-_WHOLE = AudioSpan()
+_CHUNK = 512  # samples per call of the model
+_WHOLE_FILE = AudioSpan()
 
 
 @dataclass(frozen=True)
 class Segmenting:
-    """How recordings are cut by voice activity, in seconds.
-
-    longest: of a span, with its padding. What is longer is cut at its longest pause, or where it
-    must be. shortest: speech that is shorter is left out. silence: a pause that parts two spans.
-    padding: kept before and after speech.
-
-    Raises ValueError naming the field.
-    """
+    """Segmentation by voice activity, in seconds. Raises ValueError naming the field."""
 
     longest: float = 30.0
+    """Maximum length of a span with its padding; longer speech is cut at its longest pause."""
     shortest: float = 0.25
+    """Shorter speech is dropped."""
     silence: float = 0.5
+    """Minimum length of a pause between two spans."""
     padding: float = 0.1
+    """Audio kept before and after speech."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -49,26 +46,26 @@ class Segmenting:
 
 def speech_spans(
     data: Recording,
-    how: Segmenting = Segmenting(),
-    within: AudioSpan = _WHOLE,
+    settings: Segmenting = Segmenting(),
+    within: AudioSpan = _WHOLE_FILE,
     block_seconds: float = 30.0,
 ) -> list[tuple[float, float]]:
-    """(start, duration) in seconds of the recording where somebody speaks, in order and apart.
+    """Find the spans of speech as (start, duration) in seconds, in order and without overlap.
 
-    data: a path, or the bytes of a file. within: the part of it that is looked at.
-    Of a recording it holds a block, and 4 bytes for every 32 ms. Not for several threads at once.
+    data: a path, or the bytes of a file. within: the part of it to search.
+    Memory: one block, and 4 bytes per 32 ms of audio. Not thread-safe: calls share a model.
     Raises AudioError as `omni.audio.decode.decode_blocks`.
     """
     from silero_vad import get_speech_timestamps_from_probs
 
-    heard, samples = _probabilities(decode_blocks(data, block_seconds, within))
+    probabilities, samples = _speech_probabilities(decode_blocks(data, block_seconds, within))
     found = get_speech_timestamps_from_probs(
-        heard,
+        probabilities,
         audio_length_samples=samples,
-        max_speech_duration_s=how.longest,
-        min_speech_duration_ms=1000 * how.shortest,
-        min_silence_duration_ms=1000 * how.silence,
-        speech_pad_ms=1000 * how.padding,
+        max_speech_duration_s=settings.longest,
+        min_speech_duration_ms=1000 * settings.shortest,
+        min_silence_duration_ms=1000 * settings.silence,
+        speech_pad_ms=1000 * settings.padding,
     )
     return [
         (
@@ -79,11 +76,14 @@ def speech_spans(
     ]
 
 
-def _probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], int]:
-    """Of speech in each chunk, and the number of samples; the last chunk is filled with zeros."""
+def _speech_probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], int]:
+    """Compute the probability of speech in each chunk, and count the samples.
+
+    The last chunk is padded with zeros.
+    """
     model = _model()
     model.reset_states()
-    heard, samples = array("f"), 0
+    probabilities, samples = array("f"), 0
     left = np.zeros(0, np.float32)
     with torch.inference_mode():
         for block in blocks:
@@ -92,11 +92,11 @@ def _probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], int]:
             whole = len(audio) // _CHUNK * _CHUNK
             left = audio[whole:]
             for chunk in torch.from_numpy(audio[:whole]).view(-1, _CHUNK):
-                heard.append(model(chunk, SAMPLING_RATE).item())
+                probabilities.append(model(chunk, SAMPLING_RATE).item())
         if len(left):
             last = torch.from_numpy(np.pad(left, (0, _CHUNK - len(left))))
-            heard.append(model(last, SAMPLING_RATE).item())
-    return heard, samples
+            probabilities.append(model(last, SAMPLING_RATE).item())
+    return probabilities, samples
 
 
 @functools.cache
@@ -104,5 +104,6 @@ def _model() -> Any:
     threads = torch.get_num_threads()
     from silero_vad import load_silero_vad
 
-    torch.set_num_threads(threads)  # its import sets one thread for the whole process
+    # Importing the package has set one thread for the whole process.
+    torch.set_num_threads(threads)
     return load_silero_vad()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from omni.audio.decode import AudioError, AudioSpan, decode_patiently
+from omni.audio.decode import AudioError, AudioSpan, decode_with_retry
 from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import measure_all, span_of
@@ -54,7 +54,7 @@ class Clips:
 
     def _read(self, clip: Clip, span: AudioSpan) -> np.ndarray:
         try:
-            return decode_patiently(clip.uri, span)
+            return decode_with_retry(clip.uri, span)
         except AudioError as error:
             raise AudioError(f"unusable {self.kind}", str(error)) from None
 

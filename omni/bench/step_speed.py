@@ -14,7 +14,8 @@ from omni.bench.timing import Ceiling, Result, alternate, describe_machine, medi
 from omni.config import Config
 from omni.errors import ConfigError
 from omni.model.batch import Batch
-from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.lm.gpt import GPT
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.stream.codec import DTYPES

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_patiently, fit
+from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_with_retry, fit
 from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.checkpoint import CheckpointError, read_checkpoint
 from omni.corpus.index import build_index
@@ -235,7 +235,7 @@ def hold(
 def _heard(uri: str, span: AudioSpan) -> np.ndarray:
     """`decode`; object storage that is away is waited for."""
     try:
-        return decode_patiently(uri, span) if "://" in uri else decode(uri, span)
+        return decode_with_retry(uri, span) if "://" in uri else decode(uri, span)
     except OSError as error:
         raise RuntimeError(f"{uri}: {reason_of(error)}") from error
 

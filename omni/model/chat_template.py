@@ -1,10 +1,10 @@
-"""From messages to token ids: which positions are audio, text that is given, text to be learnt.
+"""Render messages to token ids and mark which are audio, given text and supervised text.
 
-A template says what stands between the contents of messages. `plain` is the bare sequence
+A template defines the tokens between the contents of messages. `plain` is the sequence
 
     | audio | <|bos|> | prompt | text | end |
 
-and `chat` is the tokenizer's own: nanochat's, or the Jinja template of a transformers tokenizer.
+and `chat` is that of the tokenizer: nanochat's, or the Jinja template of a transformers tokenizer.
 """
 
 from __future__ import annotations
@@ -15,34 +15,37 @@ from typing import Literal
 
 from omni.model.tokenizer import SpeechTokenizer
 
-AUDIO = -1  # the id that stands for a recording; its soft tokens take the place
-PLACEHOLDER = "<|audio|>"  # the same in a prompt
+AUDIO = -1  # id of a recording, which its soft tokens replace
+PLACEHOLDER = "<|audio|>"  # position of the recording in a prompt
 Kind = Literal["plain", "chat"]
 Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
-_SENTINEL = 0xF0000  # private characters that stand for contents in a rendered template
+_SENTINEL = 0xF0000  # first of the private-use characters that mark contents in a rendered template
 
 
 @dataclass(frozen=True)
 class Message:
-    """parts: texts, and AUDIO where a recording stands."""
+    """One turn of a conversation."""
 
     role: Role
     parts: tuple[str | int, ...]
+    """Texts, and AUDIO for each recording."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """ids with AUDIO for each recording; supervised: which of them are to be learnt."""
+    """A conversation as token ids."""
 
     ids: list[int]
+    """Token ids, and AUDIO for each recording."""
     supervised: list[bool]
+    """True for ids that count in the loss."""
 
 
 def transcription(prompt: str, text: str) -> tuple[Message, Message]:
-    """One recording and what is to be written about it.
+    """Make the messages of one recording, its prompt and the expected text.
 
-    The recording comes before the prompt, or where the prompt has its <|audio|>.
+    The recording comes before the prompt, or at <|audio|> in it.
     """
     before, found, after = prompt.partition(PLACEHOLDER)
     parts: tuple[str | int, ...] = (before, AUDIO, after) if found else (AUDIO, prompt)
@@ -50,13 +53,15 @@ def transcription(prompt: str, text: str) -> tuple[Message, Message]:
     return user, Message("assistant", (text,))
 
 
-Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # role, and for each part whether it is audio
+# Role of each message and, for each of its parts, True if it is audio.
+Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 
 
 class Template:
-    """Messages to ids, by one tokenizer and one kind of template.
+    """Renders messages with one tokenizer and one kind of template.
 
-    Raises ValueError: the tokenizer has no chat template, or it does not show what it is given.
+    end: id that ends an answer. Raises ValueError where the chat template leaves out or reorders
+    messages, or does not end an answer.
     """
 
     def __init__(self, tokenizer: SpeechTokenizer, kind: Kind = "plain") -> None:
@@ -64,16 +69,19 @@ class Template:
         self._glue: dict[Shape, list[list[int]]] = {}
         turn = self._between(_shape(transcription("", "x")))
         if not turn[-1]:
-            raise ValueError("the template puts nothing after an answer, so that none would end")
+            raise ValueError(
+                "the chat template has no token after an answer: its end cannot be learnt"
+            )
         self.end = turn[-1][0]
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
-        """Ids of whole conversations; the end token of the last answer is the last of them."""
+        """Render whole conversations; the end token of the last answer is the last id."""
         merged = [self._merged(messages) for messages in conversations]
         texts = [part for m in merged for message in m for part in message.parts if part != AUDIO]
-        different = list(dict.fromkeys(map(str, texts)))  # prompts are few
-        known = dict(zip(different, self.tokenizer.encode_batch(different), strict=True))
-        ids = (known[str(text)] for text in texts)
+        # Most prompts repeat, so each distinct text is encoded once.
+        distinct = list(dict.fromkeys(map(str, texts)))
+        encoded = dict(zip(distinct, self.tokenizer.encode_batch(distinct), strict=True))
+        ids = (encoded[str(text)] for text in texts)
         return [self._assemble(messages, ids) for messages in merged]
 
     def _assemble(self, messages: list[Message], contents: Iterator[list[int]]) -> Rendered:
@@ -96,7 +104,7 @@ class Template:
         return rendered
 
     def _merged(self, messages: Sequence[Message]) -> list[Message]:
-        """nanochat's chats have no system role: such a text leads the first user message."""
+        """Prepend a system message to the first user message: nanochat has no system role."""
         if self.kind == "plain" or self.tokenizer.chat_template is not None:
             return list(messages)
         first, *rest = messages
@@ -114,7 +122,7 @@ class Template:
         return [Message("user", tuple(joined)), *others]
 
     def _between(self, shape: Shape) -> list[list[int]]:
-        """Ids before, between and after the parts of messages of this shape."""
+        """Return the ids before, between and after the parts of messages of a shape."""
         if shape not in self._glue:
             if self.kind == "plain":
                 self._glue[shape] = self._plain(shape)
@@ -127,16 +135,16 @@ class Template:
     def _plain(self, shape: Shape) -> list[list[int]]:
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         glue: list[list[int]] = [[]]
-        opened = False  # whether this turn has its bos
+        has_bos = False  # The turn has its bos already.
         for role, parts in shape:
             for is_audio in parts:
-                if not is_audio and not opened:
+                if not is_audio and not has_bos:
                     glue[-1] += bos
-                    opened = True
+                    has_bos = True
                 glue.append([])
             if role == "assistant":
                 glue[-1].append(self.tokenizer.end)
-                opened = False
+                has_bos = False
         return glue
 
     def _nanochat(self, shape: Shape) -> list[list[int]]:
@@ -150,15 +158,15 @@ class Template:
 
     def _jinja(self, shape: Shape) -> list[list[int]]:
         messages: list[dict[str, str]] = []
-        marks: list[str] = []
+        sentinels: list[str] = []
         for role, parts in shape:
-            fresh = [chr(_SENTINEL + len(marks) + i) for i in range(len(parts))]
-            marks += fresh
+            fresh = [chr(_SENTINEL + len(sentinels) + i) for i in range(len(parts))]
+            sentinels += fresh
             messages.append({"role": role, "content": "".join(fresh)})
         text = self.tokenizer.render_chat(messages)
         pieces = []
-        for mark in marks:
-            before, found, text = text.partition(mark)
+        for sentinel in sentinels:
+            before, found, text = text.partition(sentinel)
             if not found:
                 raise ValueError("the chat template leaves out a message, or changes their order")
             pieces.append(before)
@@ -166,7 +174,10 @@ class Template:
 
 
 def make_template(tokenizer: SpeechTokenizer, kind: Literal["auto", "plain", "chat"]) -> Template:
-    """auto: the chat template of a chat model, else plain. Raises ValueError."""
+    """Make a template; auto chooses chat where the tokenizer has a chat template, else plain.
+
+    Raises ValueError as `Template`.
+    """
     if kind == "auto":
         kind = "plain" if tokenizer.chat_template is None else "chat"
     return Template(tokenizer, kind)
@@ -177,15 +188,15 @@ def _shape(messages: Sequence[Message]) -> Shape:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises ValueError saying what is wrong with a conversation."""
+    """Check roles and parts of a conversation. Raises ValueError naming the message."""
     if not messages or messages[-1].role != "assistant":
-        raise ValueError("expected the last message to be the assistant's")
+        raise ValueError("the last message: expected role assistant")
     for number, message in enumerate(messages):
         if message.role not in _ROLES:
             raise ValueError(f"message {number}: role {message.role!r}, expected {_ROLES}")
         if message.role == "system" and number:
-            raise ValueError(f"message {number}: a system message comes first")
+            raise ValueError(f"message {number}: role system is only allowed in the first message")
         if not message.parts:
-            raise ValueError(f"message {number}: empty")
+            raise ValueError(f"message {number}: empty; expected text or audio")
         if message.role != "user" and AUDIO in message.parts:
-            raise ValueError(f"message {number}: only users speak")
+            raise ValueError(f"message {number}: audio is only allowed in role user")

@@ -1,6 +1,6 @@
-"""CTC heads: the transcript read off soft tokens alone, before the language model sees them.
+"""CTC heads: predict the transcript from soft tokens alone, without the language model.
 
-(N, C) soft tokens of unit size to (N, V + 1) logits; the last is the blank's.
+They map soft tokens of unit RMS (N, C) to logits (N, V + 1); the last is the blank's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from omni.model.losses import LOGITS_PER_CHUNK
 
-_SAMPLE = 4096  # rows that tell how large embeddings are
-_FEW = 4096  # classes: up to here the whole softmax is small
+_RMS_ROWS = 4096  # Embeddings whose RMS is measured.
+_FULL_SOFTMAX_CLASSES = 4096  # Up to this vocabulary the softmax over all classes is small.
 
 
 class _Embeds(Protocol):
@@ -24,7 +24,7 @@ class _Embeds(Protocol):
 
 
 class LinearCTC(nn.Module):
-    """A linear layer of its own, for a language model whose embeddings mean nothing yet."""
+    """A separate linear layer, for a language model that starts from random embeddings."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
@@ -43,16 +43,16 @@ class LinearCTC(nn.Module):
         return F.linear(soft_NC, self.weight, self.bias)
 
     def split(self, soft_NC: Tensor, lm: _Embeds) -> tuple[Tensor, Tensor]:
-        """Logits of the tokens (N, V) and of the blank (N, 1)."""
-        logits = self(soft_NC, lm)
+        """Compute the logits of the tokens (N, V) and of the blank (N, 1)."""
+        logits: Tensor = self(soft_NC, lm)
         return logits[:, :-1], logits[:, -1:]
 
 
 class TiedCTC(nn.Module):
-    """Scores against the language model's own token embeddings, with a vector for the blank.
+    """Dot products with the language model's token embeddings, and a learnt vector for the blank.
 
-    A soft token that stands for a word comes to lie where that word's embedding lies, so that a
-    language model trained on text can read it before it has seen any.
+    It pulls a soft token towards the embedding of the token that is spoken, so that a frozen
+    language model can use it.
     """
 
     def __init__(self, width: int, vocabulary: int) -> None:
@@ -73,9 +73,9 @@ class TiedCTC(nn.Module):
         return torch.cat(self.split(soft_NC, lm), dim=-1)
 
     def split(self, soft_NC: Tensor, lm: _Embeds) -> tuple[Tensor, Tensor]:
-        """As `LinearCTC.split`; the tokens' in the embeddings' dtype."""
+        """See `LinearCTC.split`; token logits have the dtype of the embeddings."""
         rows = lm.embedding_matrix()
-        some = rows.detach()[:: max(1, len(rows) // _SAMPLE)].float()
+        some = rows.detach()[:: max(1, len(rows) // _RMS_ROWS)].float()
         scale = self.log_scale.exp() * len(self.blank) ** -0.5
         scaled = soft_NC.float() * (scale / some.square().mean().sqrt())
         words = F.linear(scaled.to(rows.dtype), rows)
@@ -89,21 +89,22 @@ CTCHead = LinearCTC | TiedCTC
 def ctc_losses(
     head: CTCHead, soft_NC: Tensor, lm: _Embeds, lengths: Sequence[int], labels: Sequence[Tensor]
 ) -> Tensor:
-    """(U,) CTC losses of utterances: lengths[u] soft tokens each, in order, and their labels[u].
+    """Compute the CTC loss of each of U utterances, (U,) fp32.
 
-    Zero where a transcript does not fit into its soft tokens. Only labels that occur can lie on a
-    path, so all others of a large vocabulary are one class, whose probability is their sum: the
-    loss and its gradient are the same, and (N, V + 1) logits live for a chunk of rows only.
+    Utterance u has the next lengths[u] rows of soft_NC and the token ids labels[u]. The loss is
+    zero where a transcript does not fit into its soft tokens. In a large vocabulary all tokens that
+    do not occur in the labels are one class, with the sum of their probabilities: no path contains
+    them, so loss and gradient are the same, and (N, V + 1) logits exist for a chunk of rows only.
     """
     flat = torch.cat(list(labels))
-    if head.classes <= _FEW:
+    if head.classes <= _FULL_SOFTMAX_CLASSES:
         log_probs = F.log_softmax(head(soft_NC, lm).float(), dim=-1)
         blank = head.classes - 1
     else:
-        found, flat = flat.unique(return_inverse=True)
+        found, flat = torch.unique(flat, return_inverse=True)
         blank = len(found)
 
-        def part(soft: Tensor) -> Tensor:
+        def chunk_log_probs(soft: Tensor) -> Tensor:
             words, blanks = head.split(soft, lm)
             others = words.index_fill(1, found, -torch.inf).float().logsumexp(1, keepdim=True)
             logits = torch.cat((words[:, found].float(), blanks.float(), others), 1)
@@ -111,12 +112,14 @@ def ctc_losses(
 
         size = max(1, LOGITS_PER_CHUNK // head.classes)
         if len(soft_NC) <= size:
-            log_probs = part(soft_NC)
+            log_probs = chunk_log_probs(soft_NC)
         else:
-            pieces = soft_NC.split(size)
-            log_probs = torch.cat([checkpoint(part, p, use_reentrant=False) for p in pieces])
+            chunks = torch.split(soft_NC, size)
+            log_probs = torch.cat(
+                [checkpoint(chunk_log_probs, chunk, use_reentrant=False) for chunk in chunks]
+            )
     return F.ctc_loss(
-        nn.utils.rnn.pad_sequence(list(log_probs.split(list(lengths)))),
+        nn.utils.rnn.pad_sequence(list(torch.split(log_probs, list(lengths)))),
         flat,
         torch.tensor(lengths, device=flat.device),
         torch.tensor([len(label) for label in labels], device=flat.device),

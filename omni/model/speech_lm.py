@@ -1,7 +1,7 @@
 """The speech language model: projector and language model over one packed batch.
 
-Soft tokens replace the audio positions among the token embeddings; losses are sums over supervised
-tokens, so that any split over ranks and microbatches adds up to the same number.
+Soft tokens replace the token embeddings at audio positions. Losses are sums over supervised tokens,
+so that any split into ranks and microbatches adds up to the same number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from omni.model.batch import IGNORED, Batch
 from omni.model.ctc import CTCHead, LinearCTC, TiedCTC, ctc_losses
-from omni.model.lm.gpt import GPT, GPTConfig, rms, scatter_soft_tokens
+from omni.model.lm.gpt import GPT, scatter_soft_tokens
+from omni.model.lm.gpt_block import GPTConfig, rms
 from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.lm.lora import LoraShape, add_lora, is_adapter, without_adapters
 from omni.model.losses import Distillation, kl_divergence
@@ -25,40 +26,45 @@ from omni.model.projector import LayerMix, make_projector
 
 @dataclass(frozen=True)
 class LMSource:
-    """A pretrained language model: where it came from, and the hash of its weights."""
+    """Identity of a pretrained language model."""
 
-    uri: str  # nanochat:DIR[@step] or hf:ID_OR_DIR[@revision]
+    uri: str
+    """nanochat:DIR[@STEP], or hf:ID_OR_DIR[@REVISION] or ms:ID[@REVISION]."""
     fingerprint: str
+    """Hash of its weights."""
 
 
 @dataclass(frozen=True)
 class OmniConfig:
-    """Shape and regularisation of an `OmniModel`; written into every checkpoint.
-
-    lm: the language model's shape. source: where its weights come from; None: from a seed.
-    feature_dim: the encoder's d_model. layers: how many of its layers a frame holds, to be mixed.
-    stack: encoder frames per soft token. projector: a name in `PROJECTORS`.
-    dropout: on a GPT's embeddings and residual branches. token_dropout: share of text inputs whose
-    embedding is hidden. audio_dropout: share of soft tokens that are hidden. All in training only.
-    ctc: a CTC head on the soft tokens (see `OmniModel`).
-    """
+    """Shape and regularisation of an `OmniModel`; written into every checkpoint."""
 
     lm: GPTConfig | HFConfig
+    """Shape of the language model."""
     feature_dim: int
+    """The encoder's d_model."""
     layers: int = 1
+    """Encoder layers per frame; several are mixed by learnt weights."""
     stack: int = 4
+    """Encoder frames per soft token."""
     projector: str = "mlp"
+    """A name in `PROJECTORS`."""
     projector_hidden: int | None = None
+    """Hidden width of the projector; None: the width of the language model."""
     dropout: float = 0.0
+    """Dropout on a GPT's embeddings and residual branches, in training."""
     token_dropout: float = 0.0
+    """Share of text positions whose embedding is masked in training."""
     audio_dropout: float = 0.0
+    """Share of soft tokens that are masked in training."""
     ctc: bool = False
+    """Add a CTC head on the soft tokens."""
     source: LMSource | None = None
+    """Pretrained weights of the language model; None: initialised from a seed."""
     lora: LoraShape | None = None
 
     @property
     def frame_dim(self) -> int:
-        """Width of a frame as it comes from the stream."""
+        """Width of a frame in the stream: all of its layers."""
         return self.layers * self.feature_dim
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +73,7 @@ class OmniConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OmniConfig:
         values = dict(values)
-        lm = values.pop("gpt", None) or values.pop("lm")  # gpt: what it was called at first
+        lm = values.pop("gpt", None) or values.pop("lm")  # The first checkpoints call it gpt.
         source, lora = values.pop("source", None), values.pop("lora", None)
         if lora is not None:
             lora = LoraShape(lora["rank"], lora["alpha"], tuple(lora["targets"]))
@@ -81,32 +87,31 @@ class OmniConfig:
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over a batch; divide by the global `tokens`.
-
-    loss: cross-entropy of the supervised tokens, each times its task's weight; tokens: the sum of
-    these weights. correct: how many are predicted rightly.
-    ctc: CTC loss of the utterances, zero without a CTC head. kl: the divergence from the language
-    model that reads the transcript, zero without distillation.
-    tasks: (tasks, 3) cross-entropy, tokens and correct ones of each task, without weights.
-    """
+    """Sums over a batch, scalars; divide by the global `tokens`."""
 
     loss: Tensor
+    """Cross-entropy of the supervised tokens, each times the weight of its task."""
     tokens: Tensor
+    """Sum of these weights."""
     correct: Tensor
+    """Number of supervised tokens that are predicted correctly."""
     ctc: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """CTC loss of the utterances; zero without a CTC head."""
     kl: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Divergence from the teacher; zero without distillation."""
     tasks: Tensor = field(default_factory=lambda: torch.zeros(1, 3))
+    """(tasks, 3): unweighted cross-entropy, tokens and correct tokens of each task."""
 
 
 class OmniModel(nn.Module):
-    """Projector + language model (+ optional CTC head).
+    """Projector, language model and optional CTC head.
 
-    The CTC head reads the transcript off the soft tokens alone (see `omni.model.ctc`). It gives the
-    projector a direct signal long before attention has found the audio, and is not used to write
-    text.
+    The CTC head predicts the transcript from the soft tokens alone (see `omni.model.ctc`). It
+    trains the projector directly, before the language model attends to the audio, and is not used
+    for decoding.
 
     lm: the pretrained language model, see `omni.model.lm.pretrained`; None builds its shape.
-    task_weights, distillation: what the loss is made of; set by who trains.
+    The training loop sets `task_weights`, (tasks,) fp32, and `distillation`.
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class OmniModel(nn.Module):
         self.lm = lm if lm is not None else _build(config.lm)
         self.soft_size: nn.Parameter | None = None
         if isinstance(self.lm, HFLanguageModel):
-            # What its embeddings measure; kept with the weights, since training may change them.
+            # The RMS of the embeddings before training, which may change them; saved as a weight.
             size = 1.0 if lm is None else self.lm.embedding_size()
             self.soft_size = nn.Parameter(torch.tensor([size]), requires_grad=False)
         else:
@@ -132,8 +137,8 @@ class OmniModel(nn.Module):
         vocabulary = config.lm.vocab_size
         self.ctc_head: CTCHead | None = None
         if config.ctc:
-            own = isinstance(self.lm, GPT)
-            self.ctc_head = LinearCTC(width, vocabulary) if own else TiedCTC(width, vocabulary)
+            head = LinearCTC if isinstance(self.lm, GPT) else TiedCTC
+            self.ctc_head = head(width, vocabulary)
         self.task_weights: Tensor | None = None
         self.distillation: Distillation | None = None
 
@@ -142,7 +147,7 @@ class OmniModel(nn.Module):
         return 1 if self.task_weights is None else len(self.task_weights)
 
     def init_weights(self, seed: int) -> None:
-        """From a seed: all that is not pretrained."""
+        """Initialise everything that is not pretrained from a seed."""
         generator = torch.Generator().manual_seed(seed)
         self.projector.init_weights(generator)  # type: ignore[operator]
         if self.config.source is None and isinstance(self.lm, GPT):
@@ -151,47 +156,48 @@ class OmniModel(nn.Module):
             self.ctc_head.init_weights(generator)
 
     def train_parts(self, parts: Sequence[str]) -> None:
-        """Freeze everything but these: projector, lora, lm. Sizes of soft tokens stay."""
+        """Freeze all parameters but those of the named parts: projector, lora, lm."""
         for name, parameter in self.named_parameters():
             inside = name.startswith("lm.")
             kind = "lora" if is_adapter(name) else "lm" if inside else "projector"
             parameter.requires_grad_(kind in parts and name != "soft_size")
 
     def kept_by_reference(self, name: str) -> bool:
-        """Whether a parameter is a pretrained model's and frozen: checkpoints leave it out."""
+        """Tell whether a parameter is pretrained and frozen; checkpoints leave such ones out."""
         if self.config.source is None or not name.startswith("lm."):
             return False
         return not self.get_parameter(name).requires_grad
 
     def project(self, audio_NF: Tensor, starts_N: Tensor | None = None) -> Tensor:
-        """Soft tokens (N, C) of stacked features; starts_N as in `Batch`."""
+        """Project stacked features (N, F) to soft tokens (N, C); starts_N: see `Batch`."""
         x = audio_NF.to(next(self.projector.parameters()).dtype)
         if self.mix is not None:
             x = self.mix(x)
         soft: Tensor = self.projector(x, starts_N)
         return soft if self.soft_size is None else soft * self.soft_size
 
-    def forward(self, batch: Batch, listen_only: bool = False) -> LossSums:
-        """listen_only: leave the language model out; CTC is the only loss."""
+    def forward(self, batch: Batch, ctc_only: bool = False) -> LossSums:
+        """Compute the losses of a batch; ctc_only skips the language model."""
         soft_NC = self.project(batch.audio_NF, batch.audio_starts_N)
-        if listen_only:
-            return self._listen(soft_NC, batch)
+        if ctc_only:
+            return self._ctc_sums(soft_NC, batch)
         x = self.lm.embed(batch.tokens_BT)
         has_id = ~batch.audio_mask_BT
         audio_NC = soft_NC
         if self.training and self.config.audio_dropout:
-            audio_NC = self._hide(soft_NC, _keep(soft_NC, self.config.audio_dropout))
+            kept = _keep(soft_NC, self.config.audio_dropout)
+            audio_NC = self._mask_dropped(soft_NC, kept)
         if self.training and self.config.token_dropout:
             kept = _keep(x, self.config.token_dropout).squeeze(-1).bool()
-            x = self._hide(x, kept.unsqueeze(-1))
+            x = self._mask_dropped(x, kept.unsqueeze(-1))
             has_id = has_id & kept
         x = scatter_soft_tokens(x, audio_NC, batch.audio_mask_BT)
         layout = SegmentLayout.packed(batch.segments_BT)
         hidden = self.lm.trunk(x, batch.tokens_BT, layout, has_id)
-        # Only supervised positions reach the vocabulary: audio outnumbers text several times.
+        # Logits of other positions are not needed: audio outnumbers text several times.
         supervised = batch.targets_BT != IGNORED
         targets, hidden_SC = batch.targets_BT[supervised], hidden[supervised]
-        losses, right = self.lm.loss(hidden_SC, targets)
+        losses, correct = self.lm.loss(hidden_SC, targets)
         tasks = batch.tasks_BT[supervised]
         weights = None if self.task_weights is None else self.task_weights.to(x.device)[tasks]
         loss = losses.sum() if weights is None else (losses * weights).sum()
@@ -202,27 +208,27 @@ class OmniModel(nn.Module):
         return LossSums(
             loss,
             count,
-            right.sum(),
+            correct.sum(),
             zero if self.ctc_head is None else self._ctc(soft_NC, batch),
             zero if batch.teacher is None else self._kl(hidden_SC, targets, batch.teacher),
-            self._by_task(losses, right, tasks),
+            self._by_task(losses, correct, tasks),
         )
 
-    def _hide(self, x: Tensor, kept: Tensor) -> Tensor:
-        """x where it is kept, else nothing: zero in a GPT, which mixes its input into every layer.
+    def _mask_dropped(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Mask dropped positions: by zero in a GPT, by the mean embedding in other models.
 
-        In other models a zero stays zero through all layers where no other position is seen, and
-        each norm on the way multiplies its gradient by 1/sqrt(eps): 30 layers overflow. There the
-        mean embedding stands for nothing.
+        In a model that does not mix its input into every layer, a zero vector stays zero through
+        all layers where it sees no other position, and each norm multiplies its gradient by
+        1/sqrt(eps): 30 layers overflow.
         """
         if isinstance(self.lm, GPT):
             return x * kept
-        nothing = self.lm.embedding_matrix().detach().float().mean(0)
-        return torch.where(kept.bool(), x, nothing.to(x.dtype))
+        mean = self.lm.embedding_matrix().detach().float().mean(0)
+        return torch.where(kept.bool(), x, mean.to(x.dtype))
 
-    def _listen(self, soft_NC: Tensor, batch: Batch) -> LossSums:
+    def _ctc_sums(self, soft_NC: Tensor, batch: Batch) -> LossSums:
         ctc = self._ctc(soft_NC, batch)
-        # Whoever adds up gradients over ranks waits for every parameter's.
+        # DDP needs a gradient for every trainable parameter.
         for parameter in self.lm.parameters():
             if parameter.requires_grad:
                 ctc = ctc + parameter.flatten()[0] * 0.0
@@ -230,12 +236,14 @@ class OmniModel(nn.Module):
         count = (batch.targets_BT != IGNORED).sum().to(ctc.dtype)
         return LossSums(zero, count, zero, ctc, zero, ctc.new_zeros(self.tasks, 3))
 
-    def _by_task(self, losses: Tensor, right: Tensor, tasks: Tensor) -> Tensor:
-        columns = torch.stack((losses.detach(), torch.ones_like(losses), right.to(losses.dtype)), 1)
+    def _by_task(self, losses: Tensor, correct: Tensor, tasks: Tensor) -> Tensor:
+        columns = torch.stack(
+            (losses.detach(), torch.ones_like(losses), correct.to(losses.dtype)), 1
+        )
         return columns.new_zeros(self.tasks, 3).index_add_(0, tasks, columns)
 
     def _kl(self, hidden_SC: Tensor, targets: Tensor, teacher: Batch) -> Tensor:
-        """Summed divergence from what the language model, as it came, says to the transcript."""
+        """Sum the divergence from the teacher: the LM without adapters, given the transcript."""
         assert self.distillation is not None
         was_training = self.lm.training
         self.lm.eval()
@@ -249,23 +257,24 @@ class OmniModel(nn.Module):
         return kl_divergence(self.lm, hidden_SC, teacher_SC, targets, self.distillation)
 
     def _ctc(self, soft_NC: Tensor, batch: Batch) -> Tensor:
-        """Summed CTC loss over the utterances whose transcript fits their soft tokens."""
+        """Sum the CTC loss over the utterances whose transcript fits into their soft tokens."""
         assert self.ctc_head is not None
         rows = batch.segments_BT.shape[0]
-        # One number per utterance over the whole batch, in the order of its soft tokens.
+        # Make segment numbers unique over the bins of the batch, in the order of the soft tokens.
         keys = batch.segments_BT + torch.arange(rows, device=soft_NC.device)[:, None] * 1_000_000
-        _, soft_lengths = keys[batch.audio_mask_BT].unique_consecutive(return_counts=True)
+        _, soft_lengths = torch.unique_consecutive(keys[batch.audio_mask_BT], return_counts=True)
         supervised = batch.targets_BT != IGNORED
-        _, answer_lengths = keys[supervised].unique_consecutive(return_counts=True)
+        _, answer_lengths = torch.unique_consecutive(keys[supervised], return_counts=True)
         if not len(soft_lengths):
-            return self.ctc_head(rms(soft_NC), self.lm).sum() * 0.0
-        answers = batch.targets_BT[supervised].split(answer_lengths.tolist())
-        labels = [answer[:-1] for answer in answers]  # without the end token
+            unused: Tensor = self.ctc_head(rms(soft_NC), self.lm)
+            return unused.sum() * 0.0
+        answers = torch.split(batch.targets_BT[supervised], answer_lengths.tolist())
+        labels = [answer[:-1] for answer in answers]  # The end token is not spoken.
         return ctc_losses(self.ctc_head, rms(soft_NC), self.lm, soft_lengths.tolist(), labels).sum()
 
 
 def _keep(x: Tensor, rate: float) -> Tensor:
-    """1 for kept and 0 for hidden positions, (..., 1)."""
+    """Draw a mask of 1 for kept and 0 for dropped positions, (..., 1)."""
     return (torch.rand(*x.shape[:-1], 1, device=x.device) >= rate).to(x.dtype)
 
 

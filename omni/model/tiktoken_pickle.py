@@ -1,7 +1,7 @@
-"""nanochat's tokenizer.pkl without trusting it: a pickle can run any code of its author's choice.
+"""Read nanochat's tokenizer.pkl safely: unpickling an untrusted file can run any code.
 
 The file is a pickled tiktoken.Encoding, whose state is plain data (name, pattern, ranks, specials).
-The unpickler admits that one constructor, and puts a class that can do nothing in its place.
+The unpickler accepts that class only, and replaces it by one without behaviour.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Encoding:
-    """What the pickle takes for tiktoken.Encoding."""
+    """Stand-in for tiktoken.Encoding that keeps the pickled state."""
 
     state: Any = None
 
@@ -30,22 +30,22 @@ class _Encoding:
 class _OnlyEncoding(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) != ("tiktoken.core", "Encoding"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not admitted")
+            raise pickle.UnpicklingError(f"it needs {module}.{name}, which is not allowed")
         return _Encoding
 
 
 def load_tiktoken_pickle(path: Path) -> Tokenizer:
-    """The pickled encoding as a `tokenizers` BPE with the same ids.
+    """Load a pickled encoding as a BPE of `tokenizers` with the same ids.
 
-    Raises ValueError: not such a pickle, anything but a tiktoken Encoding in it, or special tokens
-    that do not follow the others.
+    Raises ValueError naming the file: it is not such a pickle, or its special tokens do not come
+    after the others.
     """
     try:
         with path.open("rb") as file:
             found = _OnlyEncoding(file).load()
     except OSError:
         raise
-    except Exception as error:  # a pickle can fail in as many ways as it has instructions
+    except Exception as error:  # A damaged pickle can raise any class of error.
         raise ValueError(f"{path}: expected a pickled tiktoken Encoding: {error}") from None
     state = getattr(found, "state", None)
     if not isinstance(found, _Encoding) or state is None or not _is_state(state):
@@ -57,7 +57,7 @@ def load_tiktoken_pickle(path: Path) -> Tokenizer:
 
 
 def to_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
-    """A byte-level BPE as nanochat pickles it. Raises ValueError for any other tokenizer."""
+    """Convert a byte-level BPE to nanochat's class. Raises ValueError for other tokenizers."""
     import tiktoken
 
     document = json.loads(tokenizer.to_str())
@@ -108,8 +108,8 @@ def _convert(state: dict[str, Any]) -> Tokenizer:
     ]
     try:
         split = Regex(state["pat_str"])
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"its pattern for splitting text: {error}") from None
+    except Exception as error:  # The library raises plain Exception.
+        raise ValueError(f"pat_str: expected a pattern for splitting text: {error}") from None
     vocab = {written(token): rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -121,23 +121,23 @@ def _convert(state: dict[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     specials = sorted(state["special_tokens"].items(), key=lambda item: item[1])
     if known := [name for name, _ in specials if name in vocab]:
-        raise ValueError(f"{known} are both ordinary and special tokens")
+        raise ValueError(f"special_tokens: {known} are ordinary tokens too")
     if [number for _, number in specials] != list(range(len(ranks), len(ranks) + len(specials))):
-        raise ValueError("expected the special tokens right after the others")
+        raise ValueError("special_tokens: expected ids that follow those of the ordinary tokens")
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name, _ in specials])
     return tokenizer
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes, limit: int) -> tuple[bytes, bytes]:
-    """The two parts that byte-pair encoding joins last to make `token`, from ranks below its own.
+    """Find the two parts that byte-pair encoding merges last into `token`, of ranks below its own.
 
-    Raises ValueError where they do not exist: then the ranks are no byte-pair encoding.
+    Raises ValueError where there are none: the ranks are not a byte-pair encoding.
     """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         joined = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
         at = min(range(len(joined)), key=joined.__getitem__)
         if joined[at] >= limit:
-            raise ValueError(f"the token {token!r} is not made of earlier ones")
+            raise ValueError(f"mergeable_ranks: {token!r} is not a merge of tokens of lower rank")
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]

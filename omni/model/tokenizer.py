@@ -1,4 +1,4 @@
-"""Text to ids and back: omni's own and nanochat's BPE, or the tokenizer of a transformers model."""
+"""Tokenizers: omni's own and nanochat's BPE, or the tokenizer of a transformers model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# GPT-4's split with numbers in groups of at most two digits, as nanochat's.
+# nanochat's pattern: that of GPT-4, with numbers in groups of at most two digits.
 SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -33,11 +33,10 @@ SPLIT = (
 
 
 class SpeechTokenizer:
-    """A `tokenizers` tokenizer, and what its language model takes for beginning and end.
+    """A tokenizer of the `tokenizers` library with the begin and end tokens of its language model.
 
-    Without a chat template it is nanochat's kind: its special tokens at the end of the vocabulary.
-
-    bos: the id that begins a text, None where the model knows none. end: the id that ends it.
+    bos: id that begins a text; None where the model has none. end: id that ends an answer.
+    special_ids: ids of nanochat's special tokens; empty for a transformers model.
     """
 
     def __init__(
@@ -48,14 +47,18 @@ class SpeechTokenizer:
         end_token: str | None = None,
         chat_template: str | None = None,
     ) -> None:
-        """end_token: given for a model of transformers, with its other marks."""
+        """Wrap `tokenizer`.
+
+        end_token: given for a transformers model, with bos_token and chat_template. None: the
+        vocabulary ends with nanochat's special tokens. Raises ValueError naming a missing token.
+        """
         self._tokenizer = tokenizer
         self.vocab_size: int = tokenizer.get_vocab_size()
         self.chat_template = chat_template
         self.special_ids: dict[str, int] = {}
-        self._marks: dict[str, str | None] | None = None
+        self._named_tokens: dict[str, str | None] | None = None
         if end_token is not None:
-            self._marks = {"bos_token": bos_token, "end_token": end_token}
+            self._named_tokens = {"bos_token": bos_token, "end_token": end_token}
             self.bos = None if bos_token is None else self._id(bos_token)
             self.end = self._id(end_token)
             return
@@ -77,7 +80,10 @@ class SpeechTokenizer:
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size {vocab_size} is under {smallest} (bytes and specials)")
+            raise ValueError(
+                f"vocab_size {vocab_size}: expected {smallest} or more (256 bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens)"
+            )
         tokenizer = Tokenizer(models.BPE(byte_fallback=False))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -97,7 +103,7 @@ class SpeechTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> SpeechTokenizer:
-        """A tokenizer.json, one that `save` wrote, or nanochat's tokenizer.pkl."""
+        """Load a tokenizer.json, a file that `save` wrote, or nanochat's tokenizer.pkl."""
         if Path(path).suffix == ".pkl":
             return cls(load_tiktoken_pickle(Path(path)))
         return cls.from_json(Path(path).read_text())
@@ -106,12 +112,12 @@ class SpeechTokenizer:
         Path(path).write_text(self.to_json())
 
     def to_json(self) -> str:
-        """The tokenizer of the `tokenizers` library, inside an object with the marks if it has
-        some."""
+        """Serialise to the JSON of `tokenizers`, wrapped together with the names of begin and end
+        tokens and the chat template where it has them."""
         text: str = self._tokenizer.to_str()
-        if self._marks is None:
+        if self._named_tokens is None:
             return text
-        own = {**self._marks, "chat_template": self.chat_template}
+        own = {**self._named_tokens, "chat_template": self.chat_template}
         return json.dumps({"tokenizer": json.loads(text), **own}, ensure_ascii=False)
 
     @classmethod
@@ -123,45 +129,47 @@ class SpeechTokenizer:
         return cls(inner, **found)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; a special token spelled out in the text stays text."""
+        """Encode plain text; a special token spelled out in it is encoded as text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         self._tokenizer.encode_special_tokens = True
+        # The fast variant leaves out character offsets.
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in found]  # fast: without the places in the text
+        return [encoding.ids for encoding in found]
 
     def encode_markup(self, text: str) -> list[int]:
-        """Ids of a template's text, in which special tokens are what they say."""
+        """Encode text of a template, in which special tokens count as such."""
         self._tokenizer.encode_special_tokens = False
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """Messages ("role", "content") as the chat template writes them."""
+        """Render messages ("role", "content") with the chat template."""
         text: str = self.to_transformers().apply_chat_template(
             messages, tokenize=False, enable_thinking=False
         )
         return text
 
     def to_tiktoken(self) -> tiktoken.Encoding:
-        """The same as nanochat keeps it. Raises ValueError for a transformers model's tokenizer."""
-        if self._marks is not None:
-            raise ValueError("the tokenizer of a transformers model is not nanochat's kind")
+        """Convert to nanochat's class. Raises ValueError for a transformers model's tokenizer."""
+        if self._named_tokens is not None:
+            raise ValueError("expected nanochat's kind of tokenizer, got a transformers model's")
         return to_tiktoken(self._tokenizer)
 
     def to_transformers(self) -> Any:
-        """The same as a tokenizer of transformers."""
+        """Convert to a fast tokenizer of transformers."""
         from transformers import PreTrainedTokenizerFast
 
-        marks = self._marks or {"bos_token": "<|bos|>", "end_token": "<|assistant_end|>"}
+        named = self._named_tokens or {"bos_token": "<|bos|>", "end_token": "<|assistant_end|>"}
         return PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(self._tokenizer.to_str()),
-            bos_token=marks["bos_token"],
-            eos_token=marks["end_token"],
-            pad_token=marks["end_token"],
+            bos_token=named["bos_token"],
+            eos_token=named["end_token"],
+            pad_token=named["end_token"],
             chat_template=self.chat_template,
         )

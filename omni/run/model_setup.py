@@ -9,7 +9,7 @@ from omni.corpus.index import Index
 from omni.errors import ConfigError
 from omni.model.chat_template import Template, make_template
 from omni.model.download import HubError, SourceError
-from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig
 from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import Pretrained, find_pretrained

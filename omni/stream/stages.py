@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from omni.audio.decode import AudioError, decode_patiently, fit
+from omni.audio.decode import AudioError, decode_with_retry, fit
 from omni.audio.logmel import SAMPLING_RATE, clip_mel, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
@@ -148,7 +148,7 @@ def _log_mel(recording: _ScheduledRecording, settings: StreamSettings) -> bytes:
     traffic between the stages.
     """
     encoder, row = settings.config.encoder, recording.row
-    audio = decode_patiently(row["uri"], span_of(row))
+    audio = decode_with_retry(row["uri"], span_of(row))
     audio = fit(audio, row["samples"])
     augmentation, change = recording.augmentation, recording.change
     if augmentation is not None and change is not None:

@@ -15,7 +15,7 @@ from omni.checkpoint.retention import prune_checkpoints, set_link
 from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
 from omni.config import Config
-from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.storage.path import ObjectPath, StoragePath, as_path

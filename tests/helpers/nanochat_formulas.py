@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.gpt_block import GPTConfig
 
 Weights = dict[str, Tensor]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.lm.gpt import GPT
+from omni.model.lm.gpt_block import GPTConfig
 
 # Grouped heads, short windows of 128 positions, and a vocabulary that is not a multiple of 64.
 SMALL = GPTConfig(

@@ -24,7 +24,7 @@ from omni.corpus.index import build_index
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import transcription
 from omni.model.lm.generate import generate
-from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import find_pretrained, load_lm
 from omni.model.speech_lm import OmniConfig, OmniModel

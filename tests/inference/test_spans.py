@@ -19,7 +19,7 @@ from omni.inference.spans import transcribe_index, transcribe_speech
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import Template
 from omni.model.encoder.whisper import WhisperEncoder
-from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.stream.codec import FeatureCodec

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from omni.config import Config, parse_config
 from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO
-from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.lm.gpt import GPT
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig
 from omni.model.lm.nanochat import save_nanochat
 from omni.model.tokenizer import SpeechTokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni.audio.decode import AudioError, decode_patiently
+from omni.audio.decode import AudioError, decode_with_retry
 from omni.checkpoint.resume import find_resume_point
 from omni.metrics.run_files import append_json, read_json_lines
 from omni.storage.retry import retry_storage
@@ -63,12 +63,12 @@ def test_recordings_whose_storage_is_away_are_not_rejected(tmp_path: Path) -> No
     real.mkdir()
     soundfile.write(real / "a.wav", np.zeros(1600, dtype="float32"), 16_000)
     thread = _later(0.5, lambda: link.symlink_to(real))
-    assert len(decode_patiently(link / "a.wav")) == 1600
+    assert len(decode_with_retry(link / "a.wav")) == 1600
     thread.join()
     (real / "bad.wav").write_bytes(b"x")
     for name in ("bad.wav", "gone.wav"):
         with pytest.raises(AudioError, match="unreadable"):
-            decode_patiently(link / name)
+            decode_with_retry(link / name)
 
 
 def test_an_attempt_does_not_take_lost_storage_for_a_new_run(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from omni.config import OptimConfig
 from omni.model.batch import Batch
-from omni.model.lm.gpt import GPTConfig
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.stream.collate import collate
 from omni.train.optim import (

@@ -1,4 +1,4 @@
-"""The encoder in a Whisper folder of CTranslate2, as faster-whisper keeps them on disk.
+"""Read the encoder from a Whisper folder of CTranslate2, the format of faster-whisper.
 
 model.bin is a list of named arrays (ctranslate2/specs/model_spec.py, binary version 6). A string is
 a 16-bit length, which counts a final zero, and bytes; an array is its name, 8-bit rank, 32-bit
@@ -18,59 +18,59 @@ from torch import Tensor
 
 _VERSIONS = (5, 6)
 _TYPES = [torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16]
-_HEAD = 64  # every Whisper has heads of this width
+_HEAD_WIDTH = 64  # in all sizes of Whisper
 
 
 def read_ct2_encoder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The encoder's configuration and tensors under transformers' names, fp16 or fp32.
+    """Read configuration and tensors of the encoder under transformers' names, in fp16 or fp32.
 
-    Weights in int8 are multiplied out with their scales. Raises ValueError for other files.
+    Integer weights are dequantized. Raises ValueError for other files.
     """
     with (folder / "model.bin").open("rb") as file:
         try:
-            held = _arrays(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            arrays = _read_arrays(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (struct.error, UnicodeDecodeError, IndexError):
-            raise ValueError("model.bin ends early, or is not CTranslate2's") from None
+            raise ValueError("model.bin: truncated, or not a file of CTranslate2") from None
     try:
-        state = _renamed(held)
+        state = _rename(arrays)
     except KeyError as error:
-        raise ValueError(f"model.bin has no {error.args[0]}: not a Whisper model") from None
+        raise ValueError(f"model.bin: no {error.args[0]}; expected a Whisper model") from None
     width, n_mels, _ = state["conv1.weight"].shape
     layers = sum(name.endswith("self_attn.q_proj.weight") for name in state)
     return {
         "model_type": "whisper",
         "d_model": width,
         "num_mel_bins": n_mels,
-        "encoder_attention_heads": width // _HEAD,
+        "encoder_attention_heads": width // _HEAD_WIDTH,
         "encoder_ffn_dim": len(state["layers.0.fc1.weight"]),
         "encoder_layers": layers,
         "max_source_positions": len(state["embed_positions.weight"]),
     }, state
 
 
-def _arrays(data: mmap.mmap) -> dict[str, Tensor]:
-    """All arrays of the encoder."""
-    at = 0
+def _read_arrays(data: mmap.mmap) -> dict[str, Tensor]:
+    """Read the named arrays of the encoder."""
+    offset = 0
 
     def number(form: str) -> int:
-        nonlocal at
-        (value,) = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize(form)
+        nonlocal offset
+        (value,) = struct.unpack_from("<" + form, data, offset)
+        offset += struct.calcsize(form)
         return int(value)
 
     def text() -> str:
-        nonlocal at
+        nonlocal offset
         size = number("H")
-        value = data[at : at + size - 1].decode()
-        at += size
+        value = data[offset : offset + size - 1].decode()
+        offset += size
         return value
 
     version = number("I")
     if version not in _VERSIONS:
-        raise ValueError(f"model.bin is of version {version}, expected one of {_VERSIONS}")
+        raise ValueError(f"model.bin: version {version}: expected one of {_VERSIONS}")
     kind, _ = text(), number("I")
     if not kind.startswith("WhisperSpec"):
-        raise ValueError(f"model.bin holds a {kind}, expected a WhisperSpec")
+        raise ValueError(f"model.bin: {kind}: expected a WhisperSpec")
     found: dict[str, Tensor] = {}
     for _ in range(number("I")):
         name = text()
@@ -78,51 +78,53 @@ def _arrays(data: mmap.mmap) -> dict[str, Tensor]:
         dtype = _TYPES[number("B")]
         size = number("I")
         if name.startswith("encoder/"):
-            if size != math.prod(shape) * dtype.itemsize or at + size > len(data):
-                raise ValueError(f"model.bin: {name} is cut short")
-            flat = torch.frombuffer(bytearray(data[at : at + size]), dtype=dtype)
+            if size != math.prod(shape) * dtype.itemsize or offset + size > len(data):
+                raise ValueError(f"model.bin: {name}: truncated")
+            flat = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=dtype)
             found[name.removeprefix("encoder/")] = flat.view(shape)
-        at += size
+        offset += size
     return found
 
 
-def _renamed(held: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {"embed_positions.weight": held["position_encodings/encodings"]}
+def _rename(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename arrays to transformers' names and split joined projections."""
+    state = {"embed_positions.weight": arrays["position_encodings/encodings"]}
     for conv in ("conv1", "conv2"):
-        state[f"{conv}.weight"] = _weight(held, conv)
-        state[f"{conv}.bias"] = held[f"{conv}/bias"]
+        state[f"{conv}.weight"] = _weight(arrays, conv)
+        state[f"{conv}.bias"] = arrays[f"{conv}/bias"]
 
-    def norm(theirs: str, ours: str) -> None:
-        state[f"{ours}.weight"] = held[f"{theirs}/gamma"]
-        state[f"{ours}.bias"] = held[f"{theirs}/beta"]
+    def norm(source: str, target: str) -> None:
+        state[f"{target}.weight"] = arrays[f"{source}/gamma"]
+        state[f"{target}.bias"] = arrays[f"{source}/beta"]
 
-    def linear(theirs: str, ours: str) -> None:
-        state[f"{ours}.weight"] = _weight(held, theirs)
-        state[f"{ours}.bias"] = held[f"{theirs}/bias"]
+    def linear(source: str, target: str) -> None:
+        state[f"{target}.weight"] = _weight(arrays, source)
+        state[f"{target}.bias"] = arrays[f"{source}/bias"]
 
     norm("layer_norm", "layer_norm")
     layer = 0
-    while layer == 0 or f"layer_{layer}/ffn/linear_0/weight" in held:
-        theirs, ours = f"layer_{layer}", f"layers.{layer}"
-        norm(f"{theirs}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm")
-        joined = f"{theirs}/self_attention/linear_0"
-        weights = _weight(held, joined).chunk(3)
-        biases = held[f"{joined}/bias"].chunk(3)
+    while layer == 0 or f"layer_{layer}/ffn/linear_0/weight" in arrays:
+        source, target = f"layer_{layer}", f"layers.{layer}"
+        norm(f"{source}/self_attention/layer_norm", f"{target}.self_attn_layer_norm")
+        joined = f"{source}/self_attention/linear_0"
+        weights = _weight(arrays, joined).chunk(3)
+        biases = arrays[f"{joined}/bias"].chunk(3)
         for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
-            state[f"{ours}.self_attn.{name}.weight"] = weight
-            if name != "k_proj":  # Whisper has none; theirs is zero
-                state[f"{ours}.self_attn.{name}.bias"] = bias
-        linear(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
-        norm(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm")
-        linear(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
-        linear(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
+            state[f"{target}.self_attn.{name}.weight"] = weight
+            if name != "k_proj":  # Whisper's keys have no bias; CTranslate2 stores zeros.
+                state[f"{target}.self_attn.{name}.bias"] = bias
+        linear(f"{source}/self_attention/linear_1", f"{target}.self_attn.out_proj")
+        norm(f"{source}/ffn/layer_norm", f"{target}.final_layer_norm")
+        linear(f"{source}/ffn/linear_0", f"{target}.fc1")
+        linear(f"{source}/ffn/linear_1", f"{target}.fc2")
         layer += 1
     return state
 
 
-def _weight(held: dict[str, Tensor], name: str) -> Tensor:
-    weight = held[f"{name}/weight"]
+def _weight(arrays: dict[str, Tensor], name: str) -> Tensor:
+    """Return a weight, dequantized by its scale if it is an integer."""
+    weight = arrays[f"{name}/weight"]
     if weight.dtype not in (torch.int8, torch.int16):
         return weight
-    scale = held[f"{name}/weight_scale"].float()
+    scale = arrays[f"{name}/weight_scale"].float()
     return weight.float() / scale.view(-1, *[1] * (weight.ndim - 1))

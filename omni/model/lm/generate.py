@@ -1,4 +1,4 @@
-"""Greedy decoding of many utterances at once."""
+"""Greedy decoding of a batch of prompts with audio."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from omni.audio.logmel import FRAMES_PER_SECOND
 from omni.model.chat_template import AUDIO
-from omni.model.lm.gpt import GPT, SMEAR_GATE_CHANNELS, KVCache
+from omni.model.lm.gpt import GPT
+from omni.model.lm.gpt_block import SMEAR_GATE_CHANNELS, KVCache
 from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import stack_frames
 from omni.model.speech_lm import OmniModel
@@ -25,33 +26,33 @@ def generate(
     max_tokens: int = 200,
     tokens_per_second: float = 12.0,
 ) -> list[list[int]]:
-    """Token ids that the model writes after each prompt, without the end token.
+    """Generate the answer to each prompt greedily; returns token ids without the end token.
 
-    prompts: ids with AUDIO where a recording stands. features: for each prompt, a (T, d) tensor at
-    50 frames/s for each of its recordings.
-    An answer ends with the end token, or after `tokens_per_second` of its audio (at least 16,
-    at most `max_tokens`): nobody speaks faster, and a model that loops is stopped.
+    prompts: ids, with AUDIO for each recording. features: for each prompt, one (T, d) tensor at
+    50 frames/s per recording.
+    An answer has at most `tokens_per_second` tokens per second of its audio (at least 16, at most
+    `max_tokens`): more than anybody speaks, so that a model that loops is stopped.
     """
     if not prompts:
         return []
     rows, ids = [], []
-    for prompt, spoken in zip(prompts, features, strict=True):
-        row, row_ids = _embedded(model, prompt, spoken)
+    for prompt, recordings in zip(prompts, features, strict=True):
+        row, row_ids = _embed_prompt(model, prompt, recordings)
         rows.append(row)
         ids.append(row_ids)
-    seconds = [sum(map(len, spoken)) / FRAMES_PER_SECOND for spoken in features]
+    seconds = [sum(map(len, recordings)) / FRAMES_PER_SECOND for recordings in features]
     limits = [min(max_tokens, max(16, int(s * tokens_per_second))) for s in seconds]
     if isinstance(model.lm, GPT):
-        return _write(model.lm, rows, ids, limits, end)
-    return model.lm.write(rows, limits, end)
+        return _generate_gpt(model.lm, rows, ids, limits, end)
+    return model.lm.generate(rows, limits, end)
 
 
-def _embedded(
-    model: OmniModel, prompt: Sequence[int], spoken: Sequence[Tensor]
+def _embed_prompt(
+    model: OmniModel, prompt: Sequence[int], features: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (T, C) of a prompt with its soft tokens, and its ids, AUDIO for each of those."""
+    """Embed a prompt: (T, C) embeddings with soft tokens, and (T,) ids, AUDIO for those."""
     device = next(model.projector.parameters()).device
-    recordings = iter(spoken)
+    recordings = iter(features)
     parts: list[Tensor] = []
     ids: list[Tensor] = []
     text: list[int] = []
@@ -76,17 +77,17 @@ def _embedded(
     return torch.cat([part.to(like.dtype) for part in parts]), torch.cat(ids)
 
 
-def _write(
+def _generate_gpt(
     lm: GPT, embedded: list[Tensor], ids: list[Tensor], limits: list[int], end: int
 ) -> list[list[int]]:
-    """Greedy continuations with a KV cache; rows that end early wait for the others."""
+    """Continue rows greedily with a KV cache, until the last one ends."""
     device = embedded[0].device
     lengths = torch.tensor([len(row) for row in embedded], device=device)
     rows, longest = len(embedded), int(lengths.max())
     x = torch.nn.utils.rnn.pad_sequence(embedded, batch_first=True)
     ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     has_id = ids_BT != AUDIO
-    # Values have the dtype of the activations: autocast's where it is on.
+    # The cache has the dtype of the activations, which is autocast's where it is on.
     probe = lm.smear_gate(x[:1, :1, :SMEAR_GATE_CHANNELS])
     cache = KVCache(lm.config, rows, longest + max(limits), probe)
     layout = SegmentLayout.plain((rows, longest), device, lengths_B=lengths)

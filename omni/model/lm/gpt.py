@@ -37,10 +37,10 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """nanochat's language model with a hook for soft tokens.
+    """nanochat's language model, with soft tokens as additional input.
 
-    dropout: on embeddings and on each residual branch, in training only (nanochat has none; small
-    speech corpora need it).
+    dropout: on embeddings and on each residual branch, in training only. nanochat has none; small
+    speech corpora need it.
     """
 
     def __init__(self, config: GPTConfig, dropout: float = 0.0) -> None:
@@ -65,7 +65,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """nanochat's: embedding 0.8, matrices uniform of std 1/sqrt(C), outputs zero."""
+        """Initialise as nanochat: embeddings of std 0.8, matrices uniform of std 1/sqrt(C), output
+        matrices of branches zero.
+        """
         bound = math.sqrt(3.0 / self.config.n_embd)
         self.transformer.wte.weight.normal_(0.0, 0.8, generator=generator)
         self.lm_head.weight.normal_(0.0, 0.001, generator=generator)
@@ -90,11 +92,11 @@ class GPT(nn.Module):
         return [block for block in self.transformer.h if isinstance(block, Block)]
 
     def embedding_matrix(self) -> Tensor:
-        """(V, C), as stored."""
+        """Return the token embeddings (V, C) as stored."""
         return self.transformer.wte.weight
 
     def embed(self, idx_BT: Tensor) -> Tensor:
-        """Normed token embeddings (B, T, C): the place where soft tokens enter."""
+        """Compute normed token embeddings (B, T, C), among which soft tokens are inserted."""
         return rms(self.transformer.wte(idx_BT))
 
     def trunk(
@@ -105,13 +107,13 @@ class GPT(nn.Module):
         value_mask_BT: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """All blocks over embeddings x: the normed final hidden states (B, T, C).
+        """Run all blocks over embeddings x; returns normed final hidden states (B, T, C).
 
         value_mask_BT: False where a position has no token id (a soft token), hence no value
         embedding; None means every position has one.
         """
         if cache is not None and x_BTC.shape[1] > 1 and cache.last_embedding_BC is not None:
-            raise ValueError("a cache that holds a prefix is continued one position at a time")
+            raise ValueError("KV cache that holds a prefix: expected one position per call")
         previous = layout.shift(x_BTC)
         if cache is not None and x_BTC.shape[1] == 1 and cache.last_embedding_BC is not None:
             previous = cache.last_embedding_BC[:, None]
@@ -127,16 +129,16 @@ class GPT(nn.Module):
             value = self._value(i, idx_BT, value_mask_BT)
             if self._recompute and cache is None and torch.is_grad_enabled():
                 arguments = (value, cos_sin, layout, window, None)
-                x = checkpoint(self._through, x, block, *arguments, use_reentrant=False)
+                x = checkpoint(self._apply_block, x, block, *arguments, use_reentrant=False)
             else:
-                x = self._through(x, block, value, cos_sin, layout, window, cache)
+                x = self._apply_block(x, block, value, cos_sin, layout, window, cache)
             if i == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.lengths_B = layout.next_positions()
         return rms(x - self.backout_lambda * middle)
 
-    def _through(
+    def _apply_block(
         self,
         x: Tensor,
         block: Block,
@@ -150,20 +152,22 @@ class GPT(nn.Module):
         return x + self._drop(block.mlp(rms(x)))
 
     def recompute(self) -> None:
-        """Keep layers' inputs only, and compute the rest again for the backward pass."""
+        """Store only the inputs of layers, and recompute activations in the backward pass."""
         self._recompute = True
 
     def shards(self) -> list[nn.Module]:
-        """What FSDP gathers one at a time; the trunk calls a block's two halves by themselves."""
+        """List the modules that FSDP gathers one at a time: attention and MLP of each block, which
+        the trunk calls separately.
+        """
         return [half for block in self.blocks() for half in (block.attn, block.mlp)]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped fp32 logits (..., V) of normed hidden states (..., C)."""
+        """Compute softcapped fp32 logits (..., V) of normed hidden states (..., C)."""
         raw = self.lm_head(hidden)[..., : self.config.vocab_size].float()
         return SOFTCAP * torch.tanh(raw / SOFTCAP)
 
     def loss(self, hidden_SC: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each of S supervised positions, and which are predicted rightly."""
+        """Compute cross-entropy (S,) fp32 and correctness (S,) bool of S supervised positions."""
         return token_losses(self.logits, self.config.padded_vocab_size, hidden_SC, targets_S)
 
     def forward(
@@ -176,7 +180,7 @@ class GPT(nn.Module):
         kv_cache: KVCache | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """Logits (B, T, V) in fp32, or with targets the cross-entropy.
+        """Compute fp32 logits (B, T, V), or with targets the cross-entropy.
 
         idx, targets: (B, T) token ids; targets of -1 are ignored.
         audio_features: soft tokens already of width C. Without `audio_mask`, (B, N, C) is
@@ -196,7 +200,7 @@ class GPT(nn.Module):
             audio_mask = torch.zeros_like(idx, dtype=torch.bool)
             audio_mask[:, :count] = True
             if segments is not None:
-                raise ValueError("prepended audio_features and segments exclude each other")
+                raise ValueError("audio_features with segments: expected audio_mask")
         elif audio_features is not None and audio_mask is not None:
             x = scatter_soft_tokens(x, audio_features, audio_mask)
         if segments is not None:
@@ -221,7 +225,7 @@ class GPT(nn.Module):
     def _value(self, layer: int, idx_BT: Tensor, mask_BT: Tensor | None) -> Tensor | None:
         if str(layer) not in self.value_embeds:
             return None
-        value = self.value_embeds[str(layer)](idx_BT)
+        value: Tensor = self.value_embeds[str(layer)](idx_BT)
         if mask_BT is not None:
             value = value * mask_BT.unsqueeze(-1)
         return value.unflatten(-1, (self.config.n_kv_head, -1))

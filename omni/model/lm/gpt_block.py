@@ -1,4 +1,4 @@
-"""nanochat's GPT, part by part: its shape, attention, MLP, and the cache for decoding."""
+"""Parts of nanochat's GPT: shape, attention, MLP, block, and the KV cache for decoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMEAR_GATE_CHANNELS = 24
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """nanochat's `model_config`, field for field."""
+    """Shape of a GPT; the fields are those of nanochat's `model_config`."""
 
     sequence_len: int = 2048
     vocab_size: int = 32768
@@ -39,7 +39,7 @@ class GPTConfig:
             )
         if self.n_embd < SMEAR_GATE_CHANNELS:
             raise ValueError(
-                f"n_embd {self.n_embd} is under {SMEAR_GATE_CHANNELS} (the smear gate)"
+                f"n_embd {self.n_embd}: expected {SMEAR_GATE_CHANNELS} or more (the smear gate)"
             )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern {self.window_pattern!r}: expected letters S and L")
@@ -53,7 +53,7 @@ class GPTConfig:
         return -(-self.vocab_size // 64) * 64
 
     def windows(self) -> list[int]:
-        """Left positions each layer sees besides itself; the last layer always sees all."""
+        """Return the left context of each layer in positions; the last layer always sees all."""
         short = -(-(self.sequence_len // 4) // 128) * 128
         pattern = self.window_pattern
         letters = [pattern[i % len(pattern)] for i in range(self.n_layer)]
@@ -62,19 +62,19 @@ class GPTConfig:
 
 
 def rms(x: Tensor) -> Tensor:
-    """RMS normalisation over the last axis, without a weight."""
+    """Normalise the last axis to an RMS of 1, without a weight."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
 def rotate(x_BTHD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding over half-split pairs, a rotation by minus theta as in nanochat."""
+    """Apply rotary embeddings to half-split pairs; as in nanochat, the angle is minus theta."""
     cos, sin = cos_sin
     x1, x2 = x_BTHD.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 class KVCache:
-    """Keys, values and the smear's last embedding of B sequences while they are decoded."""
+    """Keys, values and the smear's previous embedding of B sequences during decoding."""
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor) -> None:
         head = config.n_embd // config.n_head
@@ -130,10 +130,11 @@ class Attention(nn.Module):
             out = self._decode(q, cache, window)
         else:
             out = layout.attend(q, k, v, window)
-        return self.c_proj(out.reshape(batch, length, width))
+        projected: Tensor = self.c_proj(out.reshape(batch, length, width))
+        return projected
 
     def _decode(self, q_B1HD: Tensor, cache: KVCache, window: int) -> Tensor:
-        """One new position per row against the cache, which already holds that position."""
+        """Attend from one new position per row to the cache, which already holds that position."""
         seen = int(cache.lengths_B.max()) + 1
         k, v = cache.k[self.layer][:, :seen], cache.v[self.layer][:, :seen]
         repeats = self.n_head // self.n_kv_head
@@ -153,7 +154,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        out: Tensor = self.c_proj(F.relu(self.c_fc(x)).square())
+        return out
 
 
 class Block(nn.Module):

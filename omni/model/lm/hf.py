@@ -1,8 +1,8 @@
-"""Any causal language model of transformers, over packed rows of text and soft tokens.
+"""Run causal language models of transformers over packed rows of text and soft tokens.
 
-The model runs on `inputs_embeds` with an attention function of ours, which takes the layout of the
-rows from the call's keyword arguments, so that a segment sees itself only. What transformers
-decodes with it has no layout, and goes through its own scaled dot product attention.
+The model runs on `inputs_embeds` with omni's attention function, which receives the layout of the
+rows in the keyword arguments of the call, so that a segment sees only itself. Decoding by
+transformers' `generate` passes no layout and uses scaled dot product attention.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from omni.model.losses import token_losses
 from omni.model.packed_attention import SegmentLayout
 
 _ATTENTION = "omni_packed"
-_EVERYTHING = 1 << 30  # a window that hides nothing
+_UNLIMITED = 1 << 30  # window in positions
 
 
 @dataclass(frozen=True)
 class HFConfig:
-    """architecture: the model's own configuration, as `PretrainedConfig.to_dict` has it."""
+    """Shape of a transformers language model."""
 
     architecture: dict[str, Any]
+    """Its configuration, as returned by `PretrainedConfig.to_dict`."""
 
     @property
     def width(self) -> int:
@@ -44,42 +45,43 @@ class HFConfig:
 
     @property
     def sequence_len(self) -> int | None:
-        """Positions of the longest sequence it was made for; None where it says nothing."""
+        """Return the maximum number of positions; None where the configuration has none."""
         found = self.architecture.get("max_position_embeddings")
         return found if isinstance(found, int) else None
 
 
 def read_config(folder: Path) -> HFConfig:
-    """The configuration in a model's folder. Raises SourceError."""
+    """Read the configuration in a model's folder. Raises SourceError."""
     from transformers import AutoConfig
 
     try:
         found = AutoConfig.from_pretrained(folder, **gguf_argument(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: no language model: {first_line(error)}") from None
+        raise SourceError(f"{folder}: expected a language model: {first_line(error)}") from None
     text = found.get_text_config()
     values: dict[str, Any] = json.loads(json.dumps(text.to_dict(), default=str))
     for name in ("quantization_config", "id2label", "label2id"):
         values.pop(name, None)
     for name in ("hidden_size", "vocab_size"):
         if not isinstance(values.get(name), int):
-            values[name] = getattr(text, name, None)  # some have it under another name
+            # Some architectures have an alias, which is an attribute only.
+            values[name] = getattr(text, name, None)
     if not isinstance(values["hidden_size"], int) or not isinstance(values["vocab_size"], int):
-        raise SourceError(f"{folder}: its configuration has no hidden_size or vocab_size")
+        raise SourceError(f"{folder}: config.json: expected hidden_size and vocab_size")
     if values.get("attn_logit_softcapping"):
         raise SourceError(f"{folder}: attention with a soft cap (Gemma 2) is not supported")
     return HFConfig(values)
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The transformers model in a folder, its weights in `dtype`. Raises SourceError."""
+    """Load the transformers model in a folder with weights in `dtype`. Raises SourceError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # every rank would draw one
+    logging.disable_progress_bar()  # Every rank would draw one.
     extra = gguf_argument(folder)
     if extra:
-        with contextlib.suppress(ImportError):  # before 5.20 there was no other way
+        with contextlib.suppress(ImportError):  # Before 5.20, GGUF was always dequantized.
             from transformers import GgufConfig
 
             extra["quantization_config"] = GgufConfig(dequantize=True)
@@ -92,9 +94,13 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 class HFLanguageModel(nn.Module):
-    """The interface of `GPT` for a transformers model. model None builds one without weights."""
+    """A transformers model with the interface of `GPT`.
 
-    model: Any  # transformers' classes share no type that says what they can do
+    model: None builds one with random weights. Raises SourceError for a model that is not
+    supported.
+    """
+
+    model: Any  # transformers' classes have no common type with the methods used here.
 
     def __init__(self, config: HFConfig, model: nn.Module | None = None) -> None:
         super().__init__()
@@ -109,11 +115,16 @@ class HFLanguageModel(nn.Module):
         self.model = model
         self.model.set_attn_implementation(_ATTENTION)
         if self.model.config._attn_implementation != _ATTENTION:
-            raise SourceError(f"{type(model).__name__} takes no attention function from outside")
-        self.model.generation_config = GenerationConfig()  # no penalties, no sampling
+            raise SourceError(
+                f"{type(model).__name__}: custom attention functions are not supported"
+            )
+        # The checkpoint's generation settings may contain penalties and sampling.
+        self.model.generation_config = GenerationConfig()
         head = self.model.get_output_embeddings()
         if head is None or not hasattr(self.model, "get_decoder"):
-            raise SourceError(f"{type(model).__name__}: not a causal language model with a head")
+            raise SourceError(
+                f"{type(model).__name__}: expected a causal language model with a head"
+            )
 
     @property
     def width(self) -> int:
@@ -125,23 +136,25 @@ class HFLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        parameter: Tensor = next(self.model.parameters())
+        return parameter.device
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Token embeddings (B, T, C) in fp32: the place where soft tokens enter."""
-        return self.model.get_input_embeddings()(ids_BT).float()
+        """Compute token embeddings (B, T, C) in fp32, among which soft tokens are inserted."""
+        embedded: Tensor = self.model.get_input_embeddings()(ids_BT)
+        return embedded.float()
 
     def embedding_matrix(self) -> Tensor:
-        """(V, C), as stored."""
+        """Return the token embeddings (V, C) as stored."""
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight
 
     def embedding_size(self) -> float:
-        """Root mean square of the token embeddings, which soft tokens should have too."""
+        """Measure the RMS of the token embeddings, to which soft tokens are scaled."""
         embeddings: Any = self.model.get_input_embeddings()
-        every = torch.arange(0, self.vocab_size, max(1, self.vocab_size // 4096))
+        sample = torch.arange(0, self.vocab_size, max(1, self.vocab_size // 4096))
         with torch.no_grad():
-            values = embeddings(every.to(self.device)).float()
+            values = embeddings(sample.to(self.device)).float()
         return float(values.square().mean().sqrt())
 
     def trunk(
@@ -151,11 +164,11 @@ class HFLanguageModel(nn.Module):
         layout: SegmentLayout,
         value_mask_BT: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, T, C). The ids play no part: all is in the embeddings."""
+        """Compute the final hidden states (B, T, C); idx_BT and value_mask_BT are not used."""
         out = self.model.get_decoder()(
             inputs_embeds=x_BTC,
             position_ids=layout.positions_BT,
-            # Four axes tell transformers to make no mask of its own; ours is in the layout.
+            # transformers builds no mask of its own when it is given a 4D one.
             attention_mask=x_BTC.new_zeros(1, 1, 1, 1),
             use_cache=False,
             omni_layout=layout,
@@ -164,7 +177,7 @@ class HFLanguageModel(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits (..., V) of final hidden states (..., C)."""
+        """Compute fp32 logits (..., V) of final hidden states (..., C)."""
         head = self.model.get_output_embeddings()
         logits: Tensor = head(hidden.to(head.weight.dtype)).float()
         shape = self.config.architecture
@@ -173,59 +186,61 @@ class HFLanguageModel(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(self, hidden_SC: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
-        """As `GPT.loss`."""
+        """See `GPT.loss`."""
         return token_losses(self.logits, self.vocab_size, hidden_SC, targets_S)
 
     def shards(self) -> list[nn.Module]:
-        """What FSDP gathers one at a time: the layers."""
+        """List the modules that FSDP gathers one at a time: the layers."""
         lists = [m for m in self.model.get_decoder().children() if isinstance(m, nn.ModuleList)]
         return max((list(layers) for layers in lists), key=len)
 
     def recompute(self) -> None:
-        """Keep layers' inputs only, and compute the rest again for the backward pass."""
+        """Store only the inputs of layers, and recompute activations in the backward pass."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Raises SourceError where the model does more to its logits than this class knows."""
+        """Compare logits with the model's own on six tokens.
+
+        Raises SourceError where they differ: its forward pass has a step that this class lacks.
+        """
         ids = torch.arange(6, device=self.device)[None]
         x = self.model.get_input_embeddings()(ids)
         layout = SegmentLayout.packed(torch.ones_like(ids))
         try:
-            mine = self.logits(self.trunk(x, ids, layout))
+            logits = self.logits(self.trunk(x, ids, layout))
         except (RuntimeError, TypeError, ValueError) as error:
             reason = first_line(error)
             raise SourceError(f"{type(self.model).__name__} is not supported: {reason}") from None
-        theirs = self.model(inputs_embeds=x, use_cache=False).logits.float()
-        # Rounding adds up over layers; a factor or a cap changes more than that.
+        wanted = self.model(inputs_embeds=x, use_cache=False).logits.float()
+        # Rounding accumulates over layers; a missing factor or cap changes more than that.
         allowed = 1e-3 if x.dtype == torch.float32 else 0.1
-        if float((mine - theirs).norm() / theirs.norm()) > allowed:
+        if float((logits - wanted).norm() / wanted.norm()) > allowed:
             raise SourceError(
-                f"{type(self.model).__name__}: its logits are not its head's alone; this "
-                "architecture is not supported"
+                f"{type(self.model).__name__} is not supported: it changes the logits of its head"
             )
 
-    def write(self, rows: Sequence[Tensor], limits: Sequence[int], end: int) -> list[list[int]]:
-        """Greedy continuations, see `omni.model.lm.generate`."""
+    def generate(self, rows: Sequence[Tensor], limits: Sequence[int], end: int) -> list[list[int]]:
+        """Continue embedded prompts (T, C) greedily, each by at most its limit of tokens."""
         from transformers import GenerationConfig
 
         longest = max(map(len, rows))
-        # transformers decodes rows that end together: pad on the left.
+        # transformers decodes rows that end at the same position, so pad on the left.
         x = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows], device=x.device)
-        places = torch.arange(longest, device=x.device)
+        positions = torch.arange(longest, device=x.device)
         settings = GenerationConfig(
             max_new_tokens=max(limits), do_sample=False, eos_token_id=end, pad_token_id=end
         )
-        written = self.model.generate(
+        generated = self.model.generate(
             inputs_embeds=x,
-            attention_mask=(places >= longest - lengths[:, None]).long(),
+            attention_mask=(positions >= longest - lengths[:, None]).long(),
             generation_config=settings,
         )
         answers = []
-        for answer, limit in zip(written.tolist(), limits, strict=True):
-            upto = answer.index(end) if end in answer else len(answer)
-            answers.append(answer[: min(upto, limit)])
+        for answer, limit in zip(generated.tolist(), limits, strict=True):
+            length = answer.index(end) if end in answer else len(answer)
+            answers.append(answer[: min(length, limit)])
         return answers
 
 
@@ -248,7 +263,7 @@ def _attend(
     omni_layout: SegmentLayout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a transformers layer: (B, T, H, D), and no weights."""
+    """Attend in a layer of transformers; returns (B, T, H, D) and None for the weights."""
     if others.get("s_aux") is not None or others.get("softcap") is not None:
         raise RuntimeError(f"{type(module).__name__}: attention sinks and caps are not supported")
     if omni_layout is None:
@@ -268,16 +283,19 @@ def _attend(
     if scaling is not None and not math.isclose(scaling, width**-0.5):
         query_BHTD = query_BHTD * (scaling * width**0.5)
     q, k, v = (t.transpose(1, 2) for t in (query_BHTD, key_BGTD, value_BGTD))
-    # A window of n in transformers includes the position itself.
-    window = _EVERYTHING if sliding_window is None else sliding_window - 1
+    # A window in transformers includes the position itself.
+    window = _UNLIMITED if sliding_window is None else sliding_window - 1
     return omni_layout.attend(q.to(v.dtype), k.to(v.dtype), v, window), None
 
 
 def gguf_argument(folder: Path) -> dict[str, Any]:
-    """The argument that names a folder's only GGUF file, where it has no other weights."""
+    """Return transformers' `gguf_file` argument for a folder that has only one GGUF file.
+
+    Raises SourceError where there are several.
+    """
     files = sorted(folder.glob("*.gguf"))
     if (folder / "config.json").is_file() or not files:
         return {}
     if len(files) > 1:
-        raise SourceError(f"{folder}: {len(files)} GGUF files; expected one")
+        raise SourceError(f"{folder}: expected one GGUF file, found {len(files)}")
     return {"gguf_file": files[0].name}

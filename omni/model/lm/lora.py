@@ -16,19 +16,19 @@ GPT_TARGETS = ("c_q", "c_k", "c_v", "c_proj", "c_fc")
 
 @dataclass(frozen=True)
 class LoraShape:
-    """rank and alpha (the update is scaled by alpha / rank), and the names of the linear layers
-    that get one; none: all of the transformer's.
-    """
+    """Shape of the adapters."""
 
     rank: int
     alpha: int
+    """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
+    """Names of the linear layers with an adapter; empty: all of the transformer's."""
 
 
 def add_lora(lm: nn.Module, shape: LoraShape, seed: int = 0) -> None:
-    """Freeze `lm` and put adapters into it, in fp32. They begin as nothing: B is zero.
+    """Freeze `lm` and insert adapters in fp32, which change nothing yet: their matrix B is zero.
 
-    Raises ValueError where no layer has such a name.
+    Raises ValueError where no layer has the name of a target.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -47,11 +47,11 @@ def add_lora(lm: nn.Module, shape: LoraShape, seed: int = 0) -> None:
 
 @contextlib.contextmanager
 def without_adapters(lm: nn.Module) -> Iterator[None]:
-    """The language model as it came, while the context lasts."""
+    """Switch the adapters off inside the context."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
-    trains = [p for p in lm.parameters() if p.requires_grad]
+    trainable = [p for p in lm.parameters() if p.requires_grad]
     for module in adapted:
         module.enable_adapters(False)
     try:
@@ -59,9 +59,9 @@ def without_adapters(lm: nn.Module) -> Iterator[None]:
     finally:
         for module in adapted:
             module.enable_adapters(True)
-        for parameter in lm.parameters():  # peft switches these as well
+        for parameter in lm.parameters():  # peft changes requires_grad as well.
             parameter.requires_grad_(False)
-        for parameter in trains:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
@@ -70,7 +70,7 @@ def is_adapter(name: str) -> bool:
 
 
 def merge_lora(lm: nn.Module) -> None:
-    """Add the adapters to the weights that they adapt, and remove them."""
+    """Add the adapters to the weights of their layers and remove them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(lm.named_modules()):
@@ -81,6 +81,6 @@ def merge_lora(lm: nn.Module) -> None:
 
 
 def _linears(lm: nn.Module) -> list[str]:
-    """Last names of the linear layers but the output head."""
+    """List the last names of all linear layers except the output head."""
     names = {name for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
     return sorted({name.rpartition(".")[2] for name in names if not name.endswith("lm_head")})

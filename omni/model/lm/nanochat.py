@@ -1,4 +1,4 @@
-"""nanochat's checkpoint folders, in and out: model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl."""
+"""Read and write nanochat's checkpoints: model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from omni.model.download import SourceError
-from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.lm.gpt import GPT
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.tokenizer import SpeechTokenizer
 
-_COMPILED = "_orig_mod."  # what torch.compile puts before the names of its module
+_COMPILED = "_orig_mod."  # prefix of the parameter names of a module compiled by torch.compile
 
 
 def load_nanochat(
     folder: str | Path, step: int | None = None, device: str | torch.device = "cpu"
 ) -> GPT:
-    """The language model of a nanochat checkpoint, in fp32 and eval mode.
+    """Load the language model of a nanochat checkpoint, in fp32 and eval mode.
 
-    step: None takes the largest. What checkpoints older than a parameter lack is filled with what
-    makes it do nothing. Raises `SourceError` naming the file and what was expected.
+    step: None takes the largest. Residual scalars that older checkpoints lack get values without
+    effect. Raises SourceError naming the file and what was expected.
     """
     config, path = find_nanochat(folder, step)
     state = _read_state(path)
@@ -41,10 +42,10 @@ def load_nanochat(
 
 
 def find_nanochat(folder: str | Path, step: int | None = None) -> tuple[GPTConfig, Path]:
-    """Shape and weights file of a checkpoint. Raises `SourceError`."""
+    """Return the shape and the weights file of a checkpoint. Raises SourceError."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder (a nanochat checkpoint folder is expected)")
+        raise SourceError(f"{folder}: no such folder; expected a nanochat checkpoint folder")
     steps = sorted(
         int(match[1])
         for path in folder.glob("model_*.pt")
@@ -53,30 +54,33 @@ def find_nanochat(folder: str | Path, step: int | None = None) -> tuple[GPTConfi
     if not steps:
         raise SourceError(f"{folder}: expected nanochat's model_NNNNNN.pt files, found none")
     if step is not None and step not in steps:
-        raise SourceError(f"{folder}: no step {step}; there are {', '.join(map(str, steps))}")
+        raise SourceError(f"{folder}: no step {step}; expected one of {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
     return _read_config(folder / f"meta_{chosen:06d}.json"), folder / f"model_{chosen:06d}.pt"
 
 
 def find_tokenizer(folder: str | Path) -> Path:
-    """tokenizer.pkl of a checkpoint folder: in it, or in nanochat's tokenizer/ above it."""
+    """Find tokenizer.pkl in a checkpoint folder or in nanochat's tokenizer/ above it.
+
+    Raises SourceError.
+    """
     folder = Path(folder).expanduser().absolute()
-    places = [folder, folder / "tokenizer", *(up / "tokenizer" for up in list(folder.parents)[:2])]
-    for place in places:
-        if (place / "tokenizer.pkl").is_file():
-            return place / "tokenizer.pkl"
+    above = [parent / "tokenizer" for parent in list(folder.parents)[:2]]
+    for candidate in (folder, folder / "tokenizer", *above):
+        if (candidate / "tokenizer.pkl").is_file():
+            return candidate / "tokenizer.pkl"
     raise SourceError(
-        f"{folder}: no tokenizer.pkl in it or in a folder tokenizer beside or above it; "
-        "tokenizer.path names one"
+        f"{folder}: no tokenizer.pkl in it or in a folder tokenizer/ beside or above it; "
+        "set tokenizer.path"
     )
 
 
 def save_nanochat(
     model: GPT, folder: str | Path, step: int, tokenizer: SpeechTokenizer | None = None
 ) -> Path:
-    """Write `model` (and tokenizer.pkl) as nanochat reads it; returns the weights file.
+    """Write `model` (and tokenizer.pkl) as a nanochat checkpoint; returns the weights file.
 
-    A tokenizer needs the package tiktoken, whose `Encoding` the file holds.
+    tokenizer.pkl contains an `Encoding` of the package tiktoken, which must be installed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,9 +104,9 @@ def _read_config(path: Path) -> GPTConfig:
         raise SourceError(f"{path}: expected JSON with model_config") from None
     known = {field.name: field.type for field in fields(GPTConfig)}
     if unknown := sorted(given.keys() - known.keys()):
-        raise SourceError(f"{path}: model_config.{unknown[0]} is not known to this version")
+        raise SourceError(f"{path}: model_config.{unknown[0]}: unknown field")
     if missing := sorted(known.keys() - given.keys()):
-        raise SourceError(f"{path}: model_config.{missing[0]} is missing")
+        raise SourceError(f"{path}: model_config.{missing[0]}: missing field")
     for name, value in given.items():
         expected = str if known[name] == "str" else int
         if type(value) is not expected:
@@ -117,17 +121,17 @@ def _read_config(path: Path) -> GPTConfig:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise SourceError(f"{path}: more than tensors in it, not loaded: {reason}") from None
+        raise SourceError(f"{path}: expected only tensors, refused to load: {reason}") from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise SourceError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-    named = isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    )
-    if not named:
+    if not isinstance(state, dict):
         raise SourceError(f"{path}: expected a dictionary of tensors")
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise SourceError(f"{path}: {name!r}: expected a tensor")
     return state
 
 
@@ -135,9 +139,9 @@ def _check_shapes(
     path: Path, state: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
 ) -> None:
     for name in sorted(expected.keys() | state.keys()):
-        held = tuple(state[name].shape) if name in state else "absent"
+        found = tuple(state[name].shape) if name in state else "missing"
         wanted = expected.get(name, "no such tensor")
-        if held != wanted:
+        if found != wanted:
             raise SourceError(
-                f"{path}: {name} is {held}, its meta file's model_config makes it {wanted}"
+                f"{path}: {name}: expected {wanted} by model_config of its meta file, found {found}"
             )

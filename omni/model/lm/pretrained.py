@@ -1,4 +1,4 @@
-"""Language models that are trained already: where they are, their tokenizers, their weights.
+"""Find and load pretrained language models and their tokenizers by URI.
 
 nanochat:DIR[@STEP]       a checkpoint folder of nanochat, its newest step if none is named
 hf:DIR                    a folder in transformers layout, or with one GGUF file
@@ -16,7 +16,8 @@ import torch
 
 from omni.errors import first_line
 from omni.model.download import HubModel, SourceError, fetch
-from omni.model.lm.gpt import GPT, GPTConfig
+from omni.model.lm.gpt import GPT
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig, HFLanguageModel, gguf_argument, load_pretrained, read_config
 from omni.model.lm.nanochat import find_nanochat, find_tokenizer, load_nanochat
 from omni.model.speech_lm import LMSource, OmniConfig
@@ -28,15 +29,16 @@ _WEIGHTS = (["model*.safetensors"], ["*.gguf"])
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A language model that was found: its shape, and what its checkpoint is called."""
+    """Shape, identity and tokenizer of a pretrained language model."""
 
     shape: GPTConfig | HFConfig
     source: LMSource
-    tokenizer: SpeechTokenizer | None  # None: `tokenizer.path` has to name one
+    tokenizer: SpeechTokenizer | None
+    """None where it was not asked for, because `tokenizer.path` names another."""
 
 
 def find_pretrained(uri: str, with_tokenizer: bool = True) -> Pretrained:
-    """Shape, identity and tokenizer; weights are hashed, not loaded. Raises SourceError."""
+    """Find a language model, hashing its weights without loading them. Raises SourceError."""
     kind, folder, step = _locate(uri)
     if kind == "nanochat":
         shape, path = find_nanochat(folder, step)
@@ -48,19 +50,22 @@ def find_pretrained(uri: str, with_tokenizer: bool = True) -> Pretrained:
 
 
 def load_lm(config: OmniConfig, frozen: torch.dtype | None = None) -> GPT | HFLanguageModel | None:
-    """The pretrained language model of `config`, or None where it has none.
+    """Load the pretrained language model of `config`; None where it has none.
 
-    frozen: the dtype of weights that nobody trains; None: fp32, as masters are.
-    Raises SourceError, also where the weights are not those that `config` was made with.
+    frozen: dtype of weights that are not trained; None: fp32.
+    Raises SourceError, also where the hash of the weights is not that of `config.source`.
     """
     if config.source is None:
         return None
     uri = config.source.uri
     kind, folder, step = _locate(uri)
     path = find_nanochat(folder, step)[1] if kind == "nanochat" else None
-    held = _digest([path] if path is not None else _weight_files(folder))
-    if held != config.source.fingerprint:
-        raise SourceError(f"{uri}: its weights are not those that were trained with")
+    found = _digest([path] if path is not None else _weight_files(folder))
+    if found != config.source.fingerprint:
+        raise SourceError(
+            f"{uri}: its weights have the hash {found}, expected {config.source.fingerprint}, "
+            "which the model was trained with"
+        )
     if kind == "nanochat":
         model = load_nanochat(folder, step).train()
         return model if frozen is None else model.to(frozen)
@@ -71,23 +76,23 @@ def load_lm(config: OmniConfig, frozen: torch.dtype | None = None) -> GPT | HFLa
 
 
 def hf_tokenizer(folder: Path) -> SpeechTokenizer:
-    """The tokenizer of a model's folder. Raises SourceError."""
+    """Load the fast tokenizer in a transformers model's folder. Raises SourceError."""
     from transformers import AutoTokenizer
 
     try:
         found = AutoTokenizer.from_pretrained(folder, **gguf_argument(folder))
         inner = found.backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
-        raise SourceError(f"{folder}: no fast tokenizer: {first_line(error)}") from None
+        raise SourceError(f"{folder}: expected a fast tokenizer: {first_line(error)}") from None
     if found.eos_token is None:
-        raise SourceError(f"{folder}: its tokenizer has no end-of-sequence token")
-    begins = found("x").input_ids[:1] == [found.bos_token_id]
+        raise SourceError(f"{folder}: the tokenizer has no end-of-sequence token")
+    adds_bos = found("x").input_ids[:1] == [found.bos_token_id]
     template = found.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     return SpeechTokenizer(
         inner,
-        bos_token=found.bos_token if begins else None,
+        bos_token=found.bos_token if adds_bos else None,
         end_token=found.eos_token,
         chat_template=template,
     )
@@ -102,7 +107,7 @@ def _nanochat_tokenizer(folder: Path) -> SpeechTokenizer:
 
 
 def _locate(uri: str) -> tuple[str, Path, int | None]:
-    """Kind, local folder and (of nanochat) step; what is on a hub is fetched."""
+    """Parse a URI to kind, local folder and nanochat step; downloads from a hub if needed."""
     kind, _, name = uri.partition(":")
     if kind == "nanochat":
         match = re.fullmatch(r"(.+?)(?:@(\d+))?", name)
@@ -126,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _digest(files: list[Path]) -> str:
-    """Of contents: the same weights in another place are the same."""
+    """Hash the contents of files, independent of their paths."""
     digest = hashlib.blake2b(digest_size=12)
     for path in files:
         with path.open("rb") as file:

@@ -63,8 +63,8 @@ def test_files_that_are_cut_short_or_of_another_kind_are_named(tmp_path: Path) -
         with pytest.raises(SourceError, match="damaged: "):
             read_whisper_files(folder)
     for data, message in (
-        (b"\x63\0\0\0" + whole[4:], "is of version 99, expected one of"),
-        (whole.replace(b"WhisperSpec", b"NothingSpec", 1), "holds a NothingSpec, expected"),
+        (b"\x63\0\0\0" + whole[4:], "version 99: expected"),
+        (whole.replace(b"WhisperSpec", b"NothingSpec", 1), "NothingSpec: expected"),
         (whole.replace(b"encoder/conv1/weight\0", b"encoder/conv9/weight\0", 1), "no conv1/weight"),
     ):
         (folder / "model.bin").write_bytes(data)

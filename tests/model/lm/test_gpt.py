@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from omni.model.lm.gpt import GPT, SOFTCAP, GPTConfig, KVCache
+from omni.model.lm.gpt import GPT, SOFTCAP
+from omni.model.lm.gpt_block import GPTConfig, KVCache
 from tests.helpers.small_gpt import SMALL, awake_gpt, random_ids
 
 REFEREE = Path(__file__).parents[1] / "nanochat"

@@ -81,10 +81,10 @@ def test_rows_of_different_lengths_are_continued_as_if_alone(kind: str, ids: Ten
         wanted.append(answer)
     embedded = [lm.embed(row[None])[0] for row in rows]
     never = next(n for n in range(VOCABULARY) if all(n not in answer for answer in wanted))
-    assert lm.write(embedded, [6, 4], never) == [wanted[0], wanted[1][:4]]
+    assert lm.generate(embedded, [6, 4], never) == [wanted[0], wanted[1][:4]]
     end = wanted[0][2]
     cut = [answer[: answer.index(end)] if end in answer else answer for answer in wanted]
-    assert lm.write(embedded, [6, 6], end) == cut
+    assert lm.generate(embedded, [6, 6], end) == cut
 
 
 @pytest.mark.parametrize(
