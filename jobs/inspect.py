@@ -39,8 +39,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         tokenizer=arguments.tokenizer,
         allow_absolute=arguments.allow_absolute,
     )
-    size = path.stat().st_size if isinstance(path, Path) else path.info().size
-    print(f"{path}: {size / 1e6:.1f} MB")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ worker and interruptions have no influence.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from omni.augment import effects
 from omni.augment.noise import Clips
 from omni.augment.speed import Speeds, names_of
 from omni.config import AugmentConfig
+from omni.storage.digest import digest
 
 _DIRECT_DB = (0.0, 10.0)  # direct over reverberant sound, from distant to close speakers
 
@@ -58,7 +58,7 @@ class Augmentation:
         """Hash everything that changes a recording, except the run's seed."""
         settings = self.settings.model_dump(mode="json", exclude={"noise", "reverb"})
         parts = [json.dumps(settings, sort_keys=True), self.noise.identity, self.rooms.identity]
-        return hashlib.blake2b(" ".join(parts).encode(), digest_size=12).hexdigest()
+        return digest(" ".join(parts))
 
     def change(self, number: int, keys: Sequence[str], epoch: int) -> list[Change]:
         """Draw the changes of each recording of an utterance; all of them share one speed."""

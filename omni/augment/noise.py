@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import measure_all, span_of
 from omni.corpus.manifest import ManifestError, manifest_path
+from omni.storage.digest import digest
 from omni.storage.path import StoragePath, public_uri, raise_if_unreachable
 
 _SHORTEST = SAMPLING_RATE // 10  # samples; fewer may be less than a frame of a low-rate file
@@ -61,9 +61,7 @@ class Clips:
     @property
     def identity(self) -> str:
         """Hash content, length and order of the recordings, but no paths."""
-        digest = hashlib.blake2b(digest_size=12)
-        digest.update(repr([(clip.key, clip.samples) for clip in self.clips]).encode())
-        return digest.hexdigest()
+        return digest(repr([(clip.key, clip.samples) for clip in self.clips]))
 
 
 def read_clips(

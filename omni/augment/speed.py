@@ -1,5 +1,6 @@
 """Draw the speed of each utterance anew for each epoch.
 
+from omni.storage.digest import digest
 A changed speed changes the number of positions, so the plan must know it before decoding.
 
 Everything here is a pure function of (run.seed, epoch, content of the utterance).
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from omni.storage.digest import digest
 
 
 def changed_length(samples: int, speed: float) -> int:
@@ -78,7 +81,6 @@ class Speeds:
     @property
     def identity(self) -> bytes:
         """Hash all that determines the lengths of all epochs."""
-        digest = hashlib.blake2b(repr((self.speeds, self.seed)).encode(), digest_size=12)
-        digest.update(np.ascontiguousarray(self.positions, dtype=np.int32).tobytes())
-        digest.update(self.names.tobytes())
-        return digest.digest()
+        positions = np.ascontiguousarray(self.positions, dtype=np.int32).tobytes()
+        parts = repr((self.speeds, self.seed)), positions, self.names.tobytes()
+        return bytes.fromhex(digest(*parts))

@@ -13,7 +13,6 @@ storage, which has no links.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from omni.model.lm.lora import is_adapter
 from omni.model.lm.pretrained import load_lm
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
+from omni.storage.digest import digest, file_digest
 from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
 
 FORMAT = 1
@@ -98,7 +98,7 @@ class Checkpoint:
             if isinstance(path, Path):
                 return load_file(path)
             data = path.read_bytes()
-            if hashlib.blake2b(data, digest_size=16).hexdigest() != self.digests[name]:
+            if digest(data, size=16) != self.digests[name]:
                 raise CheckpointError(f"{path}: damaged (checksum differs)")
             return load(data)
         except (OSError, SafetensorError) as error:
@@ -137,9 +137,9 @@ def read_checkpoint(path: StoragePath, *, verify: bool = False) -> Checkpoint:
         if isinstance(file, ObjectPath):
             # Checkpoints of older versions recorded no sizes.
             written = document.get("sizes", {}).get(name)
-            if written is not None and file.info().size != written:
+            if written is not None and file.stat().st_size != written:
                 raise CheckpointError(f"{path}: {name} is damaged (size differs)")
-        elif file_digest(file) != expected:
+        elif file_digest(file, size=16) != expected:
             raise CheckpointError(f"{path}: {name} is damaged (checksum differs)")
     return Checkpoint(
         path,
@@ -158,13 +158,4 @@ def link_target(path: StoragePath) -> StoragePath:
 
 
 def document_digest(document: dict[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return digest(json.dumps(document, sort_keys=True), size=16)

@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omni.checkpoint.checkpoint import FORMAT, STATE_FILE, document_digest, file_digest
+from omni.checkpoint.checkpoint import FORMAT, STATE_FILE, document_digest
 from omni.checkpoint.retention import checkpoint_path, set_link
 from omni.checkpoint.train_state import TrainState
 from omni.model.speech_lm import OmniConfig
+from omni.storage.digest import file_digest
 from omni.storage.path import ObjectPath, StoragePath
 
 
@@ -55,7 +56,7 @@ def save_checkpoint(
             "state": asdict(state),
             "model": model.to_dict(),
             "encoder": encoder,
-            "files": {path.name: file_digest(path) for path in paths},
+            "files": {path.name: file_digest(path, size=16) for path in paths},
             "sizes": {path.name: path.stat().st_size for path in paths},
         }
         document["checksum"] = document_digest(document)

@@ -44,8 +44,7 @@ def make_index(
     call.
     Raises ConfigError when a source is not what it should be, and RuntimeError for what may pass.
     """
-    if isinstance(out, Path):
-        out = out.expanduser().absolute()
+    out = out.expanduser().absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):

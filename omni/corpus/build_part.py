@@ -9,15 +9,10 @@ DIR/rejects.jsonl         rows that were left out, with reasons
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -28,9 +23,9 @@ from omni.corpus.index import INDEX_VERSION, SCHEMA
 from omni.corpus.lengths import Reject, measure_data, measure_rows
 from omni.corpus.segments import cut_rows
 from omni.corpus.sources import Options, Part, Row, Source
-from omni.corpus.sources.base import digest
-from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
-from omni.storage.retry import retry_storage
+from omni.corpus.sources.base import fingerprint_of
+from omni.storage.atomic import open_atomic
+from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
 
 _BATCH = 256  # rows measured in one go
 _METADATA = b"omni"
@@ -39,36 +34,27 @@ _METADATA = b"omni"
 def part_name(source: Source, part: Part) -> str:
     """Name the files of a part, alike in every run."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", part.name)[-60:].lstrip(".-")
-    return f"{plain}-{digest(source.spec, part.name)}"
+    return f"{plain}-{fingerprint_of(source.spec, part.name)}"
 
 
 def fingerprint(part: Part, options: Options) -> str:
     """Hash the content and the options that a part is made from."""
-    return digest(INDEX_VERSION, part.fingerprint, part.where, options.fingerprint)
+    return fingerprint_of(INDEX_VERSION, part.fingerprint, part.where, options.fingerprint)
 
 
 def about_part(folder: StoragePath, name: str) -> dict[str, Any] | None:
     """Read `fingerprint`, `rejects` and `audio` (bytes) of a finished part; None without one."""
     try:
-        with opened(folder / "parts" / f"{name}.parquet") as file:
+        with open_ranges(folder / "parts" / f"{name}.parquet") as file:
             metadata = pq.read_metadata(file).metadata
         about: dict[str, Any] = json.loads(metadata[_METADATA])
         audio = folder / "audio" / f"{name}.bin"
-        if about["audio"] and _size(audio) != about["audio"]:
+        if about["audio"] and audio.stat().st_size != about["audio"]:
             return None
         return about
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise_if_unreachable(folder, error)
         return None
-
-
-def opened(path: StoragePath) -> Any:
-    """Open a file for pyarrow, which reads ranges of it. Raises OSError."""
-    return path.open("rb") if isinstance(path, Path) else path.ranges()
-
-
-def _size(path: StoragePath) -> int | None:
-    return path.stat().st_size if isinstance(path, Path) else path.info().size
 
 
 def write_part(source: Source, part: Part, options: Options, folder: StoragePath) -> dict[str, Any]:
@@ -79,8 +65,14 @@ def write_part(source: Source, part: Part, options: Options, folder: StoragePath
     name = part_name(source, part)
     made: dict[str, Any] = {"rows": 0, "samples": 0, "rejects": [], "bytes": 0}
     audio, table = folder / "audio" / f"{name}.bin", folder / "parts" / f"{name}.parquet"
+    for path in (table, audio):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # The context managers close from the right: the table appears after its recordings.
-    with _whole(table) as sink, _whole(audio) as sound, pq.ParquetWriter(sink, SCHEMA) as writer:
+    with (
+        open_atomic(table) as sink,
+        open_atomic(audio) as sound,
+        pq.ParquetWriter(sink, SCHEMA) as writer,
+    ):
         rows = source.read(part)
         if options.number_ids:
             rows = (replace(row, id=f"{name}:{n}") for n, row in enumerate(rows, start=1))
@@ -170,30 +162,3 @@ def _measured(
 def _relative(uri: str, folder: StoragePath) -> str:
     """Make a path inside the index folder relative, so that the folder can be moved."""
     return uri.removeprefix(f"{folder}/")
-
-
-@contextmanager
-def _whole(path: StoragePath) -> Iterator[IO[bytes]]:
-    """Write a file that appears under its name once it is complete."""
-    if isinstance(path, ObjectPath):
-        with tempfile.NamedTemporaryFile(prefix="omni-part-") as made:
-            yield made
-            made.flush()
-            retry_storage(lambda: path.upload(Path(made.name)))
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_whole(path: StoragePath, data: bytes) -> None:
-    with _whole(path) as file:
-        file.write(data)

@@ -12,12 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from omni.audio.logmel import SAMPLING_RATE
-from omni.corpus.build_part import about_part, opened, part_name, write_whole
+from omni.corpus.build_part import about_part, part_name
 from omni.corpus.index import INDEX_VERSION, repeated_id
 from omni.corpus.manifest import INDEX_FILE, ManifestError
 from omni.corpus.sources import Part, Source
+from omni.storage.atomic import open_atomic
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import StoragePath, redact
+from omni.storage.path import StoragePath, open_ranges, redact
 
 SECONDS = [0, 1, 2, 4, 8, 16, 30, 60, 600]  # lower edges of the histogram of lengths
 CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'
@@ -45,7 +46,7 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
     columns = ["id", "samples", "text", "language", "speaker"]
 
     def read(name: str) -> tuple[pa.Table, dict[str, Any] | None]:
-        with opened(out / "parts" / f"{name}.parquet") as file:
+        with open_ranges(out / "parts" / f"{name}.parquet") as file:
             return pq.read_table(file, columns=columns), about_part(out, name)
 
     for table, about in parallel_map(read, names):
@@ -76,10 +77,12 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
         "lengths": lengths.tolist(),
         "texts": texts.tolist(),
     }
-    write_whole(out / "rejects.jsonl", "".join(rejects).encode(errors="replace"))
+    with open_atomic(out / "rejects.jsonl") as file:
+        file.write("".join(rejects).encode(errors="replace"))
     sources = list(dict.fromkeys(redact(source.spec) for source, _ in tasks))
     about = {"version": INDEX_VERSION, "sources": sources, **result, "parts": names}
-    write_whole(out / INDEX_FILE, json.dumps(about, indent=1, ensure_ascii=False).encode())
+    with open_atomic(out / INDEX_FILE) as file:
+        file.write(json.dumps(about, indent=1, ensure_ascii=False).encode())
     return result
 
 

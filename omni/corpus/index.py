@@ -21,7 +21,7 @@ from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.corpus.lengths import Reject, measure_all
 from omni.corpus.manifest import INDEX_FILE, ManifestError, absolute, manifest_path, read_manifest
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import StoragePath, public_uri, raise_if_unreachable
+from omni.storage.path import StoragePath, open_ranges, public_uri, raise_if_unreachable
 
 INDEX_VERSION = 1
 _BATCH = 65_536  # rows converted to Python objects at a time
@@ -177,5 +177,5 @@ def read_index_folder(folder: StoragePath, prompt: str = "") -> tuple[pa.Table, 
 
 
 def _part(file: StoragePath) -> pa.Table:
-    with file.open("rb") if isinstance(file, Path) else file.ranges() as source:
+    with open_ranges(file) as source:
         return pq.read_table(source).select(SCHEMA.names).cast(SCHEMA)

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.audio.decode import AudioError, AudioSpan, measure, measure_object
-from omni.storage.path import ObjectPath, StoragePath, literal_path, write_whole
+from omni.storage.atomic import write_atomic
+from omni.storage.digest import digest
+from omni.storage.path import ObjectPath, StoragePath, literal_path
 from omni.storage.retry import retry_storage
 
 _REQUESTS = 32  # concurrent requests to object storage; each mostly waits
@@ -116,9 +118,9 @@ def _measure_row(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | 
         if isinstance(found, AudioError):
             return found
         measured.append({**place, **found})
-    joined = hashlib.blake2b(" ".join(m["key"] for m in measured).encode(), digest_size=16)
+    key = digest(" ".join(m["key"] for m in measured), size=16)
     samples = sum(m["samples"] for m in measured)
-    return {"samples": samples, "key": joined.hexdigest(), "audios": measured}
+    return {"samples": samples, "key": key, "audios": measured}
 
 
 def _measure_one(row: dict[str, Any], known: _Measurements) -> dict[str, Any] | AudioError:
@@ -210,15 +212,15 @@ def _key(read: Callable[[int, int], bytes], size: int, start: float, duration: f
     All bytes count of a small recording, and of one that begins and ends in silence: others of the
     same size may do so too. read(offset, count): up to `count` bytes from `offset` on.
     """
-    digest = hashlib.blake2b(f"{size} {start} {duration}".encode(), digest_size=16)
+    state = hashlib.blake2b(f"{size} {start} {duration}".encode(), digest_size=16)
     last = max(_EDGE, size - _EDGE)
     head, tail = read(0, min(_EDGE, size)), read(last, size - last) if size > last else b""
-    digest.update(head)
+    state.update(head)
     if last > _EDGE and _is_silent(tail) and _is_silent(head):
         for at in range(_EDGE, last, _BLOCK):
-            digest.update(read(at, min(_BLOCK, last - at)))
-    digest.update(tail)
-    return digest.hexdigest()
+            state.update(read(at, min(_BLOCK, last - at)))
+    state.update(tail)
+    return state.hexdigest()
 
 
 def _is_silent(data: bytes) -> bool:
@@ -242,7 +244,7 @@ class _Measurements:
         self._path: StoragePath | None = None
         if cache_dir is None:
             return
-        name = hashlib.blake2b(str(manifest).encode(), digest_size=8).hexdigest()
+        name = digest(str(manifest), size=8)
         self._path = cache_dir / f"index-{name}.parquet"
         try:
             with self._path.open("rb") as file:
@@ -270,4 +272,4 @@ class _Measurements:
         made = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows), made)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, made.getvalue().to_pybytes())
+        write_atomic(self._path, made.getvalue().to_pybytes())

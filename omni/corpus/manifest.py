@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from omni.corpus.audio_paths import recording_uri
@@ -64,8 +63,7 @@ def manifest_path(spec: str) -> StoragePath:
 
 def absolute(spec: str) -> StoragePath:
     """Make a path absolute; leave a URI as it is."""
-    path = as_path(spec)
-    return path.expanduser().absolute() if isinstance(path, Path) else path
+    return as_path(spec).expanduser().absolute()
 
 
 def read_manifest(path: StoragePath, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:

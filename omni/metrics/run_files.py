@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from omni.storage import append as growing
-from omni.storage.path import StoragePath, write_whole
+from omni.storage.atomic import write_atomic
+from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
 
 
@@ -94,7 +95,7 @@ def write_text(path: StoragePath, text: str) -> None:
 
 def write_bytes(path: StoragePath, data: bytes) -> None:
     """Write a whole file or none of it."""
-    retry_storage(lambda: write_whole(path, data))
+    retry_storage(lambda: write_atomic(path, data))
 
 
 def write_json(path: StoragePath, value: Any) -> None:

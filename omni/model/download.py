@@ -18,6 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from omni.errors import first_line
+from omni.storage.digest import digest
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -119,11 +120,11 @@ def _check_hash(path: Path) -> None:
     mark = path.resolve().with_name(f"{name}.checked")
     if mark.is_file():
         return
-    digest = hashlib.sha256()
+    state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    if digest.hexdigest() != name:
+            state.update(chunk)
+    if state.hexdigest() != name:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise OSError(f"{path.name}: the downloaded file has another hash than the hub reports")
@@ -132,7 +133,7 @@ def _check_hash(path: Path) -> None:
 
 def once_per_node(model: HubModel | str) -> FileLock:
     """Return the lock that a process of this node holds while it downloads a model."""
-    name = hashlib.blake2b(str(model).encode(), digest_size=8).hexdigest()
+    name = digest(str(model), size=8)
     folder = Path(tempfile.gettempdir()) / f"omni-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return FileLock(folder / f"{name}.lock")

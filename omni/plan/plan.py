@@ -6,7 +6,6 @@ Utterances are packed into bins of exactly `bin_positions` positions; a training
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pyarrow as pa
 from omni.augment.augment import Augmentation
 from omni.augment.speed import Speeds
 from omni.plan.packing import Bins, pack
+from omni.storage.digest import digest
 
 EMPTY = -1
 """Bin number of a bin of padding."""
@@ -190,18 +190,17 @@ def make_plan(
         members = members[: int(sizes.sum())]
         del ends[bisect_left(ends, len(sizes)) + 1 :]
     identity = [_VERSION, index_fingerprint, seed, bin_positions, bins_per_step, epochs]
-    digest = hashlib.blake2b(repr(identity).encode(), digest_size=12)
-    digest.update(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
+    inputs = [np.ascontiguousarray(lengths, dtype=np.int64).tobytes()]
     if speeds is not None:
-        digest.update(speeds.identity)
+        inputs.append(speeds.identity)
     if weights is not None:
-        digest.update(np.ascontiguousarray(weights, dtype=np.float64).tobytes())
+        inputs.append(np.ascontiguousarray(weights, dtype=np.float64).tobytes())
     return Plan(
         members=members,
         starts=np.concatenate(([0], np.cumsum(sizes))),
         epoch_ends=np.asarray(ends, dtype=np.int64),
         bins_per_step=bins_per_step,
-        fingerprint=digest.hexdigest(),
+        fingerprint=digest(repr(identity), *inputs),
         pass_starts=np.asarray(pass_starts, dtype=np.int64),
     )
 

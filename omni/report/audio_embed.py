@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -13,7 +12,7 @@ from PIL import Image
 
 from omni.audio.decode import AudioError, AudioSpan, decode
 from omni.audio.logmel import HOP, SAMPLING_RATE, log_mel
-from omni.storage.path import StoragePath, literal_path
+from omni.storage.path import literal_path
 
 _WHOLE = AudioSpan()
 _EMBED_BYTES = 300_000  # a larger file is decoded, to the span that the page plays
@@ -45,7 +44,7 @@ def embed(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = None
     try:
         if not file.is_file():
             raise AudioError("missing", f"no such file: {path}")
-        if mime and span == _WHOLE and _size(file) < _EMBED_BYTES:
+        if mime and span == _WHOLE and file.stat().st_size < _EMBED_BYTES:
             data = file.read_bytes()
         else:
             mime, wav = _WAV, io.BytesIO()
@@ -56,10 +55,6 @@ def embed(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = None
     except (OSError, TypeError, ValueError) as error:  # of which AudioError is one
         return Audio(error=str(error))
     return Audio(_data(mime, data))
-
-
-def _size(file: StoragePath) -> int:
-    return file.stat().st_size if isinstance(file, Path) else int(file.info().size or 0)
 
 
 def waveform(samples: np.ndarray) -> tuple[str, int]:

@@ -79,7 +79,7 @@ def write_page(
         }
     page = render(
         "corpus.html",
-        name=(found.resolve() if isinstance(found, Path) else found).name,
+        name=found.resolve().name,
         note=note,
         tiles=_tiles(index, made),
         corpus=corpus,

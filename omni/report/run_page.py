@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from omni.audio.decode import AudioSpan
@@ -58,7 +57,7 @@ def write_report(run: StoragePath) -> StoragePath:
     rejects, _ = _rows(run / "rejects.jsonl")
     page = render(
         "run.html",
-        name=(run.resolve() if isinstance(run, Path) else run).name,
+        name=run.resolve().name,
         s=figures,
         finished=summary is not None,
         broken=broken,

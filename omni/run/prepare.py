@@ -6,7 +6,6 @@ be used is one clear error before anything has been started.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import beyond_ctc, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import model_of, pretrained_of, template_of, tokenizer_of
+from omni.storage.digest import digest
 from omni.stream.encoder_facts import EncoderFacts, describe_encoder
 
 
@@ -135,11 +135,9 @@ def prepare(config: Config) -> Prepared:
     augmentation = splits["train"].augmentation
     fingerprints = {
         "data.train": indexes["train"].fingerprint,
-        "tokenizer": hashlib.blake2b(tokenizer.to_json().encode(), digest_size=12).hexdigest(),
+        "tokenizer": digest(tokenizer.to_json()),
         "plan": splits["train"].plan.fingerprint,
-        "model": hashlib.blake2b(
-            json.dumps(model.to_dict(), sort_keys=True).encode(), digest_size=12
-        ).hexdigest(),
+        "model": digest(json.dumps(model.to_dict(), sort_keys=True)),
         "encoder": " ".join(encoder.identity),
         "augment": "" if augmentation is None else augmentation.identity,
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from omni.storage.atomic import write_atomic
 from omni.storage.path import as_path
 
 _OPEN_FILES = 32
@@ -88,16 +88,7 @@ class LocalFolder:
 
     def write(self, name: str, data: bytes) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f"{uuid.uuid4().hex}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomic(self.path / name, data)
 
     def _file(self, name: str) -> int:
         """A descriptor that stays open: utterances of one shard are read one by one."""

@@ -12,11 +12,11 @@ import errno
 import fnmatch
 import functools
 import io
-import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
@@ -57,6 +57,14 @@ def literal_path(uri: str) -> StoragePath:
     bucket, _, key = rest.partition("/")
     plain = f"{scheme}://{public_bucket(scheme, bucket.partition('?')[0])}"
     return ObjectPath(plain) / key if mark else Path(uri)
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """The fields of `os.stat_result` that object storage knows."""
+
+    st_size: int  # bytes
+    st_mtime_ns: int | None
 
 
 class ObjectPath:
@@ -142,12 +150,28 @@ class ObjectPath:
     def is_absolute(self) -> bool:
         return True
 
+    def expanduser(self) -> ObjectPath:
+        return self
+
+    def absolute(self) -> ObjectPath:
+        return self
+
+    def resolve(self) -> ObjectPath:
+        return self
+
     # -- what is there -------------------------------------------------------------------------
 
     def info(self) -> pafs.FileInfo:
         """As pyarrow describes it: type, size, mtime."""
         filesystem, key = self.filesystem
         return filesystem.get_file_info(key)
+
+    def stat(self) -> ObjectStat:
+        """Return the object's size and time of change. Raises FileNotFoundError."""
+        info = self.info()
+        if not info.is_file:
+            raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
+        return ObjectStat(info.size or 0, info.mtime_ns)
 
     def exists(self) -> bool:
         return bool(self.info().type.value)
@@ -303,18 +327,9 @@ def redact(text: str) -> str:
     return re.sub(r"([A-Za-z][\w+.-]*://)[^/@\s'\"]+@", r"\1***@", text)
 
 
-def write_whole(path: StoragePath, data: bytes) -> None:
-    """Write a whole file or none of it, in a folder that is there. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        path.write_bytes(data)
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def open_ranges(path: StoragePath) -> Any:
+    """Open a file for pyarrow, which reads ranges of it without reading ahead. Raises OSError."""
+    return path.open("rb") if isinstance(path, Path) else path.ranges()
 
 
 def remove_tree(folder: StoragePath) -> None:

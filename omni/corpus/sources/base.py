@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any, Protocol
 from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.manifest import ManifestError, absolute
+from omni.storage.digest import digest
 from omni.storage.path import ObjectPath, StoragePath, public_uri, raise_if_unreachable
 
 COLUMNS = {
@@ -145,11 +144,6 @@ def resolve_audio(position: str, folder: StoragePath, name: str, options: Option
 def file_fingerprint(path: StoragePath) -> str:
     """Return size and time of a file as text."""
     try:
-        if isinstance(path, ObjectPath):
-            info = path.info()
-            if not info.is_file:
-                raise FileNotFoundError(errno.ENOENT, "no such object")
-            return f"{info.size} {info.mtime_ns}"
         status = path.stat()
     except OSError as error:
         raise_if_unreachable(path, error)
@@ -157,8 +151,9 @@ def file_fingerprint(path: StoragePath) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def digest(*parts: Any) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
+def fingerprint_of(*parts: Any) -> str:
+    """Hash the `repr` of the parts."""
+    return digest(repr(parts))
 
 
 def files_of(spec: str, suffixes: tuple[str, ...]) -> list[StoragePath]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from omni.corpus.manifest import ManifestError, check_row
-from omni.corpus.sources.base import Options, Part, Row, digest, names_within
+from omni.corpus.sources.base import Options, Part, Row, fingerprint_of, names_within
 from omni.corpus.tar import AUDIO_SUFFIXES
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, raise_if_unreachable
@@ -26,7 +26,7 @@ class FolderSource:
         for first in range(0, len(found), step):
             share = found[first : first + step]
             names = tuple(name for name, _ in share)
-            parts.append(Part(f"files-{first:09}", digest(share), names))
+            parts.append(Part(f"files-{first:09}", fingerprint_of(share), names))
         return parts
 
     def read(self, part: Part) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni.corpus.manifest import ManifestError
-from omni.corpus.sources.base import Options, Part, Row, digest, explain_missing
+from omni.corpus.sources.base import Options, Part, Row, explain_missing, fingerprint_of
 from omni.corpus.sources.parquet import BATCH, rows_of, wanted_columns
 from omni.errors import first_line
 from omni.model.download import HubError, once_per_node
@@ -61,7 +61,7 @@ class HubSource:
         mark = revision or _folder_mark(Path(folder))
         count = stream.num_shards
         return [
-            Part(f"{config}-{split}-{n:05}", digest(mark, n, count),
+            Part(f"{config}-{split}-{n:05}", fingerprint_of(mark, n, count),
                  (config, split, revision, n, count, folder))
             for n in range(count)
         ]  # fmt: skip
@@ -105,7 +105,7 @@ class SavedSource:
         dataset, step = self._open(), self.options.rows_per_part
         mark = _folder_mark(self.folder)
         return [
-            Part(f"rows-{first:09}", digest(mark, first, step), (first, first + step))
+            Part(f"rows-{first:09}", fingerprint_of(mark, first, step), (first, first + step))
             for first in range(0, len(dataset), step)
         ]
 
@@ -216,4 +216,4 @@ def _folder_mark(folder: Path) -> str:
     """Hash names, sizes and times of a folder's files."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return digest(stats)
+    return fingerprint_of(stats)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -14,6 +13,7 @@ from typing import IO, Any, Literal
 
 from omni.corpus.manifest import ManifestError, checked_row
 from omni.corpus.sources.base import Options, Part, Row, explain_missing, manifest_fields
+from omni.storage.digest import digest
 from omni.storage.path import StoragePath, raise_if_unreachable
 
 Kind = Literal["jsonl", "csv", "tsv"]
@@ -52,8 +52,7 @@ def cut(path: StoragePath, rows: int, kind: Kind = "jsonl") -> list[Part]:
             while block := list(itertools.islice(records, rows)):
                 data = b"".join(block)
                 name = f"{path.name}-{len(parts):06}"
-                digest = hashlib.blake2b(data, digest_size=12).hexdigest()
-                parts.append(Part(name, digest, (position, len(data), number)))
+                parts.append(Part(name, digest(data), (position, len(data), number)))
                 position += len(data)
                 number += data.count(b"\n")
     except (OSError, EOFError) as error:

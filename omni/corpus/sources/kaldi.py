@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from omni.corpus.manifest import ManifestError, check_row
-from omni.corpus.sources.base import Options, Part, Row, digest, file_fingerprint, resolve_audio
+from omni.corpus.sources.base import (
+    Options,
+    Part,
+    Row,
+    file_fingerprint,
+    fingerprint_of,
+    resolve_audio,
+)
 from omni.corpus.sources.jsonl_csv import cut, read_bytes
 from omni.storage.path import StoragePath, literal_path, raise_if_unreachable
 
@@ -32,7 +39,7 @@ class KaldiSource:
         files = [self.folder / name for name in _BESIDE]
         mark = [file_fingerprint(file) for file in files if file.is_file() and file != self.list]
         parts = cut(self.list, self.options.rows_per_part)
-        return [replace(part, fingerprint=digest(part.fingerprint, mark)) for part in parts]
+        return [replace(part, fingerprint=fingerprint_of(part.fingerprint, mark)) for part in parts]
 
     def read(self, part: Part) -> Iterator[Row]:
         lines = []

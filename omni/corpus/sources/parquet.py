@@ -18,14 +18,14 @@ from omni.corpus.sources.base import (
     Options,
     Part,
     Row,
-    digest,
     explain_missing,
     file_fingerprint,
+    fingerprint_of,
     manifest_fields,
     resolve_audio,
 )
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import StoragePath, raise_if_unreachable, redact
+from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable, redact
 from omni.storage.retry import retry_storage
 
 _SERVERS = ("http", "https", "hf")  # schemes whose recordings are downloaded once
@@ -48,7 +48,7 @@ class ParquetSource:
             first = 0
             for groups in _gather(sizes, self.options.rows_per_part):
                 name = f"{os.path.relpath(str(path), common)}-{groups[0]:06}"
-                parts.append(Part(name, digest(mark, groups), (number, groups, first)))
+                parts.append(Part(name, fingerprint_of(mark, groups), (number, groups, first)))
                 first += sum(sizes[g] for g in groups)
         return parts
 
@@ -74,7 +74,7 @@ class ParquetSource:
 
 @contextlib.contextmanager
 def _opened(path: StoragePath) -> Iterator[pq.ParquetFile]:
-    with path.open("rb") if isinstance(path, Path) else path.ranges() as file:
+    with open_ranges(path) as file:
         yield pq.ParquetFile(file)
 
 
