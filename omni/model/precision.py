@@ -20,5 +20,5 @@ def compute_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
 def has_bf16(device_type: str) -> bool:
     """Tell whether this machine's devices of a type multiply bf16 in hardware."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device_type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

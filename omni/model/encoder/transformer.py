@@ -132,7 +132,8 @@ class EncoderLayer(nn.Module):
         attended = packing.attend(q, k, v).flatten(1)
         x_NC = x_NC + self.self_attn["out_proj"](attended)
         hidden: Tensor = F.gelu(self.fc1(self.final_layer_norm(x_NC)))
-        return x_NC + self.fc2(hidden)
+        out: Tensor = x_NC + self.fc2(hidden)
+        return out
 
 
 class _Packing:

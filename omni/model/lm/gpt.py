@@ -228,7 +228,8 @@ class GPT(nn.Module):
         value: Tensor = self.value_embeds[str(layer)](idx_BT)
         if mask_BT is not None:
             value = value * mask_BT.unsqueeze(-1)
-        return value.unflatten(-1, (self.config.n_kv_head, -1))
+        heads: Tensor = value.unflatten(-1, (self.config.n_kv_head, -1))
+        return heads
 
     def _rotary(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         head = self.config.n_embd // self.config.n_head
