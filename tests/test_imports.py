@@ -18,10 +18,12 @@ WITH_RAY = {
     "omni.metrics.prometheus",
     "omni.run.attempts",
     "omni.run.encoder_actors",
+    "omni.run.failures",
     "omni.run.fill_cache",
     "omni.run.preflight",
     "omni.run.run",
     "omni.run.trial",
+    "omni.run.worker_group",
     "omni.stream.pipeline",
 }
 

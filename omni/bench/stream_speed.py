@@ -18,8 +18,7 @@ from omni.bench.whole_run import JobRun, for_timing, run_job, steps_of_epochs
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.plan.plan import Split
-from omni.run.make_job import make_job
-from omni.run.prepare import prepare
+from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import Trainer, audio_seconds
 from omni.stream.pipeline import make_stream
 from omni.stream.schema import LOADED_SCHEMA
@@ -56,7 +55,7 @@ def _alone(config: Config) -> dict[str, float]:
     """Audio seconds per second of each stage in this process, with nothing beside it."""
     sample = take_sample(config, _BINS)
     torch.set_num_threads(config.train.threads)
-    trainer = Trainer(make_job(sample.prepared), sample.encoded, torch.device("cpu"))
+    trainer = Trainer(make_worker_spec(sample.prepared), sample.encoded, torch.device("cpu"))
     return {
         "loader": sample.load_rate,
         "encoder": sample.encode_rate * config.encoder.actor_count,

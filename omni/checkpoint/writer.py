@@ -1,4 +1,4 @@
-"""Writing checkpoints beside training: a step waits for a copy in memory, never for storage."""
+"""Write checkpoints in the background: a step waits for a copy in memory, never for storage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from omni.storage.path import StoragePath, reason_of
 from omni.storage.retry import NO_SPACE
 
 _RETRY_SECONDS = 2.0
-_FAREWELL_SECONDS = 180.0
+_FINAL_SAVE_TIMEOUT = 180.0
+"""Seconds that the end of a run waits for storage."""
 
 
 @dataclass
@@ -22,11 +23,12 @@ class _Pending:
     best: bool
 
 
-class Saver:
-    """One thread that writes one checkpoint after another into `folder`.
+class CheckpointWriter:
+    """Thread that writes one checkpoint after another into `folder`.
 
-    A full disk or storage that is away is reported once and tried again, while training goes on;
-    of the checkpoints that then wait in memory only the newest and the best are kept.
+    A full disk or unavailable storage is reported once and tried again, while training goes on. Of
+    the checkpoints that wait in memory meanwhile, only the newest and the best are kept.
+    keep: number of checkpoints that stay in `folder`.
     report: called from the thread with the step and the reason of a failure.
     """
 
@@ -34,34 +36,36 @@ class Saver:
         self._folder, self._keep, self._report = folder, keep, report
         self._pending: list[_Pending] = []
         self._writing: _Pending | None = None
-        self._failed: str | None = None  # why the last try failed
-        self._broken: BaseException | None = None  # not a matter of storage
+        self._failure: str | None = None
+        """Reason why storage refused the last write; None after a write that succeeded."""
+        self._error: BaseException | None = None
+        """Error other than of storage; it ends the thread."""
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
         self._thread.start()
 
     def save(self, step: int, write: Callable[[], StoragePath], best: bool) -> None:
-        """Have `write` called: it writes a checkpoint from copies and returns its folder.
+        """Queue `write`, which writes a checkpoint from copies and returns its folder.
 
-        Waits while the one before is being written, so that at most one is held beside it.
+        Blocks while an earlier one is still queued, so that at most two are held in memory.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._pending or self._failed is not None)
-            self._raise()
+            self._changed.wait_for(lambda: not self._pending or self._failure is not None)
+            self._raise_error()
             self._pending.append(_Pending(step, write, best))
             self._changed.notify_all()
 
-    def wait(self, seconds: float = _FAREWELL_SECONDS) -> None:
-        """Until all is written. Raises CheckpointError when storage refuses for `seconds`."""
+    def wait(self, seconds: float = _FINAL_SAVE_TIMEOUT) -> None:
+        """Block until all is written. Raises CheckpointError if storage refuses for `seconds`."""
         with self._changed:
             done = self._changed.wait_for(
-                lambda: not self._pending and self._writing is None or self._broken is not None,
+                lambda: not self._pending and self._writing is None or self._error is not None,
                 timeout=seconds,
             )
-            self._raise()
+            self._raise_error()
             if not done:
-                raise CheckpointError(f"{self._folder}: cannot be written: {self._failed}")
+                raise CheckpointError(f"{self._folder}: cannot be written: {self._failure}")
 
     def close(self) -> None:
         with self._changed:
@@ -69,9 +73,9 @@ class Saver:
             self._changed.notify_all()
         self._thread.join()
 
-    def _raise(self) -> None:
-        if self._broken is not None:
-            raise CheckpointError(f"{self._folder}: {self._broken}") from self._broken
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise CheckpointError(f"{self._folder}: {self._error}") from self._error
 
     def _work(self) -> None:
         while True:
@@ -93,18 +97,18 @@ class Saver:
                     prune_checkpoints(self._folder, 1)
             except BaseException as error:
                 with self._changed:
-                    self._broken, self._writing = error, None
+                    self._error, self._writing = error, None
                     self._pending.clear()
                     self._changed.notify_all()
                 return
             with self._changed:
                 self._writing = None
-                said, self._failed = self._failed, reason
+                reported, self._failure = self._failure, reason
                 if reason is not None:
                     self._pending.insert(0, job)
                 self._changed.notify_all()
             if reason is not None:
-                if reason != said:
+                if reason != reported:
                     self._report(job.step, reason)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, timeout=_RETRY_SECONDS)
@@ -112,7 +116,7 @@ class Saver:
                         return
 
     def _drop_superseded(self) -> None:
-        """What waits since storage failed: the newest, and the best where another came later."""
+        """Keep the newest queued checkpoint, and the best one if that is another."""
         newest = self._pending[-1:]
         best = [job for job in self._pending[:-1] if job.best][-1:]
         self._pending = newest if newest[0].best else best + newest

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
 
 
-def append_json(path: StoragePath, rows: list[dict[str, Any]]) -> None:
+def append_json(path: StoragePath, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows as JSON lines, all of them or none."""
     if rows:
         data = _lines(rows)
         retry_storage(lambda: _append(path, data))
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: lines of the run's own metrics file."""
+"""Show a run in the terminal, from the rows of its metrics.jsonl and events.jsonl."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from omni.storage.path import StoragePath
 
 
 class LiveView:
-    """Prints what a `Follower` of the run finds in metrics.jsonl and events.jsonl."""
+    """Printer of the rows that a `Follower` reads."""
 
-    seen = sys.maxsize  # what an earlier driver showed is not shown again
+    seen = sys.maxsize
+    """Rows that were shown before: all that an earlier driver wrote."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -28,30 +29,30 @@ class LiveView:
 
     def header(self, prepared: Prepared, state: TrainState | None) -> None:
         config = prepared.config
-        say = self._console.print
-        say(f"[bold]omni[/] {config.run_dir}")
+        show = self._console.print
+        show(f"[bold]omni[/] {config.run_dir}")
         for name, split in prepared.splits.items():
             hours = pc.sum(split.table["samples"]).as_py() / SAMPLES_PER_HOUR
-            say(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
+            show(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
         plan = prepared.splits["train"].plan
-        say(
+        show(
             f"  plan   {config.optim.steps:,} steps of {config.optim.bins_per_step} x "
             f"{config.optim.bin_positions} positions, {prepared.filled:.1%} filled, "
             f"{plan.epoch(plan.bins):.1f} epochs"
         )
         if prepared.rejects:
             first = prepared.rejects[0]
-            say(
+            show(
                 f"  [yellow]{len(prepared.rejects)} rows left out[/] "
                 f"(rejects.jsonl); the first, {first.id}: {first.reason}"
             )
         for note in prepared.notes:
-            say(f"  [yellow]note[/] {note}")
+            show(f"  [yellow]note[/] {note}")
         if state is not None:
             self._resumed_step, self._resumed_seconds = state.step, state.seconds
-            say(f"  continuing from step {state.step}")
+            show(f"  continuing from step {state.step}")
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         self._console.print(text)
 
     def warn(self, text: str) -> None:
@@ -83,23 +84,27 @@ class LiveView:
         self._console.print(f"report: {report}")
 
     def rewound(self, rows: int, step: int) -> None:
-        """The attempt that is told of says it."""
+        """Do nothing: the attempt event already reports it."""
 
     def rows(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             self._console.print(self._line(row))
             for example in row.get("examples", []):
-                self._console.print(f"         [dim]said[/]  {_one_line(example['reference'])}")
-                self._console.print(f"         [dim]wrote[/] {_one_line(example['hypothesis'])}")
+                self._console.print(
+                    f"         [dim]reference [/] {_one_line(example['reference'])}"
+                )
+                self._console.print(
+                    f"         [dim]hypothesis[/] {_one_line(example['hypothesis'])}"
+                )
 
     def events(self, events: Sequence[dict[str, Any]]) -> None:
         for event in events:
             if (text := describe_event(event)) is not None:
-                self._console.print(f"{event['step'] or 0:>7} [yellow]{_plain(text)}[/]")
+                self._console.print(f"{event['step'] or 0:>7} [yellow]{_escaped(text)}[/]")
 
     def _line(self, row: dict[str, Any]) -> str:
         if row["kind"] == "note":
-            return f"{row['step']:>7} [yellow]note[/] {_plain(row['text'])}"
+            return f"{row['step']:>7} [yellow]note[/] {_escaped(row['text'])}"
         if row["kind"] == "eval":
             wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
             ctc = f"ctc {row['dev_ctc']:.3f}  " if "dev_ctc" in row else ""
@@ -111,8 +116,9 @@ class LiveView:
             )
         done, total = row["step"], row["steps"]
         pace = (row["seconds"] - self._resumed_seconds) / max(1, done - self._resumed_step)
-        listening = row["loss"] is None  # the language model was left out
-        loss = f"ctc {row['ctc']:.3f}" if listening else f"loss {row['loss']:.3f}"
+        # Steps that train with CTC alone do not run the language model.
+        ctc_only = row["loss"] is None
+        loss = f"ctc {row['ctc']:.3f}" if ctc_only else f"loss {row['loss']:.3f}"
         return (
             f"{done:>7}/{total} {loss}  lr {row['lr']:.1e}  "
             f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
@@ -122,42 +128,43 @@ class LiveView:
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """One line for a person; None for what is no news."""
+    """Describe an event in one line; None for an event that others already report."""
     kind, reason = event["event"], str(event.get("reason", ""))
     if kind == "attempt":
         workers = event.get("workers")
         start = f"continuing from step {event['step']}" if event.get("step") else "starting"
         return f"{start} with {workers} worker{'s' * (workers != 1)}"
-    told = {
+    titles = {
         "failure": "an attempt failed",
         "stalled": "no progress",
-        "moving": "starting again elsewhere",
-        "recomputed": "computing the step again",
+        "moving": "stopping the workers, to continue elsewhere",
+        "recomputed": "recomputing the step",
         "skipped": "no update in this step",
-        "checkpoint failed": "the checkpoint could not be written, training goes on",
-        "damaged checkpoint": "a damaged checkpoint was passed over",
-        "override": "going on in spite of other fingerprints",
+        "checkpoint failed": "checkpoint not written, training continues",
+        "damaged checkpoint": "skipping a damaged checkpoint",
+        "override": "continuing with other fingerprints",
     }
-    return f"{told[kind]}: {reason or event.get('fields')}" if kind in told else None
+    return f"{titles[kind]}: {reason or event.get('fields')}" if kind in titles else None
 
 
 def _by_language(rates: dict[str, dict[str, Any]]) -> str:
-    """The headline of each language of an evaluation, e.g. `(fr 41.0%, zh CER 20.2%)`."""
-    said = [
-        f"{_plain(name)} {'CER ' if r['by'] == 'cer' else ''}{r[r['by']]:.1%}"
+    """Format the error rate of each language, e.g. `(fr 41.0%, zh CER 20.2%)`."""
+    shown = [
+        f"{_escaped(name)} {'CER ' if r['by'] == 'cer' else ''}{r[r['by']]:.1%}"
         for name, r in rates.items()
         if r[r["by"]] is not None
     ]
-    return f"  ({', '.join(said)})" if said else ""
+    return f"  ({', '.join(shown)})" if shown else ""
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
+    """Escape the markup of rich."""
     return text.replace("[", "\\[")
 
 
 def _one_line(text: str) -> str:
-    """A model that has not learnt to stop writes pages."""
-    return _plain(" ".join(text.split()))
+    """Join lines: an untrained model may write pages."""
+    return _escaped(" ".join(text.split()))
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The model of a run: which language model, which tokenizer and template, which shape."""
+"""Choose the language model, tokenizer, template and shape of a run's model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from omni.storage.path import StoragePath
 from omni.stream.encoder_facts import EncoderFacts
 
 
-def pretrained_of(config: Config) -> Pretrained | None:
+def find_language_model(config: Config) -> Pretrained | None:
+    """Find the pretrained language model that `model.lm` names; None for a GPT from scratch.
+
+    Raises ConfigError for a model that cannot be used, HubError where a hub is unavailable.
+    """
     if config.model.lm == "scratch":
         return None
     try:
@@ -30,20 +34,22 @@ def pretrained_of(config: Config) -> Pretrained | None:
         raise ConfigError(f"model.lm: {error}") from None
 
 
-def tokenizer_of(
+def choose_tokenizer(
     config: Config, resume: StoragePath | None, train: Index, lm: Pretrained | None
 ) -> SpeechTokenizer:
-    """The run's own when it continues with the same settings, else the given one, else that of the
-    language model, else one trained on the corpus.
+    """Load or train the tokenizer: the first of those that there are.
+
+    The run's own, if it continues with the same tokenizer settings; `tokenizer.path`; that of the
+    language model; one trained on the corpus. resume: folder of the checkpoint to continue from.
     """
     if resume is not None:
-        before = yaml.safe_load((resume / "config.yaml").read_text())
-        if before.get("tokenizer") == config.tokenizer.model_dump(mode="json"):
+        saved = yaml.safe_load((resume / "config.yaml").read_text())
+        if saved.get("tokenizer") == config.tokenizer.model_dump(mode="json"):
             return SpeechTokenizer.from_json((resume / "tokenizer.json").read_text())
     if config.tokenizer.path is not None:
         try:
             return SpeechTokenizer.load(config.tokenizer.path)
-        except Exception as error:  # the tokenizers library raises plain Exception
+        except Exception as error:  # The tokenizers library raises plain Exception.
             raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from None
     if lm is not None and lm.tokenizer is not None:
         return lm.tokenizer
@@ -51,16 +57,17 @@ def tokenizer_of(
     return SpeechTokenizer.train(texts, config.tokenizer.vocab_size)
 
 
-def template_of(config: Config, tokenizer: SpeechTokenizer) -> Template:
+def choose_template(config: Config, tokenizer: SpeechTokenizer) -> Template:
     try:
         return make_template(tokenizer, config.data.template)
     except ValueError as error:
         raise ConfigError(f"data.template: {error}") from None
 
 
-def model_of(
+def model_config(
     config: Config, tokenizer: SpeechTokenizer, encoder: EncoderFacts, lm: Pretrained | None
 ) -> OmniConfig:
+    """Describe the model. Raises ConfigError for settings that contradict each other."""
     m = config.model
     shape: GPTConfig | HFConfig
     try:
@@ -81,27 +88,28 @@ def model_of(
         raise ConfigError(f"model: {error}") from None
     if tokenizer.vocab_size > shape.vocab_size:
         raise ConfigError(
-            f"tokenizer: it has {tokenizer.vocab_size} tokens, the language model "
-            f"{config.model.lm} {shape.vocab_size}"
+            f"tokenizer: it has {tokenizer.vocab_size} tokens; expected at most the "
+            f"{shape.vocab_size} of the language model {config.model.lm}"
         )
     context = shape.sequence_len
     if context is not None and config.optim.bin_positions > context:
         setting = "model.sequence_len" if lm is None else f"model.lm {config.model.lm}"
         raise ConfigError(
-            f"optim.bin_positions: {config.optim.bin_positions}, and the model's context is "
-            f"{context} positions ({setting}); expected at most that, and optim.bins_per_block for "
-            "more at a time"
+            f"optim.bin_positions: {config.optim.bin_positions}; expected at most the context of "
+            f"the model, {context} positions ({setting}). optim.bins_per_block makes larger batches"
         )
     gpt = isinstance(shape, GPTConfig)
     if m.dropout and not gpt:
-        raise ConfigError("model.dropout: only a GPT has it; lora and projector take none")
+        raise ConfigError(
+            "model.dropout: expected 0 for a pretrained transformers model: only a GPT has dropout"
+        )
     projector = m.projector or ("mlp" if gpt else "swiglu")
     if projector == "conv" and m.stack & (m.stack - 1):
         raise ConfigError(f"model.stack: expected a power of two for conv, got {m.stack}")
     if config.optim.kl_weight and "lm" in m.train:
         raise ConfigError(
-            "optim.kl_weight: the language model that reads the transcript must stay as it is; "
-            "expected model.train without lm"
+            "optim.kl_weight: the teacher of distillation is the frozen language model; expected "
+            "model.train without lm"
         )
     layers = encoder.layers
     return OmniConfig(

@@ -1,7 +1,7 @@
-"""Everything that is decided before a worker starts: index, tokenizer, plan, model shape.
+"""Prepare a run on the driver: index, tokenizer, plan and model shape.
 
-Runs on the driver, without Ray, so that a wrong config, a missing manifest or a corpus that cannot
-be used is one clear error before anything has been started.
+Needs no Ray, so that a wrong config, a missing manifest or an unusable corpus is one clear error
+before anything has been started.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from omni.checkpoint.checkpoint import Checkpoint
-from omni.checkpoint.resume import newest_checkpoint
+from omni.checkpoint.resume import ResumePoint, newest_checkpoint
 from omni.cluster.versions import differences
 from omni.config import Config
 from omni.corpus.index import Index
@@ -24,36 +23,49 @@ from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
 from omni.metrics.score import normalize
 from omni.model.precision import has_bf16
-from omni.model.speech_lm import OmniConfig, OmniModel
+from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
-from omni.plan.plan import Split, make_plan
+from omni.plan.plan import EMPTY, Split, make_plan
 from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import beyond_ctc, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
-from omni.run.model_setup import model_of, pretrained_of, template_of, tokenizer_of
+from omni.run.model_setup import (
+    choose_template,
+    choose_tokenizer,
+    find_language_model,
+    model_config,
+)
 from omni.storage.digest import digest
 from omni.stream.encoder_facts import EncoderFacts, describe_encoder
+from omni.train.worker_spec import WorkerSpec
 
 
 @dataclass(frozen=True)
 class Prepared:
     config: Config
-    splits: dict[str, Split]  # train, dev and, where given, test
-    rejects: list[Reject]  # rows that never reach the stream
+    splits: dict[str, Split]
+    """train, dev and, if configured, test."""
+    rejects: list[Reject]
+    """Index rows that never reach the stream."""
     tokenizer: SpeechTokenizer
     template: Literal["plain", "chat"]
-    tasks: list[str]  # their numbers are those of the batches
+    tasks: list[str]
+    """Names of the tasks; batches refer to them by position."""
     model: OmniConfig
     encoder: EncoderFacts
-    lengths: np.ndarray  # (n,) positions of the training utterances; 0: not in the plan
-    weights: np.ndarray | None  # (n,) how often each occurs in an epoch; None: once
+    lengths: np.ndarray
+    """(n,) positions of the training utterances; 0: not in the plan."""
+    weights: np.ndarray | None
+    """(n,) occurrences of each training utterance in an epoch; None: one."""
     fingerprints: dict[str, str]
     resume: Checkpoint | None
     """Verified checkpoint that the run continues from; None starts it."""
     damaged: list[str]
     """Reasons why newer checkpoints cannot be used."""
-    notes: list[str]  # what a person should know before it starts
-    filled: float  # share of the plan's positions that hold an utterance
+    notes: list[str]
+    """Remarks for the user, shown before the start."""
+    filled: float
+    """Share of the plan's positions that hold an utterance."""
 
     def write_plan_file(self) -> None:
         write_plan_file(
@@ -66,9 +78,9 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Index the splits, make or load the tokenizer, plan every step.
+    """Index the splits, train or load the tokenizer, plan every step.
 
-    Raises ConfigError, naming the field or file, for everything that is wrong with the input.
+    Raises ConfigError, naming the field or file, for wrong input.
     """
     run = config.run_dir
     damaged: list[str] = []
@@ -79,10 +91,12 @@ def prepare(config: Config) -> Prepared:
             raise ConfigError(f"data.{name}: expected at least one manifest")
     indexes = build_indexes(config)
     encoder = describe_encoder(config, indexes["train"])
-    lm = pretrained_of(config)
-    tokenizer = tokenizer_of(config, None if resume is None else resume.path, indexes["train"], lm)
-    model = model_of(config, tokenizer, encoder, lm)
-    template = template_of(config, tokenizer)
+    lm = find_language_model(config)
+    tokenizer = choose_tokenizer(
+        config, None if resume is None else resume.path, indexes["train"], lm
+    )
+    model = model_config(config, tokenizer, encoder, lm)
+    template = choose_template(config, tokenizer)
     tasks = task_names(config, indexes)
     splits: dict[str, Split] = {}
     filled, planned = 0.0, np.zeros(0, dtype=np.int64)
@@ -160,6 +174,38 @@ def prepare(config: Config) -> Prepared:
     )
 
 
+def make_worker_spec(
+    prepared: Prepared, workers: int = 1, resume: ResumePoint | None = None
+) -> WorkerSpec:
+    """Collect what every rank of a group of `workers` needs. resume: where they start."""
+    train = prepared.splits["train"]
+    return WorkerSpec(
+        config=prepared.config,
+        model=prepared.model,
+        encoder=prepared.encoder,
+        tokenizer_json=prepared.tokenizer.to_json(),
+        template=prepared.template,
+        tasks=prepared.tasks,
+        fingerprints=prepared.fingerprints,
+        held_rows={
+            name: len(held_bins(split, prepared.config, workers))
+            for name, split in prepared.splits.items()
+            if name != "train"
+        },
+        train_rows=train.table.num_rows,
+        epoch_ends=train.plan.epoch_ends.tolist(),
+        resume=resume,
+    )
+
+
+def held_bins(split: Split, config: Config, workers: int) -> np.ndarray:
+    """Return a held-out split's bins, padded so that all ranks take equally many blocks."""
+    unit = workers * config.optim.bins_per_block
+    bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
+    bins[: split.plan.bins] = np.arange(split.plan.bins)
+    return bins
+
+
 def _precision_notes(config: Config) -> list[str]:
     on_cpu = {
         "train.precision": config.train.precision if not config.train.gpus else None,
@@ -168,15 +214,15 @@ def _precision_notes(config: Config) -> list[str]:
     settings = [name for name, wanted in on_cpu.items() if wanted == "bf16"]
     if not settings or has_bf16("cpu"):
         return []
-    return [f"{', '.join(settings)}: this CPU has no bf16 instructions, it computes in fp32"]
+    return [f"{', '.join(settings)}: computing in fp32, since this CPU has no bf16 instructions"]
 
 
 def _overlap(indexes: dict[str, Index]) -> list[str]:
-    """A WER on sentences that were trained on says little: count them."""
+    """Count held-out sentences that also occur in training, where a WER says little."""
 
     def sentences(name: str) -> Iterator[str]:
         for text in indexes[name].table["text"]:
-            # Not the English normaliser: to it "zero" and the letter "o" are one word.
+            # The English normalizer takes "zero" and the letter "o" for one word.
             yield normalize(text.as_py(), language="")
 
     held = {name: list(sentences(name)) for name in indexes if name != "train"}
@@ -187,48 +233,7 @@ def _overlap(indexes: dict[str, Index]) -> list[str]:
         known = sum(sentence in trained for sentence in of_split)
         if known:
             notes.append(
-                f"{known} of {len(indexes[name])} {name} sentences also occur in training: "
-                f"its WER flatters"
+                f"{known} of {len(indexes[name])} {name} sentences also occur in training, so its "
+                "WER is too low"
             )
     return notes
-
-
-def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
-    """Refuse to continue a run as something else: ConfigError naming what changed.
-
-    Returns what changed and is in `run.override_fingerprint`.
-    """
-    config = prepared.config
-    # Runs from before there was augmentation have no word of it, and none in them.
-    changed = [
-        name for name, value in prepared.fingerprints.items() if saved.get(name, "") != value
-    ]
-    refused = [name for name in changed if name not in config.run.override_fingerprint]
-    if refused:
-        flags = " ".join(f"--run.override_fingerprint {name}" for name in refused)
-        raise ConfigError(
-            f"run.name: {config.run_dir} was trained with another {', '.join(refused)}; choose "
-            f"another run.name, remove that folder to start over, or go on knowingly with {flags}"
-        )
-    if "model" in changed and prepared.resume is not None:
-        _check_shapes(prepared, prepared.resume)
-    return changed
-
-
-def _check_shapes(prepared: Prepared, checkpoint: Checkpoint) -> None:
-    """Dropouts may change under way, shapes may not. Raises ConfigError naming a tensor."""
-    with torch.device("meta"):
-        whole = OmniModel(prepared.model)
-    whole.train_parts(prepared.config.model.train)
-    wanted = {
-        name: tuple(p.shape)
-        for name, p in whole.named_parameters()
-        if not whole.kept_by_reference(name)
-    }
-    held = checkpoint.shapes()
-    for name in sorted(wanted.keys() | held.keys()):
-        if wanted.get(name) != held.get(name):
-            raise ConfigError(
-                f"run.override_fingerprint model: {name} is {held.get(name, 'absent')} in "
-                f"{checkpoint.path} and {wanted.get(name, 'absent')} in this configuration"
-            )

@@ -81,27 +81,27 @@ class Cost:
 class Trainer:
     """A training loop of one rank over the blocks of `first_rows`, again and again.
 
-    Writes into a temporary folder; the run that `job` describes is not touched.
+    Writes into a temporary folder; the run that `spec` describes is not touched.
     """
 
-    def __init__(self, job: WorkerSpec, blocks: Sequence[pa.Table], device: torch.device) -> None:
+    def __init__(self, spec: WorkerSpec, blocks: Sequence[pa.Table], device: torch.device) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._blocks = list(blocks)
-        optim = job.config.optim
+        optim = spec.config.optim
         rows = padded_step(optim.bins_per_step, 1, optim.bins_per_block)
         self.blocks_per_step = rows // optim.bins_per_block
         self._steps = len(blocks) // self.blocks_per_step
         if not self._steps:
             raise ValueError(f"{len(blocks)} blocks do not make a step")
-        run = job.config.run.model_copy(update={"storage": self._folder.name})
+        run = spec.config.run.model_copy(update={"storage": self._folder.name})
         optim = optim.model_copy(update={"listen_steps": 0})  # what it costs most of the time
-        data = job.config.data.model_copy(update={"max_rejects": 1.0})  # the run names them
-        config: Config = job.config.model_copy(update={"run": run, "optim": optim, "data": data})
+        data = spec.config.data.model_copy(update={"max_rejects": 1.0})  # the run names them
+        config: Config = spec.config.model_copy(update={"run": run, "optim": optim, "data": data})
         config.run_dir.mkdir()
         (config.run_dir / "config.yaml").write_text(config.to_yaml())
-        job = replace(job, config=config)
-        self._loop = TrainLoop(job, self._cycle(), 0, 1, device)
-        self._loop.trained.model.train()
+        spec = replace(spec, config=config)
+        self._loop = TrainLoop(spec, self._cycle(), 0, 1, device)
+        self._loop.model_state.model.train()
 
     def _cycle(self) -> Iterator[pa.Table]:
         while True:
@@ -119,12 +119,12 @@ class Trainer:
     def cost(self, seconds: float) -> Cost:
         """What a step of one block costs, over `seconds`, after one that warms up."""
         self.step()
-        self._loop.books.watch.take()
+        self._loop.recorder.watch.take()
         began, steps = time.perf_counter(), 0
         while steps == 0 or time.perf_counter() - began < seconds:
             self.step()
             steps += 1
-        spent = self._loop.books.watch.take()
+        spent = self._loop.recorder.watch.take()
         block = sum(spent[phase] for phase in ("copy", "forward", "backward"))
         return Cost(block / steps, spent["optimizer"] / steps)
 

@@ -1,4 +1,4 @@
-"""A whole run on a Ray cluster: prepare, stream, train, report."""
+"""Run a whole training on a Ray cluster: prepare, check, train, report."""
 
 from __future__ import annotations
 
@@ -31,32 +31,34 @@ from omni.report.run_page import write_report
 from omni.run.actor_count import assume_actors
 from omni.run.attempts import Attempts
 from omni.run.console import LiveView
+from omni.run.fingerprints import check_fingerprints
 from omni.run.preflight import preflight
-from omni.run.prepare import Prepared, check_fingerprints, prepare
+from omni.run.prepare import Prepared, prepare
 from omni.run.signals import Signals
 from omni.storage.path import ObjectPath, reason_of, remove_tree
 
-_COPIES = "working_dir_files"  # where Ray unpacks the folders of jobs
+_WORKING_DIR_COPIES = "working_dir_files"
+"""Folder in which Ray unpacks the working directories of jobs."""
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Run (or continue) the training that `config` describes; returns the summary.
+    """Start or continue the run that `config` describes; return its summary.
 
-    Raises ConfigError before Ray starts when the input is wrong, TrainingError when a run fails
-    for good. After SIGTERM, and a checkpoint, SystemExit(0); after Ctrl-C KeyboardInterrupt.
+    Raises ConfigError before Ray starts for wrong input, TrainingError if the run fails for good,
+    and, after writing a checkpoint, SystemExit(0) on SIGTERM and KeyboardInterrupt on Ctrl-C.
     """
     began = time.monotonic()
     view = LiveView()
     check_trackers(config)
-    _check_place(config)
+    _check_storage(config)
     prepared = prepare(config)
     state, overridden = _saved_state(prepared)
     step = 0 if state is None else state.step
-    _claim(prepared)
+    _write_run_files(prepared)
     view.header(prepared, state)
     if overridden:
         write_event(config.run_dir, "override", step, fields=overridden)
-        view.say(f"  [yellow]going on with another {', '.join(overridden)}[/], as asked")
+        view.show(f"  [yellow]continuing with another {', '.join(overridden)}[/], as requested")
     done = _finished(config, state)
     if done is not None:
         _warn_of_damage(view, prepared)
@@ -66,27 +68,25 @@ def train(config: Config) -> dict[str, Any]:
     # A local cluster gets CPUs for as many actors as may be chosen.
     start_ray(assume_actors(config, os.cpu_count() or 1))
     signals = Signals()
-    # What a killed driver saw of steps that are redone is to be shown once.
+    # Steps that a killed driver showed and that are redone now are shown once.
     keep_lines(config.run_dir / METRICS, lambda row: row.get("step", 0) <= step)
     with Trackers(config, view.warn) as trackers:
         with Follower(config.run_dir, [view, trackers.tensorboard]):
-            prepared = preflight(prepared, view.say, trial=state is None)
+            prepared = preflight(prepared, view.show, trial=state is None)
             with signals:
                 finished = Attempts(prepared, signals).run()
         if not finished:
-            _say_goodbye(view, config, signals)
-        summary = _close(prepared, time.monotonic() - began)
+            _exit_stopped(view, config, signals)
+        summary = _complete_summary(prepared, time.monotonic() - began)
         view.footer(summary, write_report(config.run_dir))
         trackers.complete(summary)
     return summary
 
 
 def dry_run(config: Config) -> None:
-    """Everything up to the first step: what is wrong is said as `train` would say it, and what is
-    right is left as it was. Raises as `train` does.
-    """
+    """Do everything up to the first step, and leave no files. Raises as `train` does."""
     check_trackers(config)
-    _check_place(config)
+    _check_storage(config)
     prepared = prepare(config)
     state, _ = _saved_state(prepared)
     existed = config.run_dir.exists()
@@ -97,11 +97,11 @@ def dry_run(config: Config) -> None:
     # A local cluster gets CPUs for as many actors as may be chosen.
     start_ray(assume_actors(config, os.cpu_count() or 1))
     try:
-        preflight(prepared, view.say, trial=True)
+        preflight(prepared, view.show, trial=True)
     finally:
         if not existed:
             remove_tree(config.run_dir)
-    view.say("  dry run: nothing was trained")
+    view.show("  dry run: nothing was trained")
 
 
 def _warn_of_damage(view: LiveView, prepared: Prepared) -> None:
@@ -110,25 +110,23 @@ def _warn_of_damage(view: LiveView, prepared: Prepared) -> None:
         view.warn(f"skipping damaged checkpoint {reason}")
 
 
-def _check_place(config: Config) -> None:
-    """Raises ConfigError for a bucket that does not answer, and for runs in the copy of a submitted
-    job's folder: Ray deletes it.
-    """
+def _check_storage(config: Config) -> None:
+    """Raise ConfigError for an unreachable bucket, or a folder that Ray will delete."""
     if isinstance(config.run_dir, ObjectPath):
         try:
             config.run_dir.exists()
         except OSError as error:
             reason = f"cannot be read: {reason_of(error)}"
             raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
-    elif _COPIES in config.run_dir.parts:
+    elif _WORKING_DIR_COPIES in config.run_dir.parts:
         raise ConfigError(
-            f"run.storage: {config.run.storage} lies in Ray's own copy of the working directory, "
-            "which goes away with the job; expected an absolute path that every node sees"
+            f"run.storage: {config.run.storage} is in Ray's copy of the working directory, which "
+            "is deleted with the job; expected an absolute path that every node sees"
         )
 
 
 def _make_folder(config: Config) -> None:
-    """Raises ConfigError where the run's directory cannot be written."""
+    """Create the run directory. Raises ConfigError if it cannot be written."""
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         probe = config.run_dir / ".preflight"
@@ -139,8 +137,11 @@ def _make_folder(config: Config) -> None:
         raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
 
 
-def _claim(prepared: Prepared) -> None:
-    """Make the run's directory say what it is. Raises ConfigError where it cannot be written."""
+def _write_run_files(prepared: Prepared) -> None:
+    """Write config, tokenizer, plan and index rejects into the run directory.
+
+    Raises ConfigError if it cannot be written.
+    """
     config = prepared.config
     _make_folder(config)
     write_text(config.run_dir / "config.yaml", config.to_yaml())
@@ -149,12 +150,12 @@ def _claim(prepared: Prepared) -> None:
     _write_index_rejects(prepared)
 
 
-def _say_goodbye(view: LiveView, config: Config, signals: Signals) -> None:
-    """The end of a run that was asked to stop."""
+def _exit_stopped(view: LiveView, config: Config, signals: Signals) -> None:
+    """End the process of a run that was stopped by a signal."""
     step = newest_step(config.run_dir / "checkpoints")
-    view.say(
-        f"{signals.received}: stopped; the checkpoint of step {step} holds what was done, "
-        "and the same command continues"
+    view.show(
+        f"{signals.received}: stopped at the checkpoint of step {step}; the same command continues "
+        "the run"
     )
     write_report(config.run_dir)
     if signals.interrupted:
@@ -163,7 +164,7 @@ def _say_goodbye(view: LiveView, config: Config, signals: Signals) -> None:
 
 
 def _finished(config: Config, state: TrainState | None) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do; training it again would only blank it."""
+    """Return the summary of a run that is complete; another attempt would overwrite it."""
     path = config.run_dir / "summary.json"
     if state is None or state.step < config.optim.steps or not path.is_file():
         return None
@@ -172,7 +173,7 @@ def _finished(config: Config, state: TrainState | None) -> dict[str, Any] | None
 
 
 def _saved_state(prepared: Prepared) -> tuple[TrainState | None, list[str]]:
-    """Where the run stands, and what is knowingly different from before. Raises ConfigError."""
+    """Return the state to resume from and the fingerprints that may differ from the run's."""
     if prepared.resume is None:
         return None, []
     state = prepared.resume.state
@@ -180,7 +181,7 @@ def _saved_state(prepared: Prepared) -> tuple[TrainState | None, list[str]]:
 
 
 def _write_index_rejects(prepared: Prepared) -> None:
-    """Rows that the index left out lead rejects.jsonl; they are known before the first step."""
+    """Put the rows that the index rejected at the head of rejects.jsonl."""
     path = prepared.config.run_dir / "rejects.jsonl"
     streamed = [row for row in read_json_lines(path) if "step" in row]
     remove_lines(path)
@@ -189,8 +190,8 @@ def _write_index_rejects(prepared: Prepared) -> None:
         path.touch()
 
 
-def _close(prepared: Prepared, wall_seconds: float) -> dict[str, Any]:
-    """Add what only the driver knows to the summary."""
+def _complete_summary(prepared: Prepared, wall_seconds: float) -> dict[str, Any]:
+    """Add the figures that only the driver knows to summary.json."""
     path = prepared.config.run_dir / "summary.json"
     summary = json.loads(path.read_text())
     counts = dict(summary["rejects"])

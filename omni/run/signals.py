@@ -1,4 +1,4 @@
-"""Note SIGTERM and Ctrl-C in the driver, so that a run can end after its step."""
+"""Record SIGTERM and Ctrl-C in the driver, so that a run can stop after its current step."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from typing import Any
 
 
 class Signals:
-    """SIGTERM and Ctrl-C of the driver, as facts to be acted upon.
+    """Context manager that records SIGTERM and SIGINT instead of acting on them.
 
-    Use as a context manager around the part that can stop in order; outside the main thread
-    signals are left alone.
+    Outside the main thread it does nothing: Python handles signals in the main thread only.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.impatient = False  # a second signal came
-        self._before: dict[int, Any] = {}
+        """Name of the first signal."""
+        self.repeated = False
+        """A second signal came: stop without waiting for a checkpoint."""
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @property
     def interrupted(self) -> bool:
         return self.received == "SIGINT"
 
-    def _note(self, number: int, _frame: object) -> None:
-        self.impatient = self.received is not None
+    def _record(self, number: int, _frame: object) -> None:
+        self.repeated = self.received is not None
         self.received = self.received or signal.Signals(number).name

@@ -17,8 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from omni.errors import ConfigError, first_line
 from omni.model.download import HubError, SourceError
 from omni.plan.plan import Split
-from omni.run.make_job import make_job
-from omni.run.prepare import Prepared
+from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.rates import (
     Cost,
     Trainer,
@@ -68,7 +67,7 @@ def try_pipe(prepared: Prepared, seconds: float = 0.0, blocks: int = 2) -> Trial
         num_cpus=train.cpus, num_gpus=train.gpus, label_selector=train.labels, max_retries=1
     )
     try:
-        cost = _get(task.remote(make_job(prepared), encoded, seconds), patience, "trainer")
+        cost = _get(task.remote(make_worker_spec(prepared), encoded, seconds), patience, "trainer")
     except _NoRoom:
         if train.strategy == "ddp" or train.most == 1:
             raise

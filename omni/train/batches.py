@@ -1,226 +1,143 @@
-"""One rank's end of the stream: blocks in, batches out, and the books about both.
-
-Keeps the ledger (which utterances were trained at which step) and the rejects, and checks that the
-stream brings what the plan says.
-"""
+"""Turn one rank's blocks of the stream into microbatches and held-out splits."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
 
 from omni.inference.decode_batch import HeldUtterance
-from omni.metrics.run_files import append_json, keep_lines, read_json_lines
 from omni.metrics.table import StepSums
 from omni.metrics.throughput import Stopwatch
 from omni.model.batch import Batch
 from omni.plan.plan import EMPTY, padded_step
-from omni.storage.retry import retry_storage
 from omni.stream.collate import Utterance
 from omni.stream.schema import EncodedRow, utterances
-from omni.train.distributed import all_gather
 from omni.train.evaluation import HeldOut, Layout
+from omni.train.ledger import Ledger
+from omni.train.reject_log import RejectLog
 from omni.train.worker_spec import WorkerSpec
-
-
-class TooManyRejects(RuntimeError):
-    """More recordings than `data.max_rejects` allows could not be used."""
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A batch, its place in the step, and what is counted about it."""
+    """One block as a batch on the device.
+
+    block: number of the block in its step, over all ranks; the seed of its dropout.
+    counts: sums over its utterances; the losses are still zero.
+    """
 
     batch: Batch
-    place: int
-    counts: StepSums  # of its utterances; the losses are not known yet
+    block: int
+    counts: StepSums
 
 
-@dataclass
-class Feed:
-    job: WorkerSpec
-    blocks: Iterator[pa.Table]
-    layout: Layout
-    rank: int
-    world: int
-    device: torch.device
-    watch: Stopwatch
-    waited: float = 0.0  # seconds without a block
-    waiting_since: float | None = None  # perf_counter, while there is none
-    cache_full: str | None = None  # why features are no longer kept
-    reject_counts: dict[str, int] = field(default_factory=dict)
-    _rejected: set[str] = field(default_factory=set)
-    _new_rejects: list[dict[str, Any]] = field(default_factory=list)
-    _consumed: list[dict[str, Any]] = field(default_factory=list)
-    _ids: dict[int, list[str]] = field(default_factory=dict)  # of this step's bins
-    _step: int = 0  # counted from 1
+class BlockReader:
+    """Read this rank's share of the stream, check it against the plan, and count.
+
+    blocks: tables of `bins_per_block` rows, held-out splits first.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        blocks: Iterator[pa.Table],
+        rank: int,
+        world: int,
+        device: torch.device,
+        watch: Stopwatch,
+    ) -> None:
+        self._spec, self._blocks = spec, blocks
+        self._rank, self._world, self._device, self._watch = rank, world, device, watch
+        self._layout = Layout.of(spec.config, spec.model)
+        self._codec = spec.encoder.codec
+        config = spec.config
+        self.ledger = Ledger(config.run_dir, rank)
+        self.rejects = RejectLog(config.run_dir, rank, config.data.max_rejects, spec.train_rows)
+        self.waited = 0.0
+        """Seconds spent waiting for blocks."""
+        self.waiting_since: float | None = None
+        """time.perf_counter() at the start of the current wait; None while there is none."""
+        self.cache_full: str | None = None
+        """Reason why the cache keeps no more features."""
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """This rank's blocks of a step (counted from 0), in order."""
-        self._ids.clear()
-        self._step = step + 1
-        optim = self.job.config.optim
-        rows = padded_step(optim.bins_per_step, self.world, optim.bins_per_block)
-        for number in range(rows // (self.world * optim.bins_per_block)):
-            place = number * self.world + self.rank
-            yield self._microbatch(self._next(), step, place)
-
-    def at_work(self) -> dict[str, Any]:
-        """The newest step of which there are blocks, its bins, and the ids of their utterances."""
-        ids = [name for of_bin in self._ids.values() for name in of_bin]
-        return {"step": self._step, "bins": list(self._ids), "ids": ids}
+        """Yield this rank's microbatches of a step (counted from 0), in order."""
+        self.ledger.begin_step(step + 1)
+        optim = self._spec.config.optim
+        rows = padded_step(optim.bins_per_step, self._world, optim.bins_per_block)
+        for number in range(rows // (self._world * optim.bins_per_block)):
+            block = number * self._world + self._rank
+            yield self._microbatch(self._next(), step, block)
 
     def hold(self, name: str, rows: int) -> HeldOut:
-        """Take a held-out split, which leads the stream, into memory."""
+        """Read a held-out split of `rows` bins over all ranks into memory."""
         held = []
-        for _ in range(rows // (self.world * self.job.config.optim.bins_per_block)):
+        for _ in range(rows // (self._world * self._spec.config.optim.bins_per_block)):
             block: list[EncodedRow] = self._next().to_pylist()
-            self._note_rejects(block, step=0)
+            self.rejects.add(block, step=0)
             for row in block:
                 if row["split"] != name:
-                    raise RuntimeError(f"the stream brought {row['split']}, expected {name}")
+                    raise RuntimeError(
+                        f"the stream sent a bin of {row['split']}, expected one of {name}"
+                    )
                 held += [
                     HeldUtterance(
-                        member,
+                        utterance,
                         row["ids"][i],
                         row["uris"][i],
                         row["texts"][i],
                         row["languages"][i] or "en",
                     )
-                    for i, member in enumerate(self._utterances(row))
-                    if member.features is not None
+                    for i, utterance in enumerate(self._utterances(row))
+                    if utterance.features is not None
                 ]
-        return HeldOut(held, self.layout, self.device)
-
-    def rewind(self, step: int, counts: dict[str, int]) -> int:
-        """Forget what an earlier attempt wrote about steps after `step`, its checkpoint; rank 0 is
-        told how many these were.
-        """
-        run_dir = self.job.config.run_dir
-        latest = step
-        if self.rank == 0:
-            keep_lines(run_dir / "rejects.jsonl", lambda row: row.get("step", 0) <= step)
-            for ledger in (run_dir / "ledger").glob("rank-*.jsonl"):
-                latest = max([latest, *(row.get("step", 0) for row in read_json_lines(ledger))])
-                keep_lines(ledger, lambda row: row.get("step", 0) <= step)
-        self.reject_counts = dict(counts)
-        return latest - step
-
-    def recall_rejects(self) -> None:
-        """Read the rejects of earlier attempts, once rank 0 has rewound them."""
-        path = self.job.config.run_dir / "rejects.jsonl"
-        self._rejected = {row["id"] for row in read_json_lines(path) if "step" in row}
-
-    def skip(self, step: int, reason: str) -> list[dict[str, Any]]:
-        """Mark the step's bins as consumed without an update; returns those of all ranks, with the
-        ids of their utterances. A collective call.
-        """
-        rows = [row for row in self._consumed if row["step"] == step]
-        for row in rows:
-            row["skipped"] = reason
-        return all_gather([{"bin": row["bin"], "ids": self._ids[row["bin"]]} for row in rows])
-
-    def write_ledger(self) -> None:
-        folder = self.job.config.run_dir / "ledger"
-        retry_storage(lambda: folder.mkdir(exist_ok=True))
-        append_json(folder / f"rank-{self.rank:04d}.jsonl", self._consumed)
-        self._consumed = []
-
-    def share_rejects(self) -> None:
-        """Write the new rejects of all ranks; raises TooManyRejects. A collective call."""
-        for reject in all_gather(self._new_rejects):
-            if reject["id"] in self._rejected:
-                continue
-            self._rejected.add(reject["id"])
-            reason = reject["reason"]
-            self.reject_counts[reason] = self.reject_counts.get(reason, 0) + 1
-            if self.rank == 0:
-                append_json(self.job.config.run_dir / "rejects.jsonl", [reject])
-        self._new_rejects = []
-        allowed, rows = self.job.config.data.max_rejects, self.job.train_rows
-        if len(self._rejected) > allowed * rows:
-            raise TooManyRejects(
-                f"data.max_rejects: {len(self._rejected)} of {rows} utterances were rejected, "
-                f"more than {allowed:.0%} ({self.reject_counts}); rejects.jsonl names them"
-            )
+        return HeldOut(held, self._layout, self._device)
 
     def _next(self) -> pa.Table:
         self.waiting_since = began = time.perf_counter()
-        table = next(self.blocks)
+        table = next(self._blocks)
         self.waiting_since = None
         seconds = time.perf_counter() - began
         self.waited += seconds
-        self.watch.add("wait", seconds)
+        self._watch.add("wait", seconds)
         return table
 
-    def _microbatch(self, table: pa.Table, step: int, place: int) -> Microbatch:
+    def _microbatch(self, table: pa.Table, step: int, block: int) -> Microbatch:
         rows: list[EncodedRow] = table.to_pylist()
-        self._check(rows[0], step, place)
-        self._note_rejects(rows, step + 1)
-        batch = self.layout.batch([self._utterances(row) for row in rows])
-        with self.watch.phase("copy"):
-            batch = batch.to(self.device)
-        samples = 0
-        count = 0
+        self._check(rows[0], step, block)
+        self.rejects.add(rows, step + 1)
+        batch = self._layout.batch([self._utterances(row) for row in rows])
+        with self._watch.phase("copy"):
+            batch = batch.to(self._device)
+        counts = StepSums()
         for row in rows:
             self.cache_full = self.cache_full or row["cache_full"]
             used = [n for n, frames in enumerate(row["frames"]) if frames]
-            count += len(used)
-            samples += sum(row["samples"][n] for n in used)
+            counts.utterances += len(used)
+            counts.samples += sum(row["samples"][n] for n in used)
+            counts.load_seconds += row["load_seconds"]
+            counts.encode_seconds += row["encode_seconds"]
+            counts.encoded_samples += row["encoded_samples"]
+            counts.rejected += len(row["frames"]) - len(used)
             if row["bin"] != EMPTY:
-                self._ids[row["bin"]] = [row["ids"][n] for n in used]
-                self._consumed.append(
-                    {
-                        "step": step + 1,
-                        "bin": row["bin"],
-                        "utterances": [row["numbers"][n] for n in used],
-                    }
-                )
-        return Microbatch(
-            batch,
-            place,
-            StepSums(
-                utterances=count,
-                samples=samples,
-                load_seconds=sum(row["load_seconds"] for row in rows),
-                encode_seconds=sum(row["encode_seconds"] for row in rows),
-                encoded_samples=sum(row["encoded_samples"] for row in rows),
-                rejected=sum(not frames for row in rows for frames in row["frames"]),
-            ),
-        )
+                numbers = [row["numbers"][n] for n in used]
+                self.ledger.add(row["bin"], numbers, [row["ids"][n] for n in used])
+        return Microbatch(batch, block, counts)
 
     def _utterances(self, row: EncodedRow) -> list[Utterance]:
-        return utterances(row, self.job.encoder.codec)
+        return utterances(row, self._codec)
 
-    def _check(self, row: EncodedRow, step: int, place: int) -> None:
-        """The stream and the loop must agree on what is trained now."""
-        optim = self.job.config.optim
-        offset = place * optim.bins_per_block
+    def _check(self, row: EncodedRow, step: int, block: int) -> None:
+        """Raise RuntimeError for a block of another bin than the plan says."""
+        optim = self._spec.config.optim
+        offset = block * optim.bins_per_block
         expected = step * optim.bins_per_step + offset if offset < optim.bins_per_step else EMPTY
         if row["split"] != "train" or row["bin"] != expected:
             raise RuntimeError(
-                f"step {step}: the stream brought bin {row['bin']} of {row['split']}, "
-                f"the plan says {expected}"
+                f"step {step + 1}: the stream sent bin {row['bin']} of {row['split']}, expected "
+                f"bin {expected} of train"
             )
-
-    def _note_rejects(self, rows: list[EncodedRow], step: int) -> None:
-        for row in rows:
-            for i, error in enumerate(row["errors"]):
-                if error is None:
-                    continue
-                reason, _, detail = error.partition("\n")
-                self._new_rejects.append(
-                    {
-                        "id": row["ids"][i],
-                        "uri": row["uris"][i],
-                        "reason": reason,
-                        "detail": detail,
-                        "split": row["split"],
-                        "step": step,
-                    }
-                )

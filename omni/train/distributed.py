@@ -1,22 +1,24 @@
-"""Sums and lists over all ranks, and tensors that are split over them."""
+"""Reduce and gather over all ranks; gather and shard tensors. Without a process group: one rank."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+T = TypeVar("T")
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (a collective call); any other as it is."""
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor (a collective call); return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor laid out as a parameter of the same shape: on its device, in its shards."""
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Move a full tensor to the device of `parameter`, and into its shards where it has any."""
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(
@@ -26,7 +28,7 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """Sum over ranks; the values themselves without a process group."""
+    """Sum a tensor over all ranks. A collective call."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
         moved = values.to(device)
@@ -35,11 +37,11 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
-def all_gather(items: list[Any]) -> list[Any]:
-    """The lists of all ranks, one after another."""
+def all_gather(items: list[T]) -> list[T]:
+    """Concatenate the lists of all ranks, in the order of ranks. A collective call."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return items
-    gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
 

@@ -1,7 +1,7 @@
-"""Evaluation during training: loss, accuracy, shuffled-audio gap and greedy WER, over all ranks.
+"""Evaluate during training: loss, accuracy, shuffled-audio gap and greedy WER, over all ranks.
 
-Each rank keeps the dev and test utterances that the stream brought it at the start, so an
-evaluation reads nothing and encodes nothing.
+Each rank keeps its share of the dev and test utterances in memory, so that an evaluation reads and
+encodes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from omni.train.distributed import all_gather, all_sum
 
 @dataclass(frozen=True)
 class Layout:
-    """How utterances become batches."""
+    """Shape of the batches that utterances are packed into."""
 
     positions: int
     stack: int
@@ -51,12 +51,12 @@ class Layout:
         )
 
     def length(self, utterance: Utterance) -> int:
-        """Positions that an utterance takes."""
+        """Return the positions that an utterance takes in a bin."""
         frames = [len(part) for part in utterance.features or ()]
         return sequence_positions(frames, len(utterance.ids), self.stack)
 
     def pack(self, utterances: list[Utterance]) -> list[Batch]:
-        """One-bin batches of whole utterances; those that no bin holds are left out."""
+        """Pack utterances into batches of one bin; leave out those longer than a bin."""
         lengths = np.asarray([self.length(u) for u in utterances], dtype=np.int64)
         fitting = np.flatnonzero(lengths <= self.positions)
         bins = pack(lengths, fitting, self.positions)
@@ -64,23 +64,23 @@ class Layout:
 
 
 class HeldOut:
-    """One rank's share of a held-out split."""
+    """One rank's share of a held-out split, in memory."""
 
     def __init__(self, held: list[HeldUtterance], layout: Layout, device: torch.device) -> None:
         self.held = held
         self._device = device
         usable = [h.utterance for h in held]
         self._batches = layout.pack(usable)
-        # Everyone gets the audio of the next utterance: what the text alone would cost.
-        exchanged = [
+        # Pair each text with another utterance's audio: the loss that text alone explains.
+        shuffled = [
             replace(u, features=_audio_for(u, other))
             for u, other in zip(usable, usable[1:] + usable[:1], strict=True)
         ]
-        self._exchanged = layout.pack(exchanged) if len(usable) > 1 else []
+        self._shuffled = layout.pack(shuffled) if len(usable) > 1 else []
 
     def loss(self, model: OmniModel) -> DevLosses:
         """Compute losses and accuracy per token and the shuffled-audio gap, over all ranks."""
-        sums = torch.stack([self._sums(model, b) for b in (self._batches, self._exchanged)])
+        sums = torch.stack([self._sums(model, b) for b in (self._batches, self._shuffled)])
         return DevLosses.of(*(LossTotals.of_losses(packed) for packed in all_sum(sums)))
 
     def _sums(self, model: OmniModel, batches: list[Batch]) -> Tensor:
@@ -94,7 +94,7 @@ class HeldOut:
     def transcribe(
         self, model: OmniModel, template: Template, limit: int | None = None
     ) -> tuple[dict[str, Errors], list[dict[str, Any]]]:
-        """Greedy transcripts of index rows below `limit`, on all ranks.
+        """Transcribe the index rows below `limit` greedily. A collective call.
 
         Returns edit counts over all, short and long references, and the transcripts of all ranks
         in the order of the index.
@@ -106,6 +106,6 @@ class HeldOut:
 
 
 def _audio_for(utterance: Utterance, other: Utterance) -> list[Tensor]:
-    """As many recordings as `utterance` has, but of `other`."""
+    """Return as many recordings as `utterance` has, taken from `other`."""
     given = other.features or ()
     return [given[i % len(given)] for i in range(len(utterance.features or ()))]

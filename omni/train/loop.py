@@ -1,8 +1,8 @@
-"""The training loop of one rank: blocks of the stream in, a trained model and its metrics out.
+"""Train on one rank: blocks of the stream in, checkpoints, metrics and a summary out.
 
-Knows nothing of Ray: it takes an iterator of blocks and, with more than one rank, the process group
-that is already up. All randomness of a block comes from (seed, step, place of the block in the
-step), so the curve does not depend on the world size, and a resumed run repeats it bit for bit.
+Independent of Ray: takes an iterator of blocks and, with more than one rank, an initialized process
+group. All randomness of a block comes from (seed, step, number of the block in the step), so the
+loss curve does not depend on the number of workers, and a resumed run repeats it bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from omni.checkpoint.resume import find_resume_point
 from omni.checkpoint.retention import checkpoint_path, set_link
 from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
-from omni.checkpoint.writer import Saver
+from omni.checkpoint.writer import CheckpointWriter
 from omni.cluster.watchdog import Watchdog
 from omni.inference.decode_batch import by_language
 from omni.metrics.rows import eval_row
@@ -32,26 +32,26 @@ from omni.model.speech_lm import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import epochs_done
 from omni.storage.path import StoragePath
-from omni.train.batches import Feed
+from omni.train.batches import BlockReader
 from omni.train.distributed import all_gather, barrier
-from omni.train.evaluation import HeldOut, Layout
-from omni.train.model_state import Trained
-from omni.train.recorder import Books, Publisher
-from omni.train.step import Steps
+from omni.train.evaluation import HeldOut
+from omni.train.ledger import rewind_ledgers
+from omni.train.model_state import ModelState
+from omni.train.recorder import Publisher, Recorder
+from omni.train.step import StepRunner
 from omni.train.stop_request import StopRequest
 from omni.train.worker_spec import WorkerSpec
 
-_FIRST_BLOCK_PATIENCE = 3.0  # the stream starts, actors load the encoder
+_FIRST_BLOCK_TIMEOUT_FACTOR = 3.0
+"""The first block waits for the stream to start and for the actors to load the encoder."""
 
 
 class TrainLoop:
-    """blocks: this rank's share of the stream. node: where the rank runs, for the books.
-    publisher: who else hears what is logged.
-    """
+    """blocks: this rank's share of the stream. node: id of the node that the rank runs on."""
 
     def __init__(
         self,
-        job: WorkerSpec,
+        spec: WorkerSpec,
         blocks: Iterator[pa.Table],
         rank: int,
         world: int,
@@ -59,59 +59,66 @@ class TrainLoop:
         node: str = "",
         publisher: Publisher | None = None,
     ) -> None:
-        self.job, self.config = job, job.config
+        self.spec, self.config = spec, spec.config
         self.rank, self.world = rank, world
-        self.run_dir = job.config.run_dir
+        self.run_dir = spec.config.run_dir
         self.checkpoints = self.run_dir / "checkpoints"
-        self.template = Template(SpeechTokenizer.from_json(job.tokenizer_json), job.template)
-        layout = Layout.of(job.config, job.model)
-        self.books = Books(job, rank, world, device, publisher)
-        self.feed = Feed(job, blocks, layout, rank, world, device, self.books.watch)
-        self.trained = Trained(
-            job.config, job.model, device, world, tasks=job.tasks, end=self.template.end
+        self.template = Template(SpeechTokenizer.from_json(spec.tokenizer_json), spec.template)
+        self.recorder = Recorder(spec, rank, world, device, publisher)
+        self.reader = BlockReader(spec, blocks, rank, world, device, self.recorder.watch)
+        self.model_state = ModelState(
+            spec.config, spec.model, device, world, tasks=spec.tasks, end=self.template.end
         )
-        self.state = TrainState(fingerprints=job.fingerprints)
+        self.state = TrainState(fingerprints=spec.fingerprints)
         self.last_norm = 0.0
         self._stop = StopRequest(self.run_dir)
         self._stopping = False
-        self.steps = Steps(
-            job.config, self.trained, self.feed, self._asked_to_stop, self._event, self.books.watch
+        self.steps = StepRunner(
+            spec.config,
+            self.model_state,
+            self.reader,
+            self._stop_requested,
+            self._log_event,
+            self.recorder.watch,
         )
         self._resume(node)
 
     # -- the run, top down ---------------------------------------------------------------------
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the end of the plan (or until patience runs out); returns the summary.
+        """Train to the end of the plan, or until `eval.patience` is exhausted.
 
-        None when it was asked to stop: then the newest checkpoint is of this very step.
+        Returns the summary; None after a stop request, with a checkpoint of the last step.
         """
-        config = self.config
-        self._watchdog = Watchdog(config.train.timeout_seconds, self._stalled, self._hurry)
-        self._saver = Saver(self.checkpoints, config.train.keep_checkpoints, self._unsaved)
+        train = self.config.train
+        self._watchdog = Watchdog(train.timeout_seconds, self._log_stall, self._stop_timeout)
+        self._writer = CheckpointWriter(
+            self.checkpoints, train.keep_checkpoints, self._log_failed_checkpoint
+        )
         try:
             return self._run()
         except Exception as error:
-            self.books.failed(error, self.feed)
+            self.recorder.log_failure(error, self.reader.ledger.current_work())
             raise
         finally:
             self._watchdog.close()
-            self._saver.close()
+            self._writer.close()
 
     def _run(self) -> dict[str, Any] | None:
         config = self.config
-        self._watchdog.beat("waiting for the first block", _FIRST_BLOCK_PATIENCE)
-        held = {name: self.feed.hold(name, rows) for name, rows in self.job.held_rows.items()}
+        self._watchdog.beat("waiting for the first block", _FIRST_BLOCK_TIMEOUT_FACTOR)
+        held = {name: self.reader.hold(name, rows) for name, rows in self.spec.held_rows.items()}
         dev = held["dev"]
-        self.feed.share_rejects()
+        self.reader.rejects.share()
         evaluated = -1
-        self.trained.model.train()
+        self.model_state.model.train()
         while self.state.step < config.optim.steps and not self._out_of_patience():
             self._watchdog.beat(f"training step {self.state.step + 1}")
             self.step()
             step, last = self.state.step, self.state.step == config.optim.steps
             if step % config.train.log_every == 0 or last or self._stopping:
-                self.books.log(self.state, self.last_norm, self.trained, self.feed)
+                self.recorder.log_steps(self.state, self.last_norm, self.model_state, self.reader)
+                self.reader.ledger.write()
             best = False
             if step % config.eval.every == 0 or last:
                 best = self._evaluate(dev)
@@ -121,7 +128,7 @@ class TrainLoop:
                 self._save(best)
             if self._stopping and not last and not self._out_of_patience():
                 self._finish_saving()
-                self._event("stopped", why=self._stop.why() if self.rank == 0 else "")
+                self._log_event("stopped", why=self._stop.reason() if self.rank == 0 else "")
                 return None
         if evaluated < 0 and self.state.best_step is None:
             self._save(self._evaluate(dev))
@@ -129,39 +136,39 @@ class TrainLoop:
             return self._finish(held)
 
     def step(self) -> None:
-        """One optimizer step over all blocks of the plan's next step."""
-        began, waited = time.perf_counter(), self.feed.waited
-        done = self.steps.take(self.state)
-        self.last_norm = done.norm
-        self._stopping = self._stopping or done.sums.stop > 0
+        """Run one optimizer step over all blocks of the plan's next step."""
+        began, waited = time.perf_counter(), self.reader.waited
+        result = self.steps.run(self.state)
+        self.last_norm = result.norm
+        self._stopping = self._stopping or result.sums.stop > 0
         self.state.step += 1
         self.state.bins_consumed = self.state.step * self.config.optim.bins_per_step
-        self.state.epoch = epochs_done(self.job.epoch_ends, self.state.bins_consumed)
+        self.state.epoch = epochs_done(self.spec.epoch_ends, self.state.bins_consumed)
         spent = time.perf_counter() - began
         self.state.seconds += spent
-        self.books.count(done, spent, self.feed.waited - waited)
-        if done.sums.rejected:
-            self.feed.share_rejects()
+        self.recorder.add_step(result, spent, self.reader.waited - waited)
+        if result.sums.rejected:
+            self.reader.rejects.share()
 
     # -- evaluations and checkpoints -----------------------------------------------------------
 
     def _evaluate(self, dev: HeldOut) -> bool:
-        """Measure on dev and log it; True when it is the best so far."""
+        """Evaluate on dev and log it; return whether it is the best so far."""
         settings, state = self.config.eval, self.state
         with (
             self._watchdog.off(),
-            self.books.watch.phase("evaluate", on_device=False),
-            self.trained.evaluating() as model,
+            self.recorder.watch.phase("evaluate", on_device=False),
+            self.model_state.evaluating() as model,
         ):
             losses = dev.loss(model)
             errors, rows = dev.transcribe(model, self.template, settings.wer_utterances)
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
-        entry = eval_row(
-            state, losses, errors["all"], shown, self.job.tasks, layers, by_language(rows)
+        row = eval_row(
+            state, losses, errors["all"], shown, self.spec.tasks, layers, by_language(rows)
         )
-        self.books.evaluated(entry)
-        value: float | None = getattr(entry, settings.best)
+        self.recorder.log_evaluation(row)
+        value: float | None = getattr(row, settings.best)
         if (
             value is None
             or not math.isfinite(value)
@@ -174,24 +181,24 @@ class TrainLoop:
         return True
 
     def _layer_weights(self, model: OmniModel) -> dict[str, float]:
-        """What the encoder's layers are mixed with; nothing where there is one."""
+        """Return the mixing weight of each encoder layer; nothing if only one is used."""
         if model.mix is None:
             return {}
         weights = model.mix.logits.detach().float().softmax(0).tolist()
-        return dict(zip(map(str, self.job.encoder.layers), weights, strict=True))
+        return dict(zip(map(str, self.spec.encoder.layers), weights, strict=True))
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _save(self, best: bool) -> None:
-        """Copy everything a checkpoint holds, and have it written while training goes on."""
-        self.feed.write_ledger()
-        self.state.rejects = self.feed.reject_counts
-        # Gathers shards, and meets all ranks: their ledgers are on disk before a checkpoint says
-        # that these steps are done.
-        with self.books.watch.phase("checkpoint", on_device=False):
-            weights, optimizer = self.trained.snapshot(keep=self.rank == 0)
+        """Copy the state of training, and write it as a checkpoint in the background."""
+        self.reader.ledger.write()
+        self.state.rejects = self.reader.rejects.counts
+        # The snapshot gathers shards, and the barrier makes sure that the ledgers of all ranks are
+        # on disk before a checkpoint says that these steps are done.
+        with self.recorder.watch.phase("checkpoint", on_device=False):
+            weights, optimizer = self.model_state.snapshot(keep=self.rank == 0)
             barrier()
         if self.rank:
             return
@@ -199,95 +206,81 @@ class TrainLoop:
             save_checkpoint,
             self.checkpoints,
             state=copy.deepcopy(self.state),
-            model=self.job.model,
-            encoder=self.job.encoder.to_dict(),
+            model=self.spec.model,
+            encoder=self.spec.encoder.to_dict(),
             weights=weights,
             optimizer=optimizer,
             config_yaml=self.config.to_yaml(),
-            tokenizer_json=self.job.tokenizer_json,
+            tokenizer_json=self.spec.tokenizer_json,
         )
-        self._saver.save(self.state.step, write, best)
+        self._writer.save(self.state.step, write, best)
 
     def _finish_saving(self) -> None:
-        """Until what was saved lies in storage, for all ranks."""
+        """Wait until all checkpoints are written. A collective call."""
         with self._watchdog.off():
             if self.rank == 0:
-                self._saver.wait()
+                self._writer.wait()
             barrier()
 
-    def _event(self, event: str, step: int | None = None, **facts: Any) -> None:
-        self.books.event(event, self.state.step if step is None else step, **facts)
+    # -- events, stop requests -----------------------------------------------------------------
 
-    def _asked_to_stop(self) -> bool:
-        """Rank 0 looks, the sums of the step tell all."""
-        return self.rank == 0 and self._stop.asked()
+    def _log_event(self, event: str, step: int | None = None, **facts: Any) -> None:
+        self.recorder.log_event(event, self.state.step if step is None else step, **facts)
 
-    def _hurry(self) -> float | None:
-        """A rank that was asked to stop, and gets no block to finish its step, does not wait; one
-        that is at work on a long step is left alone.
+    def _log_stall(self, doing: str, seconds: float) -> None:
+        self.recorder.log_stall(doing, seconds, self.reader.ledger.current_work())
+
+    def _log_failed_checkpoint(self, step: int, reason: str) -> None:
+        self.recorder.log_own_event("checkpoint failed", step, reason=reason)
+
+    def _stop_requested(self) -> bool:
+        """Poll on rank 0 only: the sums of the step tell the other ranks."""
+        return self.rank == 0 and self._stop.received()
+
+    def _stop_timeout(self) -> float | None:
+        """Return a shorter timeout for a rank that was asked to stop and waits for a block.
+
+        None while it is training: a long step may finish.
         """
-        since, grace = self.feed.waiting_since, self.config.run.grace_seconds
+        since, grace = self.reader.waiting_since, self.config.run.grace_seconds
         if since is None or time.perf_counter() - since <= grace:
             return None
         return grace if self._stop.exists() else None
 
-    def _stalled(self, doing: str, seconds: float) -> None:
-        self.books.stalled(doing, seconds, self.feed)
-
-    def _unsaved(self, step: int, reason: str) -> None:
-        self.books.own_event("checkpoint failed", step, reason=reason)
+    # -- start and end -------------------------------------------------------------------------
 
     def _resume(self, node: str) -> None:
         """Start from the checkpoint that the driver chose; drop what was logged after it."""
-        resume = self.job.resume
+        resume = self.spec.resume
         if resume is not None:
             found = read_checkpoint(resume.path)
             self.state = found.state
-            self.state.fingerprints = self.job.fingerprints
-            self.trained.load(found)
-        step = self.state.step
+            self.state.fingerprints = self.spec.fingerprints
+            self.model_state.load(found)
+        step, redone = self.state.step, 0
         if self.rank == 0:
-            metrics = self.run_dir / "metrics.jsonl"
-            keep_lines(metrics, lambda row: row.get("step", 0) <= step)
+            keep_lines(self.run_dir / "metrics.jsonl", lambda row: row.get("step", 0) <= step)
             # A kill may have come between writing a checkpoint and linking it.
             best = checkpoint_path(self.checkpoints, self.state.best_step or 0)
             if best.is_dir():
                 set_link(self.checkpoints / "best", best)
-        redone = self.feed.rewind(step, self.state.rejects)
+            self.reader.rejects.rewind(step)
+            redone = rewind_ledgers(self.run_dir, step)
         nodes = all_gather([node])
-        plan = self.job.fingerprints.get("plan")
-        self._event("attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone)
+        plan = self.spec.fingerprints.get("plan")
+        self._log_event("attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone)
         barrier()
-        self.feed.recall_rejects()
-        self.books.recall()
-
-    def _best(self) -> Checkpoint:
-        """Read the best checkpoint, or the newest valid one if the best has been damaged since.
-
-        A collective call: rank 0 verifies and chooses, so the weights are hashed once.
-        """
-        [path] = all_gather([self._choose_best()] if self.rank == 0 else [])
-        if path is None:
-            raise CheckpointError(f"{self.checkpoints}: no checkpoint passes verification")
-        return read_checkpoint(path)
-
-    def _choose_best(self) -> StoragePath | None:
-        try:
-            read_checkpoint(self.checkpoints / "best", verify=True)
-            return self.checkpoints / "best"
-        except CheckpointError as error:
-            self._event("damaged checkpoint", reason=str(error))
-        newest, _ = find_resume_point(self.run_dir)
-        return None if newest is None else newest.path
+        self.reader.rejects.restore(self.state.rejects)
+        self.recorder.restore()
 
     def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""
         self._finish_saving()
         best = self._best()
-        self.trained.load_best(best.weights())
+        self.model_state.load_best(best.weights())
         results: dict[str, Any] = {}
-        languages: dict[str, Any] = {}  # by split
-        with self.trained.evaluating() as model:
+        languages: dict[str, Any] = {}
+        with self.model_state.evaluating() as model:
             losses = held["dev"].loss(model)
             for name, split in held.items():
                 errors, rows = split.transcribe(model, self.template)
@@ -301,7 +294,7 @@ class TrainLoop:
                     path = self.run_dir / f"transcripts-{name}.jsonl"
                     remove_lines(path)
                     append_json(path, lines)
-        summary = self.books.summarize(
+        summary = self.recorder.summarize(
             self.state,
             {
                 "best_step": best.state.step,
@@ -313,10 +306,30 @@ class TrainLoop:
                 **({"languages": languages} if languages else {}),
             },
             {
-                "rejects": self.feed.reject_counts,
+                "rejects": self.reader.rejects.counts,
                 "workers": self.world,
-                "parameters": sum(p.numel() for p in self.trained.model.parameters()),
+                "parameters": sum(p.numel() for p in self.model_state.model.parameters()),
             },
         )
-        self._event("finished")
+        self._log_event("finished")
         return summary
+
+    def _best(self) -> Checkpoint:
+        """Read the best checkpoint, or the newest valid one if the best has been damaged since.
+
+        A collective call: rank 0 verifies and chooses, so the weights are hashed once.
+        """
+        [path] = all_gather([self._choose_best()] if self.rank == 0 else [])
+        if path is None:
+            raise CheckpointError(f"{self.checkpoints}: no checkpoint passes verification")
+        return read_checkpoint(path)
+
+    def _choose_best(self) -> StoragePath | None:
+        best = self.checkpoints / "best"
+        try:
+            read_checkpoint(best, verify=True)
+            return best
+        except CheckpointError as error:
+            self._log_event("damaged checkpoint", reason=str(error))
+        newest, _ = find_resume_point(self.run_dir)
+        return None if newest is None else newest.path

@@ -1,7 +1,7 @@
-"""What is trained on one rank: model, optimizers and averaged weights, whole or sharded.
+"""Hold the model, optimizers and averaged weights of one rank, replicated or sharded.
 
 With `ddp` every rank holds everything; with `fsdp` (torch's fully_shard) parameters, gradients,
-optimizer state and averages are split over the ranks. Checkpoints are the same: full tensors.
+optimizer state and averages are split over the ranks. Checkpoints hold full tensors either way.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from omni.model.lm.pretrained import load_lm
 from omni.model.losses import Distillation
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniConfig, OmniModel
-from omni.train.distributed import like, whole
+from omni.train.distributed import full_tensor, shard_like
 from omni.train.optim import (
     WeightAverage,
     load_optimizer_tensors,
     make_optimizers,
     optimizer_tensors,
-    schedule,
+    rate_share,
     set_rates,
     trainable,
 )
 
 
-class Trained:
-    """Raises SourceError where a pretrained language model cannot be had."""
+class ModelState:
+    """Raises SourceError if a pretrained language model cannot be fetched."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Trained:
         tasks: Sequence[str] = ("transcribe",),
         end: int = -1,
     ) -> None:
-        """tasks: their names, by number. end: the id that ends an answer."""
+        """tasks: names of the tasks, by number. end: token id that ends an answer."""
         self.config, self.device, self.world = config, device, world
         lm = load_lm(shape, None if "lm" in config.model.train else self._dtype)
         self.model = OmniModel(shape, lm, config.run.seed)
@@ -69,7 +69,8 @@ class Trained:
             fully_shard(self.model, mesh=mesh)
         self.optimizers = make_optimizers(self.model, config.optim)
         self.average = WeightAverage(self.model, config.optim.ema) if config.optim.ema else None
-        self._whole: OmniModel | None = None  # of a sharded model, for evaluation
+        self._evaluated: OmniModel | None = None
+        """Full copy of a sharded model, for evaluation."""
         self.wrapped: nn.Module = self.model
         if world > 1 and not self.sharded:
             self.wrapped = nn.parallel.DistributedDataParallel(
@@ -88,34 +89,35 @@ class Trained:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the backward of a microbatch: DDP adds up over ranks after the last one only."""
+        """Wrap the backward pass of a microbatch: DDP reduces gradients after the last one only."""
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 
     def gradient_norm(self, tokens: float) -> float:
-        """Divide the summed gradients by the global token count, clip; the norm before clipping."""
+        """Divide summed gradients by the global token count and clip; return the norm before."""
         parameters = list(trainable(self.model).values())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # DDP and FSDP average over ranks; the loss is a sum over all of them.
+        # DDP and FSDP average over ranks, while the loss is a sum over all of them.
         torch._foreach_mul_(gradients, self.world / max(tokens, 1.0))
-        return float(whole(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)))
+        return float(full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)))
 
     def update(self, step: int) -> None:
-        """Optimizer and average, for the step with this number (from 0)."""
-        set_rates(self.optimizers, schedule(step, self.config.optim))
+        """Apply the gradients of step `step` (from 0) and update the averaged weights."""
+        set_rates(self.optimizers, rate_share(step, self.config.optim))
         for optimizer in self.optimizers.values():
             optimizer.step()
-        self.forget_gradients()
+        self.clear_gradients()
         if self.average is not None:
             self.average.update(self.model, step)
 
-    def forget_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
     @property
-    def rate(self) -> float:
+    def learning_rate(self) -> float:
+        """Rate of the first group of the first optimizer."""
         rate: float = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         return rate
 
@@ -123,7 +125,7 @@ class Trained:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[OmniModel]:
-        """The model to evaluate: averaged weights, eval mode, autocast. A collective call."""
+        """Yield the model in eval mode, under autocast, with averaged weights. Collective."""
         model = self.model
         if self.sharded:
             model = self._gathered()
@@ -139,24 +141,27 @@ class Trained:
                 self.average.swap(self.model)
 
     def _gathered(self) -> OmniModel:
-        """A whole copy: ranks decode different numbers of utterances, so sharded layers, which
-        meet in collectives, would wait for each other for ever."""
-        if self._whole is None:
-            self._whole = OmniModel(self.model.config).to(self.device)
-            self._whole.task_weights = self.model.task_weights
-            self._whole.distillation = self.model.distillation
+        """Gather a full copy of the model.
+
+        Ranks decode different numbers of utterances; sharded layers would wait in collectives for
+        ranks that have finished.
+        """
+        if self._evaluated is None:
+            self._evaluated = OmniModel(self.model.config).to(self.device)
+            self._evaluated.task_weights = self.model.task_weights
+            self._evaluated.distillation = self.model.distillation
         averaged = {} if self.average is None else self.average.weights
         with torch.no_grad():
-            target = dict(self._whole.named_parameters())
+            target = dict(self._evaluated.named_parameters())
             for name, parameter in self.model.named_parameters():
-                target[name].copy_(whole(averaged.get(name, parameter.detach())))
-        return self._whole
+                target[name].copy_(full_tensor(averaged.get(name, parameter.detach())))
+        return self._evaluated
 
     def snapshot(self, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies on CPU for a checkpoint: weights (averaged ones), and the rest by name.
+        """Copy weights (averaged ones) and optimizer state to CPU, for a checkpoint.
 
-        Frozen weights of a pretrained model stay where they came from. A collective call; only
-        ranks that `keep` it get the copies.
+        Frozen weights of a pretrained model are stored by reference and left out. A collective
+        call; only ranks that `keep` the copies get them.
         """
         weights = {
             name: p.detach()
@@ -170,7 +175,7 @@ class Trained:
         return _copied(weights, keep), _copied(rest, keep)
 
     def load(self, found: Checkpoint) -> None:
-        """Continue from a checkpoint, of whatever world size and strategy."""
+        """Load a checkpoint, whatever world size and strategy wrote it."""
         tensors, weights = found.optimizer(), found.weights()
         raw = {
             k.removeprefix("raw/"): tensors.pop(k) for k in list(tensors) if k.startswith("raw/")
@@ -183,8 +188,8 @@ class Trained:
             load_optimizer_tensors(self.optimizers, self.model, tensors)
         except KeyError as error:
             raise CheckpointError(
-                f"{found.path}: there is no place for optimizer state of {error}: optim.muon_lr "
-                "and model.train must be those of the run"
+                f"{found.path}: optimizer state of {error} does not fit this run; expected the "
+                "optim.muon_lr and model.train that the run began with"
             ) from None
 
     @torch.no_grad()
@@ -194,19 +199,19 @@ class Trained:
                 _copy(parameter, weights[name])
 
     def load_best(self, weights: dict[str, Tensor]) -> None:
-        """Final weights, to be evaluated as they are."""
+        """Load final weights, to be evaluated without averaging."""
         self.average = None
         self.load_weights(weights)
 
 
 def _copy(target: Tensor, value: Tensor) -> None:
-    target.copy_(like(value, target))
+    target.copy_(shard_like(value, target))
 
 
 def _copied(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     copies = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if keep:
             copies[name] = full.to("cpu", copy=True)
     return copies

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedule and weight averaging."""
+"""Build optimizers, schedule their learning rates, average weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omni.config import OptimConfig
 from omni.model.lm.lora import is_adapter
-from omni.train.distributed import like
+from omni.train.distributed import shard_like
 
 Optimizers = dict[str, torch.optim.Optimizer]
 
@@ -20,9 +20,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
-    """AdamW for everything that trains; Muon for the GPT's matrices where `muon_lr` is set.
+    """Build AdamW for trainable parameters, and Muon for the GPT's matrices if `muon_lr` is set.
 
-    Scalars, gates and biases take no weight decay. Every group remembers its peak rate.
+    Scalars, gates and biases get no weight decay. Each group keeps its peak rate as `peak_lr`.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     matrices: list[Tensor] = []
@@ -65,8 +65,8 @@ def _is_matrix(name: str) -> bool:
     return "gate" not in name and not name.endswith("bias")
 
 
-def schedule(step: int, config: OptimConfig) -> float:
-    """Share of the peak rate at `step` (from 0): linear warm-up, then a cosine to final_lr."""
+def rate_share(step: int, config: OptimConfig) -> float:
+    """Return the share of the peak rate at `step` (from 0): linear warm-up, then a cosine."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     span = max(1, config.steps - config.warmup_steps)
@@ -81,9 +81,10 @@ def set_rates(optimizers: Optimizers, share: float) -> None:
 
 
 class WeightAverage:
-    """Exponential moving average of the trained weights, with a short memory at the start.
+    """Exponential moving average of the trainable weights.
 
-    The decay at step s is min(decay, (s + 1) / (s + 10)): early averages forget the initialisation.
+    The decay at step s is min(decay, (s + 1) / (s + 10)), so that early averages forget the
+    initialisation.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -100,7 +101,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the averaged and the current weights; call twice to come back."""
+        """Exchange averaged and current weights; a second call restores them."""
         for name, parameter in trainable(model).items():
             held = self.weights[name].clone()
             self.weights[name].copy_(parameter)
@@ -108,7 +109,7 @@ class WeightAverage:
 
 
 def optimizer_tensors(optimizers: Optimizers, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Optimizer state as (optimizer/parameter/field, tensor), ready for safetensors."""
+    """Yield optimizer state as (optimizer/parameter/field, tensor), ready for safetensors."""
     names = {id(p): name for name, p in trainable(model).items()}
     for kind, optimizer in optimizers.items():
         for parameter, state in optimizer.state.items():
@@ -119,9 +120,9 @@ def optimizer_tensors(optimizers: Optimizers, model: nn.Module) -> Iterator[tupl
 def load_optimizer_tensors(
     optimizers: Optimizers, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Put state written by `optimizer_tensors` back. Raises KeyError for an unknown parameter."""
+    """Load what `optimizer_tensors` yielded. Raises KeyError for an unknown parameter."""
     parameters = trainable(model)
     for key, value in tensors.items():
         kind, name, field = key.split("/")
         parameter = parameters[name]
-        optimizers[kind].state[parameter][field] = like(value, parameter)
+        optimizers[kind].state[parameter][field] = shard_like(value, parameter)

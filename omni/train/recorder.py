@@ -1,7 +1,6 @@
-"""What one rank writes down while it trains: logged steps and evaluations, events, notes.
+"""Record metrics and events of one rank.
 
-Rank 0 writes about the run; every rank tells its publisher where its time went, and leaves word
-when it fails or hangs.
+Rank 0 writes the files of the run. Every rank publishes its phases, and logs its own failures.
 """
 
 from __future__ import annotations
@@ -19,16 +18,18 @@ from omni.metrics.run_files import append_json, last_line, read_json_lines, writ
 from omni.metrics.table import EvalRow, TrainRow, to_json
 from omni.metrics.throughput import Stopwatch, flops_per_position, peak_flops
 from omni.stream.feature_cache import advice_when_full
-from omni.train.batches import Feed
-from omni.train.model_state import Trained
-from omni.train.step import Step
+from omni.train.batches import BlockReader
+from omni.train.ledger import CurrentWork
+from omni.train.model_state import ModelState
+from omni.train.step import StepResult
 from omni.train.worker_spec import WorkerSpec
 
-_LAST_WORDS_SECONDS = 5.0
+_FAILURE_LOG_TIMEOUT = 5.0
+"""Seconds that a failing rank may spend on logging why: storage may be the reason."""
 
 
 class Publisher(Protocol):
-    """Who else hears what is logged: a dashboard."""
+    """Receiver of metrics beside the run's files, such as Prometheus."""
 
     def phases(self, seconds: Mapping[str, float]) -> None: ...
 
@@ -39,130 +40,132 @@ class Publisher(Protocol):
     def eval_row(self, row: EvalRow) -> None: ...
 
 
-class Books:
-    """Of one rank. watch: seconds by phase, for whoever does the work to measure with."""
-
+class Recorder:
     def __init__(
         self,
-        job: WorkerSpec,
+        spec: WorkerSpec,
         rank: int,
         world: int,
         device: torch.device,
         publisher: Publisher | None,
     ) -> None:
-        self._job, self._rank, self._device = job, rank, device
+        self._spec, self._rank, self._world, self._device = spec, rank, world, device
         self._publisher = publisher
-        self._run_dir = job.config.run_dir
+        self._run_dir = spec.config.run_dir
         self._metrics = self._run_dir / "metrics.jsonl"
-        self.watch = Stopwatch(device)
-        self._pools = Pools(job.config.encoder.actor_count, job.config.data.loaders)
-        self._peak = peak_flops(device)
-        self._world = world
-        self._said_full = False
-        self.window = Window()  # since the last log line
-        self._totals = Window()
+        self._pools = Pools(spec.config.encoder.actor_count, spec.config.data.loaders)
+        self._peak_flops = peak_flops(device)
+        self._cache_reported = False
         self._last_loss: float | None = None
+        self._totals = Window()
+        self.watch = Stopwatch(device)
+        """Seconds of this rank by phase."""
+        self.window = Window()
+        """Sums since the last log line."""
 
-    def recall(self) -> None:
-        """The last step that an earlier attempt logged."""
+    def restore(self) -> None:
+        """Read the last loss that an earlier attempt logged."""
         for row in read_json_lines(self._metrics):
             if row.get("kind") == "train":
                 self._last_loss = row.get("loss")
 
-    def count(self, done: Step, spent: float, waited: float) -> None:
-        """A step that took `spent` seconds, `waited` of them without a block."""
+    def add_step(self, result: StepResult, spent: float, waited: float) -> None:
+        """Add a step that took `spent` seconds, `waited` of them without a block."""
         for window in (self.window, self._totals):
             window.busy += spent
             window.steps += 1
             window.wait += waited
-            if done.updated:
-                window.sums += done.sums
+            if result.updated:
+                window.sums += result.sums
 
-    def log(self, state: TrainState, norm: float, trained: Trained, feed: Feed) -> None:
-        """Write down the steps since the last log line."""
-        phases = self.watch.take()  # of this rank
+    def log_steps(
+        self, state: TrainState, norm: float, model_state: ModelState, reader: BlockReader
+    ) -> None:
+        """Log and publish the steps since the last call."""
+        phases = self.watch.take()
         row = train_row(
             Measured(
                 state,
                 self.window,
-                self._job.config.optim.steps,
-                trained.rate,
+                self._spec.config.optim.steps,
+                model_state.learning_rate,
                 norm,
                 self._pools,
                 phases,
-                self._job.tasks,
-                self._full_speed(trained),
+                self._spec.tasks,
+                self._full_speed(model_state),
             )
         )
         self._last_loss = row.loss
         if self._publisher is not None:
             self._publisher.phases(phases)
             if self._rank == 0:
-                full = feed.cache_full is not None
-                self._publisher.train_row(row, feed.reject_counts, full)
+                full = reader.cache_full is not None
+                self._publisher.train_row(row, reader.rejects.counts, full)
             if self._device.type == "cuda":
                 self._publisher.gpu_memory(torch.cuda.max_memory_allocated(self._device))
-        if self._rank == 0 and self.window.sums.tokens:  # else every step was skipped
+        # Without tokens every step of the window was skipped.
+        if self._rank == 0 and self.window.sums.tokens:
             append_json(self._metrics, [to_json(row)])
-        self._note_full_cache(feed, state.step)
-        feed.write_ledger()
+        if reader.cache_full is not None:
+            self._log_full_cache(reader.cache_full, state.step)
         self.window = Window()
 
-    def _full_speed(self, trained: Trained) -> float | None:
-        """Steps a second of devices that do nothing but the language model's products."""
-        if self._peak is None:
-            return None
-        optim = self._job.config.optim
-        positions = optim.bins_per_step * optim.bin_positions
-        return self._peak * self._world / (positions * flops_per_position(trained.model.lm))
-
-    def _note_full_cache(self, feed: Feed, step: int) -> None:
-        """Say once that later epochs will encode again."""
-        if feed.cache_full is None or self._said_full or self._rank:
-            return
-        self._said_full = True
-        note = (
-            f"the feature cache is full ({feed.cache_full}): what it lacks is encoded again in "
-            f"every epoch; {advice_when_full(self._job.config.encoder.format)}"
-        )
-        append_json(self._metrics, [{"kind": "note", "step": step, "text": note}])
-
-    def evaluated(self, entry: EvalRow) -> None:
-        """An evaluation, as `eval_row` makes it."""
+    def log_evaluation(self, row: EvalRow) -> None:
         if self._rank == 0:
-            append_json(self._metrics, [to_json(entry)])
+            append_json(self._metrics, [to_json(row)])
             if self._publisher is not None:
-                self._publisher.eval_row(entry)
+                self._publisher.eval_row(row)
 
     def summarize(
         self, state: TrainState, results: dict[str, Any], facts: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write and return the summary."""
+        """Write summary.json and return it."""
         results = {"train_loss": self._last_loss, **results}
         summary = summarize(state, self._totals, self._pools, results, facts)
         if self._rank == 0:
             write_json(self._run_dir / "summary.json", summary)
         return summary
 
+    def _full_speed(self, model_state: ModelState) -> float | None:
+        """Return the steps per second at peak FLOPS, counting the language model's products."""
+        if self._peak_flops is None:
+            return None
+        optim = self._spec.config.optim
+        positions = optim.bins_per_step * optim.bin_positions
+        flops = positions * flops_per_position(model_state.model.lm)
+        return self._peak_flops * self._world / flops
+
+    def _log_full_cache(self, reason: str, step: int) -> None:
+        """Log once that later epochs will encode again."""
+        if self._cache_reported or self._rank:
+            return
+        self._cache_reported = True
+        text = (
+            f"the feature cache is full ({reason}): features that it lacks are encoded again in "
+            f"every epoch; {advice_when_full(self._spec.config.encoder.format)}"
+        )
+        append_json(self._metrics, [{"kind": "note", "step": step, "text": text}])
+
     # -- events --------------------------------------------------------------------------------
 
-    def event(self, event: str, step: int | None, **facts: Any) -> None:
-        """Something that befell all ranks: rank 0 writes it."""
+    def log_event(self, event: str, step: int | None, **facts: Any) -> None:
+        """Log an event that concerns all ranks, on rank 0."""
         if self._rank == 0:
-            write_event(self._run_dir, event, step, rank=0, **facts)
+            self.log_own_event(event, step, **facts)
 
-    def own_event(self, event: str, step: int | None, **facts: Any) -> None:
-        """Something that befell this rank."""
+    def log_own_event(self, event: str, step: int | None, **facts: Any) -> None:
+        """Log an event of this rank."""
         write_event(self._run_dir, event, step, rank=self._rank, **facts)
 
-    def stalled(self, doing: str, seconds: float, feed: Feed) -> None:
-        why = f"rank {self._rank} made no progress for {seconds:.0f} s: {doing}"
-        self.own_event("stalled", **feed.at_work(), reason=why)
+    def log_stall(self, doing: str, seconds: float, work: CurrentWork) -> None:
+        reason = f"rank {self._rank} made no progress for {seconds:.0f} s: {doing}"
+        self.log_own_event("stalled", **work, reason=reason)
 
-    def failed(self, error: Exception, feed: Feed) -> None:
-        """What this rank was at when it failed; the storage may be the reason, so not for long."""
+    def log_failure(self, error: Exception, work: CurrentWork) -> None:
+        """Log the failing step with its bins and utterances; give the storage 5 s at most."""
         reason = f"{type(error).__name__}: {last_line(error)}"
-        write = functools.partial(self.own_event, "rank failed", **feed.at_work(), reason=reason)
+        write = functools.partial(self.log_own_event, "rank failed", **work, reason=reason)
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
-        thread.join(_LAST_WORDS_SECONDS)
+        thread.join(_FAILURE_LOG_TIMEOUT)

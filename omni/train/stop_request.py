@@ -1,4 +1,4 @@
-"""Ask the ranks of a run to stop after their step."""
+"""Ask the ranks of a run to stop after their current step."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _OBJECT_STORE_POLL_SECONDS = 2.0
 
 
 class StopRequest:
-    """A file in the run's directory: the driver writes it, rank 0 looks for it between steps."""
+    """File in the run directory that the driver writes and rank 0 polls between steps."""
 
     def __init__(self, run_dir: StoragePath) -> None:
         self._path = run_dir / ".stop"
-        afar = isinstance(run_dir, ObjectPath)
-        self._every = _OBJECT_STORE_POLL_SECONDS if afar else _POLL_SECONDS
-        self._looked = 0.0
-        self._found = False
+        in_object_store = isinstance(run_dir, ObjectPath)
+        self._interval = _OBJECT_STORE_POLL_SECONDS if in_object_store else _POLL_SECONDS
+        self._polled = 0.0
+        self._received = False
 
-    def write(self, why: str) -> None:
-        write_text(self._path, why)
+    def write(self, reason: str) -> None:
+        write_text(self._path, reason)
 
     def exists(self) -> bool:
         return self._path.exists()
@@ -30,14 +30,14 @@ class StopRequest:
     def clear(self) -> None:
         self._path.unlink(missing_ok=True)
 
-    def asked(self) -> bool:
-        """True once the file is there; looks now and then only."""
-        if not self._found and time.monotonic() - self._looked >= self._every:
-            self._looked = time.monotonic()
-            self._found = self._path.exists()
-        return self._found
+    def received(self) -> bool:
+        """Poll for the file, at most once per interval; stays True once it was there."""
+        if not self._received and time.monotonic() - self._polled >= self._interval:
+            self._polled = time.monotonic()
+            self._received = self._path.exists()
+        return self._received
 
-    def why(self) -> str:
+    def reason(self) -> str:
         try:
             return self._path.read_text()
         except OSError:

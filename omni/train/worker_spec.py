@@ -1,4 +1,4 @@
-"""Settings and facts that the driver gives to every rank of a worker group."""
+"""Facts that the driver hands to every rank of a worker group."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ class WorkerSpec:
     tokenizer_json: str
     template: Literal["plain", "chat"]
     tasks: list[str]
+    """Names of the tasks; batches refer to them by position."""
     fingerprints: dict[str, str]
-    held_rows: dict[str, int]  # rows of dev and test that lead the stream
-    train_rows: int  # utterances of the training index
-    epoch_ends: list[int]  # bins up to the end of each epoch
+    held_rows: dict[str, int]
+    """Bins of each held-out split, which lead the stream, over all ranks."""
+    train_rows: int
+    """Utterances of the training index."""
+    epoch_ends: list[int]
+    """Bins up to the end of each epoch."""
     resume: ResumePoint | None = None
     """Checkpoint that all ranks start from, verified by the driver; None starts at step 0."""

@@ -26,8 +26,7 @@ from omni.bench.whole_run import for_timing, steps_of_epochs
 from omni.config import Config, load_config
 from omni.corpus.index import build_index
 from omni.model.encoder.weights import EMBEDDED_WHISPER
-from omni.run.make_job import make_job
-from omni.run.prepare import prepare
+from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import Trainer, audio_seconds
 
 SMALL = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
@@ -98,7 +97,7 @@ def test_padded_and_packed_batches_hold_the_same_work(config: Config) -> None:
 
 def test_a_trainer_alone_repeats_its_steps_and_touches_no_run(config: Config) -> None:
     sample = take_sample(config, 3, seconds=0)
-    trainer = Trainer(make_job(sample.prepared), sample.encoded, torch.device("cpu"))
+    trainer = Trainer(make_worker_spec(sample.prepared), sample.encoded, torch.device("cpu"))
     audio = [trainer.step() for _ in range(6)]
     assert audio[:3] == audio[3:] == [audio_seconds(block) for block in sample.encoded]
     assert not config.run_dir.exists()
@@ -108,7 +107,7 @@ def test_a_step_that_blocks_do_not_divide_is_filled_up_as_in_training(tmp_path: 
     geometry = ["--optim.bins_per_step", "3", "--optim.bins_per_block", "2"]
     storage = ["--run.storage", str(tmp_path)]
     sample = take_sample(load_config("configs/smoke.yaml", [*geometry, *storage, *SMALL]), 6, 0)
-    trainer = Trainer(make_job(sample.prepared), sample.encoded, torch.device("cpu"))
+    trainer = Trainer(make_worker_spec(sample.prepared), sample.encoded, torch.device("cpu"))
     assert trainer.blocks_per_step == 2 and len(sample.encoded) == 4
     assert sum(trainer.step() for _ in range(2)) == sum(map(audio_seconds, sample.encoded))
 

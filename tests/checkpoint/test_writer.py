@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from omni.checkpoint.checkpoint import CheckpointError
-from omni.checkpoint.writer import Saver
+from omni.checkpoint.writer import CheckpointWriter
 
 Failures = list[tuple[int, str]]
 
@@ -25,8 +25,8 @@ def failures() -> Failures:
 
 
 @pytest.fixture
-def saver(tmp_path: Path, failures: Failures) -> Iterator[Saver]:
-    saver = Saver(tmp_path, 2, lambda step, reason: failures.append((step, reason)))
+def saver(tmp_path: Path, failures: Failures) -> Iterator[CheckpointWriter]:
+    saver = CheckpointWriter(tmp_path, 2, lambda step, reason: failures.append((step, reason)))
     yield saver
     saver.close()
 
@@ -44,7 +44,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("step-*"))
 
 
-def test_a_step_does_not_wait_for_storage(saver: Saver, tmp_path: Path) -> None:
+def test_a_step_does_not_wait_for_storage(saver: CheckpointWriter, tmp_path: Path) -> None:
     go = threading.Event()
 
     def slow() -> Path:
@@ -59,7 +59,7 @@ def test_a_step_does_not_wait_for_storage(saver: Saver, tmp_path: Path) -> None:
     assert (tmp_path / "best").resolve().name == "step-000001"
 
 
-def test_all_are_written_in_order_and_old_ones_go(saver: Saver, tmp_path: Path) -> None:
+def test_all_are_written_in_order_and_old_ones_go(saver: CheckpointWriter, tmp_path: Path) -> None:
     for step in range(1, 7):
         saver.save(step, _writes(tmp_path, step), best=step == 2)
     saver.wait()
@@ -67,7 +67,7 @@ def test_all_are_written_in_order_and_old_ones_go(saver: Saver, tmp_path: Path) 
 
 
 def test_a_full_disk_is_said_once_and_only_newest_and_best_are_kept(
-    saver: Saver, tmp_path: Path, failures: Failures
+    saver: CheckpointWriter, tmp_path: Path, failures: Failures
 ) -> None:
     full = threading.Event()
     full.set()
@@ -94,7 +94,7 @@ def test_a_full_disk_is_said_once_and_only_newest_and_best_are_kept(
     assert (tmp_path / "best").resolve().name == "step-000004"
 
 
-def test_a_fault_that_is_not_storages_is_raised(saver: Saver) -> None:
+def test_a_fault_that_is_not_storages_is_raised(saver: CheckpointWriter) -> None:
     def broken() -> Path:
         raise ValueError("no such tensor")
 

@@ -20,7 +20,7 @@ from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
 from omni.train.distributed import all_sum
 from omni.train.evaluation import Layout
-from omni.train.model_state import Trained
+from omni.train.model_state import ModelState
 
 BLOCKS = 6  # of a step, over all ranks: equally many for one, two and three
 SHAPE = OmniConfig.from_dict(
@@ -55,7 +55,7 @@ def work(
         | ({} if kind in ("gpt", "muon") else {"model": {"lm": kind, "train": ADAPTED}})
     )
     shape = SHAPE if kind in ("gpt", "muon") else adapted(kind)
-    trained = Trained(config, shape, torch.device("cpu"), world)
+    trained = ModelState(config, shape, torch.device("cpu"), world)
     assert trained.sharded == (strategy == "fsdp" and world > 1)
     found, first = newest_checkpoint(Path(folder)), 0
     if found is not None:
@@ -84,7 +84,7 @@ def work(
         dist.destroy_process_group()
 
 
-def _step(trained: Trained, step: int, rank: int, world: int) -> None:
+def _step(trained: ModelState, step: int, rank: int, world: int) -> None:
     mine = range(rank, BLOCKS, world)
     tokens = torch.zeros(1, dtype=torch.float64)
     for place in mine:

@@ -25,8 +25,9 @@ from omni.plan.plan_file import plan_path, read_plan_file
 from omni.plan.sequences import sequence_positions
 from omni.run.audit import audit
 from omni.run.fill_cache import fill_cache
+from omni.run.fingerprints import check_fingerprints
 from omni.run.preflight import _needed
-from omni.run.prepare import Prepared, check_fingerprints, prepare
+from omni.run.prepare import Prepared, prepare
 from omni.run.rates import without_cache
 from omni.stream.collate import collate
 from omni.stream.feature_cache import FeatureCache

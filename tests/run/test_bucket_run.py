@@ -135,10 +135,10 @@ def test_a_wish_to_stop_travels_through_the_bucket(run: ObjectPath) -> None:
     driver, rank = StopRequest(run), StopRequest(run)
     assert not rank.exists()
     driver.write("SIGTERM")
-    assert rank.asked() and rank.exists() and rank.why() == "SIGTERM"
+    assert rank.received() and rank.exists() and rank.reason() == "SIGTERM"
     driver.clear()
     driver.clear()
-    assert not StopRequest(run).asked()
+    assert not StopRequest(run).received()
 
 
 def _download(run: ObjectPath, to: Path) -> Path:

@@ -128,7 +128,7 @@ def test_the_driver_verifies_the_weights_once_per_attempt_for_all_ranks(
     process = _started(
         tiny, tmp_path, *overrides, PYTHONPATH=f"{helpers}:{ROOT}", WEIGHT_READS=str(log)
     )
-    _wait(lambda: (run / "checkpoints" / "step-000056" / "state.json").exists(), process)
+    _wait(lambda: (run / "checkpoints" / "step-000056" / "state.json").exists(), process, 400)
     children = psutil.Process(process.pid).children(recursive=True)
     ranks = [child for child in children if "RayTrainWorker" in child.name()]
     assert len(ranks) == 2

@@ -20,14 +20,13 @@ from omni.config import Config, parse_config
 from omni.inference.decode_batch import HeldUtterance
 from omni.metrics.rows import DevLosses
 from omni.model.lm.lora import is_adapter
-from omni.run.make_job import make_job
-from omni.run.prepare import Prepared, prepare
+from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
 from omni.stream.schema import utterances
 from omni.stream.settings import stream_settings
 from omni.stream.stages import EncodeStage
 from omni.train.evaluation import HeldOut, Layout
-from omni.train.model_state import Trained
+from omni.train.model_state import ModelState
 from tests.helpers.hf_folders import save_folder
 from tests.helpers.whole_runs import ROOT, command, embedded, lines, run_job, write_manifest
 
@@ -80,7 +79,9 @@ def _trainer(prepared: Prepared) -> Trainer:
     count = prepared.config.optim.bins_per_step * 4
     loaded, _ = loaded_blocks(prepared.splits["train"], range(count), settings)
     return Trainer(
-        make_job(prepared), encoder_rate(EncodeStage(settings), loaded, 0)[1], torch.device("cpu")
+        make_worker_spec(prepared),
+        encoder_rate(EncodeStage(settings), loaded, 0)[1],
+        torch.device("cpu"),
     )
 
 
@@ -98,7 +99,7 @@ def _held(trainer: Trainer) -> HeldOut:
 
 def _learn(trainer: Trainer) -> tuple[DevLosses, DevLosses]:
     """What the utterances cost before and after some steps."""
-    held, trained = _held(trainer), trainer._loop.trained
+    held, trained = _held(trainer), trainer._loop.model_state
     with trained.evaluating() as model:
         before = held.loss(model)
     for _ in range(STEPS):
@@ -116,7 +117,7 @@ def test_distillation_brings_the_listener_nearer_to_the_reader(tmp_path: Path) -
 def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
     prepared = prepare(_config(tmp_path, optim={"kl_weight": 0.0}))
     trainer = _trainer(prepared)
-    loop, model = trainer._loop, trainer._loop.trained.model
+    loop, model = trainer._loop, trainer._loop.model_state.model
     assert model.mix is not None and prepared.encoder.layers == [1, 3, 4]
     assert loop._layer_weights(model) == pytest.approx({"1": 1 / 3, "3": 1 / 3, "4": 1 / 3})
     frozen = {
@@ -131,7 +132,7 @@ def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
     tokens = after.tasks[:, 1]
     weighted = (2 * shout * tokens[0] + transcribe * tokens[1]) / (2 * tokens[0] + tokens[1])
     assert after.loss == pytest.approx(float(weighted), rel=1e-5)
-    sums = loop.books.window.sums.tasks
+    sums = loop.recorder.window.sums.tasks
     assert (sums[:, 1] > 0).all()
     weights = loop._layer_weights(model)
     assert sum(weights.values()) == pytest.approx(1) and max(weights.values()) > 0.34
@@ -185,7 +186,7 @@ def test_a_run_listens_first_and_keeps_the_language_model_by_reference(
     # Another start goes on from the checkpoint, with the language model from its folder.
     prepared = prepare(config)
     assert prepared.resume is not None
-    trained = Trained(config, prepared.model, torch.device("cpu"), 1)
+    trained = ModelState(config, prepared.model, torch.device("cpu"), 1)
     trained.load(prepared.resume)
     names = dict(trained.model.named_parameters())
     for name, value in prepared.resume.weights().items():

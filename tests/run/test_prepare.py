@@ -22,7 +22,8 @@ from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.sequences import sequence_positions
-from omni.run.prepare import Prepared, check_fingerprints, prepare
+from omni.run.fingerprints import check_fingerprints
+from omni.run.prepare import Prepared, prepare
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"
 TRAIN = [json.loads(line) for line in (CORPUS / "train.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from omni.train.optim import (
     load_optimizer_tensors,
     make_optimizers,
     optimizer_tensors,
-    schedule,
+    rate_share,
     set_rates,
     trainable,
 )
@@ -70,23 +70,23 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_warm_up_is_linear_and_the_rest_a_cosine() -> None:
     config = OptimConfig(steps=110, warmup_steps=10, final_lr=0.2)
-    assert [schedule(step, config) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
-    assert schedule(60, config) == pytest.approx(0.6), "half way between peak and end"
-    assert schedule(35, config) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + 0.5**0.5))
-    assert schedule(110, config) == pytest.approx(0.2)
-    assert schedule(1_000, config) == pytest.approx(0.2)
-    shares = [schedule(step, config) for step in range(10, 111)]
+    assert [rate_share(step, config) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert rate_share(60, config) == pytest.approx(0.6), "half way between peak and end"
+    assert rate_share(35, config) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + 0.5**0.5))
+    assert rate_share(110, config) == pytest.approx(0.2)
+    assert rate_share(1_000, config) == pytest.approx(0.2)
+    shares = [rate_share(step, config) for step in range(10, 111)]
     assert shares == sorted(shares, reverse=True)
 
 
 def test_a_schedule_without_warm_up_starts_at_the_peak() -> None:
-    assert schedule(0, OptimConfig(steps=10, warmup_steps=0)) == 1.0
+    assert rate_share(0, OptimConfig(steps=10, warmup_steps=0)) == 1.0
 
 
 def test_a_run_shorter_than_its_warm_up_never_peaks() -> None:
     config = OptimConfig(steps=5, warmup_steps=10)
-    assert [schedule(step, config) for step in (0, 4)] == [0.1, 0.5]
-    assert schedule(10, config) == 1.0
+    assert [rate_share(step, config) for step in (0, 4)] == [0.1, 0.5]
+    assert rate_share(10, config) == 1.0
 
 
 def test_every_group_follows_its_own_peak() -> None:

@@ -13,8 +13,7 @@ import torch
 from omni.audio.logmel import SAMPLING_RATE
 from omni.config import load_config
 from omni.metrics.rows import Window
-from omni.run.make_job import make_job
-from omni.run.prepare import Prepared, prepare
+from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.settings import StreamSettings, stream_settings
@@ -41,12 +40,12 @@ def _blocks(prepared: Prepared, **encoder: Any) -> list[Any]:
 
 
 def _curve(prepared: Prepared, blocks: list[Any]) -> torch.Tensor:
-    trainer = Trainer(make_job(prepared), blocks, torch.device("cpu"))
+    trainer = Trainer(make_worker_spec(prepared), blocks, torch.device("cpu"))
     losses = []
     for _ in range(STEPS):
-        trainer._loop.books.window = Window()
+        trainer._loop.recorder.window = Window()
         trainer.step()
-        sums = trainer._loop.books.window.sums
+        sums = trainer._loop.recorder.window.sums
         losses.append(sums.loss / sums.tokens)
     assert losses[-1] < losses[0] - 0.5, "it learns"
     return torch.tensor(losses, dtype=torch.float64)
@@ -112,14 +111,14 @@ def test_attention_and_loss_change_rounding_only(
 
 def test_only_a_rank_that_waits_for_a_block_is_hurried(prepared: Prepared) -> None:
     """Asked to stop, a rank at work on a long step finishes it; one without blocks gives up."""
-    loop = Trainer(make_job(prepared), _blocks(prepared), torch.device("cpu"))._loop
+    loop = Trainer(make_worker_spec(prepared), _blocks(prepared), torch.device("cpu"))._loop
     long_ago = time.perf_counter() - 2 * loop.config.run.grace_seconds
-    loop.feed.waiting_since = long_ago
-    assert loop._hurry() is None, "nobody asked"
+    loop.reader.waiting_since = long_ago
+    assert loop._stop_timeout() is None, "nobody asked"
     (loop.run_dir / ".stop").write_text("SIGTERM")
-    assert loop._hurry() == loop.config.run.grace_seconds
-    loop.feed.waiting_since = None
-    assert loop._hurry() is None
+    assert loop._stop_timeout() == loop.config.run.grace_seconds
+    loop.reader.waiting_since = None
+    assert loop._stop_timeout() is None
 
 
 def test_a_loader_that_is_held_back_reads_no_faster(prepared: Prepared) -> None:

@@ -1,0 +1,48 @@
+"""Find the root cause of a failed attempt, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from omni.metrics.run_files import last_line
+
+_MAX_IDS = 20
+"""Utterance ids in a message; events.jsonl has all of them."""
+
+
+def is_cluster_lost(error: BaseException) -> bool:
+    """Tell whether Ray itself is gone, rather than a worker."""
+    return isinstance(error, (SystemExit, ConnectionError, ray.exceptions.RaySystemError))
+
+
+def root_cause(error: BaseException, events: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the first failure of a worker: rank, error, step, bins and utterances.
+
+    events: those of this attempt. Ranks that wait for a failed rank fail later, for lack of it.
+    """
+    failed = [row for row in events if row["event"] == "rank failed"]
+    if failed:
+        first = min(failed, key=lambda row: float(row["time"]))
+        return f"rank {first['rank']}: {first['reason']}{_position(first)}"
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return f"{type(error).__name__}: {last_line(error)}"
+    rank, cause = min(failures.items(), key=lambda failure: failure[0])
+    while (deeper := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = deeper
+    return f"rank {rank}: {type(cause).__name__}: {last_line(cause)}"
+
+
+def _position(row: Mapping[str, Any]) -> str:
+    """Describe step, bins and utterances of a failed rank; empty before its first block."""
+    bins, ids = row["bins"], row["ids"]
+    if not bins:
+        return ""
+    more = ", ..." if len(ids) > _MAX_IDS else ""
+    return (
+        f" (step {row['step']}, bins {', '.join(map(str, bins))}, utterances "
+        f"{', '.join(ids[:_MAX_IDS])}{more})"
+    )

@@ -1,0 +1,95 @@
+"""The terminal shows rows of metrics.jsonl and events.jsonl, one line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from omni.run.console import LiveView, describe_event
+
+TRAIN: dict[str, Any] = {
+    "kind": "train",
+    "step": 20,
+    "steps": 100,
+    "seconds": 40.0,
+    "loss": 2.5,
+    "ctc": 1.25,
+    "lr": 1e-3,
+    "grad_norm": 0.5,
+    "audio_seconds_per_second": 123.4,
+    "tokens_per_second": 456.7,
+    "data_wait_fraction": 0.25,
+    "limit": "encoder",
+}
+EVAL: dict[str, Any] = {
+    "kind": "eval",
+    "step": 20,
+    "dev_loss": 1.5,
+    "dev_accuracy": 0.75,
+    "shuffled_audio_gap": 0.33,
+    "dev_wer": 0.123,
+    "examples": [{"reference": "what [bold]was[/] said", "hypothesis": "two\nlines"}],
+}
+
+
+def _shown(capsys: pytest.CaptureFixture[str], *rows: dict[str, Any]) -> list[str]:
+    LiveView().rows(rows)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_step_shows_loss_rates_limit_and_the_time_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    [line] = _shown(capsys, TRAIN)
+    for figure in ("20/100", "loss 2.500", "1.0e-03", "123 audio-s/s", "457 tok/s", "25%"):
+        assert figure in line
+    assert "encoder" in line
+    assert line.endswith("2:40"), "80 steps of 2 s"
+
+
+def test_a_step_of_ctc_alone_shows_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    [line] = _shown(capsys, {**TRAIN, "loss": None})
+    assert "ctc 1.250" in line and "loss" not in line
+
+
+def test_an_evaluation_shows_wer_languages_and_examples(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates = {
+        "fr": {"by": "wer", "wer": 0.41, "cer": 0.2},
+        "zh": {"by": "cer", "wer": None, "cer": 0.202},
+        "ko": {"by": "wer", "wer": None, "cer": None},
+    }
+    head, reference, hypothesis = _shown(capsys, {**EVAL, "dev_languages": rates})
+    assert "WER 12.3%" in head and "0.33" in head
+    assert "fr 41.0%" in head and "zh CER 20.2%" in head and "ko" not in head
+    assert reference.endswith("what [bold]was[/] said"), "text is no markup"
+    assert hypothesis.endswith("two lines")
+    [head, *_] = _shown(capsys, {**EVAL, "dev_wer": None})
+    assert "WER -" in head
+
+
+def test_a_note_is_shown_as_it_was_written(capsys: pytest.CaptureFixture[str]) -> None:
+    [line] = _shown(capsys, {"kind": "note", "step": 3, "text": "the cache [/] is full"})
+    assert line.endswith("the cache [/] is full") and line.split()[0] == "3"
+
+
+@pytest.mark.parametrize(
+    ("event", "named"),
+    [
+        ({"event": "attempt", "step": 0, "workers": 1}, ["1 worker"]),
+        ({"event": "attempt", "step": 7, "workers": 2}, ["step 7", "2 workers"]),
+        ({"event": "failure", "step": 7, "reason": "rank 1: OSError"}, ["rank 1: OSError"]),
+        ({"event": "override", "step": 7, "fields": ["plan"]}, ["plan"]),
+        ({"event": "damaged checkpoint", "step": 7, "reason": "step-000008"}, ["step-000008"]),
+    ],
+)
+def test_an_event_is_one_line(event: dict[str, Any], named: list[str]) -> None:
+    line = describe_event(event)
+    assert line is not None and all(name in line for name in named)
+
+
+def test_events_without_news_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    LiveView().events([{"event": "finished", "step": 9}, {"event": "rank failed", "step": 9}])
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,123 @@
+"""Blocks of the stream become microbatches that are checked against the plan and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from omni.metrics.throughput import Stopwatch
+from omni.plan.plan import EMPTY
+from omni.run.prepare import make_worker_spec
+from omni.train.batches import BlockReader
+from tests.helpers.whole_runs import lines
+from tests.helpers.worker_specs import encoded_block, small_run
+
+CPU = torch.device("cpu")
+
+
+def _reader(
+    run_dir: Path, blocks: Iterable[pa.Table], rank: int = 0, world: int = 1, **optim: Any
+) -> BlockReader:
+    prepared = small_run()
+    config = prepared.config
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(
+                update={"storage": str(run_dir.parent), "name": run_dir.name}
+            ),
+            "optim": config.optim.model_copy(update=optim),
+        }
+    )
+    run_dir.mkdir(exist_ok=True)
+    spec = make_worker_spec(replace(prepared, config=config), world)
+    return BlockReader(spec, iter(blocks), rank, world, CPU, Stopwatch(CPU))
+
+
+def _block(*bins: int, **changes: Any) -> pa.Table:
+    prepared = small_run()
+    return encoded_block(prepared, prepared.splits["train"], bins, **changes)
+
+
+def test_a_step_is_the_bins_of_the_plan_and_the_ledger_names_them(tmp_path: Path) -> None:
+    run, plan = tmp_path / "run", small_run().splits["train"].plan
+    reader = _reader(run, [_block(4, 5), _block(6, 7)])
+    first, second = reader.microbatches(1)
+    assert (first.block, second.block) == (0, 1)
+    assert first.batch.tokens_BT.shape == (2, 256)
+    assert first.counts.utterances == len(plan.bin(4)) + len(plan.bin(5))
+    assert (first.counts.load_seconds, first.counts.encode_seconds) == (0.5, 1.0)
+    assert (first.counts.rejected, first.counts.loss) == (0, 0)
+    work = reader.ledger.current_work()
+    assert (work["step"], work["bins"]) == (2, [4, 5, 6, 7]) and len(work["ids"]) > 4
+    reader.ledger.write()
+    assert lines(run / "ledger" / "rank-0000.jsonl") == [
+        {"step": 2, "bin": number, "utterances": plan.bin(number).tolist()}
+        for number in (4, 5, 6, 7)
+    ]
+
+
+def test_ranks_take_turns_and_padding_is_nobodys_work(tmp_path: Path) -> None:
+    """Three bins a step make two blocks, the last of them half empty."""
+    steps = {"bins_per_step": 3}
+    [first] = _reader(tmp_path / "a", [_block(0, 1)], rank=0, world=2, **steps).microbatches(0)
+    second_rank = _reader(tmp_path / "b", [_block(2, EMPTY)], rank=1, world=2, **steps)
+    [second] = second_rank.microbatches(0)
+    assert (first.block, second.block) == (0, 1)
+    assert second_rank.ledger.current_work()["bins"] == [2]
+    assert not second.batch.segments_BT[1].any()
+
+
+@pytest.mark.parametrize("changes", [{"bin": 6}, {"split": "dev"}])
+def test_a_block_that_the_plan_does_not_name_is_an_error(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    reader = _reader(tmp_path / "run", [_block(4, 5, **changes)])
+    with pytest.raises(RuntimeError, match=r"step 2\b.*\bbin 4 of train"):
+        next(reader.microbatches(1))
+
+
+def test_a_rejected_utterance_is_padding_counted_and_not_in_the_ledger(tmp_path: Path) -> None:
+    run, plan = tmp_path / "run", small_run().splits["train"].plan
+    whole = _block(0, 1).to_pylist()[0]
+    count, frames = len(whole["ids"]), whole["frames"]
+    size = len(whole["features"]) // sum(map(sum, frames)) * sum(frames[0])
+    rejected = _block(
+        0,
+        1,
+        errors=["unreadable\nno such file", *[None] * (count - 1)],
+        frames=[[], *frames[1:]],
+        features=whole["features"][size:],
+    )
+    reader = _reader(run, [rejected, _block(2, 3)])
+    first, _ = reader.microbatches(0)
+    assert first.counts.rejected == 1
+    assert first.counts.utterances == count - 1 + len(plan.bin(1))
+    reader.ledger.write()
+    assert lines(run / "ledger" / "rank-0000.jsonl")[0]["utterances"] == plan.bin(0).tolist()[1:]
+    reader.rejects.share()
+    [row] = lines(run / "rejects.jsonl")
+    assert (row["id"], row["reason"], row["step"]) == (whole["ids"][0], "unreadable", 1)
+
+
+def test_held_out_bins_stay_in_memory(tmp_path: Path) -> None:
+    prepared = small_run()
+    dev = prepared.splits["dev"]
+    blocks = [encoded_block(prepared, dev, (n, n + 1)) for n in range(0, 4, 2)]
+    held = _reader(tmp_path / "run", blocks).hold("dev", 4)
+    members = [int(n) for bin_ in range(4) for n in dev.plan.bin(bin_)]
+    assert [h.utterance.number for h in held.held] == members
+    with pytest.raises(RuntimeError, match=r"\btrain\b.*\bdev\b"):
+        _reader(tmp_path / "run", [_block(0, 1)]).hold("dev", 2)
+
+
+def test_the_reason_of_a_full_cache_is_kept(tmp_path: Path) -> None:
+    reader = _reader(tmp_path / "run", [_block(0, 1, cache_full="no space"), _block(2, 3)])
+    list(reader.microbatches(0))
+    assert reader.cache_full == "no space"
+    assert reader.waiting_since is None and reader.waited > 0

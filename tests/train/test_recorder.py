@@ -1,0 +1,140 @@
+"""The recorder writes what a run is read from, on rank 0, and what fails, on every rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni.checkpoint.train_state import TrainState
+from omni.metrics.table import EvalRow, StepSums, TrainRow
+from omni.run.prepare import make_worker_spec
+from omni.train import recorder as module
+from omni.train.batches import BlockReader
+from omni.train.ledger import CurrentWork
+from omni.train.model_state import ModelState
+from omni.train.recorder import Recorder
+from omni.train.step import StepResult
+from omni.train.worker_spec import WorkerSpec
+from tests.helpers.whole_runs import lines
+from tests.helpers.worker_specs import small_run
+
+CPU = torch.device("cpu")
+WORK: CurrentWork = {"step": 3, "bins": [8, 9], "ids": ["a", "b"]}
+
+
+class Dashboard:
+    """A publisher that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[TrainRow] = []
+        self.published: list[Mapping[str, float]] = []
+
+    def phases(self, seconds: Mapping[str, float]) -> None:
+        self.published.append(seconds)
+
+    def gpu_memory(self, peak: int) -> None:
+        raise AssertionError("there is no GPU")
+
+    def train_row(self, row: TrainRow, rejects: Mapping[str, int], cache_full: bool) -> None:
+        self.rows.append(row)
+
+    def eval_row(self, row: EvalRow) -> None:
+        raise AssertionError("nothing was evaluated")
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> WorkerSpec:
+    prepared = small_run()
+    run = prepared.config.run.model_copy(update={"storage": str(tmp_path), "name": "run"})
+    config = prepared.config.model_copy(update={"run": run})
+    config.run_dir.mkdir()
+    return make_worker_spec(replace(prepared, config=config))
+
+
+def _reader(spec: WorkerSpec, recorder: Recorder, rank: int = 0) -> BlockReader:
+    return BlockReader(spec, iter(()), rank, 1, CPU, recorder.watch)
+
+
+def _sums(loss: float) -> StepSums:
+    return StepSums(loss=loss, tokens=10, samples=160_000, tasks=torch.tensor([[loss, 10.0, 5.0]]))
+
+
+def test_a_log_line_is_the_mean_of_its_steps(spec: WorkerSpec, tmp_path: Path) -> None:
+    dashboard = Dashboard()
+    recorder = Recorder(spec, 0, 1, CPU, dashboard)
+    model_state = ModelState(spec.config, spec.model, CPU, 1)
+    for loss in (20.0, 40.0):
+        recorder.add_step(StepResult(_sums(loss), 1.0, True), spent=2.0, waited=0.5)
+    recorder.log_steps(TrainState(step=2), 1.5, model_state, _reader(spec, recorder))
+    [row] = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (row["kind"], row["step"], row["loss"], row["grad_norm"]) == ("train", 2, 3.0, 1.5)
+    assert (row["step_seconds"], row["data_wait_fraction"]) == (4.0, 0.25)
+    assert row["audio_seconds_per_second"] == 5.0
+    assert [r.loss for r in dashboard.rows] == [3.0] and len(dashboard.published) == 1
+    assert recorder.window.steps == 0
+
+    later = Recorder(spec, 0, 1, CPU, None)
+    later.restore()
+    summary = later.summarize(TrainState(step=2), {"dev_loss": 1.0}, {"workers": 1})
+    assert (summary["train_loss"], summary["dev_loss"], summary["workers"]) == (3.0, 1.0, 1)
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_steps_without_an_update_make_no_line(spec: WorkerSpec, tmp_path: Path) -> None:
+    recorder = Recorder(spec, 0, 1, CPU, None)
+    model_state = ModelState(spec.config, spec.model, CPU, 1)
+    recorder.add_step(StepResult(_sums(float("nan")), 1.0, False), 1.0, 0.0)
+    recorder.log_steps(TrainState(step=1), 1.0, model_state, _reader(spec, recorder))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_full_cache_is_noted_once_by_rank_0(spec: WorkerSpec, tmp_path: Path) -> None:
+    model_state = ModelState(spec.config, spec.model, CPU, 1)
+    for rank in (1, 0):
+        recorder = Recorder(spec, rank, 2, CPU, None)
+        reader = _reader(spec, recorder, rank)
+        reader.cache_full = "no space left"
+        for step in (1, 2):
+            recorder.add_step(StepResult(_sums(10.0), 1.0, True), 1.0, 0.0)
+            recorder.log_steps(TrainState(step=step), 1.0, model_state, reader)
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["kind"] for row in rows] == ["train", "note", "train"]
+    assert "no space left" in rows[1]["text"]
+
+
+def test_events_of_all_ranks_are_written_by_rank_0_and_failures_by_each(
+    spec: WorkerSpec, tmp_path: Path
+) -> None:
+    for rank in (0, 1):
+        recorder = Recorder(spec, rank, 2, CPU, None)
+        recorder.log_event("attempt", 0, workers=2)
+        recorder.log_stall("training step 3", 60.0, WORK)
+        recorder.log_failure(ValueError("one\nthe last line"), WORK)
+    rows = lines(tmp_path / "run" / "events.jsonl")
+    assert [(row["rank"], row["event"]) for row in rows] == [
+        (0, "attempt"),
+        (0, "stalled"),
+        (0, "rank failed"),
+        (1, "stalled"),
+        (1, "rank failed"),
+    ]
+    assert rows[-1]["reason"] == "ValueError: the last line"
+    assert {name: rows[-1][name] for name in WORK} == WORK
+
+
+def test_a_failing_rank_does_not_wait_for_storage_that_hangs(
+    spec: WorkerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a pipe that nobody reads blocks, as a lost mount does."""
+    os.mkfifo(tmp_path / "run" / "events.jsonl")
+    monkeypatch.setattr(module, "_FAILURE_LOG_TIMEOUT", 0.2)
+    began = time.monotonic()
+    Recorder(spec, 0, 1, CPU, None).log_failure(OSError("gone"), WORK)
+    assert time.monotonic() - began < 60
+    (tmp_path / "run" / "events.jsonl").open("rb").close()
