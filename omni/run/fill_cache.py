@@ -109,7 +109,9 @@ def _split(table: pa.Table, missing: np.ndarray, frames: int) -> Split:
 
 
 @ray.remote(num_cpus=0)
-def _drain(splits: list[ray.ObjectRef], settings: StreamSettings) -> Iterator[list[dict[str, Any]]]:
+def _drain(
+    splits: list[ray.ObjectRef[Split]], settings: StreamSettings
+) -> Iterator[list[dict[str, Any]]]:
     """Pull the stream to its end, in a process of its own as in training; its rows are counts."""
     torch.set_num_threads(1)
     bins = np.arange(ray.get(splits[0]).plan.bins)

@@ -24,9 +24,10 @@ from omni.train.worker_spec import WorkerSpec
 
 
 def first_rows(plan: Plan, bins: int, optim: OptimConfig) -> list[int]:
-    """Rows of the stream of one worker for the plan's first steps, about `bins` bins of them."""
+    """Return the bins of the plan's first steps, about `bins` of them, padded for one worker."""
     steps = max(1, bins // optim.bins_per_step)
-    return plan.rows(0, steps, 1, optim.bins_per_block).tolist()
+    rows: list[int] = plan.rows(0, steps, 1, optim.bins_per_block).tolist()
+    return rows
 
 
 def loaded_blocks(

@@ -193,7 +193,7 @@ def _write_index_rejects(prepared: Prepared) -> None:
 def _complete_summary(prepared: Prepared, wall_seconds: float) -> dict[str, Any]:
     """Add the figures that only the driver knows to summary.json."""
     path = prepared.config.run_dir / "summary.json"
-    summary = json.loads(path.read_text())
+    summary: dict[str, Any] = json.loads(path.read_text())
     counts = dict(summary["rejects"])
     for reject in prepared.rejects:
         counts[reject.reason] = counts.get(reject.reason, 0) + 1

@@ -102,7 +102,7 @@ def _get(result: Any, patience: float, who: str) -> Any:
 
 
 def _load_and_encode(
-    splits: list[ray.ObjectRef], bins: list[int], settings: StreamSettings, seconds: float
+    splits: list[ray.ObjectRef[Split]], bins: list[int], settings: StreamSettings, seconds: float
 ) -> tuple[float, float, list[pa.Table]]:
     """Audio seconds per second of loading and of encoding, and the encoded blocks."""
     torch.set_num_threads(settings.config.encoder.threads)

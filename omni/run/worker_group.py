@@ -35,7 +35,7 @@ _STREAM = "stream"
 
 
 def make_trainer(
-    spec: WorkerSpec, workers: int, splits: list[ray.ObjectRef], settings: StreamSettings
+    spec: WorkerSpec, workers: int, splits: list[ray.ObjectRef[Split]], settings: StreamSettings
 ) -> TorchTrainer:
     """Build the trainer of one attempt. splits: references to `Split`s in the object store."""
     config = spec.config
@@ -79,7 +79,7 @@ def _ray_storage(folder: StoragePath) -> dict[str, Any]:
 
 
 def _open_stream(
-    references: list[ray.ObjectRef], settings: StreamSettings, workers: int, first_step: int
+    references: list[ray.ObjectRef[Split]], settings: StreamSettings, workers: int, first_step: int
 ) -> Dataset:
     """Open the stream: held-out bins once, then the bins of the plan from `first_step` on."""
     config = settings.config
