@@ -51,7 +51,7 @@ def encoded_block(
         table = split.table.take(pa.array(split.plan.bin(number)))
         mode = prepared.config.encoder.mode
         frames = [[encoder_frames(n, mode)] for n in table["samples"].to_pylist()]
-        features = [torch.randn(n, codec.width, generator=generator) for [n] in frames]
+        features = [torch.randn(n, codec.feature_dim, generator=generator) for [n] in frames]
         nothing = [None] * len(frames)
         rows.append(
             {

@@ -128,6 +128,7 @@ def test_events_of_all_ranks_are_written_by_rank_0_and_failures_by_each(
     assert {name: rows[-1][name] for name in WORK} == WORK
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failing_rank_does_not_wait_for_storage_that_hangs(
     spec: WorkerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
