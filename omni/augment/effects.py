@@ -39,7 +39,7 @@ def mix(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     if not (power(audio) > 0 and power(noise) > 0):
         return audio
     scale = np.sqrt(power(audio) / power(noise)) * 10 ** (-snr_db / 20)
-    return (audio + scale * noise).astype(np.float32)
+    return np.asarray(audio + scale * noise, np.float32)
 
 
 def power(audio: np.ndarray) -> float:
@@ -57,7 +57,7 @@ def reverberate(audio: np.ndarray, response: np.ndarray) -> np.ndarray:
     wet = _convolve(audio, response, int(np.abs(response).argmax()))
     if not power(wet) > 0:
         return audio
-    return (wet * np.sqrt(power(audio) / power(wet))).astype(np.float32)
+    return np.asarray(wet * np.sqrt(power(audio) / power(wet)), np.float32)
 
 
 def made_response(

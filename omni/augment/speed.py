@@ -44,7 +44,7 @@ def _choices(count: int, seed: int, names: np.ndarray, epoch: int) -> np.ndarray
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
-    return ((mixed >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
+    return np.asarray((mixed >> np.uint64(32)) * np.uint64(count) >> np.uint64(32), np.int64)
 
 
 @dataclass(frozen=True)

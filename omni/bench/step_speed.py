@@ -180,4 +180,5 @@ class _Step:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             out = self._model(batch.to(self._device))
             total: Tensor = out.loss + self._config.optim.ctc_weight * out.ctc
-        return total / out.tokens
+        loss: Tensor = total / out.tokens
+        return loss

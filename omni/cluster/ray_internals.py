@@ -42,7 +42,7 @@ class SchedulerWorkarounds(ExecutionCallback):
         Ray Data gives them no more blocks. Where they are the only encoders, the trainers never get
         the blocks that end their step, and write no checkpoint before the node goes.
         """
-        actor_pool_map_operator.get_draining_nodes = dict
+        actor_pool_map_operator.get_draining_nodes = dict  # type: ignore[attr-defined]
 
     def on_execution_step(self, executor: Any) -> None:
         """Back off while the scheduler is idle.

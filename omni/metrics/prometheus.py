@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
 
+from omni.metrics.metric import Metric
 from omni.metrics.table import (
     EVAL_METRICS,
     EXPORTED,
     PROMETHEUS,
     TRAIN_METRICS,
     EvalRow,
-    Metric,
     TrainRow,
 )
 

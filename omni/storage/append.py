@@ -75,7 +75,8 @@ def read(path: ObjectPath) -> Iterator[bytes]:
 
 
 def _size(path: ObjectPath) -> int | None:
-    return path.info().size
+    size: int | None = path.info().size
+    return size
 
 
 def _find(path: ObjectPath) -> _Last:

@@ -180,7 +180,7 @@ class ObjectPath:
         return bool(self.info().is_file)
 
     def is_dir(self) -> bool:
-        return self.info().type.name == "Directory"
+        return bool(self.info().type.name == "Directory")
 
     def listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
         """What lies in this folder, by name; nothing where there is none."""
