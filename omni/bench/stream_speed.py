@@ -137,7 +137,7 @@ def _drained(config: Config, ends: Sequence[int], result: Result) -> None:
 
 
 @ray.remote(num_cpus=1)
-def _drain(splits: list[ray.ObjectRef], settings: StreamSettings, bins: int) -> list[Any]:
+def _drain(splits: list[ray.ObjectRef[Any]], settings: StreamSettings, bins: int) -> list[Any]:
     torch.set_num_threads(1)
     stream = make_stream(splits, [(0, np.arange(bins))], settings)
     stream.context.execution_options.preserve_order = True
