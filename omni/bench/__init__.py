@@ -1,4 +1,4 @@
-"""Benchmarks: what omni gains, measured on the machine at hand (`python -m jobs.bench`)."""
+"""Measure omni's speed, alone and against others, on this machine (`python -m jobs.bench`)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _MODULES = {
 
 
 def run_suite(name: str, config: Config) -> Result:
-    """Run a suite: function bench_NAME of its module."""
+    """Run a suite: call the function bench_NAME of its module."""
     module = importlib.import_module(f"omni.bench.{_MODULES[name]}")
     result: Result = getattr(module, f"bench_{name.replace('-', '_')}")(config)
     return result
 
 
 def show(result: Result) -> None:
+    """Print the machine, notes, figures and ratios of a suite."""
     console = Console(highlight=False, soft_wrap=True)
     machine = result.machine
     console.print(

@@ -1,4 +1,4 @@
-"""Large corpora: what indexing and planning them takes, in seconds and in the driver's memory."""
+"""Measure the time and the driver's memory to index and to plan large corpora."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from omni.run.prepare import prepare
 
 _ROWS = 100_000
 _PLANNED = 10_000_000
-_BINS_PER_STEP = 64  # of a large run
+# A large run has about this many bins per step.
+_BINS_PER_STEP = 64
 
 
 def bench_corpus(config: Config, rows: int = _ROWS, planned: int = _PLANNED) -> Result:
-    """`corpus` suite: `rows` files are indexed by jobs.index, `planned` utterances are planned.
+    """Run the `corpus` suite: index `rows` files with jobs.index, and plan `planned` utterances.
 
-    The files are those of the embedded corpus under new names. Everything that is measured has a
-    process of its own, so that a peak is its own too.
+    The files are links to those of the embedded corpus. Each measurement has a process of its own,
+    so that its peak memory is its own too.
     """
     result = Result("corpus", describe_machine(torch.device("cpu"), config.train.threads))
     with in_temporary_storage(config) as inside:
@@ -62,7 +63,10 @@ def bench_corpus(config: Config, rows: int = _ROWS, planned: int = _PLANNED) -> 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a call in a process of its own returned, how long it took, its largest resident set."""
+    """Record a call in a process of its own: its value, its seconds, its peak resident memory.
+
+    peak_gb: in units of 10^9 bytes.
+    """
 
     value: Any
     seconds: float
@@ -70,7 +74,7 @@ class Measured:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Measured:
-    """Call a module's function in a fresh process."""
+    """Call a module-level function in a fresh process, and measure it."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_measured, function, arguments).result()
 
@@ -83,34 +87,35 @@ def _measured(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Measu
 
 
 def _peak_bytes() -> int:
-    """Of this program: getrusage would also know of the one that started it."""
+    """Read the peak resident bytes of this process; getrusage would count its parent's too."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status: no VmHWM")
+    raise RuntimeError("/proc/self/status: expected a line VmHWM")
 
 
 def repeat_files(folder: Path, rows: int) -> Path:
-    """A manifest of `rows` files with ids of their own, which are links to the embedded ones."""
+    """Write a manifest of `rows` files with distinct ids, which link to the embedded ones."""
     source = manifest_path("embedded:train")
-    known = [json.loads(line) for line in source.read_text().splitlines()]
+    originals = [json.loads(line) for line in source.read_text().splitlines()]
     folder.mkdir(parents=True)
-    for number, row in enumerate(known):
+    for number, row in enumerate(originals):
         (folder / f"{number}.opus").write_bytes((source.parent / row["audio"]).read_bytes())
     manifest = folder / "train.jsonl"
     with manifest.open("w") as file:
         for number in range(rows):
-            clip = number % len(known)
+            clip = number % len(originals)
             name = Path(f"{number // 1000:05}", f"{number:08}.opus")
             (folder / name).parent.mkdir(exist_ok=True)
             os.link(folder / f"{clip}.opus", folder / name)
-            row = {"id": f"{number:08}", "audio": str(name), "text": known[clip]["text"]}
+            row = {"id": f"{number:08}", "audio": str(name), "text": originals[clip]["text"]}
             file.write(json.dumps(row) + "\n")
     return manifest
 
 
 def _index(manifest: Path, out: Path) -> None:
-    from omni.corpus.build import make_index  # needs Ray
+    # The import is here because it loads Ray, which only this measurement needs.
+    from omni.corpus.build import make_index
 
     make_index([str(manifest)], out, Options(), say=progress)
 
@@ -124,7 +129,10 @@ def _prepare(config: Config) -> np.ndarray:
 
 
 def _plan(lengths: np.ndarray, count: int, bin_positions: int) -> float:
-    """Plan an epoch of `count` utterances with lengths drawn from these; the share filled."""
+    """Plan an epoch of `count` utterances with lengths drawn from `lengths`.
+
+    Returns the share of the bins' positions that is filled.
+    """
     drawn = np.random.default_rng(0).choice(lengths[lengths > 0], count)
     plan = make_plan(
         drawn,

@@ -1,4 +1,4 @@
-"""How fast recordings become features: against transformers, and against the machine's ceiling."""
+"""Measure encoding speed against transformers and against the peak speed of the machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from omni.stream.codec import DTYPES
 
 _CLIPS = 24
 _NAIVE_BATCH = 8
-_TRIM_REPEATS, _CEILING_REPEATS = 8, 20  # short jobs, to last as long as the others
+# The two short jobs are repeated, so that they last as long as the others.
+_TRIM_REPEATS, _CEILING_REPEATS = 8, 20
 
 
 def bench_encode(config: Config) -> Result:
-    """`encode` suite, on clips with the length distribution of data.train."""
+    """Run the `encode` suite on clips with the length distribution of data.train."""
     settings = config.encoder
     torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if settings.gpus else "cpu")
@@ -37,14 +38,14 @@ def bench_encode(config: Config) -> Result:
     result.notes.append(
         f"{len(audio)} clips, {seconds:.0f} s, at even quantiles of the lengths of data.train"
     )
-    _encoders(config, device, audio, result)
-    _front_end(audio, result)
-    _decoding(paths, seconds, result)
+    _time_encoders(config, device, audio, result)
+    _time_log_mel(audio, result)
+    _time_decoding(paths, seconds, result)
     return result
 
 
 def typical_clips(config: Config, count: int = _CLIPS) -> list[tuple[Path, AudioSpan]]:
-    """Clips of data.train at even quantiles of length: the corpus's distribution, in small."""
+    """Choose clips of data.train at even quantiles of length, to keep its distribution."""
     table = build_mixture(
         config.data.train, cache_dir=config.cache_dir, allow_absolute=config.data.allow_absolute
     ).table
@@ -55,15 +56,17 @@ def typical_clips(config: Config, count: int = _CLIPS) -> list[tuple[Path, Audio
 
 
 def encoder_flops(config: WhisperConfig, frames: int) -> float:
-    """Multiply-adds times two of one window of `frames` output frames: convolutions, projections,
-    attention. Whisper's config.json gives the widths."""
+    """Count the floating-point operations to encode one window of `frames` output frames.
+
+    A multiply-add counts as two. Convolutions, projections and attention are counted.
+    """
     width, ffn, n_mels = config.d_model, config.encoder_ffn_dim, config.num_mel_bins
     stem = 2 * frames * 3 * n_mels * width + frames * 3 * width * width
     layer = frames * (4 * width * width + 2 * width * ffn) + 2 * frames * frames * width
     return 2.0 * (stem + config.encoder_layers * layer)
 
 
-def _encoders(
+def _time_encoders(
     config: Config, device: torch.device, audio: Sequence[np.ndarray], result: Result
 ) -> None:
     source = config.encoder.weights
@@ -77,8 +80,8 @@ def _encoders(
     full_mels, trim_mels = ([e.front_end(clip) for clip in audio] for e in (full, trim))
     ceiling = Ceiling(dtype, device)
     jobs: dict[str, Callable[[], Any]] = {
-        "naive": _reference(source, full_mels, torch.float32, device),
-        "transformers": _reference(source, full_mels, dtype, device),
+        "naive": _transformers_job(source, full_mels, torch.float32, device),
+        "transformers": _transformers_job(source, full_mels, dtype, device),
         "full": lambda: full.encode_mels(full_mels, samples),
         "trim": lambda: [trim.encode_mels(trim_mels, samples) for _ in range(_TRIM_REPEATS)],
         "matmul": lambda: ceiling.multiply(_CEILING_REPEATS),
@@ -114,10 +117,10 @@ def _encoders(
         result.ratio[f"encode.{name}_share_of_ceiling"] = median(share)
 
 
-def _reference(
+def _transformers_job(
     source: str, mels: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Any]:
-    """transformers' own encoder over windows padded to 30 s, in batches."""
+    """Return a job that runs transformers' encoder over windows padded to 30 s, in batches."""
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as Reference
 
@@ -131,8 +134,8 @@ def _reference(
     return lambda: [model(batch).last_hidden_state for batch in batches]
 
 
-def _front_end(audio: Sequence[np.ndarray], result: Result) -> None:
-    """Log-mel: transformers pads every clip to 30 s, omni computes what is there."""
+def _time_log_mel(audio: Sequence[np.ndarray], result: Result) -> None:
+    """Time log-mels: transformers pads every clip to 30 s, omni computes its real length."""
     from transformers import WhisperFeatureExtractor
 
     extractor = WhisperFeatureExtractor()
@@ -151,6 +154,6 @@ def _front_end(audio: Sequence[np.ndarray], result: Result) -> None:
     result.ratio["mel.full_vs_transformers"] = ratio_of(taken, "transformers", "full")
 
 
-def _decoding(paths: Sequence[tuple[Path, AudioSpan]], seconds: float, result: Result) -> None:
+def _time_decoding(paths: Sequence[tuple[Path, AudioSpan]], seconds: float, result: Result) -> None:
     taken = alternate({"decode": lambda: [decode(path, span) for path, span in paths]}, rounds=5)
     result.add("decode and resample", seconds / median(taken["decode"]), "audio-s/s")

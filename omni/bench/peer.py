@@ -1,8 +1,8 @@
-"""omni against the way the field trains such a model, on the same corpus, encoder and GPT.
+"""Compare omni with the usual training loop for such a model, on the same corpus and models.
 
-`Peer` is that way in one process: a torch DataLoader decodes and pads every clip to 30 s, the
-frozen encoder runs inline in every epoch, batches are padded to their longest. Objective
-(cross-entropy), optimizer, precision and batch size are omni's.
+`Peer` is that loop in one process: a torch DataLoader decodes and pads every clip to 30 s, the
+frozen encoder runs inline in every epoch, and batches are padded to their longest utterance. The
+objective (cross-entropy), optimizer, precision and batch size are omni's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ _ROUNDS = 2
 
 
 def bench_peer(config: Config) -> Result:
-    """`peer` suite: two epochs of omni in turns with slices of the peer's, which are all alike."""
+    """Run the `peer` suite: alternate two epochs of omni with a time slice of the peer.
+
+    A slice is enough, since the peer does the same work in each epoch.
+    """
     optim = config.optim.model_copy(update={"ctc_weight": 0.0})
     config = config.model_copy(update={"optim": optim})
     result = Result("peer", describe_machine(torch.device("cpu"), config.train.threads))
@@ -59,7 +62,7 @@ def bench_peer(config: Config) -> Result:
             total = job.over(0, steps)
             rates["omni"].append(total["utterances"] / total["seconds"])
             rates["with start"].append(total["utterances"] / job.wall_seconds)
-        # Last, because an untrained projector adds nothing: the audio must matter to the loss.
+        # An untrained projector outputs zeros, so compare losses last, when the audio affects them.
         result.ratio["peer.loss_difference"] = peer.difference_to_omni()
     result.notes.append(
         f"{prepared.splits['train'].table.num_rows} utterances, {steps} steps of "
@@ -77,7 +80,7 @@ def bench_peer(config: Config) -> Result:
 
 
 class Peer:
-    """The field's training loop; see the head of this file."""
+    """Train with the usual loop, which the module docstring describes."""
 
     def __init__(self, prepared: Prepared) -> None:
         from transformers import WhisperConfig
@@ -98,10 +101,10 @@ class Peer:
         self._optimizers = make_optimizers(self._model, self._config.optim)
         self._rows = _Clips(train.table.to_pylist())
         self._steps = 0
-        self._batches = self._forever()
+        self._batches = self._endless_batches()
 
     def rate(self, seconds: float) -> float:
-        """Samples per second over so many seconds of training, after one step to warm up."""
+        """Measure samples per second over `seconds` of training, after one step to warm up."""
         torch.set_num_threads(self.threads)
         self._step()
         began, samples = time.perf_counter(), 0
@@ -110,8 +113,11 @@ class Peer:
         return samples / (time.perf_counter() - began)
 
     def difference_to_omni(self) -> float:
-        """Relative difference of the loss of some utterances to what omni makes of them, packed and
-        encoded in `full` mode, with the same weights: the peer must do the same work."""
+        """Compute the relative difference between the peer's loss and omni's on six utterances.
+
+        omni packs them and encodes in `full` mode with the same weights, so a large difference
+        means that the two do not do the same work.
+        """
         torch.set_num_threads(self.threads)
         rows = [self._rows[n] for n in range(6)]
         self._model.eval()
@@ -142,7 +148,7 @@ class Peer:
         self._steps += 1
         return len(rows)
 
-    def _forever(self) -> Iterator[list[dict[str, Any]]]:
+    def _endless_batches(self) -> Iterator[list[dict[str, Any]]]:
         generator = torch.Generator().manual_seed(self._config.run.seed)
         while True:
             yield from DataLoader(
@@ -173,7 +179,7 @@ class Peer:
 
 
 class _Clips(Dataset[dict[str, Any]]):
-    """Rows of the index with their audio and its log-mel, padded to 30 s by transformers."""
+    """Load rows of the index with their audio and its log-mel, padded to 30 s by transformers."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         from transformers import WhisperFeatureExtractor

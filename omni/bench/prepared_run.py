@@ -1,4 +1,4 @@
-"""A run of a config, prepared in a temporary folder, for suites to measure parts of."""
+"""Prepare a run in a temporary folder, so that suites can measure its stages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from omni.train.evaluation import Layout
 
 @dataclass(frozen=True)
 class Sample:
-    """The first bins of a run's plan, as log-mels and as features, and how fast each came about.
+    """Hold the first bins of a run's plan as log-mels and as features, and the rate of each stage.
 
     Rates are audio seconds per second of one process that has the machine to itself.
     """
@@ -71,5 +71,5 @@ def in_temporary_storage(config: Config) -> Iterator[Config]:
 
 
 def progress(line: str) -> None:
-    """Say what goes on: suites take minutes."""
+    """Print a line of progress to stderr, since suites take minutes."""
     Console(highlight=False, stderr=True, soft_wrap=True).print(f"[dim]{line}[/]")

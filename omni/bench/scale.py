@@ -15,15 +15,15 @@ _ROUNDS = 2
 
 
 def bench_scale(config: Config) -> Result:
-    """Run the `scale` suite."""
+    """Run the `scale` suite on world sizes from 1 to the number of cores."""
     result = Result("scale", describe_machine(torch.device("cpu"), config.train.threads))
     with in_temporary_storage(config) as inside:
-        _worlds(inside, result)
+        _compare_world_sizes(inside, result)
     return result
 
 
-def _worlds(config: Config, result: Result) -> None:
-    """Time the same steps on 1 to all cores, in the second epoch, which reads the cache.
+def _compare_world_sizes(config: Config, result: Result) -> None:
+    """Time the same steps with 1 worker up to one per core, in the epoch that reads the cache.
 
     A step has one bin for each core.
     """

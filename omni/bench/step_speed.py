@@ -1,4 +1,4 @@
-"""One training step: packed bins against the same utterances padded to the longest of a batch."""
+"""Compare training steps on packed bins and on batches padded to their longest utterance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CEILING_REPEATS = 10
 
 
 def bench_train_step(config: Config) -> Result:
-    """`train-step` suite: the config's model, and others of fixed sizes (layers x width)."""
+    """Run the `train-step` suite on the config's model and on fixed sizes (layers x width)."""
     device = torch.device("cuda" if config.train.gpus else "cpu")
     result = Result("train-step", describe_machine(device, config.train.threads))
     with in_temporary_storage(config) as inside:
@@ -36,11 +36,13 @@ def bench_train_step(config: Config) -> Result:
     torch.set_num_threads(config.train.threads)
     bins = sample.bins()
     packed = [sample.layout.batch([bin]) for bin in bins]
-    padded = _padded(sample, [u for bin in bins for u in bin])
+    padded = _padded_batches(sample, [u for bin in bins for u in bin])
     _describe(packed, padded, result)
     base, lm = sample.prepared.model, sample.prepared.model.lm
     if not isinstance(lm, GPTConfig) or base.source is not None:
-        raise ConfigError("model.lm: this suite makes its models from a seed; expected scratch")
+        raise ConfigError(
+            "model.lm: expected scratch, since this suite initializes its models from a seed"
+        )
     own = (lm.n_layer, lm.n_embd, lm.n_head)
     for name, shape in {"config": own, **_SIZES}.items():
         if name != "config" and shape == own:
@@ -53,8 +55,8 @@ def bench_train_step(config: Config) -> Result:
     return result
 
 
-def _padded(sample: Sample, members: list[Utterance]) -> list[Batch]:
-    """Batches of as many utterances as a bin holds on average, in random order, each a row."""
+def _padded_batches(sample: Sample, members: list[Utterance]) -> list[Batch]:
+    """Batch utterances in random order, as many to a batch as a bin holds on average."""
     rows = max(1, round(len(members) / len(sample.bins())))
     order = np.random.default_rng(0).permutation(len(members)).tolist()
     return [
@@ -64,7 +66,7 @@ def _padded(sample: Sample, members: list[Utterance]) -> list[Batch]:
 
 
 def padded_batch(sample: Sample, members: list[Utterance]) -> Batch:
-    """One utterance in each row, all as long as the longest."""
+    """Build a batch with one utterance per row, padded to the longest."""
     longest = max(sample.layout.length(member) for member in members)
     return replace(sample.layout, positions=longest).batch([[member] for member in members])
 
@@ -91,7 +93,7 @@ def _compare(
     device: torch.device,
     result: Result,
 ) -> None:
-    """Two models of one shape take turns, a quarter of the batches at a time."""
+    """Train two models of one shape in turns, on a quarter of the batches at a time."""
     parameters = 0
     jobs: dict[str, Callable[[], None]] = {}
     saved: dict[str, int] = {}
@@ -119,24 +121,24 @@ def _compare(
     ceiling = Ceiling(compute_dtype(torch.bfloat16, device), device)
     jobs["matmul"] = lambda: ceiling.multiply(_CEILING_REPEATS)
     taken = alternate(jobs, rounds=8, device=device)
-    # Seconds per position, so that a turn with fewer utterances is not a faster one.
-    each = {
+    # Times are per position, so that a turn with fewer utterances does not count as faster.
+    per_position = {
         kind: [t / n for t, n in zip(taken[kind], done[kind][1:], strict=True)] for kind in done
     }
     peak = ceiling.flops * _CEILING_REPEATS / median(taken["matmul"])
     for kind in done:
-        rate = 1 / median(each[kind])
+        rate = 1 / median(per_position[kind])
         result.add(f"{name}, {kind}", rate, "positions/s")
         result.add(
             f"{name}, {kind}", 6 * parameters * rate / peak, "MFU", "6 x weights of the layers"
         )
         result.add(f"{name}, {kind}", saved[kind] / 1e6, "MB", "kept for backward, at most")
     key = "" if name == "config" else f".{name.replace(' ', '')}"
-    result.ratio[f"train_step.packed_vs_padded{key}"] = ratio_of(each, "padded", "packed")
+    result.ratio[f"train_step.packed_vs_padded{key}"] = ratio_of(per_position, "padded", "packed")
 
 
 class _Step:
-    """A model with its optimizer, trained on one batch at a call, as `TrainLoop` does."""
+    """Train a model on one batch per call, as `TrainLoop` does."""
 
     def __init__(self, shape: OmniConfig, config: Config, device: torch.device) -> None:
         self._config, self._device = config, device
@@ -147,7 +149,7 @@ class _Step:
 
     @property
     def layer_parameters(self) -> int:
-        """What every position is multiplied with: no embeddings, projector or vocabulary."""
+        """Count the weights of the layers, without embeddings, projector and output head."""
         assert isinstance(self._model.lm, GPT)
         return sum(p.numel() for p in self._model.lm.transformer.h.parameters())
 
@@ -159,20 +161,20 @@ class _Step:
             optimizer.zero_grad(set_to_none=True)
 
     def activation_bytes(self, batch: Batch) -> int:
-        """Bytes that autograd keeps between forward and backward, parameters not counted."""
-        kept: dict[int, int] = {}
+        """Measure the bytes that autograd saves for the backward pass, without parameters."""
+        saved_bytes: dict[int, int] = {}
 
-        def note(tensor: Tensor) -> Tensor:
+        def record(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             loss = self._loss(batch)
         for parameter in self._model.parameters():
-            kept.pop(parameter.untyped_storage().data_ptr(), None)
+            saved_bytes.pop(parameter.untyped_storage().data_ptr(), None)
         del loss
-        return sum(kept.values())
+        return sum(saved_bytes.values())
 
     def _loss(self, batch: Batch) -> Tensor:
         dtype = compute_dtype(DTYPES[self._config.train.precision], self._device)

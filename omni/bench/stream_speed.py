@@ -1,4 +1,4 @@
-"""The whole job against its parts: does anyone wait, and what do the cache and Ray cost?"""
+"""Compare the whole job with its stages alone, and measure the cost of the cache and of Ray."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ from omni.stream.stages import EncodeStage, load_bin
 
 _BINS = 16
 _ROUNDS = 2
-_WARM_STEPS = 3  # of the first epoch: the stream starts
+# The first steps are left out, because the stream is still starting.
+_WARM_STEPS = 3
 
 
 def bench_stream(config: Config) -> Result:
-    """`stream` suite: encoder alone, trainer alone and the whole job in turns; then the stream
-    without a trainer, through one epoch that encodes and one that reads the cache."""
+    """Run the `stream` suite: alternate each stage alone with the whole job.
+
+    It ends with the stream without a trainer, for an epoch that encodes and one that reads the
+    cache.
+    """
     result = Result("stream", describe_machine(torch.device("cpu"), config.train.threads))
     with in_temporary_storage(config) as inside:
         ends = steps_of_epochs(inside, 2)
@@ -40,19 +44,19 @@ def bench_stream(config: Config) -> Result:
         rounds = []
         for turn in range(_ROUNDS):
             progress(f"round {turn + 1} of {_ROUNDS}: encoder alone, trainer alone")
-            alone = _alone(timed)
+            alone = _stage_rates(timed)
             progress(f"round {turn + 1} of {_ROUNDS}: the whole job, {ends[1]} steps, two epochs")
-            rounds.append(_shares(alone, run_job(timed), ends, timed))
+            rounds.append(_compare_with_bounds(alone, run_job(timed), ends, timed))
         _report(rounds, result)
         sample = take_sample(timed, _BINS, seconds=0)
-        _traffic(sample, result)
+        _add_traffic(sample, result)
         progress("the stream without a trainer, two epochs")
-        _drained(timed, ends, result)
+        _measure_stream(timed, ends, result)
     return result
 
 
-def _alone(config: Config) -> dict[str, float]:
-    """Audio seconds per second of each stage in this process, with nothing beside it."""
+def _stage_rates(config: Config) -> dict[str, float]:
+    """Measure the audio seconds per second of each stage alone in this process."""
     sample = take_sample(config, _BINS)
     torch.set_num_threads(config.train.threads)
     trainer = Trainer(make_worker_spec(sample.prepared), sample.encoded, torch.device("cpu"))
@@ -63,13 +67,13 @@ def _alone(config: Config) -> dict[str, float]:
     }
 
 
-def _shares(
+def _compare_with_bounds(
     alone: dict[str, float], job: JobRun, ends: Sequence[int], config: Config
 ) -> dict[str, float]:
-    """A job's epochs against the slower of encoder and trainer alone."""
+    """Compare the rates of a job's epochs with the slower of encoder and trainer alone."""
     first, second = job.over(_WARM_STEPS, ends[0]), job.over(ends[0], ends[1])
     bound = (min(alone["encoder"], alone["trainer"]), alone["trainer"])
-    # What one second of audio costs all processes, where they do not get in each other's way.
+    # This is the CPU time of all processes for a second of audio, if none slows down another.
     work = (
         1 / alone["loader"]
         + config.encoder.actor_count * config.encoder.threads / alone["encoder"]
@@ -106,16 +110,16 @@ def _report(rounds: list[dict[str, float]], result: Result) -> None:
     result.ratio["stream.share_of_cores_epoch1"] = middle["share of cores"]
 
 
-def _traffic(sample: Sample, result: Result) -> None:
-    """Bytes in the object store for a second of audio, between the stages."""
+def _add_traffic(sample: Sample, result: Result) -> None:
+    """Add the bytes per second of audio that pass through the object store between stages."""
     audio = sum(map(audio_seconds, sample.encoded))
     loaded, encoded = (sum(t.nbytes for t in ts) for ts in (sample.loaded, sample.encoded))
     result.add("object store, load to encode", loaded / audio / 1e3, "kB/audio-s", "epoch 1")
     result.add("object store, encode to train", encoded / audio / 1e3, "kB/audio-s", "each epoch")
 
 
-def _drained(config: Config, ends: Sequence[int], result: Result) -> None:
-    """The stream with a consumer that only takes: what caching gains, and what Ray costs."""
+def _measure_stream(config: Config, ends: Sequence[int], result: Result) -> None:
+    """Measure the stream without a trainer: the gain of the cache, and the overhead of Ray."""
     prepared = prepare(config)
     train = prepared.splits["train"]
     settings = stream_settings(config, prepared.encoder)
@@ -138,6 +142,7 @@ def _drained(config: Config, ends: Sequence[int], result: Result) -> None:
 
 @ray.remote(num_cpus=1)
 def _drain(splits: list[ray.ObjectRef[Any]], settings: StreamSettings, bins: int) -> list[Any]:
+    """Read the stream to its end, and note time, audio seconds and utterances of each block."""
     torch.set_num_threads(1)
     stream = make_stream(splits, [(0, np.arange(bins))], settings)
     stream.context.execution_options.preserve_order = True
@@ -150,14 +155,14 @@ def _drain(splits: list[ray.ObjectRef[Any]], settings: StreamSettings, bins: int
 
 
 def _rate(taken: list[dict[str, float]]) -> tuple[float, float]:
-    """Audio seconds per second, and seconds per utterance."""
+    """Compute audio seconds per second, and seconds per utterance."""
     seconds = taken[-1]["at"] - taken[0]["at"]
     audio, utterances = (sum(t[name] for t in taken[1:]) for name in ("audio", "utterances"))
     return audio / seconds, seconds / utterances
 
 
 def _without_ray(split: Split, settings: StreamSettings, bins: range) -> float:
-    """Seconds per utterance of the stages' own work on cached bins, in this process."""
+    """Measure the seconds per utterance of the stages on cached bins, in this process."""
     cache = settings.open_cache()
     stage = EncodeStage(settings)
     began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Timing side by side: everything is measured in turns in one process, and reported as ratios.
+"""Time jobs in turns in one process, and report ratios of their times.
 
-A machine shared with others changes its speed by the minute. Two things measured one after the
-other therefore compare the minutes; measured A B A B, with medians, they compare the things.
+The speed of a shared machine changes by the minute. Jobs timed one after the other would therefore
+compare the minutes; timed in turns (A B A B), with medians, they compare the jobs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ _COPY_BYTES = 256 << 20
 
 @dataclass
 class Result:
-    """What a suite found. `ratio` holds what the targets are about, under dotted names."""
+    """Collect the results of a suite. `ratio` holds those that have targets, by dotted name."""
 
     suite: str
     machine: dict[str, Any]
     ratio: dict[str, float] = field(default_factory=dict)
-    figures: list[dict[str, Any]] = field(default_factory=list)  # rows of the table
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of the printed table."""
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, value: float, unit: str, note: str = "") -> None:
@@ -40,21 +41,24 @@ class Result:
 def alternate(
     jobs: Mapping[str, Callable[[], Any]], rounds: int = 5, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each job in each round, the jobs taking turns; one unmeasured round first."""
+    """Run the jobs in turns, and return the seconds of each in each round.
+
+    A first round is not measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in jobs.items():
-            _finish(device)
+            _synchronize(device)
             began = time.perf_counter()
             job()
-            _finish(device)
+            _synchronize(device)
             if number:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
 def ratio_of(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
-    """How many times as long `slow` takes: the median over rounds of the two in one round."""
+    """Compute the median over rounds of the time of `slow` divided by that of `fast`."""
     pairs = zip(seconds[slow], seconds[fast], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
@@ -64,7 +68,7 @@ def median(values: list[float]) -> float:
 
 
 class Ceiling:
-    """What the machine can do: matrix products of a dtype, and copies, of a size that is easy."""
+    """Run large matrix products and copies, to measure the peak speed of the machine."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._size = 2048 if device.type == "cpu" else 8192
@@ -83,12 +87,12 @@ class Ceiling:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of one `multiply`."""
+        """Return the floating-point operations of one matrix product of `multiply`."""
         return 2.0 * self._size**3
 
     @property
     def copied_bytes(self) -> float:
-        """Bytes read and written by one `copy`."""
+        """Return the bytes read and written by one `copy`."""
         return 2.0 * _COPY_BYTES
 
 
@@ -113,7 +117,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _finish(device: torch.device | None) -> None:
-    """GPU work is only queued when a call returns."""
+def _synchronize(device: torch.device | None) -> None:
+    """Wait for the GPU, since a call returns as soon as its work is queued."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

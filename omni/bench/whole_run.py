@@ -1,4 +1,4 @@
-"""Whole training jobs as a user starts them, in a process of their own, timed by their metrics."""
+"""Run training jobs as a user does, in their own process, and time them by their metrics."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from omni.run.prepare import prepare
 
 @dataclass(frozen=True)
 class JobRun:
-    """What a job wrote about itself. steps: one row of metrics.jsonl for each step."""
+    """Hold the metrics that a job wrote. steps: one row of metrics.jsonl for each step."""
 
     steps: list[dict[str, Any]]
     summary: dict[str, Any]
-    wall_seconds: float  # with the start of Ray and the scoring at the end
+    wall_seconds: float
+    """Including the start of Ray and the scoring at the end."""
 
     def over(self, first: int, last: int) -> dict[str, float]:
-        """Sums over the steps (first, last], counted from 1."""
+        """Add up times and counts over the steps after `first` up to `last`, counted from 1.
+
+        rate: audio seconds per second. waited: the share of the time spent waiting for data.
+        """
         rows = [row for row in self.steps if first < row["step"] <= last]
         seconds = sum(row["step_seconds"] for row in rows)
         audio = sum(r["audio_seconds_per_second"] * r["step_seconds"] for r in rows)
@@ -42,7 +46,7 @@ class JobRun:
 
 
 def for_timing(config: Config, steps: int) -> Config:
-    """The config with `steps` steps, each logged, and next to nothing but training in it."""
+    """Change the config to train for `steps` steps, log each, and evaluate hardly anything."""
     data = config.data.model_copy(update={"test": []})
     optim = config.optim.model_copy(update={"steps": steps})
     train = config.train.model_copy(update={"log_every": 1, "checkpoint_every": steps})
@@ -54,7 +58,7 @@ def for_timing(config: Config, steps: int) -> Config:
 
 
 def steps_of_epochs(config: Config, epochs: int) -> list[int]:
-    """The step that each of the first epochs ends in."""
+    """Return the step in which each of the first `epochs` epochs ends."""
     optim = config.optim.model_copy(update={"steps": 1})
     while True:
         plan = prepare(config.model_copy(update={"optim": optim})).splits["train"].plan
@@ -64,7 +68,10 @@ def steps_of_epochs(config: Config, epochs: int) -> list[int]:
 
 
 def run_job(config: Config) -> JobRun:
-    """Train in a fresh folder, so with an empty cache. Raises RuntimeError with its last line."""
+    """Train in a new folder, and so with an empty cache.
+
+    Raises RuntimeError with the end of the job's output when it fails.
+    """
     with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder:
         run = config.run.model_copy(update={"storage": folder})
         inside = config.model_copy(update={"run": run})

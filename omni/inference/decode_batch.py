@@ -1,4 +1,4 @@
-"""Features to transcripts and their scores: one path for training and for the jobs after it."""
+"""Decode features to transcripts and score them, in training and in the jobs after it alike."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from omni.model.speech_lm import OmniModel
 from omni.stream.collate import Utterance
 
 _DECODE_BATCH = 32
-SHORT_WORDS = 2  # isolated words and letters, hard to hear out of context: counted apart
-_WORD_CHARACTERS = 2  # of a word in a language without spaces, for that purpose
+# References of at most this many words are scored apart: without context they are hard to hear.
+SHORT_WORDS = 2
+# A language without spaces is counted in characters, and this many stand for a word.
+_WORD_CHARACTERS = 2
 
 
 @dataclass(frozen=True)
 class HeldUtterance:
-    """An utterance in a rank's memory, with what a transcript table needs."""
+    """Hold an utterance in memory, with the columns of its row in a transcript table."""
 
     utterance: Utterance
     id: str
@@ -32,7 +34,10 @@ class HeldUtterance:
 def transcribe(
     model: OmniModel, template: Template, held: Sequence[HeldUtterance]
 ) -> list[dict[str, Any]]:
-    """Decode utterances, similar lengths together; one transcript row each, shortest first."""
+    """Decode utterances in batches of similar length, and return their transcript rows.
+
+    Rows come shortest utterance first; an utterance without features has none.
+    """
     usable = [h for h in held if h.utterance.features is not None]
     usable.sort(key=_length)
     rows: list[dict[str, Any]] = []
@@ -48,7 +53,7 @@ def _length(held: HeldUtterance) -> tuple[int, int]:
 def _transcribe_group(
     model: OmniModel, template: Template, group: list[HeldUtterance]
 ) -> list[dict[str, Any]]:
-    """Decode utterances together; one transcript row each."""
+    """Decode utterances as one batch, and return a transcript row for each."""
     answers = generate(
         model,
         [held.utterance.prompt for held in group],
@@ -75,7 +80,7 @@ def _transcribe_group(
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Errors]:
-    """Edit counts of transcript rows: all, and short and longer references apart."""
+    """Add up the edit counts of transcript rows: of all, of short references, of longer ones."""
     short = [_is_short(row["reference"], row["language"]) for row in rows]
     return {
         "all": total([row["errors"] for row in rows]),
@@ -90,21 +95,21 @@ def _is_short(reference: str, language: str) -> bool:
 
 
 def by_language(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Error rates of transcript rows by language, where there are several.
+    """Compute error rates of transcript rows per language; empty for fewer than two languages.
 
-    wer, cer: of 1, None where there are no words. by: which of them is the language's headline.
+    wer, cer: fractions, None without reference words. by: the rate to quote for the language.
     """
     languages = sorted({language_code(row["language"]) for row in rows})
     if len(languages) < 2:
         return {}
-    found = {}
+    rates = {}
     for language in languages:
-        those = [row["errors"] for row in rows if language_code(row["language"]) == language]
-        errors = total(those)
-        found[language] = {
+        counts = [row["errors"] for row in rows if language_code(row["language"]) == language]
+        errors = total(counts)
+        rates[language] = {
             "wer": errors.wer,
             "cer": errors.cer,
-            "utterances": len(those),
+            "utterances": len(counts),
             "by": "cer" if by_characters(language) else "wer",
         }
-    return found
+    return rates

@@ -1,8 +1,9 @@
-"""A trained model in other projects' formats.
+"""Export a trained model to the formats of other projects.
 
-nanochat: its checkpoint folder (language model, tokenizer), with the audio part beside it, since
-nanochat has no place for that. hf: Voxtral's format of transformers, which fits a Whisper encoder
-on whole 30 s windows, the mlp projector, and a language model whose logits are its head's alone.
+nanochat: a nanochat checkpoint folder (language model and tokenizer), with the audio weights in
+files of their own, since nanochat has none for them. hf: the Voxtral format of transformers, which
+takes a Whisper encoder on whole 30 s windows, the mlp projector, and a language model that does
+not scale or cap its logits.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ Format = Literal["nanochat", "hf"]
 
 
 def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
-    """Write the folder `out`; returns its files. Raises ConfigError where a format does not fit."""
+    """Write the model in the format `to` into the folder `out`, and return the files written.
+
+    Raises ConfigError when the checkpoint cannot be used, `out` is not empty, or the format cannot
+    represent the model.
+    """
     try:
         found = read_checkpoint(checkpoint, verify=True)
         model = found.load_model().eval()
-        config = _config_of(found)
+        config = _read_config(found)
         template = make_template(found.tokenizer(), config["data"].get("template", "auto"))
     except (CheckpointError, SourceError, ValueError) as error:
         raise ConfigError(f"--checkpoint: {error}") from None
@@ -46,25 +51,22 @@ def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
     if model.config.lora is not None:
         merge_lora(model.lm)
     if to == "nanochat":
-        _to_nanochat(found, model, template, out)
+        _export_nanochat(found, model, template, out)
     else:
-        _to_voxtral(found, model, template, config["data"]["prompt"], out)
+        _export_voxtral(found, model, template, config["data"]["prompt"], out)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-def _config_of(found: Checkpoint) -> dict[str, Any]:
+def _read_config(found: Checkpoint) -> dict[str, Any]:
     import yaml
 
     config: dict[str, Any] = yaml.safe_load((found.path / "config.yaml").read_text())
     return config
 
 
-# --- nanochat ------------------------------------------------------------------------------------
-
-
-def _to_nanochat(found: Checkpoint, model: OmniModel, template: Template, out: Path) -> None:
+def _export_nanochat(found: Checkpoint, model: OmniModel, template: Template, out: Path) -> None:
     if not isinstance(model.lm, GPT):
-        raise ConfigError(f"--to: {found.path} holds a model of transformers; expected hf")
+        raise ConfigError(f"--to: {found.path} holds a transformers language model; expected hf")
     try:
         save_nanochat(model.lm, out, found.state.step, template.tokenizer)
     except (ValueError, ImportError) as error:
@@ -81,10 +83,7 @@ def _to_nanochat(found: Checkpoint, model: OmniModel, template: Template, out: P
     (out / "audio.json").write_text(json.dumps(facts, indent=1))
 
 
-# --- transformers --------------------------------------------------------------------------------
-
-
-def _to_voxtral(
+def _export_voxtral(
     found: Checkpoint, model: OmniModel, template: Template, prompt: str, out: Path
 ) -> None:
     from transformers import (
@@ -97,7 +96,7 @@ def _to_voxtral(
     )
 
     lm = model.lm
-    _fits_voxtral(found, model)
+    _check_fits_voxtral(found, model)
     assert isinstance(lm, HFLanguageModel) and isinstance(model.projector, Projector)
     whisper, encoder = read_whisper_files(whisper_folder(found.encoder["source"]))
     tokenizer = template.tokenizer.to_transformers()
@@ -121,21 +120,21 @@ def _to_voxtral(
     with torch.device("meta"):
         target = VoxtralForConditionalGeneration(config)
     state = {f"model.audio_tower.{name}": t.float() for name, t in encoder.items()}
-    size = 1.0 if model.soft_size is None else float(model.soft_size)
+    scale = 1.0 if model.soft_size is None else float(model.soft_size)
     state["model.multi_modal_projector.linear_1.weight"] = model.projector.fc1.weight
-    state["model.multi_modal_projector.linear_2.weight"] = model.projector.fc2.weight * size
+    state["model.multi_modal_projector.linear_2.weight"] = model.projector.fc2.weight * scale
     for name, tensor in lm.model.get_decoder().state_dict().items():
         state[f"model.language_model.{name}"] = tensor
-    embeddings = "model.language_model." + _name_of(
+    embeddings = "model.language_model." + _weight_name(
         lm.model.get_decoder(), lm.model.get_input_embeddings()
     )
-    state[embeddings] = _with_rows(lm.embedding_matrix(), rows)
-    state["lm_head.weight"] = _with_rows(lm.model.get_output_embeddings().weight, rows)
-    # Tensors of tied weights share memory, which safetensors does not write.
+    state[embeddings] = _pad_rows(lm.embedding_matrix(), rows)
+    state["lm_head.weight"] = _pad_rows(lm.model.get_output_embeddings().weight, rows)
+    # Tied weights share memory, which safetensors refuses to write.
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
     missing, unexpected = target.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
-        raise ConfigError(f"--to hf: the language model does not fit: {missing + unexpected}")
+        raise ConfigError(f"--to hf: missing or unexpected tensors: {missing + unexpected}")
     target.generation_config = GenerationConfig(
         eos_token_id=template.end, pad_token_id=template.end, suppress_tokens=[audio_id]
     )
@@ -145,48 +144,48 @@ def _to_voxtral(
     (out / "transcribe.py").write_text(_script(template, model.config.stack, prompt))
 
 
-def _fits_voxtral(found: Checkpoint, model: OmniModel) -> None:
-    """Raises ConfigError naming what Voxtral's format has no place for."""
+def _check_fits_voxtral(found: Checkpoint, model: OmniModel) -> None:
+    """Raise ConfigError naming the settings that Voxtral's format cannot represent."""
     if not isinstance(model.lm, HFLanguageModel):
-        raise ConfigError(f"--to: {found.path} holds a GPT of nanochat's kind; expected nanochat")
+        raise ConfigError(f"--to: {found.path} holds a nanochat GPT; expected nanochat")
     shape, encoder = model.config, found.encoder
     caps = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    wrong = []
+    required = []
     if encoder["mode"] != "full":
-        wrong.append("encoder.mode full")
+        required.append("encoder.mode full")
     if encoder.get("layers"):
-        wrong.append("encoder.layers last")
+        required.append("encoder.layers last")
     if shape.projector != "mlp" or shape.projector_hidden not in (None, shape.lm.width):
-        wrong.append("model.projector mlp, as wide as the language model")
+        required.append("model.projector mlp, as wide as the language model")
     if shape.stack != 4:
-        wrong.append("model.stack 4")
+        required.append("model.stack 4")
     if any(shape.lm.architecture.get(name) for name in caps):  # type: ignore[union-attr]
-        wrong.append("a language model without a factor or cap on its logits")
-    if wrong:
+        required.append("a language model that does not scale or cap its logits")
+    if required:
         raise ConfigError(
-            f"--to hf: Voxtral's format needs a model trained with {', '.join(wrong)}"
+            f"--to hf: Voxtral's format needs a model trained with {', '.join(required)}"
         )
 
 
-def _name_of(parent: nn.Module, child: nn.Module) -> str:
+def _weight_name(parent: nn.Module, child: nn.Module) -> str:
     name = next(name for name, module in parent.named_modules() if module is child)
     return f"{name}.weight"
 
 
-def _with_rows(weight: Tensor, rows: int) -> Tensor:
-    """The matrix with rows of zeros behind it."""
+def _pad_rows(weight: Tensor, rows: int) -> Tensor:
+    """Pad the matrix with rows of zeros to `rows` rows."""
     return torch.cat((weight, weight.new_zeros(rows - len(weight), weight.shape[1])))
 
 
 def _script(template: Template, stack: int, prompt: str) -> str:
-    """A program that writes down a recording with nothing but transformers and soundfile."""
+    """Return the source of a program that transcribes with transformers and soundfile alone."""
     from omni.model.chat_template import AUDIO, transcription
 
     ids = template.render([transcription(prompt, "")])[0]
     cut = next(i for i, learnt in enumerate(ids.supervised) if learnt)
     given = ids.ids[:cut]
     at = given.index(AUDIO)
-    return f'''"""Write down recordings at 16 kHz: python transcribe.py FILE..."""
+    return f'''"""Transcribe recordings at 16 kHz: python transcribe.py FILE..."""
 
 import sys
 from pathlib import Path
@@ -200,8 +199,9 @@ from transformers import (
 )
 
 HERE = Path(__file__).parent
-BEFORE, AFTER = {given[:at]}, {given[at + 1 :]}  # the prompt around the recording
-PER_WINDOW = {WINDOW_FRAMES // stack}  # positions of 30 s
+# The prompt's token ids stand on both sides of the audio.
+BEFORE, AFTER = {given[:at]}, {given[at + 1 :]}
+PER_WINDOW = {WINDOW_FRAMES // stack}  # audio tokens per 30 s window
 
 model = VoxtralForConditionalGeneration.from_pretrained(HERE, dtype=torch.float32).eval()
 tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE)

@@ -1,4 +1,4 @@
-"""Transcripts of spans: of recordings that are cut by voice activity, and of an index's rows."""
+"""Transcribe spans of speech: those that voice activity detection finds, and an index's rows."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from omni.storage.path import as_path, public_uri, reason_of
 def transcribe_speech(
     transcriber: Transcriber, files: Sequence[str], language: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """{"audio", "offset", "duration", "text"} of each span of speech, in seconds, in order; or
-    {"audio", "error"} of a file that cannot be read.
+    """Transcribe each span of speech in each file, in order.
 
-    A file is read twice, a block and then a few spans at a time. Raises ConfigError as
-    `Transcriber.check_language`.
+    Yields {"audio", "offset", "duration", "text"} per span, in seconds, or {"audio", "error"} for a
+    file that cannot be read. Each file is read twice, first in blocks to find speech, then a few
+    spans at a time. Raises ConfigError as `Transcriber.check_language`.
     """
     transcriber.check_language(language)
-    how = Segmenting(longest=transcriber.longest_piece)
+    segmenting = Segmenting(longest=transcriber.longest_piece)
     for file in files:
         path, file = as_path(file), public_uri(file)
         try:
             if isinstance(path, Path) and not path.is_file():
                 raise AudioError("missing", f"no such file: {file}")
-            spans = iter(speech_spans(path, how))
+            spans = iter(speech_spans(path, segmenting))
             while group := list(islice(spans, ENCODE_BATCH)):
                 pieces = [decode(path, AudioSpan(*span)) for span in group]
                 texts = transcriber.texts_of(pieces, language)
@@ -50,10 +50,10 @@ def transcribe_speech(
 def transcribe_index(
     transcriber: Transcriber, folder: str, language: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A line of a manifest for each row of what jobs.index wrote, with or without a text so far;
-    "error" in place of "text" where the recording cannot be read.
+    """Transcribe each row of an index that jobs.index wrote, whether or not it has a text yet.
 
-    Raises ConfigError where the folder holds no index.
+    Yields the fields of a manifest line, with "error" in place of "text" where the recording cannot
+    be read. Raises ConfigError when the folder holds no index.
     """
     transcriber.check_language(language)
     try:
@@ -65,26 +65,26 @@ def transcribe_index(
     policy = transcriber.policy
     for batch in table.to_batches(max_chunksize=ENCODE_BATCH):
         rows: list[IndexRow] = batch.to_pylist()
-        asked: list[IndexRow] = []
-        said: dict[str, dict[str, str]] = {}  # by id
+        prompted: list[IndexRow] = []
+        results: dict[str, dict[str, str]] = {}
         for row in rows:
             prompt = row["prompt"] or policy.prompts.get(row["task"] or DEFAULT_TASK, "")
             try:
-                told = policy.prompt(prompt, language or row["language"] or policy.language)
-                asked.append({**row, "prompt": told})
+                full_prompt = policy.prompt(prompt, language or row["language"] or policy.language)
+                prompted.append({**row, "prompt": full_prompt})
             except ValueError as error:
-                said[row["id"]] = {"error": str(error)}
-        held, bad = hold(transcriber, asked, 0)
-        said |= {row["id"]: {"text": row["hypothesis"]} for row in transcriber.write(held)}
-        said |= {reject.id: {"error": f"{reject.reason}: {reject.detail}"} for reject in bad}
-        yield from ({**_place(row), **said[row["id"]]} for row in rows)
+                results[row["id"]] = {"error": str(error)}
+        held, rejects = hold(transcriber, prompted, 0)
+        results |= {row["id"]: {"text": row["hypothesis"]} for row in transcriber.write(held)}
+        results |= {reject.id: {"error": f"{reject.reason}: {reject.detail}"} for reject in rejects}
+        yield from ({**_manifest_fields(row), **results[row["id"]]} for row in rows)
 
 
-def _place(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Who speaks where, as a manifest says it."""
-    place = {"id": row["id"], "audio": row["uri"]}
+def _manifest_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest fields of an index row: id, audio, its span, language and speaker."""
+    fields = {"id": row["id"], "audio": row["uri"]}
     if row["start"] or row["duration"] is not None:
         duration = row["duration"]
-        place["offset"] = row["start"]
-        place["duration"] = row["samples"] / SAMPLING_RATE if duration is None else duration
-    return {**place, **{k: row[k] for k in ("language", "speaker") if row[k] is not None}}
+        fields["offset"] = row["start"]
+        fields["duration"] = row["samples"] / SAMPLING_RATE if duration is None else duration
+    return {**fields, **{k: row[k] for k in ("language", "speaker") if row[k] is not None}}

@@ -1,4 +1,4 @@
-"""A checkpoint at work: score a manifest, or write down any recording."""
+"""Load a checkpoint to score a manifest or to transcribe recordings."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ from omni.stream.codec import DTYPES, FeatureCodec
 from omni.stream.collate import Utterance
 from omni.stream.encoder_facts import EncoderFacts
 
-ENCODE_BATCH = 64  # recordings, or pieces of one, held in memory at a time
+# At most this many recordings, or pieces of one, are in memory at a time.
+ENCODE_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Transcriber:
-    """Encoder and model of a checkpoint, as they were in training."""
+    """Transcribe audio with the encoder and model of a checkpoint, as they were in training."""
 
     encoder: WhisperEncoder
     codec: FeatureCodec
@@ -46,12 +47,16 @@ class Transcriber:
     template: Template
     prompt: str
     bf16: bool
-    longest_seconds: float  # what nearly all training utterances stay under
+    longest_seconds: float
+    """Seconds that nearly all training utterances stay under."""
     policy: TextPolicy = TextPolicy()
 
     @classmethod
     def load(cls, checkpoint: StoragePath, device: str = "cpu") -> Transcriber:
-        """Raises ConfigError when the checkpoint or its encoder cannot be used."""
+        """Load the encoder, model and tokenizer of a checkpoint.
+
+        Raises ConfigError when the checkpoint or its encoder cannot be used.
+        """
         try:
             found = read_checkpoint(checkpoint, verify=True)
             facts = EncoderFacts.from_dict(found.encoder)
@@ -65,8 +70,8 @@ class Transcriber:
             )
             if encoder.fingerprint != facts.fingerprint:
                 raise CheckpointError(
-                    f"{checkpoint}: trained on features of other encoder weights than "
-                    f"{facts.source!r} now holds"
+                    f"{checkpoint}: trained on the features of encoder weights that differ "
+                    f"from those that {facts.source!r} holds now"
                 )
             config = yaml.safe_load((found.path / "config.yaml").read_text())
             wanted = torch.bfloat16 if config["train"]["precision"] == "bf16" else torch.float32
@@ -87,40 +92,40 @@ class Transcriber:
         )
 
     def features_of(self, audio: np.ndarray) -> Tensor:
-        """Features (T, d_model) as training saw them, of (S,) fp32 mono at 16 kHz."""
+        """Encode (S,) fp32 mono at 16 kHz to features (T, d_model), rounded as in training."""
         return self.codec.roundtrip(self.encoder.encode([audio])[0])
 
     def utterance(
         self, spoken: Sequence[np.ndarray], messages: Sequence[Message], number: int
     ) -> Utterance:
-        """What the model is given of a conversation with these recordings."""
+        """Build the model's input from a conversation and its recordings."""
         features = [self.features_of(audio) for audio in spoken]
         rendered = self.template.render([messages])[0]
         return Utterance(features, rendered.ids, rendered.supervised, number)
 
     def write(self, held: Sequence[HeldUtterance]) -> list[dict[str, Any]]:
-        """Transcript rows of utterances that have features."""
+        """Decode utterances to transcript rows; those without features are left out."""
         device = self.encoder.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             return transcribe(self.model, self.template, held)
 
     def text_of(self, blocks: Iterable[np.ndarray], language: str | None = None) -> str:
-        """What is said in a recording of any length: blocks of (S,) fp32 mono at 16 kHz.
+        """Transcribe a recording of any length from blocks of (S,) fp32 mono at 16 kHz.
 
-        language: for the prompt, of a model that was trained with data.language_tag.
-        The audio is cut at quiet places into pieces of a length that the model knows, a few of
-        which are in memory at a time.
+        language: language code for the prompt of a model trained with data.language_tag.
+        The audio is cut where it is quiet, into pieces of at most `longest_piece` seconds, of which
+        ENCODE_BATCH are in memory at a time.
         """
         pieces = cut_at_quiet(blocks, self.longest_piece)
         return join([text for text in self.texts_of(pieces, language) if text])
 
     @property
     def longest_piece(self) -> float:
-        """Seconds of a recording that it is given at a time."""
+        """Return the length in seconds of the longest piece to transcribe at a time."""
         return max(self.longest_seconds, 2.0)
 
     def texts_of(self, pieces: Iterable[np.ndarray], language: str | None = None) -> Iterator[str]:
-        """What is said in each piece, of (S,) fp32 mono at 16 kHz; a few of them are in memory."""
+        """Transcribe pieces of (S,) fp32 mono at 16 kHz, ENCODE_BATCH of them at a time."""
         default = self.policy.prompts.get(DEFAULT_TASK, "")
         prompt = self.policy.prompt(self.prompt or default, language or self.policy.language)
         pieces = iter(pieces)
@@ -133,12 +138,12 @@ class Transcriber:
             yield from (row["hypothesis"] for row in rows)
 
     def check_language(self, language: str | None) -> None:
-        """Raises ConfigError for one that is no code, or that the model was not trained to be
-        told."""
+        """Raise ConfigError if `language` is not a language code, or if the model was trained
+        without language tags."""
         if language is None:
             return
         if not self.policy.language_tag:
-            raise ConfigError("--language: the checkpoint was trained without data.language_tag")
+            raise ConfigError("--language: expected a checkpoint trained with data.language_tag")
         try:
             self.policy.prompt("", language)
         except ValueError as error:
@@ -146,14 +151,14 @@ class Transcriber:
 
 
 def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterator[np.ndarray]:
-    """Cut where a 100 ms window is quietest, so that no piece exceeds `longest_seconds`."""
+    """Cut audio where a 100 ms window is quietest, so that no piece exceeds `longest_seconds`."""
     longest = round(longest_seconds * SAMPLING_RATE)
     window = SAMPLING_RATE // 10
     audio = np.zeros(0, dtype=np.float32)
     for block in blocks:
         audio = np.concatenate((audio, block))
         while len(audio) > longest:
-            # Look in the second half only: a piece is at least half of what it may be.
+            # Only the second half is searched, so that a cut piece is at least half the limit.
             candidates = audio[longest // 2 : longest]
             frames = candidates[: len(candidates) // window * window].reshape(-1, window)
             quietest = int(np.square(frames).mean(axis=1).argmin())
@@ -167,17 +172,18 @@ def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterat
 def evaluate(
     transcriber: Transcriber, manifest: str, *, allow_absolute: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score a manifest: the summary, and one row per utterance.
+    """Score a manifest, and return the summary and one transcript row per utterance.
 
-    Raises ConfigError when the manifest cannot be used. Recordings that cannot be read are
-    counted, and are not part of the error rates.
+    Recordings that cannot be read are counted as rejects and left out of the error rates. Raises
+    ConfigError when the manifest cannot be used, RuntimeError when storage does not answer.
     """
     try:
         index = build_index([manifest], prompt=transcriber.prompt, allow_absolute=allow_absolute)
         index = apply_policy(index, transcriber.policy)
-    except ValueError as error:  # of which ManifestError is one
+    except ValueError as error:
         raise ConfigError(f"--data: {error}") from None
-    except OSError as error:  # of storage, which may answer later
+    except OSError as error:
+        # Storage may answer later, so the config is not to blame.
         raise RuntimeError(f"--data: {reason_of(error)}") from error
     rows: list[dict[str, Any]] = []
     rejects = list(index.rejects)
@@ -207,16 +213,18 @@ def evaluate(
 def hold(
     transcriber: Transcriber, rows: list[IndexRow], first: int
 ) -> tuple[list[HeldUtterance], list[Reject]]:
-    """Rows of an index, numbered from `first` on, with their features; and what cannot be read.
+    """Encode rows of an index, numbered from `first` on; return utterances and unreadable rows.
 
-    Raises RuntimeError for object storage that stays away.
+    Raises RuntimeError when object storage stays unavailable.
     """
     held, bad = [], []
     prompts = transcriber.policy.prompts
     for number, row in enumerate(rows, start=first):
         row["prompt"] = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
         try:
-            spoken = [fit(_heard(r["uri"], span_of(r)), r["samples"]) for r in recordings(row)]
+            spoken = [
+                fit(_decode_recording(r["uri"], span_of(r)), r["samples"]) for r in recordings(row)
+            ]
         except AudioError as error:
             bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
             continue
@@ -232,8 +240,8 @@ def hold(
     return held, bad
 
 
-def _heard(uri: str, span: AudioSpan) -> np.ndarray:
-    """`decode`; object storage that is away is waited for."""
+def _decode_recording(uri: str, span: AudioSpan) -> np.ndarray:
+    """Decode a recording; wait for object storage that is unavailable."""
     try:
         return decode_with_retry(uri, span) if "://" in uri else decode(uri, span)
     except OSError as error:
@@ -243,9 +251,9 @@ def _heard(uri: str, span: AudioSpan) -> np.ndarray:
 def transcribe_files(
     transcriber: Transcriber, files: Sequence[str], language: str | None = None
 ) -> Iterator[dict[str, str]]:
-    """{"audio", "text"} of each file, or {"audio", "error"} of one that cannot be read.
+    """Transcribe files: yield {"audio", "text"}, or {"audio", "error"} for an unreadable file.
 
-    Raises ConfigError for a language that is no code, or that the model was not trained to be told.
+    Raises ConfigError as `Transcriber.check_language`.
     """
     transcriber.check_language(language)
     for file in files:

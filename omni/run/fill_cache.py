@@ -1,8 +1,8 @@
-"""Fill the feature cache ahead of training: every utterance of a config's splits, once.
+"""Fill the feature cache ahead of training: encode each utterance of a config's splits once.
 
-Training audio that augmentation changes in every epoch is not encoded: nobody would read it.
-What the cache holds already is left alone, so the same command continues an interrupted one, and a
-training run that comes later (or goes on meanwhile) reads what it finds.
+Training audio that augmentation changes in every epoch is not encoded, since no run could reuse its
+features. Cached features are kept, so the same command continues an interrupted one, and training
+that runs later or at the same time reads them.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from omni.stream.feature_cache import FeatureCache
 from omni.stream.pipeline import make_stream
 from omni.stream.settings import StreamSettings, stream_settings
 
-_SAY_SECONDS = 5.0
+_PROGRESS_SECONDS = 5.0
 
 
 def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Encode what the feature cache lacks, and count; `say` gets a line of progress now and then.
+    """Encode the utterances that the feature cache lacks; report progress lines to `say`.
 
-    Stops where the cache is full. Returns utterances (of different audio), `cached` before,
-    `encoded`, `kept` at the end, `rejects` by reason, audio_seconds, seconds, gigabytes, and
-    `full`: why the cache kept no more, or None.
-    Raises ConfigError when the input is wrong.
+    Stops when the cache is full. Returns counts of `utterances` with distinct audio, those `cached`
+    before, `encoded` now and `kept` at the end; `rejects` by reason; `audio_seconds`, `seconds` and
+    `gigabytes`; and `full`, the reason why the cache took no more, or None.
+    Raises ConfigError when the config or its data cannot be used.
     """
     config = assume_actors(config, 1)
     if config.cache is None:
-        raise ConfigError("data.cache: expected a folder or URI; null keeps nothing")
+        raise ConfigError("data.cache: expected a folder or URI; null turns the cache off")
     indexes = build_indexes(config)
     facts = describe_encoder(config, indexes["train"])
     settings = stream_settings(config, facts)
@@ -55,9 +55,9 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         del indexes["train"]
         say("augment changes all training audio in every epoch: only dev and test are encoded")
     if not indexes:
-        raise ConfigError("augment: it changes all training audio, and there is no other to encode")
+        raise ConfigError("augment: expected clean_share above 0, or dev or test data to encode")
     rejects = Counter(r.reason for index in indexes.values() for r in index.rejects)
-    table = _distinct(indexes)
+    table = _distinct_recordings(indexes)
     keys = table["key"].to_pylist()
     cache = FeatureCache(join(config.cache, facts.cache_folder))
     missing = np.flatnonzero([key not in cache for key in keys])
@@ -70,19 +70,19 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         "seconds": 0.0,
         "full": None,
     }
-    say(f"{len(keys):,} utterances, {result['cached']:,} of them in {cache.location}")
+    say(f"{len(keys):,} utterances, {result['cached']:,} already in {cache.location}")
     if len(missing):
-        split = _split(table, missing, GPU_FRAMES if config.encoder.gpus else CPU_FRAMES)
+        split = _missing_split(table, missing, GPU_FRAMES if config.encoder.gpus else CPU_FRAMES)
         start_ray(config)
         settings = replace(settings, keep_features=False, bins_per_block=1)
-        _follow(_drain.remote([ray.put(split)], settings), result, rejects, len(missing), say)
+        _add_up(_drain.remote([ray.put(split)], settings), result, rejects, len(missing), say)
         cache.refresh()
     kept = sum(key in cache for key in keys)
     return {**result, "kept": kept, "gigabytes": cache.stored_bytes / 1e9, "rejects": dict(rejects)}
 
 
-def _distinct(indexes: dict[str, Index]) -> pa.Table:
-    """Recordings of all splits, one for each content key, with the columns of the stream."""
+def _distinct_recordings(indexes: dict[str, Index]) -> pa.Table:
+    """Collect the recordings of all splits, one per content key, in the columns of the stream."""
     table = pa.concat_tables([index.table for index in indexes.values()])
     if table["audios"].null_count < len(table):
         rows = [{**row, **r, "audios": None} for row in table.to_pylist() for r in recordings(row)]
@@ -94,10 +94,10 @@ def _distinct(indexes: dict[str, Index]) -> pa.Table:
     return table
 
 
-def _split(table: pa.Table, missing: np.ndarray, frames: int) -> Split:
-    """The missing utterances in blocks of about `frames` encoder frames, similar lengths together.
+def _missing_split(table: pa.Table, missing: np.ndarray, frames: int) -> Split:
+    """Group the missing utterances by length into blocks of about `frames` encoder frames.
 
-    Longest first: no actor is left with a long block when the others are done.
+    The longest come first, so that no actor still has a long block when the others are done.
     """
     lengths = table["samples"].to_numpy()[missing] // FRAME + 1
     order = np.argsort(-lengths, kind="stable")
@@ -112,7 +112,7 @@ def _split(table: pa.Table, missing: np.ndarray, frames: int) -> Split:
 def _drain(
     splits: list[ray.ObjectRef[Split]], settings: StreamSettings
 ) -> Iterator[list[dict[str, Any]]]:
-    """Pull the stream to its end, in a process of its own as in training; its rows are counts."""
+    """Read the stream to its end in a process of its own, as training does; yield its counts."""
     torch.set_num_threads(1)
     bins = np.arange(ray.get(splits[0]).plan.bins)
     stream = make_stream(splits, [(0, bins)], settings)
@@ -123,14 +123,17 @@ def _drain(
 _COUNTS = ["frames", "encoded_samples", "errors", "cache_full"]
 
 
-def _follow(
-    counts: Any,  # a generator of references to rows
+def _add_up(
+    counts: Any,
     result: dict[str, Any],
     rejects: Counter[str],
     total: int,
     say: Callable[[str], None],
 ) -> None:
-    """Add up what the stream's rows say, and tell from time to time."""
+    """Add up the counts of the stream's blocks in `result` and `rejects`, and report progress.
+
+    counts: generator of references to the rows of a block.
+    """
     began = shown = time.monotonic()
     done = 0
     for reference in counts:
@@ -147,7 +150,7 @@ def _follow(
             result["full"] = result["full"] or row["cache_full"]
             rejects.update(e.partition("\n")[0] for e in row["errors"] if e is not None)
         result["seconds"] = time.monotonic() - began
-        if time.monotonic() - shown > _SAY_SECONDS or done == total:
+        if time.monotonic() - shown > _PROGRESS_SECONDS or done == total:
             shown = time.monotonic()
             rate = result["audio_seconds"] / result["seconds"]
             say(f"{done:,}/{total:,} utterances, {rate:,.0f} audio-s/s")
