@@ -153,7 +153,7 @@ def test_a_killed_job_goes_on_and_training_reads_its_index(tmp_path: Path) -> No
 
     done = job(out, *settings)
     assert done.returncode == 0, done.stderr
-    first, _, total = done.stdout.split(" parts made")[0].splitlines()[-1].partition(" of ")
+    [(first, total)] = re.findall(r"\b(\d+) of (\d+) parts\b", done.stdout)
     assert 0 < int(first) <= int(total) - made + 2, "two tasks may have ended after the look"
     assert int(first) < int(total)
     found, plain = build_index([str(out)]), build_index([str(tmp_path / "corpus.jsonl")])
