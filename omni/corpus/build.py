@@ -134,7 +134,7 @@ def _follow(
             if row["error"]:
                 raise ManifestError(row["error"])
             if row["unavailable"]:  # Finished parts stay: the same command continues.
-                raise RuntimeError(f"indexing stopped: {row['away']}")
+                raise RuntimeError(f"indexing stopped: {row['unavailable']}")
             total.update({name: row[name] for name in ("rows", "samples", "rejects", "bytes")})
             total["parts"] += 1
             now = time.monotonic()
