@@ -189,7 +189,7 @@ def test_pruning_keeps_the_newest_the_best_and_the_last(checkpoints: StoragePath
 
 
 def test_the_newest_whole_checkpoint_is_found(checkpoints: StoragePath) -> None:
-    assert newest_checkpoint(checkpoints) == checkpoints / "step-000020"
+    assert _newest(checkpoints) == checkpoints / "step-000020"
     assert newest_checkpoint(checkpoints.parent / "nowhere") is None
 
 
