@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# Ray runs its workers at niceness 15: beside a second test process on two cores they would starve.
+os.environ["RAY_worker_niceness"] = "0"
 
 import pytest
 import torch
@@ -23,3 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
         if not any(item.get_closest_marker(name) for name in ("ray", "slow")):
             item.add_marker("unit")
+    # Whole runs mostly wait: they go first, so that unit tests of the other process fill the time.
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in with_ray)
