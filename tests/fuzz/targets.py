@@ -40,7 +40,7 @@ from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROOT = Path(omni.__file__).parents[1]
-NANOCHAT = ROOT / "tests" / "data" / "nanochat"
+NANOCHAT = ROOT / "tests" / "model" / "nanochat"
 ROWS = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()][:8]
 
 Target = Callable[[Path, random.Random], str]
@@ -89,7 +89,7 @@ def _prepared(overrides: list[str], manifest: Path) -> str:
         prepared = prepare(load_config(None, overrides))
 
     with contextlib.redirect_stderr(said):
-        code = cli.run(job)
+        code = cli.run_job(job)
     if code == 2:
         assert said.getvalue().startswith("error: "), said.getvalue()
         return "refused"
@@ -113,7 +113,7 @@ def config(folder: Path, rng: random.Random) -> str:
         path.write_bytes(mutate_bytes(source.read_bytes(), rng))
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        code = cli.run(lambda: _load(path))
+        code = cli.run_job(lambda: _load(path))
     assert code in (0, 2), f"exit code {code}: {said.getvalue()}"
     assert code == 0 or said.getvalue().startswith("error: ")
     return "refused" if code else "accepted"

@@ -91,5 +91,5 @@ def test_a_recording_that_is_gone_is_a_line_too(
 
 
 def test_a_folder_that_is_no_index_is_refused(speech: Transcriber, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{tmp_path}: .*\bjobs\.index\b"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}: .*\bindex\.json\b"):
         list(transcribe_index(speech, str(tmp_path)))

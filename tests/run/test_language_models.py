@@ -87,7 +87,7 @@ def _trainer(prepared: Prepared) -> Trainer:
 
 def _held(trainer: Trainer) -> HeldOut:
     """The training utterances, held out for a look at what was learnt."""
-    job = trainer._loop.job
+    job = trainer._loop.spec
     rows = [row for block in trainer._blocks for row in block.to_pylist()]
     codec = stream_settings(job.config, job.encoder).codec
     seen: dict[int, HeldUtterance] = {}
@@ -127,7 +127,7 @@ def test_adapters_layers_and_tasks_learn(tmp_path: Path) -> None:
     assert after.loss < before.loss - 0.5
     # Tasks are counted apart, without their weights, and each has learnt.
     shout, transcribe = after.tasks[:, 0] / after.tasks[:, 1]
-    assert loop.job.tasks == ["shout", "transcribe"]
+    assert loop.spec.tasks == ["shout", "transcribe"]
     assert all(after.tasks[:, 0] < before.tasks[:, 0])
     tokens = after.tasks[:, 1]
     weighted = (2 * shout * tokens[0] + transcribe * tokens[1]) / (2 * tokens[0] + tokens[1])
@@ -146,7 +146,7 @@ def test_gradients_of_the_language_model_are_usual_when_it_joins(
     monkeypatch.setattr("omni.train.step._SPIKE_AFTER", 2)
     config = _config(tmp_path, optim={"listen_steps": 2, "spike": 1.0001})
     loop = _trainer(prepare(config))._loop
-    loop.steps.config = config
+    loop.steps._config = config
     norms = []
     for _ in range(3):
         loop.step()
