@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-# One test process per core of a small machine; a file stays in one process.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# One test process per core of a small machine; tests/conftest.py divides the files.
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup smoke settings test test-unit test-all prometheus lint docs clean
 
