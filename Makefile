@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-# One test process per core of a small machine; tests/conftest.py divides the files.
-PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+# One test process per core of a small machine; a file stays in one process.
+PARALLEL := --numprocesses 2 --dist loadfile
 
 .PHONY: setup smoke settings test test-unit test-all prometheus lint docs clean
 
@@ -34,7 +34,8 @@ docs: $(STAMP)  ## the site, in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint  ## everything that takes seconds to a minute
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) --durations=25
+	$(BIN)/python -m pytest -m unit $(PARALLEL) --durations=25
+	$(BIN)/python -m pytest -m "ray and not slow" --durations=25  # one cluster at a time
 
 test-unit: $(STAMP)  ## the tests that start no Ray
 	$(BIN)/python -m pytest -m unit $(PARALLEL)

@@ -18,7 +18,6 @@ pytest_plugins = ["tests.helpers.recordings", "tests.helpers.encoder", "tests.he
 RAY_FIXTURES = {"cluster", "undisturbed"}
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that start Ray, and those that need neither Ray nor minutes as `unit`."""
     for item in items:
@@ -26,10 +25,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
         if not any(item.get_closest_marker(name) for name in ("ray", "slow")):
             item.add_marker("unit")
-    # Clusters that start at the same moment compete for ports, so one process runs all tests with
-    # Ray, and first: they mostly wait. The other tests are divided by file.
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        group = "ray" if item.path in with_ray else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path not in with_ray)
