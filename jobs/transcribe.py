@@ -13,7 +13,9 @@ import sys
 
 from jobs.cli import job_parser, run_job
 from omni.errors import ConfigError
-from omni.storage.path import StorageError, as_path, public_uri, reason_of
+from omni.storage.filesystem import StorageError
+from omni.storage.path import as_path
+from omni.storage.uri import public_uri, reason_of
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import jobs
 import omni
 from omni.cluster.ray_init import runtime_environment
 from omni.config import load_config
-from omni.storage.path import redact
+from omni.storage.uri import redact
 
 PACKAGES = [Path(module.__file__ or "").parent for module in (omni, jobs)]
 RUNS_CODE = {

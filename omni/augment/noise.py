@@ -15,7 +15,8 @@ from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import measure_all, span_of
 from omni.corpus.manifest import ManifestError, manifest_path
 from omni.storage.digest import digest
-from omni.storage.path import StoragePath, public_uri, raise_if_unreachable
+from omni.storage.path import StoragePath, raise_if_unreachable
+from omni.storage.uri import public_uri
 
 _SHORTEST = SAMPLING_RATE // 10  # samples; fewer may be less than a frame of a low-rate file
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from omni.checkpoint.checkpoint import CheckpointError
 from omni.checkpoint.retention import prune_checkpoints, set_link
-from omni.storage.path import StoragePath, reason_of
+from omni.storage.path import StoragePath
 from omni.storage.retry import NO_SPACE
+from omni.storage.uri import reason_of
 
 _RETRY_SECONDS = 2.0
 _FINAL_SAVE_TIMEOUT = 180.0

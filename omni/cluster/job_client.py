@@ -30,7 +30,7 @@ from omni.cluster.versions import (
 from omni.cluster.working_dir import Packed, pack, readable
 from omni.config import Config
 from omni.errors import ConfigError, first_line
-from omni.storage.path import redact
+from omni.storage.uri import redact
 
 SETTINGS = "omni-job.yaml"  # file of the resolved settings in the job's working directory
 _SERVER_TIMEOUT = 60.0  # seconds

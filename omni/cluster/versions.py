@@ -9,7 +9,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from omni.storage.path import redact
+from omni.storage.uri import redact
 
 EXPECTED = "OMNI_EXPECTED_VERSIONS"
 _FORWARDED = (

@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 
 from omni.config.settings import Config, SourceConfig
 from omni.errors import ConfigError
-from omni.storage.path import StoragePath, as_path, reason_of
+from omni.storage.path import StoragePath, as_path
+from omni.storage.uri import reason_of
 
 
 def load_config(path: str | StoragePath | None, overrides: Sequence[str] = ()) -> Config:

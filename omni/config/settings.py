@@ -39,7 +39,8 @@ from omni.config.field_types import (
     Workers,
     absolute,
 )
-from omni.storage.path import StoragePath, as_path, join, redact
+from omni.storage.path import StoragePath, as_path, join
+from omni.storage.uri import redact
 
 _GPT_SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len", "window_pattern")
 

@@ -6,7 +6,8 @@ import os
 import posixpath
 from pathlib import Path
 
-from omni.storage.path import ObjectPath, StoragePath, public_bucket, public_uri
+from omni.storage.path import ObjectPath, StoragePath
+from omni.storage.uri import public_bucket, public_uri
 
 _STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "oss")
 

@@ -27,9 +27,11 @@ from omni.corpus.manifest import INDEX_FILE, ManifestError
 from omni.corpus.sources import Options, open_source
 from omni.errors import ConfigError
 from omni.model.download import HubError
+from omni.storage.filesystem import StorageError
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import StorageError, StoragePath, public_uri, reason_of, redact
+from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
+from omni.storage.uri import public_uri, reason_of, redact
 
 _SAY_SECONDS = 5.0
 _PATIENCE_SECONDS = 60.0  # Retry unavailable storage for this long.

@@ -18,7 +18,8 @@ from omni.corpus.manifest import INDEX_FILE, ManifestError
 from omni.corpus.sources import Part, Source
 from omni.storage.atomic import open_atomic
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import StoragePath, open_ranges, redact
+from omni.storage.path import StoragePath, open_ranges
+from omni.storage.uri import redact
 
 SECONDS = [0, 1, 2, 4, 8, 16, 30, 60, 600]  # lower edges of the histogram of lengths
 CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'

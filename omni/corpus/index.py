@@ -21,7 +21,8 @@ from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.corpus.lengths import Reject, measure_all
 from omni.corpus.manifest import INDEX_FILE, ManifestError, absolute, manifest_path, read_manifest
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import StoragePath, open_ranges, public_uri, raise_if_unreachable
+from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
+from omni.storage.uri import public_uri
 
 INDEX_VERSION = 1
 _BATCH = 65_536  # rows converted to Python objects at a time

@@ -12,7 +12,9 @@ from omni.corpus.messages import answer_of, messages_json, parse_messages
 from omni.corpus.tar import TarError, read_tar
 from omni.model.chat_template import Message
 from omni.model.download import ASSETS
-from omni.storage.path import StorageError, StoragePath, as_path, public_uri
+from omni.storage.filesystem import StorageError
+from omni.storage.path import StoragePath, as_path
+from omni.storage.uri import public_uri
 
 INDEX_FILE = "index.json"  # marks a folder that `omni index` has finished
 _LONGEST_SECONDS = 1e8

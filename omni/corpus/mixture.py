@@ -11,7 +11,8 @@ import pyarrow as pa
 from omni.config import SourceConfig
 from omni.corpus.index import Index, build_index
 from omni.corpus.manifest import ManifestError
-from omni.storage.path import StoragePath, public_uri
+from omni.storage.path import StoragePath
+from omni.storage.uri import public_uri
 
 
 def build_mixture(

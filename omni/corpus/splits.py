@@ -9,7 +9,8 @@ from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError
 from omni.storage.folder import open_folder
-from omni.storage.path import join, reason_of, redact
+from omni.storage.path import join
+from omni.storage.uri import reason_of, redact
 
 
 def build_indexes(config: Config) -> dict[str, Index]:

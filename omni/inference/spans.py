@@ -16,7 +16,8 @@ from omni.corpus.manifest import ManifestError, manifest_path
 from omni.corpus.text import DEFAULT_TASK
 from omni.errors import ConfigError
 from omni.inference.transcriber import ENCODE_BATCH, Transcriber, hold
-from omni.storage.path import as_path, public_uri, reason_of
+from omni.storage.path import as_path
+from omni.storage.uri import public_uri, reason_of
 
 
 def transcribe_speech(

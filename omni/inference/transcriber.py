@@ -28,7 +28,8 @@ from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
-from omni.storage.path import StoragePath, as_path, public_uri, reason_of
+from omni.storage.path import StoragePath, as_path
+from omni.storage.uri import public_uri, reason_of
 from omni.stream.codec import DTYPES, FeatureCodec
 from omni.stream.collate import Utterance
 from omni.stream.encoder_facts import EncoderFacts

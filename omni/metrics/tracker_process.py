@@ -24,7 +24,8 @@ from omni.config import Config
 from omni.metrics.follower import POLL_SECONDS, Follower, Row
 from omni.metrics.run_files import write_json
 from omni.metrics.trackers import OPEN, StagingFolder, TensorBoard, Tracker, results, scalars
-from omni.storage.path import StoragePath, redact
+from omni.storage.path import StoragePath
+from omni.storage.uri import redact
 
 CLOSE_SECONDS = 20.0  # for rows that were not sent when the run ends
 _LOG = "trackers.log"  # what the packages print

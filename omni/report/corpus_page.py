@@ -22,7 +22,9 @@ from omni.report.charts import histogram
 from omni.report.formats import count, percent, short
 from omni.report.plan_page import RunPlan, plan_section, read_run
 from omni.report.render import render
-from omni.storage.path import StorageError, StoragePath, as_path, public_uri, reason_of
+from omni.storage.filesystem import StorageError
+from omni.storage.path import StoragePath, as_path
+from omni.storage.uri import public_uri, reason_of
 
 _VOCAB = 1024  # of the tokenizer of a corpus that no run has trained one for
 _TRAINED_ON = 20_000  # texts, for that

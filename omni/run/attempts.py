@@ -23,7 +23,7 @@ from omni.run.failures import is_cluster_lost, root_cause
 from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.signals import Signals
 from omni.run.worker_group import FATAL_FAILURE_FILE, make_trainer
-from omni.storage.path import reason_of
+from omni.storage.uri import reason_of
 from omni.stream.settings import stream_settings
 from omni.train.stop_request import StopRequest
 

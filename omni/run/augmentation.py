@@ -16,7 +16,7 @@ from omni.corpus.index_row import IndexRow, recordings
 from omni.corpus.manifest import ManifestError
 from omni.errors import ConfigError
 from omni.plan.sequences import sequence_positions
-from omni.storage.path import reason_of
+from omni.storage.uri import reason_of
 
 
 def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:

@@ -26,7 +26,8 @@ from omni.run.estimate import Estimate, estimate
 from omni.run.prepare import Prepared
 from omni.run.trial import Trial, try_pipe
 from omni.storage.folder import open_folder
-from omni.storage.path import StoragePath, reason_of, redact
+from omni.storage.path import StoragePath
+from omni.storage.uri import reason_of, redact
 from omni.stream.settings import stream_settings
 
 _SETTLE_SECONDS = 15.0  # a cluster whose nodes are still coming up

@@ -35,7 +35,8 @@ from omni.run.fingerprints import check_fingerprints
 from omni.run.preflight import preflight
 from omni.run.prepare import Prepared, prepare
 from omni.run.signals import Signals
-from omni.storage.path import ObjectPath, reason_of, remove_tree
+from omni.storage.path import ObjectPath, remove_tree
+from omni.storage.uri import reason_of
 
 _WORKING_DIR_COPIES = "working_dir_files"
 """Folder in which Ray unpacks the working directories of jobs."""

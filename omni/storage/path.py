@@ -1,8 +1,8 @@
-"""Files on disk or in object storage, by the same few operations.
+"""Access files on disk and in object storage through the same operations.
 
-`as_path` gives a `pathlib.Path` for what a node's file system has, and an `ObjectPath`, which
-follows pathlib's names, for a URI: s3://, gs://, abfs://, hdfs:// through pyarrow, other schemes
-through fsspec where the package for them is installed (oss:// with ossfs).
+`as_path` returns a `pathlib.Path` for a local path, and an `ObjectPath` with pathlib's methods for
+a URI: s3://, gs://, abfs://, hdfs:// through pyarrow, other schemes through fsspec where their
+package is installed (oss:// with ossfs).
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
-import functools
 import io
-import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -20,38 +18,31 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
+from omni.storage.filesystem import StorageError, open_filesystem
+from omni.storage.uri import public_bucket
+
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.fs as pafs
 
-_WITH_FOLDERS = {"hdfs"}  # anywhere else an upload appears when it is complete, and names are flat
-_BUCKETS = {"s3", "gs", "gcs"}  # elsewhere a container or a user may stand before the @
-_READ_AHEAD = 1 << 20  # bytes of a request, for whoever reads little by little
+_WITH_FOLDERS = {"hdfs"}  # Other stores have no folders, and show an upload once it is complete.
+_READ_AHEAD = 1 << 20  # bytes of a request when a file is read in small pieces
 _known: dict[tuple[str, str], tuple[str, str]] = {}  # credentials and options by scheme and bucket
 
 
-class StorageError(OSError):
-    """A URI names no storage that can be opened; the message says why, without credentials."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(errno.EINVAL, message)
-
-    def __str__(self) -> str:
-        return str(self.strerror)
-
-
 def as_path(location: str | Path | ObjectPath) -> StoragePath:
-    """Where a path or URI points; asks nothing of the storage."""
+    """Convert a path or URI to a path object, without a request to the storage."""
     if isinstance(location, (ObjectPath, Path)):
         return location
     if location.startswith("file://"):
-        return Path(_open(location)[1])
+        return Path(open_filesystem(location)[1])
     return ObjectPath(location) if "://" in location else Path(location)
 
 
 def literal_path(uri: str) -> StoragePath:
-    """What a table names by a path or a plain URI: all of that is the name. Credentials and options
-    are those that are known of its bucket.
+    """Convert a path or plain URI of a table, in which ? and @ are characters of the name.
+
+    Credentials and options are those registered for its bucket.
     """
     scheme, mark, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
@@ -61,17 +52,17 @@ def literal_path(uri: str) -> StoragePath:
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """The fields of `os.stat_result` that object storage knows."""
+    """Size and time of change of an object, named as in `os.stat_result`."""
 
     st_size: int  # bytes
     st_mtime_ns: int | None
 
 
 class ObjectPath:
-    """One name in object storage. Failures are OSError; a missing object is FileNotFoundError.
+    """Path of an object. Failures are OSError; a missing object is FileNotFoundError.
 
-    `str()` of it is for messages and tables, without credentials and options; `uri` has them. Where
-    a bucket was named with them once, its plain names mean the same in this process (see
+    `str()` leaves out credentials and options, for messages and tables; `uri` includes them. Plain
+    URIs use the credentials and options last given for their bucket in this process (see
     `register_credentials`).
     """
 
@@ -79,7 +70,7 @@ class ObjectPath:
         self._scheme, _, rest = uri.partition("://")
         path, question, options = rest.partition("?")
         bucket, _, key = path.partition("/")  # with credentials, or host and port
-        self._bucket = bucket.removeprefix("***@")  # as `redact` leaves it
+        self._bucket = bucket.removeprefix("***@")  # `redact` writes ***.
         self._path = PurePosixPath("/") / key
         self._options = question + options
         name = self._scheme, public_bucket(self._scheme, self._bucket)
@@ -118,7 +109,7 @@ class ObjectPath:
 
     @property
     def path(self) -> PurePosixPath:
-        """Within the bucket, from its root."""
+        """Path within the bucket, absolute."""
         return self._path
 
     @property
@@ -159,10 +150,10 @@ class ObjectPath:
     def resolve(self) -> ObjectPath:
         return self
 
-    # -- what is there -------------------------------------------------------------------------
+    # -- look ---------------------------------------------------------------------------------
 
     def info(self) -> pafs.FileInfo:
-        """As pyarrow describes it: type, size, mtime."""
+        """Return pyarrow's description: type, size, mtime."""
         filesystem, key = self.filesystem
         return filesystem.get_file_info(key)
 
@@ -183,7 +174,7 @@ class ObjectPath:
         return bool(self.info().type.name == "Directory")
 
     def listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
-        """What lies in this folder, by name; nothing where there is none."""
+        """List this folder, sorted by name; a missing folder is empty."""
         import pyarrow.fs as pafs
 
         filesystem, key = self.filesystem
@@ -194,24 +185,24 @@ class ObjectPath:
         return (self / info.base_name for info in self.listing())
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """Of this folder alone."""
+        """Match names of this folder, not of folders in it."""
         return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def files_within(self) -> dict[str, pafs.FileInfo]:
-        """All files of this folder, at any depth, by their names relative to it."""
+        """Return all files below this folder, by their names relative to it."""
         prefix = len(self.filesystem[1]) + 1
         return {i.path[prefix:]: i for i in self.listing(recursive=True) if i.is_file}
 
     # -- reading and writing -------------------------------------------------------------------
 
     def open(self, mode: str = "rb") -> IO[bytes]:
-        """For reading from any place in it; ranges are fetched as they are asked for."""
+        """Open for reading with seek; ranges are fetched on demand."""
         if mode != "rb":
-            raise ValueError(f"mode {mode!r}: objects are opened for reading, and written whole")
+            raise ValueError(f"mode {mode!r}: expected rb; write an object as a whole")
         return io.BufferedReader(self.ranges(), _READ_AHEAD)
 
     def ranges(self) -> pa.NativeFile:
-        """As pyarrow reads it: a request for each read."""
+        """Open as a pyarrow file, which sends one request per read."""
         filesystem, key = self.filesystem
         return filesystem.open_input_file(key)
 
@@ -224,7 +215,7 @@ class ObjectPath:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> int:
-        """Whole or not at all: what is there before is replaced when all has been written."""
+        """Write the object as a whole: an old one is replaced once all bytes are written."""
         with self._written() as stream:
             stream.write(data)
         return len(data)
@@ -233,7 +224,7 @@ class ObjectPath:
         return self.write_bytes(text.encode(encoding))
 
     def upload(self, source: Path) -> None:
-        """A file of any size, whole or not at all."""
+        """Copy a local file of any size, as a whole."""
         with source.open("rb") as file, self._written() as stream:
             shutil.copyfileobj(file, stream, 8 << 20)
 
@@ -241,14 +232,14 @@ class ObjectPath:
         self.write_bytes(b"")
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Object stores have no folders; where the storage has, this makes one."""
+        """Create the folder where the storage has folders."""
         filesystem, key = self.filesystem
         if filesystem.type_name in _WITH_FOLDERS:
             filesystem.create_dir(key, recursive=True)
 
     def unlink(self, missing_ok: bool = False) -> None:
         filesystem, key = self.filesystem
-        if missing_ok and not self.exists():  # some stores mind, some do not
+        if missing_ok and not self.exists():  # Some stores raise for a missing object, some do not.
             return
         filesystem.delete_file(key)
 
@@ -257,16 +248,16 @@ class ObjectPath:
         if self.exists():
             filesystem.delete_dir(key)
 
-    # -- within --------------------------------------------------------------------------------
+    # -- file system --------------------------------------------------------------------------
 
     @property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        """For libraries that take pyarrow's: the file system, and the path in it."""
-        filesystem, root = _open(f"{self._scheme}://{self._bucket}{self._options}")
+        """Return the pyarrow file system and the path in it."""
+        filesystem, root = open_filesystem(f"{self._scheme}://{self._bucket}{self._options}")
         return filesystem, (root.rstrip("/") + str(self._path)).rstrip("/")
 
     def _at(self, path: PurePosixPath) -> ObjectPath:
-        other = ObjectPath.__new__(ObjectPath)  # a ? in a name begins no options
+        other = ObjectPath.__new__(ObjectPath)  # The constructor would read ? in a name as options.
         other.__dict__ = {**self.__dict__, "_path": path}
         return other
 
@@ -287,24 +278,6 @@ class ObjectPath:
 StoragePath: TypeAlias = Path | ObjectPath
 
 
-def public_bucket(scheme: str, bucket: str) -> str:
-    """A URI's bucket without credentials; what else may stand before an @ is part of the name."""
-    user, mark, host = bucket.rpartition("@")
-    name = "" if scheme in _BUCKETS else user.partition(":")[0]
-    return f"{name}{mark}{host}" if name else host
-
-
-def public_uri(spec: str) -> str:
-    """A path, or a URI without credentials and options, maybe behind a `kind:`; for messages."""
-    scheme, mark, rest = spec.partition("://")
-    bucket, slash, key = rest.partition("?")[0].partition("/")
-    return (
-        f"{scheme}{mark}{public_bucket(scheme.rpartition(':')[2], bucket)}{slash}{key}"
-        if mark
-        else spec
-    )
-
-
 def _restored(root: str, path: PurePosixPath) -> ObjectPath:
     return ObjectPath(root) / path
 
@@ -317,14 +290,9 @@ def register_credentials(locations: Iterable[str]) -> None:
 
 
 def join(location: str | Path, name: str) -> str:
-    """A name inside a location, as text; a URI's options (?region=...) stay at its end."""
+    """Append a name to a location, as text, before the options (?region=...) of a URI."""
     inside = as_path(location) / name
     return inside.uri if isinstance(inside, ObjectPath) else str(inside)
-
-
-def redact(text: str) -> str:
-    """URIs in `text` without the credentials that may stand before their host."""
-    return re.sub(r"([A-Za-z][\w+.-]*://)[^/@\s'\"]+@", r"\1***@", text)
 
 
 def open_ranges(path: StoragePath) -> Any:
@@ -333,7 +301,7 @@ def open_ranges(path: StoragePath) -> Any:
 
 
 def remove_tree(folder: StoragePath) -> None:
-    """A folder and all in it; what cannot be removed stays."""
+    """Remove a folder and all in it, ignoring what cannot be removed."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -342,42 +310,9 @@ def remove_tree(folder: StoragePath) -> None:
 
 
 def raise_if_unreachable(path: StoragePath, error: Exception) -> None:
-    """A bucket that does not answer says nothing about what is in it: raises the error then."""
-    gone = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, StorageError))
-    if gone and isinstance(path, ObjectPath):
+    """Raise `error` if the bucket is unavailable rather than the object missing."""
+    unreachable = isinstance(error, OSError) and not isinstance(
+        error, (FileNotFoundError, StorageError)
+    )
+    if unreachable and isinstance(path, ObjectPath):
         raise error
-
-
-def reason_of(error: OSError) -> str:
-    """Why storage failed, in a few words."""
-    text = error.strerror or str(error).strip().partition("\n")[0] or type(error).__name__
-    return redact(text)
-
-
-@functools.lru_cache(maxsize=64)
-def _open(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a URI, and the URI's path in it. Raises StorageError, or OSError."""
-    import pyarrow as pa
-    import pyarrow.fs as pafs
-
-    scheme, _, rest = uri.partition("://")
-    if scheme in _BUCKETS and not rest.partition("?")[0].rpartition("@")[2].strip("/"):
-        raise StorageError(f"{scheme}://: expected the name of a bucket behind it")
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-        return filesystem, path
-    except pa.ArrowInvalid as error:
-        if "nrecognized filesystem type" not in str(error):
-            raise StorageError(_said(uri, error)) from None
-    import fsspec
-
-    try:
-        found, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        raise StorageError(_said(uri, error)) from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
-
-
-def _said(uri: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return redact(f"{uri.partition('?')[0]}: {lines[0]}")

@@ -28,7 +28,8 @@ from omni.corpus.sources import Options, open_source
 from omni.corpus.splits import build_indexes
 from omni.storage import path as places
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import ObjectPath, StoragePath, as_path, literal_path, public_uri
+from omni.storage.path import ObjectPath, StoragePath, as_path, literal_path
+from omni.storage.uri import public_uri
 from tests.helpers.loopback_s3 import s3_bucket
 
 BUCKET, DISK = as_path("s3://bucket/corpus"), Path("/corpus")

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from omni.storage import append as growing
-from omni.storage.path import ObjectPath, StorageError, StoragePath, as_path, reason_of, remove_tree
+from omni.storage.filesystem import StorageError
+from omni.storage.path import ObjectPath, StoragePath, as_path, remove_tree
+from omni.storage.uri import reason_of
 from tests.helpers.loopback_s3 import s3_bucket
 
 

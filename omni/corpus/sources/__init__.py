@@ -17,7 +17,8 @@ from omni.corpus.sources.lhotse import CutsSource
 from omni.corpus.sources.parquet import ParquetSource
 from omni.corpus.sources.webdataset import SharSource, TarSource
 from omni.corpus.tar import AUDIO_SUFFIXES
-from omni.storage.path import StoragePath, public_uri
+from omni.storage.path import StoragePath
+from omni.storage.uri import public_uri
 
 __all__ = ["COLUMNS", "Options", "Part", "Row", "Source", "open_source"]
 

@@ -13,7 +13,8 @@ from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.manifest import ManifestError, absolute
 from omni.storage.digest import digest
-from omni.storage.path import ObjectPath, StoragePath, public_uri, raise_if_unreachable
+from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
+from omni.storage.uri import public_uri
 
 COLUMNS = {
     "audio": ("audio", "audio_filepath", "audio_path", "path", "file", "wav"),

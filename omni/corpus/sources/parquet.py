@@ -25,8 +25,9 @@ from omni.corpus.sources.base import (
     resolve_audio,
 )
 from omni.storage.parallel_reads import parallel_map
-from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable, redact
+from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
 from omni.storage.retry import retry_storage
+from omni.storage.uri import redact
 
 _SERVERS = ("http", "https", "hf")  # schemes whose recordings are downloaded once
 BATCH = 32  # rows with audio in memory at a time
