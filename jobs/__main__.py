@@ -51,7 +51,7 @@ def _help() -> str:
     lines += [
         "",
         "Start here:",
-        "  omni train --config configs/smoke.yaml   train on the recordings that come with omni",
+        "  omni train --config smoke                train on the recordings that come with omni",
         "  omni inspect embedded:train              write a page about that corpus",
         "  omni train --help                        the arguments and settings of a job",
         "",

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from omni.config import Config, load_config
+from omni.config import Config, load_config, shipped_configs
 from omni.errors import ConfigError
+from omni.storage.path import StoragePath, as_path
+
+CHECKPOINT = "run directory (its best checkpoint), or one of its checkpoints"
+
+
+class JobParser(argparse.ArgumentParser):
+    """Parser that reads `--dry-run` as `--dry_run`, and suggests a name for an unknown argument."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_underscores(text) for text in given], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        head, _, names = message.partition("unrecognized arguments: ")
+        self.exit(2, f"error: {message if head or not names else self.unknown(names.split()[0])}\n")
+
+    def unknown(self, argument: str) -> str:
+        """Describe an argument that the job does not have."""
+        options = list(self._option_string_actions)
+        close = difflib.get_close_matches(_with_underscores(argument), options, n=1)
+        return f"{argument}: unknown argument" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def _with_underscores(text: str) -> str:
+    """Replace dashes in the name of an option; options and settings have underscores."""
+    name, mark, value = text.partition("=")
+    if not name.startswith("--"):
+        return text
+    return f"--{name[2:].replace('-', '_')}{mark}{value}"
 
 
 class _Help(argparse.Action):
@@ -33,10 +63,10 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> argparse.ArgumentParser:
+def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> JobParser:
     """Make the parser of a job; the first paragraph of `doc` describes it, the rest comes last."""
     about, *rest = (doc or "").strip().split("\n\n")
-    return argparse.ArgumentParser(
+    return JobParser(
         f"omni {job}",
         description=about,
         epilog="\n\n".join([*rest, *more]),
@@ -46,12 +76,14 @@ def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> argpars
     )
 
 
-def settings_parser(job: str, doc: str | None, *sections: str) -> argparse.ArgumentParser:
+def settings_parser(job: str, doc: str | None, *sections: str) -> JobParser:
     """Make the parser of a job that takes settings, and lists `sections` of them (all if none)."""
     from omni.config.reference import sections_help
 
     parser = job_parser(job, doc, sections_help(job, sections), add_help=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings: see configs/")
+    names = ", ".join(shipped_configs())
+    text = f"YAML file of settings, or one that comes with omni: {names}"
+    parser.add_argument("--config", metavar="FILE|NAME", help=text)
     parser.add_argument(
         "-h",
         "--help",
@@ -63,21 +95,39 @@ def settings_parser(job: str, doc: str | None, *sections: str) -> argparse.Argum
     return parser
 
 
-def parse_settings(
-    parser: argparse.ArgumentParser, argv: list[str] | None
-) -> tuple[argparse.Namespace, Config]:
-    """Parse a job's own arguments and its settings. Raises ConfigError for a wrong setting."""
+def parse_settings(parser: JobParser, argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    """Parse a job's own arguments and its settings.
+
+    Raises ConfigError for a wrong setting, an unknown argument, or without --config.
+    """
     usage = parser.format_usage().removeprefix("usage: ").rstrip()
     parser.usage = f"{usage} [--SECTION.FIELD VALUE ...]"
     known, overrides = parser.parse_known_args(argv)
-    return known, load_config(known.config, overrides)
+    for text in overrides:
+        if text.startswith("--") and "." not in text.partition("=")[0]:
+            raise ConfigError(f"{parser.unknown(text)}; settings are --section.field VALUE")
+    config = load_config(known.config, overrides)
+    if known.config is None:
+        names = ", ".join(shipped_configs())
+        raise ConfigError(f"--config: expected a YAML file of settings, or one of: {names}")
+    return known, config
 
 
-def run_job(job: Callable[[], int | None]) -> int:
+def checkpoint_path(text: str) -> StoragePath:
+    """Return the checkpoint that --checkpoint names; of a run's folder, its best one."""
+    path = as_path(text)
+    best = path / "checkpoints" / "best"
+    try:
+        return best if best.is_dir() else path
+    except OSError:  # Reading the checkpoint says what is wrong with its storage.
+        return path
+
+
+def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a job and return its exit code: 2 for a wrong setting or input, 1 for a failure.
 
     ConfigError and RuntimeError end in one line on stderr; anything else is a bug and keeps its
-    traceback.
+    traceback. interrupted: the line after Ctrl-C, unless the job has a better one.
     """
     try:
         return job() or 0
@@ -87,6 +137,6 @@ def run_job(job: Callable[[], int | None]) -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or interrupted, file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             advice = advice_when_full(config.encoder.format)
             raise RuntimeError(f"the feature cache is full ({done['full']}); {advice}")
 
-    return run_job(job)
+    return run_job(job, "interrupted; the same command continues")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from jobs.cli import job_parser, run_job
-from omni.storage.path import as_path
+from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=as_path, required=True, help="checkpoint: runs/NAME/checkpoints/best")
+    add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
     add("--data", required=True, help="manifest, index, or embedded:train, :dev or :test")
     add("--allow_absolute", action="store_true", help="let the manifest name files anywhere")
     add("--out", type=Path, help="write one JSON line per utterance here")

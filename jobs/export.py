@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jobs.cli import job_parser, run_job
-from omni.storage.path import as_path
+from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("export", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=as_path, required=True, help="checkpoint: runs/NAME/checkpoints/best")
+    add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
     add("--to", choices=("nanochat", "hf"), required=True, help="format; hf is Voxtral's")
     add("--out", type=Path, required=True, help="folder to make")
     arguments = parser.parse_args(argv)

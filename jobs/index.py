@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         text = f"column of the {name} (default: {', '.join(usual)})"
         add(f"--{name}_column", metavar="NAME", help=text)
     arguments = parser.parse_args(argv)
-    return run_job(lambda: _index(arguments))
+    return run_job(lambda: _index(arguments), "interrupted; the same command continues")
 
 
 def _index(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from jobs.cli import job_parser, run_job
+from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
 from omni.errors import ConfigError
 from omni.storage.filesystem import StorageError
 from omni.storage.path import as_path
@@ -21,7 +21,7 @@ from omni.storage.uri import public_uri, reason_of
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("transcribe", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=as_path, required=True, help="checkpoint: runs/NAME/checkpoints/best")
+    add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
     add("files", nargs="+", metavar="FILE|DIR", help="recording that libsndfile reads, or index")
     add("--segment", choices=["vad"], help="write a line for each span of speech, with its times")
     add("--language", metavar="CODE", help="language, for a model trained with data.language_tag")

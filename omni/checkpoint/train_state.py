@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -29,3 +30,5 @@ class TrainState:
     """Digests of index, tokenizer, plan, model, encoder and augmentation."""
     rejects: dict[str, int] = field(default_factory=dict)
     """Rejected recordings by reason."""
+    totals: dict[str, Any] = field(default_factory=dict)
+    """Sums over all steps, of `omni.metrics.rows.Window`; empty in checkpoints of 0.1."""

@@ -1,6 +1,6 @@
 """Settings of a run: typed and validated, from YAML files and the command line."""
 
-from omni.config.load import load_config, parse_config
+from omni.config.load import load_config, parse_config, shipped_configs
 from omni.config.settings import (
     AugmentConfig,
     Config,
@@ -31,4 +31,5 @@ __all__ = [
     "TrainConfig",
     "load_config",
     "parse_config",
+    "shipped_configs",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -15,18 +16,33 @@ from omni.errors import ConfigError
 from omni.storage.path import StoragePath, as_path
 from omni.storage.uri import reason_of
 
+_ROOT = Path(__file__).parents[2]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with omni, by name: of the source tree, or of the package."""
+    for folder in (_ROOT / "configs", _ROOT / "omni" / "assets" / "configs"):
+        if found := {path.stem: path for path in sorted(folder.glob("*.yaml"))}:
+            return found
+    return {}
+
 
 def load_config(path: str | StoragePath | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as ["--optim.lr", "3e-4"].
 
-    A repeated override of a list collects its values. Raises ConfigError.
+    path: also the name of a config that comes with omni. A repeated override of a list collects its
+    values. Raises ConfigError.
     """
     values: dict[str, Any] = {}
+    if isinstance(path, str) and path in shipped_configs() and not Path(path).is_file():
+        path = shipped_configs()[path]
     if path is not None:
         try:
             loaded = yaml.safe_load(as_path(path).read_text())
         except OSError as error:
-            raise ConfigError(f"--config {as_path(path)}: {reason_of(error)}") from None
+            close = difflib.get_close_matches(str(path), shipped_configs(), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(f"--config {as_path(path)}: {reason_of(error)}{hint}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {path}: not YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):

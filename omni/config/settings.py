@@ -15,6 +15,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     model_validator,
 )
 
@@ -258,26 +259,44 @@ class TokenizerConfig(Section):
     """Number of tokens of a tokenizer that is trained on the training text."""
 
 
+def _null_is_default(value: Any, info: ValidationInfo) -> Any:
+    """Let null unset a size of the GPT that a config file gives."""
+    return ModelConfig.model_fields[str(info.field_name)].default if value is None else value
+
+
+_GptSize = Annotated[
+    Positive, BeforeValidator(_null_is_default, json_schema_input_type=Positive | None)
+]
+
+
 class ModelConfig(Section):
     """Projector and language model, with nanochat's names where it has one.
 
     `lm: scratch` builds the GPT that n_layer to window_pattern describe; nanochat:DIR[@STEP],
-    hf:ID_OR_DIR[@REVISION] and ms:ID[@REVISION] load a language model, which brings its own shape.
+    hf:ID_OR_DIR[@REVISION] and ms:ID[@REVISION] load a language model, which brings its own shape:
+    set theirs to null over a config that gives one.
     """
 
     lm: LanguageModel = "scratch"
     """scratch, nanochat:DIR[@STEP], hf:ID_OR_DIR[@REVISION] or ms:ID[@REVISION]."""
-    n_layer: Positive = 6
+    n_layer: _GptSize = 6
     """Number of transformer layers of a GPT from scratch."""
-    n_head: Positive = 4
+    n_head: _GptSize = 4
     """Number of attention heads."""
     n_kv_head: Positive | None = None
     """Number of key and value heads; null: `n_head`."""
-    n_embd: Annotated[int, Field(ge=24)] = 256
+    n_embd: Annotated[
+        Annotated[int, Field(ge=24)],
+        BeforeValidator(
+            _null_is_default, json_schema_input_type=Annotated[int, Field(ge=24)] | None
+        ),
+    ] = 256
     """Width of the embeddings."""
-    sequence_len: Positive = 2048
+    sequence_len: _GptSize = 2048
     """Longest sequence in positions."""
-    window_pattern: str = "L"
+    window_pattern: Annotated[
+        str, BeforeValidator(_null_is_default, json_schema_input_type=str | None)
+    ] = "L"
     """Attention window per layer, repeated: L for the whole context, S for a quarter."""
     stack: Positive = 4
     """Encoder frames per soft token, at 50 frames per second."""
@@ -314,7 +333,7 @@ class ModelConfig(Section):
             return self
         for name in _GPT_SHAPE:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: {self.lm} has its own; leave it out")
+                raise ValueError(f"{name}: {self.lm} has its own; leave it out, or null")
         return self
 
 

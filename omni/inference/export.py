@@ -9,8 +9,9 @@ not scale or cap its logits.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -23,14 +24,16 @@ from omni.model.chat_template import PLACEHOLDER, Template, make_template
 from omni.model.download import SourceError
 from omni.model.encoder.weights import read_whisper_files, whisper_folder
 from omni.model.lm.gpt import GPT
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFLanguageModel
 from omni.model.lm.lora import merge_lora
 from omni.model.lm.nanochat import save_nanochat
 from omni.model.projector import Projector
-from omni.model.speech_lm import OmniModel
+from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.storage.path import StoragePath
 
 Format = Literal["nanochat", "hf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
@@ -50,6 +53,11 @@ def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
         raise ConfigError(f"--out: {out}: expected a new or empty folder")
     if model.config.lora is not None:
         merge_lora(model.lm)
+    if missing := missing_for(to, model.config, found.encoder):
+        raise ConfigError(
+            f"--to {to}: {found.path} was trained without what this format needs: "
+            f"{', '.join(missing)}"
+        )
     if to == "nanochat":
         _export_nanochat(found, model, template, out)
     else:
@@ -65,8 +73,7 @@ def _read_config(found: Checkpoint) -> dict[str, Any]:
 
 
 def _export_nanochat(found: Checkpoint, model: OmniModel, template: Template, out: Path) -> None:
-    if not isinstance(model.lm, GPT):
-        raise ConfigError(f"--to: {found.path} holds a transformers language model; expected hf")
+    assert isinstance(model.lm, GPT)
     try:
         save_nanochat(model.lm, out, found.state.step, template.tokenizer)
     except (ValueError, ImportError) as error:
@@ -96,7 +103,6 @@ def _export_voxtral(
     )
 
     lm = model.lm
-    _check_fits_voxtral(found, model)
     assert isinstance(lm, HFLanguageModel) and isinstance(model.projector, Projector)
     whisper, encoder = read_whisper_files(whisper_folder(found.encoder["source"]))
     tokenizer = template.tokenizer.to_transformers()
@@ -144,11 +150,16 @@ def _export_voxtral(
     (out / "transcribe.py").write_text(_script(template, model.config.stack, prompt))
 
 
-def _check_fits_voxtral(found: Checkpoint, model: OmniModel) -> None:
-    """Raise ConfigError naming the settings that Voxtral's format cannot represent."""
-    if not isinstance(model.lm, HFLanguageModel):
-        raise ConfigError(f"--to: {found.path} holds a nanochat GPT; expected nanochat")
-    shape, encoder = model.config, found.encoder
+def missing_for(to: Format, shape: OmniConfig, encoder: Mapping[str, Any]) -> list[str]:
+    """Return the settings that a model would need for the format `to`; none if it fits.
+
+    encoder: `EncoderFacts.to_dict()` of the features that it is trained on.
+    """
+    gpt = isinstance(shape.lm, GPTConfig)
+    if to == "nanochat":
+        return [] if gpt else ["model.lm scratch or nanochat:DIR"]
+    if gpt:
+        return ["model.lm hf:ID or ms:ID"]
     caps = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     required = []
     if encoder["mode"] != "full":
@@ -161,10 +172,7 @@ def _check_fits_voxtral(found: Checkpoint, model: OmniModel) -> None:
         required.append("model.stack 4")
     if any(shape.lm.architecture.get(name) for name in caps):  # type: ignore[union-attr]
         required.append("a language model that does not scale or cap its logits")
-    if required:
-        raise ConfigError(
-            f"--to hf: Voxtral's format needs a model trained with {', '.join(required)}"
-        )
+    return required
 
 
 def _weight_name(parent: nn.Module, child: nn.Module) -> str:

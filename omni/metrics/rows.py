@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -11,37 +11,74 @@ from torch import Tensor
 from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.train_state import TrainState
 from omni.metrics.score import Errors
-from omni.metrics.sums import LossTotals
+from omni.metrics.sums import LossTotals, as_tasks
 from omni.metrics.table import TRAIN_METRICS, EvalRow, StepSums, TaskFigures, TrainRow
 from omni.metrics.throughput import ADVICE, Verdict, judge
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Numbers of encoder actors and of loading tasks that feed the trainers."""
+    """Numbers of encoder actors and of loading tasks that feed the trainers, and of nodes."""
 
     encoders: int
     loaders: int
+    nodes: int = 1
 
 
 @dataclass
 class Window:
-    """Sums over steps since the last log line, over all ranks."""
+    """Sums over steps since the last log line, or over all steps of a run, over all ranks."""
 
     sums: StepSums = field(default_factory=StepSums)
     busy: float = 0.0  # seconds of steps; evaluation and checkpoints are not counted
     wait: float = 0.0  # seconds of them without a block
     steps: int = 0
+    started: StepSums = field(default_factory=StepSums)  # of first steps of an attempt
+    started_busy: float = 0.0
+    started_wait: float = 0.0
+
+    def add(self, sums: StepSums | None, spent: float, waited: float, first: bool) -> None:
+        """Add a step; sums: None for one without an update. first: it waited for the stream."""
+        self.steps += 1
+        self.busy += spent
+        self.wait += waited
+        if sums is not None:
+            self.sums += sums
+        if first:
+            self.started_busy += spent
+            self.started_wait += waited
+            if sums is not None:
+                self.started += sums
 
     def verdict(self, pools: Pools) -> Verdict:
+        """Judge the steps after the first ones of an attempt, if there are any."""
+        starting = self.started_busy >= self.busy
+        without = StepSums() if starting else self.started
+        busy, wait = (0.0, 0.0) if starting else (self.started_busy, self.started_wait)
         return judge(
-            self.busy,
-            waited=self.wait,
-            encode_seconds=self.sums.encode_seconds,
+            self.busy - busy,
+            waited=self.wait - wait,
+            encode_seconds=self.sums.encode_seconds - without.encode_seconds,
             encoders=pools.encoders,
-            load_seconds=self.sums.load_seconds,
+            load_seconds=self.sums.load_seconds - without.load_seconds,
             loaders=pools.loaders,
+            nodes=pools.nodes,
+            starting=starting,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        for name in ("sums", "started"):
+            values[name]["tasks"] = values[name]["tasks"].tolist()
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Window:
+        sums = {
+            name: StepSums(**{**values[name], "tasks": as_tasks(values[name]["tasks"])})
+            for name in ("sums", "started")
+        }
+        return cls(**{**values, **sums})
 
 
 @dataclass(frozen=True)
@@ -170,7 +207,7 @@ def summarize(
     results: dict[str, Any],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return summary.json: results, and rates over the steps of the last attempt."""
+    """Return summary.json: results, and rates over the steps of all attempts."""
     sums, busy = totals.sums, max(totals.busy, 1e-9)
     verdict = totals.verdict(pools)
     encoded = sums.encoded_samples

@@ -70,6 +70,11 @@ def pack_losses(out: LossSums) -> Tensor:
     return torch.cat((columns, out.tasks.detach().double().flatten()))
 
 
+def as_tasks(rows: list[list[float]]) -> Tensor:
+    """Return sums by task as the (tasks, 3) tensor of `LossTotals`."""
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 3)
+
+
 def zero_losses(tasks: int) -> Tensor:
     """Return what `pack_losses` packs, of no batch."""
     return torch.zeros(len(_LOSSES) + 3 * tasks, dtype=torch.float64)

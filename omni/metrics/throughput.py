@@ -63,6 +63,7 @@ class Stopwatch:
 
 _TRAINER_BOUND = 0.9  # busy share of the trainer from which no other change would help
 _STAGE_BOUND = 0.6  # busy share of a stage from which the trainer waits for it
+_FIRST_STEPS = 20  # Steps of an attempt, at most, that may wait for the stream to fill.
 
 ADVICE = {
     "trainer": "more train.workers, or a smaller model; another encoder would change nothing",
@@ -71,13 +72,18 @@ ADVICE = {
     "decode": "more data.loaders, or faster storage",
     "network": "fewer, larger blocks (optim.bins_per_block), more data.buffer_mb, or encoders on "
     "the trainers' nodes",
+    "stream": "fewer, larger blocks (optim.bins_per_block), or more data.buffer_mb",
+    "start": "nothing: the stream fills while the first steps wait; later lines tell",
 }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """limit: the stage that limits throughput, a key of `ADVICE`. share: the busy share of that
-    stage, for network the share of the time that trainers wait. busy: the busy share of each stage.
+    """limit: the stage that limits throughput, a key of `ADVICE`.
+
+    network: blocks travel between nodes; stream: the same on one node; start: the first blocks of
+    an attempt are still being made. share: the busy share of that stage, for these three the share
+    of the time that trainers wait. busy: the busy share of each stage.
     """
 
     limit: str
@@ -89,11 +95,13 @@ class Verdict:
         waits = f"trainers wait {1 - trainer:.0%}"
         if self.limit == "trainer":
             return f"trainer-bound: trainers are busy {trainer:.0%} of the time"
-        if self.limit == "network":
+        if self.limit in ("network", "stream"):
             return (
-                f"network-bound: {waits} of the time, encoders are busy "
+                f"{self.limit}-bound: {waits} of the time, encoders are busy "
                 f"{self.busy['encoder']:.0%}, loaders {self.busy['decode']:.0%}"
             )
+        if self.limit == "start":
+            return f"waiting for the first blocks: {waits} of the time"
         stage = {"encoder": "encoders", "decode": "loaders"}[self.limit]
         return f"{self.limit}-bound: {stage} are busy {self.share:.0%} of the time, {waits}"
 
@@ -106,12 +114,15 @@ def judge(
     encoders: int,
     load_seconds: float,
     loaders: int,
+    nodes: int = 1,
+    starting: bool = False,
 ) -> Verdict:
     """Find the stage that limits `seconds` of training steps.
 
     waited: seconds that a trainer waited for data. encode_seconds, load_seconds: work of all
     encoders and of all loading tasks for the audio of these steps. A stage that runs ahead into a
-    buffer can do more than `seconds` of work; its busy share is then 1.
+    buffer can do more than `seconds` of work; its busy share is then 1. nodes: of the cluster.
+    starting: these are the first steps of an attempt.
     """
     seconds = max(seconds, 1e-9)
     trainer = 1 - min(1.0, waited / seconds)
@@ -122,11 +133,26 @@ def judge(
     busiest = max(stages, key=lambda name: stages[name])
     if trainer >= _TRAINER_BOUND:
         limit, share = "trainer", trainer
+    elif starting:
+        limit, share = "start", 1 - trainer
     elif stages[busiest] >= _STAGE_BOUND:
         limit, share = busiest, stages[busiest]
     else:
-        limit, share = "network", 1 - trainer
+        limit, share = "network" if nodes > 1 else "stream", 1 - trainer
     return Verdict(limit, share, {"trainer": trainer, **stages})
+
+
+class FirstSteps:
+    """Tell the first steps of an attempt, which wait for the stream to fill, from later ones."""
+
+    def __init__(self) -> None:
+        self._left = _FIRST_STEPS
+
+    def includes(self, spent: float, waited: float) -> bool:
+        """Return whether a step is one of them: all until one waits for less than half its time."""
+        waiting = self._left > 0 and 2 * waited >= spent
+        self._left = self._left - 1 if waiting else 0
+        return waiting
 
 
 # -- model FLOPs utilisation -------------------------------------------------------------------

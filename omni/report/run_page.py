@@ -29,6 +29,7 @@ _TEST_UTTERANCES = 20
 _REJECT_EXAMPLES = 5
 _EVENTS = 100  # the newest
 _CURVES = 5  # colours of a chart
+_QUIET = {"setting", "started"}  # Listed elsewhere, or told by the attempt.
 _FAULTS = {"failure", "stalled", "skipped", "recomputed", "checkpoint failed", "damaged checkpoint"}
 
 
@@ -55,6 +56,7 @@ def write_report(run: StoragePath) -> StoragePath:
     transcripts, _ = _rows(run / "transcripts-test.jsonl")
     shown: Row = next((row for row in reversed(evals) if row.get("examples")), {"examples": []})
     rejects, _ = _rows(run / "rejects.jsonl")
+    events = read_events(run)
     page = render(
         "run.html",
         name=run.resolve().name,
@@ -69,7 +71,8 @@ def write_report(run: StoragePath) -> StoragePath:
         and figures.get("throughput_verdict", f"{limit}-bound at the last log line"),
         advice=ADVICE.get(limit),
         notes=list(dict.fromkeys(str(r.get("text")) for r in metrics if r.get("kind") == "note")),
-        events=_faults(run),
+        changes=_changed_settings(events),
+        events=_faults(events),
         test=[_utterance(row, _audio(row)) for row in transcripts[:_TEST_UTTERANCES]],
         test_total=len(transcripts),
         examples=[_utterance(row) for row in shown["examples"]],
@@ -224,9 +227,22 @@ def _utterance(row: Row, audio: Audio | None = None) -> dict[str, Any]:
     }
 
 
-def _faults(run: StoragePath) -> list[tuple[str, ...]]:
+def _changed_settings(events: list[Row]) -> list[tuple[str, ...]]:
+    """Return the settings that were changed when the run was continued."""
+    return [
+        (
+            _moment(event.get("time")),
+            count(event.get("step")),
+            *(str(event.get(key)) for key in ("name", "before", "after")),
+        )
+        for event in events
+        if event.get("event") == "setting"
+    ]
+
+
+def _faults(events: list[Row]) -> list[tuple[str, ...]]:
     """Return the newest events; none of a run of one attempt without faults."""
-    events = read_events(run)
+    events = [event for event in events if event.get("event") not in _QUIET]
     attempts = sum(event.get("event") == "attempt" for event in events)
     if attempts < 2 and not any(event.get("event") in _FAULTS for event in events):
         return []

@@ -107,7 +107,8 @@ class Attempts:
             # Here rather than before the thread: verification may take minutes, or wait for
             # storage, and a signal must be answered meanwhile.
             try:
-                spec = make_worker_spec(self._prepared, workers, self._choose_resume_point())
+                resume, nodes = self._choose_resume_point(), len(cluster_nodes())
+                spec = make_worker_spec(self._prepared, workers, resume, nodes)
                 make_trainer(spec, workers, self._splits, self._settings).fit()
             except BaseException as error:  # A lost connection raises SystemExit.
                 outcome.append(error)

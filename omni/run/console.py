@@ -123,7 +123,7 @@ class LiveView:
             f"{done:>7}/{total} {loss}  lr {row['lr']:.1e}  "
             f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
             f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%} "
-            f"({row['limit']}-bound)  ETA {_clock(pace * (total - done))}"
+            f"({_limit(row['limit'])})  ETA {_clock(pace * (total - done))}"
         )
 
 
@@ -145,6 +145,10 @@ def describe_event(event: dict[str, Any]) -> str | None:
         "override": "continuing with other fingerprints",
     }
     return f"{titles[kind]}: {reason or event.get('fields')}" if kind in titles else None
+
+
+def _limit(limit: str) -> str:
+    return "waiting for the first blocks" if limit == "start" else f"{limit}-bound"
 
 
 def _by_language(rates: dict[str, dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from omni.corpus.index import Index
 from omni.corpus.lengths import Reject
 from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
+from omni.inference.export import FORMATS, missing_for
 from omni.metrics.score import normalize
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
@@ -146,6 +147,7 @@ def prepare(config: Config) -> Prepared:
                 )
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
     notes += _overlap(indexes) + augmentation_notes(config) + _precision_notes(config)
+    notes += _schedule_notes(config) + _export_notes(model, encoder)
     augmentation = splits["train"].augmentation
     fingerprints = {
         "data.train": indexes["train"].fingerprint,
@@ -175,9 +177,12 @@ def prepare(config: Config) -> Prepared:
 
 
 def make_worker_spec(
-    prepared: Prepared, workers: int = 1, resume: ResumePoint | None = None
+    prepared: Prepared, workers: int = 1, resume: ResumePoint | None = None, nodes: int = 1
 ) -> WorkerSpec:
-    """Collect what every rank of a group of `workers` needs. resume: where they start."""
+    """Collect what every rank of a group of `workers` needs.
+
+    resume: checkpoint that they start from. nodes: of the cluster.
+    """
     train = prepared.splits["train"]
     return WorkerSpec(
         config=prepared.config,
@@ -194,6 +199,7 @@ def make_worker_spec(
         },
         train_rows=train.table.num_rows,
         epoch_ends=train.plan.epoch_ends.tolist(),
+        nodes=nodes,
         resume=resume,
     )
 
@@ -215,6 +221,27 @@ def _precision_notes(config: Config) -> list[str]:
     if not settings or has_bf16("cpu"):
         return []
     return [f"{', '.join(settings)}: computing in fp32, since this CPU has no bf16 instructions"]
+
+
+def _schedule_notes(config: Config) -> list[str]:
+    warmup, steps = config.optim.warmup_steps, config.optim.steps
+    if warmup < steps:
+        return []
+    return [
+        f"optim.warmup_steps {warmup}: the run ends after {steps} steps, before the learning rate "
+        "has reached its peak"
+    ]
+
+
+def _export_notes(model: OmniConfig, encoder: EncoderFacts) -> list[str]:
+    """Say before the training to which formats its model cannot be exported."""
+    facts = encoder.to_dict()
+    missing = {to: missing_for(to, model, facts) for to in FORMATS}
+    return [
+        f"omni export --to {to} will not take this model: that needs {', '.join(needed)}"
+        for to, needed in missing.items()
+        if needed
+    ]
 
 
 def _overlap(indexes: dict[str, Index]) -> list[str]:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pyarrow.compute as pc
+from rich.markup import escape
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.checkpoint.resume import newest_step
@@ -32,6 +33,12 @@ from omni.run.actor_count import assume_actors
 from omni.run.attempts import Attempts
 from omni.run.console import LiveView
 from omni.run.fingerprints import check_fingerprints
+from omni.run.history import (
+    STARTED,
+    changed_settings,
+    describe_change,
+    earlier_wall_seconds,
+)
 from omni.run.preflight import preflight
 from omni.run.prepare import Prepared, prepare
 from omni.run.signals import Signals
@@ -55,8 +62,13 @@ def train(config: Config) -> dict[str, Any]:
     prepared = prepare(config)
     state, overridden = _saved_state(prepared)
     step = 0 if state is None else state.step
+    changed = {} if state is None else changed_settings(config)
+    earlier = 0.0 if state is None else earlier_wall_seconds(config.run_dir, state.seconds)
     _write_run_files(prepared)
     view.header(prepared, state)
+    for name, change in changed.items():
+        view.show(f"  [yellow]changed[/] {escape(describe_change(name, change))}")
+        write_event(config.run_dir, "setting", step, name=name, before=change[0], after=change[1])
     if overridden:
         write_event(config.run_dir, "override", step, fields=overridden)
         view.show(f"  [yellow]continuing with another {', '.join(overridden)}[/], as requested")
@@ -66,9 +78,10 @@ def train(config: Config) -> dict[str, Any]:
         view.complete(config.run_dir)
         view.footer(done, write_report(config.run_dir))
         return done
+    write_event(config.run_dir, STARTED, step, wall_seconds=round(earlier, 1))
     # A local cluster gets CPUs for as many actors as may be chosen.
     start_ray(assume_actors(config, os.cpu_count() or 1))
-    signals = Signals()
+    signals = Signals(config.run.grace_seconds)
     # Steps that a killed driver showed and that are redone now are shown once.
     keep_lines(config.run_dir / METRICS, lambda row: row.get("step", 0) <= step)
     with Trackers(config, view.warn) as trackers:
@@ -78,7 +91,7 @@ def train(config: Config) -> dict[str, Any]:
                 finished = Attempts(prepared, signals).run()
         if not finished:
             _exit_stopped(view, config, signals)
-        summary = _complete_summary(prepared, time.monotonic() - began)
+        summary = _complete_summary(prepared, earlier + time.monotonic() - began)
         view.footer(summary, write_report(config.run_dir))
         trackers.complete(summary)
     return summary
@@ -154,13 +167,13 @@ def _write_run_files(prepared: Prepared) -> None:
 def _exit_stopped(view: LiveView, config: Config, signals: Signals) -> None:
     """End the process of a run that was stopped by a signal."""
     step = newest_step(config.run_dir / "checkpoints")
-    view.show(
-        f"{signals.received}: stopped at the checkpoint of step {step}; the same command continues "
-        "the run"
-    )
+    saved = f"the checkpoint of step {step} is saved" if step else "there is no checkpoint yet"
+    again = "continues" if step else "starts again"
+    text = f"{signals.received}: stopped; {saved}; the same command {again}"
     write_report(config.run_dir)
     if signals.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(text)
+    view.show(text)
     raise SystemExit(0)
 
 

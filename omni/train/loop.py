@@ -195,6 +195,7 @@ class TrainLoop:
         """Copy the state of training, and write it as a checkpoint in the background."""
         self.reader.ledger.write()
         self.state.rejects = self.reader.rejects.counts
+        self.state.totals = self.recorder.totals.to_dict()
         # The snapshot gathers shards, and the barrier makes sure that the ledgers of all ranks are
         # on disk before a checkpoint says that these steps are done.
         with self.recorder.watch.phase("checkpoint", on_device=False):
@@ -271,7 +272,7 @@ class TrainLoop:
         self._log_event("attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone)
         barrier()
         self.reader.rejects.restore(self.state.rejects)
-        self.recorder.restore()
+        self.recorder.restore(self.state)
 
     def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""

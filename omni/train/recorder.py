@@ -16,7 +16,7 @@ from omni.checkpoint.train_state import TrainState
 from omni.metrics.rows import Measured, Pools, Window, summarize, train_row
 from omni.metrics.run_files import append_json, last_line, read_json_lines, write_event, write_json
 from omni.metrics.table import EvalRow, TrainRow, to_json
-from omni.metrics.throughput import Stopwatch, flops_per_position, peak_flops
+from omni.metrics.throughput import FirstSteps, Stopwatch, flops_per_position, peak_flops
 from omni.stream.feature_cache import advice_when_full
 from omni.train.batches import BlockReader
 from omni.train.ledger import CurrentWork
@@ -53,30 +53,32 @@ class Recorder:
         self._publisher = publisher
         self._run_dir = spec.config.run_dir
         self._metrics = self._run_dir / "metrics.jsonl"
-        self._pools = Pools(spec.config.encoder.actor_count, spec.config.data.loaders)
+        config = spec.config
+        self._pools = Pools(config.encoder.actor_count, config.data.loaders, spec.nodes)
+        self._first_steps = FirstSteps()
         self._peak_flops = peak_flops(device)
         self._cache_reported = False
         self._last_loss: float | None = None
-        self._totals = Window()
+        self.totals = Window()
+        """Sums over all attempts."""
         self.watch = Stopwatch(device)
         """Seconds of this rank by phase."""
         self.window = Window()
         """Sums since the last log line."""
 
-    def restore(self) -> None:
-        """Read the last loss that an earlier attempt logged."""
+    def restore(self, state: TrainState) -> None:
+        """Continue the sums of earlier attempts, and read the last loss that they logged."""
+        if state.totals:
+            self.totals = Window.from_dict(state.totals)
         for row in read_json_lines(self._metrics):
             if row.get("kind") == "train":
                 self._last_loss = row.get("loss")
 
     def add_step(self, result: StepResult, spent: float, waited: float) -> None:
         """Add a step that took `spent` seconds, `waited` of them without a block."""
-        for window in (self.window, self._totals):
-            window.busy += spent
-            window.steps += 1
-            window.wait += waited
-            if result.updated:
-                window.sums += result.sums
+        first = self._first_steps.includes(spent, waited)
+        for window in (self.window, self.totals):
+            window.add(result.sums if result.updated else None, spent, waited, first)
 
     def log_steps(
         self, state: TrainState, norm: float, model_state: ModelState, reader: BlockReader
@@ -122,7 +124,7 @@ class Recorder:
     ) -> dict[str, Any]:
         """Write summary.json and return it."""
         results = {"train_loss": self._last_loss, **results}
-        summary = summarize(state, self._totals, self._pools, results, facts)
+        summary = summarize(state, self.totals, self._pools, results, facts)
         if self._rank == 0:
             write_json(self._run_dir / "summary.json", summary)
         return summary

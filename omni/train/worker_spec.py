@@ -27,5 +27,7 @@ class WorkerSpec:
     """Utterances of the training index."""
     epoch_ends: list[int]
     """Bins up to the end of each epoch."""
+    nodes: int = 1
+    """Nodes of the cluster at the start of the attempt."""
     resume: ResumePoint | None = None
     """Checkpoint that all ranks start from, verified by the driver; None starts at step 0."""

@@ -161,7 +161,8 @@ def test_a_killed_job_goes_on_and_training_reads_its_index(tmp_path: Path) -> No
     assert found.table["key"].to_pylist() == 2 * plain.table["key"].to_pylist()
     assert not list(out.glob("*/*.tmp"))
 
-    settings = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
+    (tmp_path / "small.yaml").write_text("model: {n_layer: 1, n_embd: 64, n_head: 1}")
+    settings = ["--config", str(tmp_path / "small.yaml")]
     settings += ["--optim.steps", "3", "--optim.bin_positions", "512", "--data.max_rejects", "0"]
     settings += ["--data.train", str(out), "--run.storage", str(tmp_path / "runs")]
     trained = subprocess.run(

@@ -242,4 +242,4 @@ def test_a_nanochat_folder_writes_the_same_transcripts(
     assert export.main(arguments) == 2
     assert f"--out: {arguments[-1]}: " in capsys.readouterr().err
     assert export.main([*arguments[:2], "--to", "hf", "--out", str(tmp_path / "other")]) == 2
-    assert re.search("--to: .*nanochat", capsys.readouterr().err)
+    assert re.search("--to hf: .*model.lm hf:", capsys.readouterr().err)

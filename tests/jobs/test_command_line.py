@@ -10,6 +10,8 @@ import pytest
 
 from jobs import encode, train
 from jobs.__main__ import JOBS, main
+from jobs.cli import checkpoint_path, parse_settings, settings_parser
+from omni.config import load_config, shipped_configs
 from omni.config.reference import sections, settings_of
 
 ALL_JOBS = [name for names in JOBS.values() for name in names]
@@ -77,8 +79,13 @@ def test_a_job_lists_the_sections_that_it_reads(capsys: pytest.CaptureFixture[st
         (["trian"], "did you mean train?"),
         (["train", "--optim.warmup", "3"], "did you mean warmup_steps?"),
         (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["train"], "--config"),
+        (["train", "--optim.steps", "3"], "smoke"),
+        (["train", "--config", "smoek"], "did you mean smoke?"),
+        (["train", "--config", "smoke", "--dry-rum"], "did you mean --dry_run?"),
+        (["train", "--config", "smoke", "--model.n-embd", "50", "--model.n-head", "2"], "n_embd"),
         (["encode", "--data.loaders", "0"], "data.loaders"),
-        (["submit", "--working_dir", "/nowhere"], "--working_dir"),
+        (["submit", "--config", "smoke", "--working_dir", "/nowhere"], "--working_dir"),
         (["index", "--source", "x", "--out", "y", "--rows_per_part", "0"], "--rows_per_part"),
         (["index", "--source", "x", "--out", "y", "--silence_seconds", "1"], "--silence_seconds"),
     ],
@@ -89,6 +96,40 @@ def test_wrong_arguments_are_named(
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+
+
+def test_configs_that_come_with_omni_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {"smoke", "dialogue", "gpu1"} <= shipped_configs().keys()
+    smoke = load_config("smoke")
+    assert smoke == load_config(shipped_configs()["smoke"])
+    Path("smoke").write_text("optim: {steps: 3}")
+    assert load_config("smoke").optim.steps == 3, "a file of one's own comes first"
+
+
+def test_dashes_and_underscores_are_the_same_in_names() -> None:
+    parser = settings_parser("train", "Train.")
+    parser.add_argument("--dry_run", action="store_true")
+    argv = ["--config", "smoke", "--dry-run", "--run.name=a-b", "--data.prompt", "x-y"]
+    arguments, config = parse_settings(parser, argv)
+    assert arguments.dry_run and (config.run.name, config.data.prompt) == ("a-b", "x-y")
+
+
+def test_an_unknown_argument_of_any_job_gets_a_suggestion(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["transcribe", "--checkpoint", "x", "y.wav", "--devise", "cpu"])
+    assert ended.value.code == 2
+    assert "did you mean --device?" in capsys.readouterr().err
+
+
+def test_a_run_directory_names_its_best_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint_path(str(tmp_path)) == tmp_path
+    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    assert checkpoint_path(str(tmp_path)) == tmp_path / "checkpoints" / "best"
 
 
 @pytest.mark.parametrize("job", ["audit", "evaluate", "export", "transcribe", "index"])

@@ -97,7 +97,7 @@ def test_a_training_row_holds_means_and_rates() -> None:
     assert row["audio_seconds_per_second"] == 1.0 and row["tokens_per_second"] == 2.0
     assert row["data_wait_fraction"] == 0.25 and row["mfu"] == 0.1
     assert row["epoch"] == 0.1235 and row["seconds"] == 9.88 and row["bins"] == 16
-    assert row["limit"] == "network" and row["busy"]["trainer"] == 0.75
+    assert row["limit"] == "stream" and row["busy"]["trainer"] == 0.75
     assert json.loads(json.dumps(row)) == row
 
 

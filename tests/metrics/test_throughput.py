@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from omni.metrics.rows import Pools, Window
+from omni.metrics.table import StepSums
 from omni.metrics.throughput import (
     ADVICE,
     PHASES,
+    FirstSteps,
     Stopwatch,
     flops_per_position,
     judge,
@@ -94,7 +97,7 @@ def test_weights_of_products_count_and_frozen_ones_less() -> None:
         ),
         (
             {"waited": 5.0, "encode_seconds": 4.0, "load_seconds": 2.0},
-            "network",
+            "stream",
             {"trainers": "50%", "encoders": "10%", "loaders": "10%"},
         ),
         (
@@ -112,6 +115,34 @@ def test_the_stage_that_the_others_wait_for(
     told = dict(re.findall(r"(trainers|encoders|loaders)\b[^%,]*?(\d+%)", str(verdict)))
     assert told.items() >= shares.items()
     assert ADVICE[limit]
+
+
+def test_blocks_travel_only_between_nodes() -> None:
+    figures = {"waited": 5.0, "encode_seconds": 0.0, "load_seconds": 0.0}
+    one, two = (judge(10.0, encoders=1, loaders=1, nodes=n, **figures).limit for n in (1, 2))
+    assert (one, two) == ("stream", "network")
+
+
+def test_the_start_of_an_attempt_is_no_verdict() -> None:
+    """The first steps wait for the stream; the steps after them are judged alone."""
+    pools, window, first = Pools(1, 1, nodes=2), Window(), FirstSteps()
+    for spent, waited in ((10.0, 9.0), (2.0, 1.0), (1.0, 0.0)):
+        window.add(StepSums(load_seconds=0.5), spent, waited, first.includes(spent, waited))
+        if waited:
+            assert window.verdict(pools).limit == "start" and ADVICE["start"]
+            assert str(window.verdict(pools)).startswith("waiting for the first blocks")
+    assert window.verdict(pools).limit == "trainer"
+    assert not first.includes(10.0, 9.0), "a later wait is a wait"
+    assert (window.busy, window.wait, window.steps) == (13.0, 10.0, 3)
+    back = Window.from_dict(json.loads(json.dumps(window.to_dict())))
+    assert back.verdict(pools) == window.verdict(pools)
+    assert back.to_dict() == window.to_dict()
+
+
+def test_a_start_that_never_ends_is_judged_after_some_steps() -> None:
+    first = FirstSteps()
+    starved = [first.includes(1.0, 0.9) for _ in range(30)]
+    assert starved == [True] * 20 + [False] * 10
 
 
 def test_a_step_that_took_no_time_is_no_error() -> None:

@@ -207,7 +207,15 @@ def test_a_run_without_its_weights_fails_in_one_error_and_leaves_nothing(
     storage = tmp_path / "runs"
     done = run_elsewhere(
         tmp_path,
-        *("-m", "jobs.train", "--run.storage", str(storage), *f"--{setting}".split()),
+        *(
+            "-m",
+            "jobs.train",
+            "--config",
+            "smoke",
+            "--run.storage",
+            str(storage),
+            *f"--{setting}".split(),
+        ),
         WHISPER_MS_ID="someone/on-modelscope",
         HF_ENDPOINT=closed_port(),
         MODELSCOPE_ENDPOINT=closed_port(),

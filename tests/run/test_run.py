@@ -94,7 +94,15 @@ def test_killed_stopped_and_continued_is_bit_for_bit_the_undisturbed_run(
     assert (run / "checkpoints" / "last").resolve().name == f"step-{reached:06d}"
     assert "Not finished" in (run / "report.html").read_text()
 
-    run_job(tiny, tmp_path)
+    run_job(tiny, tmp_path, "--eval.examples", "1")
+    [change] = [row for row in lines(run / "events.jsonl") if row["event"] == "setting"]
+    assert (change["name"], change["before"], change["after"]) == ("eval.examples", 2, 1)
+    assert change["step"] == reached and "eval.examples" in (run / "report.html").read_text()
+    drivers = [row for row in lines(run / "events.jsonl") if row["event"] == "started"]
+    walls = [row["wall_seconds"] for row in drivers]
+    summary = json.loads((run / "summary.json").read_text())
+    assert walls[0] == 0 and walls == sorted(walls) and summary["wall_seconds"] > walls[2] > 0
+    assert summary["train_seconds"] < summary["wall_seconds"]
     expected = load_file(undisturbed / "checkpoints" / "last" / "model.safetensors")
     found = load_file(run / "checkpoints" / "last" / "model.safetensors")
     assert expected.keys() == found.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -80,8 +81,12 @@ def test_a_log_line_is_the_mean_of_its_steps(spec: WorkerSpec, tmp_path: Path) -
     assert recorder.window.steps == 0
 
     later = Recorder(spec, 0, 1, CPU, None)
-    later.restore()
-    summary = later.summarize(TrainState(step=2), {"dev_loss": 1.0}, {"workers": 1})
+    state = TrainState(step=2, totals=json.loads(json.dumps(recorder.totals.to_dict())))
+    later.restore(state)
+    later.add_step(StepResult(_sums(40.0), 1.0, True), spent=2.0, waited=2.0)
+    summary = later.summarize(state, {"dev_loss": 1.0}, {"workers": 1})
+    assert summary["audio_seconds_per_second"] == 30 / 6, "of both attempts"
+    assert summary["data_wait_fraction"] == 0.5
     assert (summary["train_loss"], summary["dev_loss"], summary["workers"]) == (3.0, 1.0, 1)
     assert (tmp_path / "run" / "summary.json").is_file()
 

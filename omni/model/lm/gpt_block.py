@@ -32,7 +32,10 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"head width {self.n_embd // self.n_head} is odd; rotary needs pairs")
+            raise ValueError(
+                f"n_embd {self.n_embd} / n_head {self.n_head} is odd; rotary embeddings need an "
+                "even head width"
+            )
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
