@@ -6,11 +6,10 @@ environments and files that look like secrets; omni's own code is added where it
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from jobs.cli import parse_settings, run_job, settings_parser
+from jobs.cli import JobParser, parse_settings, run_job, settings_parser
 from omni.errors import ConfigError
 
 
@@ -72,7 +71,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> JobParser:
     parser = settings_parser("submit", __doc__)
     add = parser.add_argument
     add("--job", choices=("train", "encode"), default="train", help="job to run (default train)")
