@@ -23,6 +23,7 @@ WITH_RAY = {
     "omni.run.preflight",
     "omni.run.run",
     "omni.run.trial",
+    "omni.run.train_worker",
     "omni.run.worker_group",
     "omni.stream.pipeline",
 }

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 if TYPE_CHECKING:
     import tiktoken
+
+
+def _letters() -> dict[int, str]:
+    """Return the letter that byte-level BPE writes for each byte."""
+    # transformers takes a second to import, in every process of a run.
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return dict(bytes_to_unicode())
 
 
 class _Encoding:
@@ -62,7 +69,7 @@ def to_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
 
     document = json.loads(tokenizer.to_str())
     specials = {token["content"]: token["id"] for token in document["added_tokens"]}
-    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    byte_of = {letter: byte for byte, letter in _letters().items()}
     try:
         split, _ = document["pre_tokenizer"]["pretokenizers"]
         pattern = split["pattern"]["Regex"]
@@ -95,7 +102,7 @@ def _is_state(state: Any) -> bool:
 
 def _convert(state: dict[str, Any]) -> Tokenizer:
     ranks: dict[bytes, int] = state["mergeable_ranks"]
-    letters = bytes_to_unicode()
+    letters = _letters()
 
     def written(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)

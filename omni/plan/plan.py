@@ -253,3 +253,11 @@ def _fill_seam(
             taken.append(index)
             free -= int(lengths[number])
     return np.delete(order, taken), free
+
+
+def held_bins(split: Split, workers: int, bins_per_block: int) -> np.ndarray:
+    """Return a held-out split's bins, padded so that all ranks take equally many blocks."""
+    unit = workers * bins_per_block
+    bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
+    bins[: split.plan.bins] = np.arange(split.plan.bins)
+    return bins

@@ -22,7 +22,8 @@ from omni.metrics.run_files import count_events, read_events, write_event
 from omni.run.failures import is_cluster_lost, root_cause
 from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.signals import Signals
-from omni.run.worker_group import FATAL_FAILURE_FILE, make_trainer
+from omni.run.train_worker import FATAL_FAILURE_FILE
+from omni.run.worker_group import make_trainer
 from omni.storage.uri import reason_of
 from omni.stream.settings import stream_settings
 from omni.train.stop_request import StopRequest

@@ -26,7 +26,7 @@ from omni.metrics.score import normalize
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
-from omni.plan.plan import EMPTY, Split, make_plan
+from omni.plan.plan import Split, held_bins, make_plan
 from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import beyond_ctc, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
@@ -193,7 +193,7 @@ def make_worker_spec(
         tasks=prepared.tasks,
         fingerprints=prepared.fingerprints,
         held_rows={
-            name: len(held_bins(split, prepared.config, workers))
+            name: len(held_bins(split, workers, prepared.config.optim.bins_per_block))
             for name, split in prepared.splits.items()
             if name != "train"
         },
@@ -202,14 +202,6 @@ def make_worker_spec(
         nodes=nodes,
         resume=resume,
     )
-
-
-def held_bins(split: Split, config: Config, workers: int) -> np.ndarray:
-    """Return a held-out split's bins, padded so that all ranks take equally many blocks."""
-    unit = workers * config.optim.bins_per_block
-    bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
-    bins[: split.plan.bins] = np.arange(split.plan.bins)
-    return bins
 
 
 def _precision_notes(config: Config) -> list[str]:

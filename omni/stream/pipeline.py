@@ -20,7 +20,7 @@ from ray.util.metrics import Histogram
 
 from omni.cluster.ray_internals import SchedulerWorkarounds
 from omni.cluster.watchdog import limited
-from omni.plan.plan import Split
+from omni.plan.plan import Split, held_bins
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.settings import StreamSettings
@@ -29,6 +29,20 @@ from omni.stream.stages import EncodeStage, load_bin
 _HISTOGRAM_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 # Ray's default: the load stage fuses with the read of the row numbers.
 _LOADER_CPUS = 1.0
+
+
+def open_stream(
+    references: list[ray.ObjectRef[Split]], settings: StreamSettings, workers: int, first_step: int
+) -> Dataset:
+    """Open the stream: held-out bins once, then the bins of the plan from `first_step` on."""
+    optim = settings.config.optim
+    splits: list[Split] = ray.get(references)
+    held = [(i, split) for i, split in enumerate(splits) if split.name != "train"]
+    rows = [(i, held_bins(split, workers, optim.bins_per_block)) for i, split in held]
+    train = next(i for i, split in enumerate(splits) if split.name == "train")
+    bins = splits[train].plan.rows(first_step, optim.steps, workers, optim.bins_per_block)
+    rows.append((train, bins))
+    return make_stream(references, [part for part in rows if len(part[1])], settings)
 
 
 def make_stream(

@@ -54,7 +54,7 @@ def _configure(
         },
         "tokenizer": {"vocab_size": 300},
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
-        "optim": {"bin_positions": 128, "steps": 3},
+        "optim": {"bin_positions": 128, "steps": 3, "warmup_steps": 1},
     }
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}
@@ -360,8 +360,9 @@ def test_a_run_continues_with_its_own_tokenizer(configure: Configure, first: Pre
 
 
 def _notes(prepared: Prepared) -> list[str]:
-    """Notes on the corpus; a processor without bf16 instructions adds one of its own."""
-    return [note for note in prepared.notes if not note.startswith("train.precision")]
+    """Leave out the notes about this machine, and about what any GPT cannot be exported to."""
+    usual = ("train.precision", "omni export --to hf")
+    return [note for note in prepared.notes if not note.startswith(usual)]
 
 
 def test_held_out_sentences_that_were_trained_on_are_counted(configure: Configure) -> None:
@@ -375,3 +376,16 @@ def test_held_out_sentences_that_were_trained_on_are_counted(configure: Configur
 def test_the_embedded_splits_share_no_sentence() -> None:
     config = parse_config({"data": {"test": "embedded:test", "cache": None}})
     assert _notes(prepare(config)) == []
+
+
+@pytest.mark.parametrize(("warmup", "noted"), [(4, False), (5, True), (100, True)])
+def test_a_warm_up_longer_than_the_run_is_noted(
+    configure: Configure, warmup: int, noted: bool
+) -> None:
+    config = configure(optim={"steps": 5, "warmup_steps": warmup})
+    assert any("optim.warmup_steps" in note for note in _notes(prepare(config))) is noted
+
+
+def test_formats_that_the_model_cannot_be_exported_to_are_noted(configure: Configure) -> None:
+    notes = [note for note in prepare(configure()).notes if "omni export" in note]
+    assert [("--to hf" in note, "model.lm" in note) for note in notes] == [(True, True)]

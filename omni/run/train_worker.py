@@ -1,0 +1,56 @@
+"""Function that each Ray Train worker runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+import ray.train
+
+from omni.metrics.run_files import write_text
+
+if TYPE_CHECKING:
+    from omni.train.worker_spec import WorkerSpec
+
+STREAM = "stream"
+"""Name of the dataset that workers read."""
+FATAL_FAILURE_FILE = "failure.txt"
+"""Reason why the run must not be retried, written by rank 0."""
+
+
+def run_worker(arguments: dict[str, Any]) -> None:
+    """Run the training loop of one Ray Train worker. arguments: a reference to its spec."""
+    # Ray Train's controller imports this module, and needs neither torch nor the model.
+    import torch
+
+    from omni.metrics.prometheus import RayPublisher
+    from omni.model.download import HubError, SourceError
+    from omni.train.loop import TrainLoop
+    from omni.train.reject_log import TooManyRejects
+
+    spec: WorkerSpec = ray.get(arguments["spec"][0])
+    torch.set_num_threads(spec.config.train.threads)
+    context = ray.train.get_context()
+    rank, node = context.get_world_rank(), ray.get_runtime_context().get_node_id()
+    device = ray.train.torch.get_device() if spec.config.train.gpus else torch.device("cpu")
+    blocks = _blocks(spec.config.optim.bins_per_block)
+    failure_file = spec.config.run_dir / FATAL_FAILURE_FILE
+    try:
+        publisher = RayPublisher(spec.config.run.name, rank)
+        TrainLoop(spec, blocks, rank, context.get_world_size(), device, node, publisher).run()
+    except (TooManyRejects, FloatingPointError) as error:
+        # Every rank fails alike and would fail again: tell the driver not to retry.
+        if rank == 0:
+            write_text(failure_file, str(error))
+    except SourceError as error:
+        # A refused language model stays refused, while a hub that is down may come back.
+        if rank == 0 and not isinstance(error, HubError):
+            write_text(failure_file, str(error))
+        raise
+
+
+def _blocks(rows: int) -> Iterator[pa.Table]:
+    shard = ray.train.get_dataset_shard(STREAM)
+    yield from shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2)
