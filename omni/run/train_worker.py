@@ -23,6 +23,7 @@ FATAL_FAILURE_FILE = "failure.txt"
 def run_worker(arguments: dict[str, Any]) -> None:
     """Run the training loop of one Ray Train worker. arguments: a reference to its spec."""
     # Ray Train's controller imports this module, and needs neither torch nor the model.
+    import ray.train.torch
     import torch
 
     from omni.metrics.prometheus import RayPublisher
