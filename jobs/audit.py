@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from jobs.cli import job_parser, run_job
+from omni.errors import counted
 from omni.storage.path import StoragePath, as_path
 
 
@@ -20,15 +21,17 @@ def _audit(run_dir: StoragePath) -> None:
 
     found = audit(run_dir)
     print(
-        f"{run_dir}: {found.steps:,} steps, {found.bins:,} bins, {found.utterances:,} utterances "
-        f"trained, {found.epochs:.2f} epochs, in {found.attempts} attempts"
+        f"{run_dir}: {counted(found.steps, 'step')}, {counted(found.bins, 'bin')}, "
+        f"{counted(found.utterances, 'utterance')} trained, {found.epochs:.2f} epochs, in "
+        f"{counted(found.attempts, 'attempt')}"
     )
     if found.redone:
-        print(f"  {found.redone} steps were repeated after failures; they count once")
+        print(f"  repeated after failures, and counted once: {counted(found.redone, 'step')}")
     if found.later:
-        print(f"  {found.later} steps after the newest checkpoint would be repeated")
+        print(f"  to repeat, after the newest checkpoint: {counted(found.later, 'step')}")
     if found.rejected:
-        print(f"  {found.rejected} rejected utterances were left out; rejects.jsonl names them")
+        rejected = counted(found.rejected, "utterance")
+        print(f"  rejected and left out: {rejected}; rejects.jsonl names them")
     if len(found.plans) > 1:
         print(f"  {len(found.plans)} plans, one after another (run.override_fingerprint)")
     for step, reason in sorted(found.skipped.items()):
@@ -36,7 +39,7 @@ def _audit(run_dir: StoragePath) -> None:
     for problem in found.problems:
         print(f"  {problem}")
     if found.problems:
-        raise RuntimeError(f"{len(found.problems)} findings: not exactly once")
+        raise RuntimeError(f"{counted(len(found.problems), 'finding')}: not exactly once")
     print("clean: every bin of the plan once, every utterance as the plan has it")
 
 

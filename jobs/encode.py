@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from jobs.cli import parse_settings, run_job, settings_parser
+from omni.errors import counted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         done = fill_cache(config, lambda line: print(f"  {line}", flush=True))
         rate = done["audio_seconds"] / done["seconds"] if done["seconds"] else 0.0
         print(
-            f"encoded {done['encoded']:,} utterances ({done['audio_seconds'] / 3600:.2f} h at "
-            f"{rate:,.0f} audio-s/s); the cache holds {done['kept']:,} of {done['utterances']:,}, "
+            f"encoded {counted(done['encoded'], 'utterance')} "
+            f"({done['audio_seconds'] / 3600:.2f} h at {rate:,.0f} audio-s/s); the cache holds {done['kept']:,} of {done['utterances']:,}, "
             f"{done['gigabytes']:.3f} GB"
         )
         for reason, count in done["rejects"].items():

@@ -12,7 +12,7 @@ import json
 import sys
 
 from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
-from omni.errors import ConfigError
+from omni.errors import ConfigError, counted
 from omni.storage.filesystem import StorageError
 from omni.storage.path import as_path
 from omni.storage.uri import public_uri, reason_of
@@ -51,7 +51,7 @@ def _transcribe(arguments: argparse.Namespace) -> None:
             print(json.dumps(row, ensure_ascii=False), flush=True)
             unread += "error" in row
     if unread:
-        raise RuntimeError(f"{unread} recordings could not be read")
+        raise RuntimeError(f"{counted(unread, 'recording')} could not be read")
 
 
 def _is_folder(name: str) -> bool:

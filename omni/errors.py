@@ -1,4 +1,4 @@
-"""Errors of wrong settings, and one line for any error."""
+"""Error of a wrong setting, and words of messages."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ class ConfigError(ValueError):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number and its noun: 1 row, 1,234 rows."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

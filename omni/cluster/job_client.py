@@ -29,7 +29,7 @@ from omni.cluster.versions import (
 )
 from omni.cluster.working_dir import Packed, pack, readable
 from omni.config import Config
-from omni.errors import ConfigError, first_line
+from omni.errors import ConfigError, counted, first_line
 from omni.storage.uri import redact
 
 SETTINGS = "omni-job.yaml"  # file of the resolved settings in the job's working directory
@@ -155,7 +155,7 @@ def environment(config: Config) -> dict[str, str]:
 
 
 def describe(packed: Packed, say: Callable[[str], None]) -> None:
-    say(f"working directory: {packed.files:,} files, {readable(packed.size)}")
+    say(f"working directory: {counted(packed.files, 'file')}, {readable(packed.size)}")
     for item in packed.left_out[:8]:
         say(f"  without {item}")
     if len(packed.left_out) > 8:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.checkpoint.train_state import TrainState
+from omni.errors import counted
 from omni.run.prepare import Prepared
 from omni.storage.path import StoragePath
 
@@ -33,17 +34,17 @@ class LiveView:
         show(f"[bold]omni[/] {config.run_dir}")
         for name, split in prepared.splits.items():
             hours = pc.sum(split.table["samples"]).as_py() / SAMPLES_PER_HOUR
-            show(f"  {name:<6} {split.table.num_rows:,} utterances, {hours:.2f} h")
+            show(f"  {name:<6} {counted(split.table.num_rows, 'utterance')}, {hours:.2f} h")
         plan = prepared.splits["train"].plan
         show(
-            f"  plan   {config.optim.steps:,} steps of {config.optim.bins_per_step} x "
+            f"  plan   {counted(config.optim.steps, 'step')} of {config.optim.bins_per_step} x "
             f"{config.optim.bin_positions} positions, {prepared.filled:.1%} filled, "
             f"{plan.epoch(plan.bins):.1f} epochs"
         )
         if prepared.rejects:
             first = prepared.rejects[0]
             show(
-                f"  [yellow]{len(prepared.rejects)} rows left out[/] "
+                f"  [yellow]{counted(len(prepared.rejects), 'row')} left out[/] "
                 f"(rejects.jsonl); the first, {first.id}: {first.reason}"
             )
         for note in prepared.notes:
@@ -131,9 +132,9 @@ def describe_event(event: dict[str, Any]) -> str | None:
     """Describe an event in one line; None for an event that others already report."""
     kind, reason = event["event"], str(event.get("reason", ""))
     if kind == "attempt":
-        workers = event.get("workers")
+        workers = int(event.get("workers") or 0)
         start = f"continuing from step {event['step']}" if event.get("step") else "starting"
-        return f"{start} with {workers} worker{'s' * (workers != 1)}"
+        return f"{start} with {counted(workers, 'worker')}"
     titles = {
         "failure": "an attempt failed",
         "stalled": "no progress",

@@ -24,7 +24,7 @@ from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import recordings
 from omni.corpus.splits import build_indexes
-from omni.errors import ConfigError
+from omni.errors import ConfigError, counted
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
 from omni.run.actor_count import assume_actors
@@ -70,7 +70,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         "seconds": 0.0,
         "full": None,
     }
-    say(f"{len(keys):,} utterances, {result['cached']:,} already in {cache.location}")
+    say(f"{counted(len(keys), 'utterance')}, {result['cached']:,} already in {cache.location}")
     if len(missing):
         split = _missing_split(table, missing, GPU_FRAMES if config.encoder.gpus else CPU_FRAMES)
         start_ray(config)

@@ -263,7 +263,7 @@ def _rewrite(run: Path, change: Callable[[list[dict]], list[dict]]) -> None:  # 
 def test_a_clean_run_is_proved_clean(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert audit.main([str(copied)]) == 0
     out = capsys.readouterr().out
-    assert "50 steps, 200 bins" in out and "1 attempts" in out
+    assert "50 steps, 200 bins" in out and "1 attempt" in out and "1 attempts" not in out
     assert out.splitlines()[-1].startswith("clean: ")
 
 
