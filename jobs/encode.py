@@ -18,9 +18,10 @@ def main(argv: list[str] | None = None) -> int:
 
         done = fill_cache(config, lambda line: print(f"  {line}", flush=True))
         rate = done["audio_seconds"] / done["seconds"] if done["seconds"] else 0.0
+        hours = done["audio_seconds"] / 3600
         print(
-            f"encoded {counted(done['encoded'], 'utterance')} "
-            f"({done['audio_seconds'] / 3600:.2f} h at {rate:,.0f} audio-s/s); the cache holds {done['kept']:,} of {done['utterances']:,}, "
+            f"encoded {counted(done['encoded'], 'utterance')} ({hours:.2f} h at {rate:,.0f} "
+            f"audio-s/s); the cache holds {done['kept']:,} of {done['utterances']:,}, "
             f"{done['gigabytes']:.3f} GB"
         )
         for reason, count in done["rejects"].items():
