@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from omni.config import Config, load_config, shipped_configs
-from omni.errors import ConfigError
+from omni.errors import ConfigError, printable
 from omni.storage.path import StoragePath, as_path
 
 CHECKPOINT = "run directory (its best checkpoint), or one of its checkpoints"
@@ -132,10 +132,10 @@ def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> 
     try:
         return job() or 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)

@@ -15,3 +15,10 @@ def first_line(error: Exception) -> str:
 def counted(number: int, noun: str) -> str:
     """Write a number and its noun: 1 row, 1,234 rows."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def printable(text: str) -> str:
+    """Write control characters as escapes, except line ends: a terminal would obey them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

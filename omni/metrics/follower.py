@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
+from omni.errors import first_line
 from omni.metrics.run_files import event_files
 from omni.storage.append import segment
 from omni.storage.path import ObjectPath, StoragePath
@@ -41,15 +42,23 @@ class Listener(Protocol):
 class Follower:
     """Follow metrics.jsonl and the events: in a thread as a context manager, or by calls of `poll`.
 
-    metrics.jsonl grows, and is cut back to the checkpoint when workers start again.
+    metrics.jsonl grows, and is cut back to the checkpoint when workers start again. A listener that
+    raises gets nothing more, unless its storage failed; warn: called once with its name and the
+    reason.
     """
 
-    def __init__(self, run_dir: StoragePath, listeners: Sequence[Listener]) -> None:
-        self._run_dir, self._listeners = run_dir, listeners
+    def __init__(
+        self,
+        run_dir: StoragePath,
+        listeners: Sequence[Listener],
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self._run_dir, self._listeners, self._warn = run_dir, list(listeners), warn
         self._interval = POLL_SECONDS if isinstance(run_dir, Path) else _OBJECT_STORE_POLL_SECONDS
         self._metrics = _tail(run_dir / METRICS)
         self._events: dict[StoragePath, _Tail | _ObjectTail] = {}
         self._steps: list[int] = []  # of the rows that listeners have received
+        self._reported: set[str] = set()
         self._began = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="follow")
@@ -73,22 +82,33 @@ class Follower:
         kept, rows = self._metrics.new()
         if not self._began:
             self._began = True
-            for listener in self._listeners:
-                _catch_up(listener, rows)
+            self._tell(lambda listener: _catch_up(listener, rows))
         else:
             if kept < len(self._steps):
                 del self._steps[kept:]
                 step = self._steps[-1] + 1 if self._steps else 0
-                for listener in self._listeners:
-                    listener.rewound(kept, step)
+                self._tell(lambda listener: listener.rewound(kept, step))
             if rows:
-                for listener in self._listeners:
-                    listener.rows(rows)
+                self._tell(lambda listener: listener.rows(rows))
         self._steps += [row["step"] for row in rows]
         events = self._new_events()
         if events:
-            for listener in self._listeners:
-                listener.events(events)
+            self._tell(lambda listener: listener.events(events))
+
+    def _tell(self, call: Callable[[Listener], None]) -> None:
+        for listener in list(self._listeners):
+            try:
+                call(listener)
+            except OSError as error:  # Its storage may be available at the next rows.
+                self._report(f"{type(listener).__name__} lost rows", error)
+            except Exception as error:  # A fault of one view must not end the others, or the run.
+                self._listeners.remove(listener)
+                self._report(f"{type(listener).__name__} stopped", error)
+
+    def _report(self, what: str, error: Exception) -> None:
+        if what not in self._reported:
+            self._reported.add(what)
+            self._warn(f"{what}: {type(error).__name__}: {first_line(error)}")
 
     def _new_events(self) -> list[Row]:
         rows = []

@@ -9,16 +9,20 @@ from typing import Any
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.checkpoint.train_state import TrainState
-from omni.errors import counted
+from omni.errors import counted, printable
 from omni.run.prepare import Prepared
 from omni.storage.path import StoragePath
 
 
 class LiveView:
-    """Printer of the rows that a `Follower` reads."""
+    """Printer of the rows that a `Follower` reads.
+
+    Text of rows and errors is never read as markup, and its control characters show as escapes.
+    """
 
     seen = sys.maxsize
     """Rows that were shown before: all that an earlier driver wrote."""
@@ -30,37 +34,42 @@ class LiveView:
 
     def header(self, prepared: Prepared, state: TrainState | None) -> None:
         config = prepared.config
-        show = self._console.print
-        show(f"[bold]omni[/] {config.run_dir}")
+        self._print(("omni", "bold"), f" {config.run_dir}")
         for name, split in prepared.splits.items():
             hours = pc.sum(split.table["samples"]).as_py() / SAMPLES_PER_HOUR
-            show(f"  {name:<6} {counted(split.table.num_rows, 'utterance')}, {hours:.2f} h")
+            self.show(f"  {name:<6} {counted(split.table.num_rows, 'utterance')}, {hours:.2f} h")
         plan = prepared.splits["train"].plan
-        show(
+        self.show(
             f"  plan   {counted(config.optim.steps, 'step')} of {config.optim.bins_per_step} x "
             f"{config.optim.bin_positions} positions, {prepared.filled:.1%} filled, "
             f"{plan.epoch(plan.bins):.1f} epochs"
         )
         if prepared.rejects:
             first = prepared.rejects[0]
-            show(
-                f"  [yellow]{counted(len(prepared.rejects), 'row')} left out[/] "
-                f"(rejects.jsonl); the first, {first.id}: {first.reason}"
+            left_out = f"{counted(len(prepared.rejects), 'row')} left out"
+            self._print(
+                "  ",
+                (left_out, "yellow"),
+                f" (rejects.jsonl); the first, {first.id}: {first.reason}",
             )
         for note in prepared.notes:
-            show(f"  [yellow]note[/] {note}")
+            self.warn(note)
         if state is not None:
             self._resumed_step, self._resumed_seconds = state.step, state.seconds
-            show(f"  continuing from step {state.step}")
+            self.show(f"  continuing from step {state.step}")
 
     def show(self, text: str) -> None:
-        self._console.print(text)
+        self._print(text)
 
     def warn(self, text: str) -> None:
-        self._console.print(f"  [yellow]note[/] {_one_line(text)}")
+        self._print("  ", ("note", "yellow"), f" {_one_line(text)}")
+
+    def changed(self, text: str) -> None:
+        """Show that something differs from the run that is continued."""
+        self._print("  ", ("changed", "yellow"), f" {_one_line(text)}")
 
     def complete(self, run_dir: StoragePath) -> None:
-        self._console.print(f"  complete; remove {run_dir} to train it again")
+        self.show(f"  complete; remove {run_dir} to train it again")
 
     def footer(self, summary: dict[str, Any], report: StoragePath) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -78,54 +87,68 @@ class LiveView:
             "rejects",
         ):
             value = summary.get(name)
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(name, _text(f"{value:.4g}" if isinstance(value, float) else str(value)))
         for split, rates in summary.get("languages", {}).items():
-            table.add_row(f"{split} by language", _by_language(rates).strip(" ()"))
+            table.add_row(f"{split} by language", _text(_by_language(rates).strip(" ()")))
         self._console.print(table)
-        self._console.print(f"report: {report}")
+        self.show(f"report: {report}")
 
     def rewound(self, rows: int, step: int) -> None:
         """Do nothing: the attempt event already reports it."""
 
     def rows(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
-            self._console.print(self._line(row))
+            self._print(*_row(row, self._resumed_step, self._resumed_seconds))
             for example in row.get("examples", []):
-                self._console.print(
-                    f"         [dim]reference [/] {_one_line(example['reference'])}"
-                )
-                self._console.print(
-                    f"         [dim]hypothesis[/] {_one_line(example['hypothesis'])}"
-                )
+                for name in ("reference", "hypothesis"):
+                    self._print("         ", (f"{name:<10}", "dim"), f" {_one_line(example[name])}")
 
     def events(self, events: Sequence[dict[str, Any]]) -> None:
         for event in events:
             if (text := describe_event(event)) is not None:
-                self._console.print(f"{event['step'] or 0:>7} [yellow]{_escaped(text)}[/]")
+                self._print(f"{event['step'] or 0:>7} ", (text, "yellow"))
 
-    def _line(self, row: dict[str, Any]) -> str:
-        if row["kind"] == "note":
-            return f"{row['step']:>7} [yellow]note[/] {_escaped(row['text'])}"
-        if row["kind"] == "eval":
-            wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
-            ctc = f"ctc {row['dev_ctc']:.3f}  " if "dev_ctc" in row else ""
-            return (
-                f"[bold]{row['step']:>7}[/] dev loss {row['dev_loss']:.3f}  {ctc}"
-                f"next token {row['dev_accuracy']:.1%}  shuffled-audio gap "
-                f"{row['shuffled_audio_gap']:.2f}  [bold]WER {wer}[/]"
-                f"{_by_language(row.get('dev_languages', {}))}"
-            )
-        done, total = row["step"], row["steps"]
-        pace = (row["seconds"] - self._resumed_seconds) / max(1, done - self._resumed_step)
-        # Steps that train with CTC alone do not run the language model.
-        ctc_only = row["loss"] is None
-        loss = f"ctc {row['ctc']:.3f}" if ctc_only else f"loss {row['loss']:.3f}"
-        return (
-            f"{done:>7}/{total} {loss}  lr {row['lr']:.1e}  "
-            f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
-            f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%} "
-            f"({_limit(row['limit'])})  ETA {_clock(pace * (total - done))}"
-        )
+    def _print(self, *parts: _Part) -> None:
+        """Print a line of plain texts and (text, style)."""
+        self._console.print(Text.assemble(*(_safe(part) for part in parts)))
+
+
+_Part = str | tuple[str, str]
+
+
+def _safe(part: _Part) -> _Part:
+    return printable(part) if isinstance(part, str) else (printable(part[0]), part[1])
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
+
+
+def _row(row: dict[str, Any], resumed_step: int, resumed_seconds: float) -> list[_Part]:
+    """Return the line of a row of metrics.jsonl."""
+    if row["kind"] == "note":
+        return [f"{row['step']:>7} ", ("note", "yellow"), f" {row['text']}"]
+    if row["kind"] == "eval":
+        wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
+        ctc = f"ctc {row['dev_ctc']:.3f}  " if "dev_ctc" in row else ""
+        return [
+            (f"{row['step']:>7}", "bold"),
+            f" dev loss {row['dev_loss']:.3f}  {ctc}next token {row['dev_accuracy']:.1%}  "
+            f"shuffled-audio gap {row['shuffled_audio_gap']:.2f}  ",
+            (f"WER {wer}", "bold"),
+            _by_language(row.get("dev_languages", {})),
+        ]
+    done, total = row["step"], row["steps"]
+    pace = (row["seconds"] - resumed_seconds) / max(1, done - resumed_step)
+    # Steps that train with CTC alone do not run the language model.
+    ctc_only = row["loss"] is None
+    loss = f"ctc {row['ctc']:.3f}" if ctc_only else f"loss {row['loss']:.3f}"
+    return [
+        f"{done:>7}/{total} {loss}  lr {row['lr']:.1e}  "
+        f"grad {row['grad_norm']:.2f}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
+        f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%} "
+        f"({_limit(row['limit'])})  ETA {_clock(pace * (total - done))}"
+    ]
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
@@ -155,21 +178,16 @@ def _limit(limit: str) -> str:
 def _by_language(rates: dict[str, dict[str, Any]]) -> str:
     """Format the error rate of each language, e.g. `(fr 41.0%, zh CER 20.2%)`."""
     shown = [
-        f"{_escaped(name)} {'CER ' if r['by'] == 'cer' else ''}{r[r['by']]:.1%}"
+        f"{name} {'CER ' if r['by'] == 'cer' else ''}{r[r['by']]:.1%}"
         for name, r in rates.items()
         if r[r["by"]] is not None
     ]
     return f"  ({', '.join(shown)})" if shown else ""
 
 
-def _escaped(text: str) -> str:
-    """Escape the markup of rich."""
-    return text.replace("[", "\\[")
-
-
 def _one_line(text: str) -> str:
     """Join lines: an untrained model may write pages."""
-    return _escaped(" ".join(text.split()))
+    return " ".join(text.split())
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import pyarrow.compute as pc
-from rich.markup import escape
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.checkpoint.resume import newest_step
@@ -67,11 +66,11 @@ def train(config: Config) -> dict[str, Any]:
     _write_run_files(prepared)
     view.header(prepared, state)
     for name, change in changed.items():
-        view.show(f"  [yellow]changed[/] {escape(describe_change(name, change))}")
+        view.changed(describe_change(name, change))
         write_event(config.run_dir, "setting", step, name=name, before=change[0], after=change[1])
     if overridden:
         write_event(config.run_dir, "override", step, fields=overridden)
-        view.show(f"  [yellow]continuing with another {', '.join(overridden)}[/], as requested")
+        view.changed(f"{', '.join(overridden)}, as requested (run.override_fingerprint)")
     done = _finished(config, state)
     if done is not None:
         _warn_of_damage(view, prepared)
@@ -85,7 +84,7 @@ def train(config: Config) -> dict[str, Any]:
     # Steps that a killed driver showed and that are redone now are shown once.
     keep_lines(config.run_dir / METRICS, lambda row: row.get("step", 0) <= step)
     with Trackers(config, view.warn) as trackers:
-        with Follower(config.run_dir, [view, trackers.tensorboard]):
+        with Follower(config.run_dir, [view, trackers.tensorboard], view.warn):
             prepared = preflight(prepared, view.show, trial=state is None)
             with signals:
                 finished = Attempts(prepared, signals).run()

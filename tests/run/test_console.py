@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from omni.errors import printable
 from omni.run.console import LiveView, describe_event
 
 TRAIN: dict[str, Any] = {
@@ -93,3 +95,38 @@ def test_an_event_is_one_line(event: dict[str, Any], named: list[str]) -> None:
 def test_events_without_news_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     LiveView().events([{"event": "finished", "step": 9}, {"event": "rank failed", "step": 9}])
     assert capsys.readouterr().out == ""
+
+
+RATES = {"by": "wer", "wer": 0.41, "cer": 0.2}
+HOSTILE = [
+    "\\[/b]",
+    "call[/04]",
+    "[bold]",
+    "a\\",
+    "\x1b[2J\x1b]0;title\x07",
+    "\u202eabc\u2066",
+    "\x9b31m",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_others_is_neither_markup_nor_obeyed_by_a_terminal(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = LiveView()
+    examples = [{"reference": text, "hypothesis": text}]
+    view.rows([{**EVAL, "examples": examples}, {"kind": "note", "step": 3, "text": text}])
+    view.events([{"event": "failure", "step": 7, "reason": text}])
+    view.warn(text)
+    view.changed(text)
+    view.footer({"rejects": {text: 1}, "languages": {"dev": {text: RATES}}}, Path(text))
+    view.rows([TRAIN])
+    shown = capsys.readouterr().out
+    assert shown.replace("\n", "").isprintable()
+    assert shown.count(printable(text)) >= 7 or "\\" in text
+    assert "20/100" in shown
+
+
+def test_a_log_line_of_every_kind_is_printable_english() -> None:
+    assert printable("Größe 12 [x] 你好\nnext") == "Größe 12 [x] 你好\nnext"
+    assert printable("\x1b[1m") == r"\x1b[1m"
