@@ -10,7 +10,7 @@ import omni
 
 JOBS = {
     "Corpora": ("index", "inspect", "encode"),
-    "Training": ("train", "submit", "audit"),
+    "Training": ("train", "submit", "audit", "compare"),
     "Checkpoints": ("evaluate", "transcribe", "export"),
     "This machine": ("bench",),
 }

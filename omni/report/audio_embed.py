@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -55,6 +57,15 @@ def embed(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = None
     except (OSError, TypeError, ValueError) as error:  # of which AudioError is one
         return Audio(error=str(error))
     return Audio(_data(mime, data))
+
+
+def embed_row(row: Mapping[str, Any]) -> Audio:
+    """Embed the recording of a row of transcripts: audio, and start and duration in seconds."""
+    try:
+        span = AudioSpan(float(row.get("start") or 0), row.get("duration"))
+    except (TypeError, ValueError):
+        span = _WHOLE
+    return embed(str(row.get("audio") or ""), span)
 
 
 def waveform(samples: np.ndarray) -> tuple[str, int]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
-from omni.audio.decode import AudioSpan
-from omni.metrics.run_files import read_events, read_lines
+from omni.metrics.run_files import read_events
 from omni.metrics.throughput import ADVICE
-from omni.report.audio_embed import Audio, embed
+from omni.report.audio_embed import Audio, embed_row
 from omni.report.charts import (
     CTC,
     KL,
@@ -22,6 +20,7 @@ from omni.report.charts import (
 )
 from omni.report.formats import clock, count, finite, percent, short
 from omni.report.render import render
+from omni.report.run_record import read_rows, read_run
 from omni.report.word_marks import compare_words
 from omni.storage.path import StoragePath
 
@@ -38,10 +37,8 @@ def write_report(run: StoragePath) -> StoragePath:
 
     Missing and truncated files are passed over: an interrupted run needs its page the most.
     """
-    metrics, broken = _rows(run / "metrics.jsonl")
-    train, evals = _by_step(metrics, "train"), _by_step(metrics, "eval")
-    summary = _parse(_text(run / "summary.json"))
-    figures = _so_far(train, evals) if summary is None else summary
+    record = read_run(run)
+    train, evals, figures = record.train, record.evals, record.figures
     small = LEARNING_SMALL + [CTC] * any(row.get("ctc") for row in train)
     small += [KL] * any(row.get("kl") for row in train) + _by_task(evals) + _by_language(evals)
     drawn = {
@@ -53,16 +50,16 @@ def write_report(run: StoragePath) -> StoragePath:
         )
     }
     limit = str(figures.get("throughput_limit", figures.get("limit")))
-    transcripts, _ = _rows(run / "transcripts-test.jsonl")
+    transcripts = record.transcripts("test")
     shown: Row = next((row for row in reversed(evals) if row.get("examples")), {"examples": []})
-    rejects, _ = _rows(run / "rejects.jsonl")
+    rejects, _ = read_rows(run / "rejects.jsonl")
     events = read_events(run)
     page = render(
         "run.html",
         name=run.resolve().name,
         s=figures,
-        finished=summary is not None,
-        broken=broken,
+        finished=record.finished,
+        broken=record.broken,
         facts=_facts(figures),
         tiles=_tiles(figures),
         layers=_layers(evals),
@@ -70,10 +67,10 @@ def write_report(run: StoragePath) -> StoragePath:
         verdict=limit in ADVICE
         and figures.get("throughput_verdict", f"{limit}-bound at the last log line"),
         advice=ADVICE.get(limit),
-        notes=list(dict.fromkeys(str(r.get("text")) for r in metrics if r.get("kind") == "note")),
+        notes=record.notes,
         changes=_changed_settings(events),
         events=_faults(events),
-        test=[_utterance(row, _audio(row)) for row in transcripts[:_TEST_UTTERANCES]],
+        test=[_utterance(row, embed_row(row)) for row in transcripts[:_TEST_UTTERANCES]],
         test_total=len(transcripts),
         examples=[_utterance(row) for row in shown["examples"]],
         examples_step=shown.get("step"),
@@ -82,51 +79,12 @@ def write_report(run: StoragePath) -> StoragePath:
             [str(row.get(key) or "") for key in ("id", "reason", "detail", "uri")]
             for row in rejects[:_REJECT_EXAMPLES]
         ],
-        config=_text(run / "config.yaml"),
+        config=record.config_text,
         **drawn,
     )
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-# -- the files of a run ------------------------------------------------------------------------
-
-
-def _text(path: StoragePath) -> str:
-    return path.read_bytes().decode(errors="replace") if path.is_file() else ""
-
-
-def _parse(text: str) -> Row | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _rows(path: StoragePath) -> tuple[list[Row], int]:
-    """Return the objects of a JSON-lines file, and the number of broken lines."""
-    lines = (line.decode(errors="replace") for line in read_lines(path))
-    parsed = [_parse(line) for line in lines if line.strip()]
-    return [row for row in parsed if row is not None], parsed.count(None)
-
-
-def _by_step(rows: list[Row], kind: str) -> list[Row]:
-    """Return the rows of a kind by step. A resumed run repeats steps; the last row counts."""
-    last = {r["step"]: r for r in rows if r.get("kind") == kind and finite(r.get("step"))}
-    return [last[step] for step in sorted(last)]
-
-
-def _so_far(train: list[Row], evals: list[Row]) -> Row:
-    """Make up the summary of an unfinished run from the last rows logged."""
-    last_train, last_eval = ((rows or [{}])[-1] for rows in (train, evals))
-    steps, seconds = (
-        max((row[key] for row in (last_train, last_eval) if finite(row.get(key))), default=None)
-        for key in ("step", "seconds")
-    )
-    totals = {"steps": steps, "wall_seconds": seconds, "train_loss": last_train.get("loss")}
-    return last_train | last_eval | totals
 
 
 # -- sections ----------------------------------------------------------------------------------
@@ -205,14 +163,6 @@ def _layers(evals: list[Row]) -> dict[str, float]:
     mixed = [row["layers"] for row in evals if isinstance(row.get("layers"), dict)]
     weights: Row = mixed[-1] if mixed else {}
     return {f"layer {name}": w for name, w in weights.items() if finite(w)}
-
-
-def _audio(row: Row) -> Audio:
-    try:
-        span = AudioSpan(float(row.get("start") or 0), row.get("duration"))
-    except (TypeError, ValueError):
-        span = AudioSpan()
-    return embed(str(row.get("audio") or ""), span)
 
 
 def _utterance(row: Row, audio: Audio | None = None) -> dict[str, Any]:
