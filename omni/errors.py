@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     """The configuration is wrong; the message names each field and what was expected."""
 
 
+class ManifestError(ValueError):
+    """A manifest cannot be used; the message names file, row, field and what was expected."""
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

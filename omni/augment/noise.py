@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,12 @@ from omni.audio.decode import AudioError, AudioSpan, decode_with_retry
 from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import measure_all, span_of
-from omni.corpus.manifest import ManifestError, manifest_path
+from omni.corpus.manifest import manifest_path, stated_duration
+from omni.corpus.text_file import json_lines
+from omni.errors import ManifestError
 from omni.storage.digest import digest
 from omni.storage.path import StoragePath, raise_if_unreachable
-from omni.storage.uri import public_uri
+from omni.storage.uri import public_uri, reason_of
 
 _SHORTEST = SAMPLING_RATE // 10  # samples; fewer may be less than a frame of a low-rate file
 
@@ -98,21 +99,21 @@ def read_clips(
 
 def _rows(path: StoragePath, allow_absolute: bool) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as lines:
+            return [
+                _row(position, row, path.parent, allow_absolute)
+                for position, row in json_lines(path, lines)
+            ]
+    except OSError as error:
         raise_if_unreachable(path, error)
-        raise ManifestError(f"{path}: cannot be read: {error}") from None
-    numbered = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
-    return [_row(position, line, path.parent, allow_absolute) for position, line in numbered]
+        raise ManifestError(f"{path}: cannot be read: {reason_of(error)}") from None
 
 
-def _row(position: str, line: str, folder: StoragePath, allow_absolute: bool) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{position}: not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or "\0" in row["audio"]:
-        raise ManifestError(f'{position}: expected {{"audio": FILE}}, got {line[:40]!r}')
+def _row(
+    position: str, row: dict[str, Any], folder: StoragePath, allow_absolute: bool
+) -> dict[str, Any]:
+    if not isinstance(row.get("audio"), str) or "\0" in row["audio"]:
+        raise ManifestError(f'{position}: expected {{"audio": FILE}}, got {str(row)[:40]}')
     try:
         uri = recording_uri(folder, row["audio"], allow_absolute)
     except ValueError as error:
@@ -130,6 +131,7 @@ def _row(position: str, line: str, folder: StoragePath, allow_absolute: bool) ->
         "start": float(start or 0.0),
         # As in a manifest of speech, without an offset the whole file is meant.
         "duration": None if start is None or duration is None else float(duration),
+        "stated_duration": stated_duration(start, duration),
         "text": "a sound",  # Rows without text would be rejected.
         "audios": None,
     }

@@ -23,9 +23,9 @@ from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import Task, finish
-from omni.corpus.manifest import INDEX_FILE, ManifestError
+from omni.corpus.manifest import INDEX_FILE
 from omni.corpus.sources import Options, open_source
-from omni.errors import ConfigError
+from omni.errors import ConfigError, ManifestError
 from omni.model.download import HubError
 from omni.storage.filesystem import StorageError
 from omni.storage.parallel_reads import parallel_map

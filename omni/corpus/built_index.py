@@ -14,8 +14,11 @@ import pyarrow.parquet as pq
 from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.build_part import about_part, part_name
 from omni.corpus.index import INDEX_VERSION, repeated_id
-from omni.corpus.manifest import INDEX_FILE, ManifestError
+from omni.corpus.languages import unknown_languages
+from omni.corpus.manifest import INDEX_FILE
+from omni.corpus.rejects import count_reasons
 from omni.corpus.sources import Part, Source
+from omni.errors import ManifestError
 from omni.storage.atomic import open_atomic
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, open_ranges
@@ -32,14 +35,14 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
 
     Returns utterances, seconds, rejects by reason, languages, speakers, without_text (utterances
     that nobody has written down), lengths and texts (utterances from each edge of SECONDS and
-    CHARACTERS).
+    CHARACTERS), and notes.
 
     Raises ManifestError for an id that occurs twice.
     """
     ids: list[pa.ChunkedArray] = []
-    languages: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    languages: Counter[str | None] = Counter()
     speakers: set[str] = set()
+    reasons: list[str] = []
     lengths, texts = np.zeros(len(SECONDS), np.int64), np.zeros(len(CHARACTERS), np.int64)
     samples = 0
     rejects: list[str] = []
@@ -53,14 +56,14 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
     for table, about in parallel_map(read, names):
         ids.append(table["id"])
         for entry in pc.value_counts(table["language"]).to_pylist():
-            languages[entry["values"] or "unknown"] += entry["counts"]
+            languages[entry["values"]] += entry["counts"]
         speakers.update(pc.unique(table["speaker"].drop_null()).to_pylist())
         samples += int(pc.sum(table["samples"]).as_py() or 0)
         lengths += _histogram(pc.divide(table["samples"], SAMPLING_RATE), SECONDS)
         said = table["text"].filter(pc.not_equal(table["text"], ""))
         texts += _histogram(pc.utf8_length(said), CHARACTERS)
         for reject in about["rejects"] if about else []:
-            reasons[reject["reason"]] += 1
+            reasons.append(reject["reason"])
             rejects.append(json.dumps(reject, ensure_ascii=False) + "\n")
     every = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
     if (repeated := repeated_id(every)) is not None:
@@ -71,12 +74,13 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
     result = {
         "utterances": len(every),
         "seconds": samples / SAMPLING_RATE,
-        "rejects": dict(reasons.most_common()),
-        "languages": dict(languages.most_common()),
+        "rejects": count_reasons(reasons),
+        "languages": {name or "unknown": n for name, n in languages.most_common()},
         "speakers": len(speakers),
         "without_text": len(every) - int(texts.sum()),
         "lengths": lengths.tolist(),
         "texts": texts.tolist(),
+        "notes": unknown_languages(languages),
     }
     with open_atomic(out / "rejects.jsonl") as file:
         file.write("".join(rejects).encode(errors="replace"))
@@ -113,6 +117,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"speakers    {result['speakers'] or 'unknown'}",
         f"left out    {_listed(result['rejects']) if result['rejects'] else 'none'}",
     ]
+    lines += [f"note        {note}" for note in result["notes"]]
     if result["without_text"]:
         lines.insert(
             1, f"no text     {result['without_text']:,}: only `omni transcribe` reads them"

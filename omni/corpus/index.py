@@ -19,7 +19,10 @@ import pyarrow.parquet as pq
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
 from omni.corpus.lengths import Reject, measure_all
-from omni.corpus.manifest import INDEX_FILE, ManifestError, absolute, manifest_path, read_manifest
+from omni.corpus.manifest import INDEX_FILE, absolute, manifest_path, read_manifest
+from omni.corpus.rejects import without_other_files
+from omni.corpus.sources import format_of
+from omni.errors import ManifestError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
 from omni.storage.uri import public_uri
@@ -58,6 +61,7 @@ class Index:
     table: pa.Table  # of SCHEMA
     rejects: list[Reject] = field(default_factory=list)
     weights: np.ndarray | None = None  # (n,) occurrences in an epoch; None: one each
+    notes: list[str] = field(default_factory=list)  # what a user should know of it
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -100,7 +104,7 @@ def build_index(
     rejects: list[Reject] = []
     names = ", ".join(map(public_uri, specs))
     for spec in specs:
-        path = manifest_path(spec)
+        path = _find_manifest(spec)
         if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
             table, bad = read_index_folder(path.parent, prompt)
             spoken = pc.not_equal(table["text"], "")
@@ -108,12 +112,17 @@ def build_index(
             tables.append(table.filter(spoken))
             continue
         parsed = list(read_manifest(path, prompt, allow_absolute))
+        unusable = [row for row in parsed if isinstance(row, Reject)]
+        rows = [row for row in parsed if not isinstance(row, Reject)]
         if not parsed:
             raise ManifestError(f"{public_uri(spec)}: the manifest has no rows")
-        good, bad = measure_all(parsed, path, cache_dir, threads)
+        good, bad = measure_all(rows, path, cache_dir, threads)
         tables.append(pa.Table.from_pylist(good, SCHEMA))
-        rejects += bad
+        rejects += unusable + bad
     table = pa.concat_tables(tables)
+    rejects, notes = without_other_files(rejects)
+    if not len(table) and not rejects:
+        raise ManifestError(f"{names}: there are no utterances; {'; '.join(notes)}")
     if not len(table):
         first = rejects[0]
         raise ManifestError(
@@ -122,7 +131,25 @@ def build_index(
         )
     if (repeated := repeated_id(table["id"])) is not None:
         raise ManifestError(f"{names}: the id {repeated!r} occurs twice")
-    return Index(table, rejects)
+    return Index(table, rejects, notes=notes)
+
+
+def _find_manifest(spec: str) -> StoragePath:
+    """Find a manifest, tar or index. Raises ManifestError, which says what reads other formats."""
+    try:
+        path = manifest_path(spec)
+        ending = path.name.rpartition(".")[2]
+        if ending not in ("gz", "csv", "tsv", "parquet"):
+            return path
+        other = ending
+    except ManifestError:
+        if (found := format_of(spec)) is None or found == "jsonl":
+            raise
+        other = found
+    raise ManifestError(
+        f"{public_uri(spec)}: expected a manifest (.jsonl), a .tar or an index, found {other}; "
+        f"`omni index --source {public_uri(spec)} --out DIR` makes an index of it"
+    )
 
 
 def repeated_id(ids: pa.ChunkedArray) -> str | None:

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from omni.corpus.audio_paths import recording_uri
+from omni.corpus.lengths import Reject
 from omni.corpus.messages import answer_of, messages_json, parse_messages
-from omni.corpus.tar import TarError, read_tar
+from omni.corpus.other_files import printable
+from omni.corpus.tar import Fields, TarError, read_tar
+from omni.corpus.text_file import json_lines
+from omni.errors import ManifestError as ManifestError  # Much imports it from here.
 from omni.model.chat_template import Message
 from omni.model.download import ASSETS
 from omni.storage.filesystem import StorageError
@@ -29,10 +33,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "task": (str,),
 }
-
-
-class ManifestError(ValueError):
-    """A manifest cannot be used; the message names file, row, field and what was expected."""
 
 
 def manifest_path(spec: str) -> StoragePath:
@@ -64,14 +64,52 @@ def manifest_path(spec: str) -> StoragePath:
 
 
 def absolute(spec: str) -> StoragePath:
-    """Make a path absolute; leave a URI as it is."""
-    return as_path(spec).expanduser().absolute()
+    """Make a path absolute; leave a URI as it is. Raises ManifestError for one not in UTF-8."""
+    path = as_path(spec).expanduser().absolute()
+    if (shown := printable(str(path))) != str(path):
+        raise ManifestError(f"{shown}: expected a path in UTF-8: rename it, or link to it")
+    return path
 
 
-def read_manifest(path: StoragePath, prompt: str, allow_absolute: bool) -> Iterator[dict[str, Any]]:
-    """Yield rows with absolute `uri`, checked types and defaults, without audio measurements."""
-    for position, row in _tar_rows(path) if path.suffix == ".tar" else _json_rows(path):
-        yield checked_row(path, position, row, prompt=prompt, allow_absolute=allow_absolute)
+def read_manifest(
+    path: StoragePath, prompt: str, allow_absolute: bool
+) -> Iterator[dict[str, Any] | Reject]:
+    """Yield rows with absolute `uri`, checked types and defaults, without audio measurements.
+
+    Utterances of a tar that cannot be used are rejects. Raises ManifestError.
+    """
+    if path.suffix == ".tar":
+        yield from tar_rows(path, prompt=prompt)
+        return
+    with path.open("rb") as lines:
+        for position, row in json_lines(path, lines):
+            if not {"audio", "messages"} & row.keys():
+                raise ManifestError(
+                    f"{position}: field 'audio' is missing, found {', '.join(row)}; `omni index` "
+                    "reads cuts of lhotse and other names of fields"
+                )
+            yield checked_row(path, position, row, prompt=prompt, allow_absolute=allow_absolute)
+
+
+def tar_rows(
+    path: StoragePath, fields: Fields = dict, prompt: str = ""
+) -> Iterator[dict[str, Any] | Reject]:
+    """Yield the checked rows of a tar shard, and rejects. Raises ManifestError."""
+    try:
+        for row in read_tar(path, fields):
+            yield row if isinstance(row, Reject) else checked_member(path, row, prompt)
+    except TarError as error:
+        raise ManifestError(str(error)) from None
+
+
+def checked_member(
+    path: StoragePath, row: dict[str, Any], prompt: str = ""
+) -> dict[str, Any] | Reject:
+    """Check a row of the tar at `path`, as `checked_row`; one that cannot be used is a reject."""
+    try:
+        return checked_row(path, f"{path}:{row['audio']}", row, prompt=prompt)
+    except ManifestError as error:
+        return Reject(str(row["id"]), str(path), "wrong field", str(error))
 
 
 def checked_row(
@@ -173,32 +211,13 @@ def _location(
         "start": float(row.get("offset") or 0.0),
         # Without an offset the utterance is the whole file, however long that really is.
         "duration": float(row["duration"]) if is_span else None,
+        "stated_duration": stated_duration(row.get("offset"), row.get("duration")),
     }
 
 
-def _json_rows(path: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield position (FILE:LINE) and object of each line."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            position = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ManifestError(f"{position}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ManifestError(f"{position}: expected an object, got {line[:40]!r}")
-            yield position, row
-
-
-def _tar_rows(path: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield position (FILE:MEMBER) and fields of each utterance in a shard."""
-    try:
-        for row in read_tar(path):
-            yield f"{path}:{row['audio']}", row
-    except TarError as error:
-        raise ManifestError(str(error)) from None
+def stated_duration(start: float | None, duration: float | None) -> float | None:
+    """Return the seconds that a row states of its whole recording; None for a span, or nothing."""
+    return float(duration) if start is None and duration is not None else None
 
 
 def _is_storable(value: Any) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from omni.config import SourceConfig
 from omni.corpus.index import Index, build_index
-from omni.corpus.manifest import ManifestError
+from omni.errors import ManifestError
 from omni.storage.path import StoragePath
 from omni.storage.uri import public_uri
 
@@ -51,6 +52,7 @@ def build_mixture(
         pa.concat_tables([part.table for part in parts]),
         [reject for part in parts for reject in part.rejects],
         None if (joined == 1).all() else joined,
+        [note for part in parts for note in part.notes],
     )
 
 
@@ -65,4 +67,4 @@ def _in_language(index: Index, language: str | None) -> Index:
         return index
     at = index.table.schema.get_field_index("language")
     filled = index.table["language"].fill_null(language)
-    return Index(index.table.set_column(at, "language", filled), index.rejects)
+    return replace(index, table=index.table.set_column(at, "language", filled))

@@ -46,7 +46,13 @@ def _cut(row: Row, how: Segmenting) -> list[Row]:
     if not spans:
         raise AudioError("no speech", f"{name}: no speech found in {seconds:.1f} s")
     return [
-        replace(row, id=_span_id(row.id, start, start + duration), start=start, duration=duration)
+        replace(
+            row,
+            id=_span_id(row.id, start, start + duration),
+            start=start,
+            duration=duration,
+            stated_duration=None,
+        )
         for start, duration in spans
     ]
 

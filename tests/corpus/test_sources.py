@@ -31,6 +31,8 @@ from omni.storage.byte_range import ByteRange
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROWS = 30
 Rows = list[dict[str, Any]]
+CUT = {"id": "u", "start": 0, "duration": 1.0, "supervisions": [{"text": "a"}]}
+FILE = {"sources": [{"type": "file", "source": "a.wav"}], "duration": 1.0}
 
 
 def make_corpus(folder: Path, rows: int = ROWS) -> Rows:
@@ -384,6 +386,76 @@ def test_cuts_that_no_file_holds_are_rejects(folder: Path, rows: Rows, tmp_path:
     ]
 
 
+@pytest.mark.parametrize("channel_ids", [True, False])
+def test_one_channel_of_a_call_is_a_reject(channel_ids: bool, tmp_path: Path) -> None:
+    lhotse = pytest.importorskip("lhotse")
+    soundfile.write(tmp_path / "call.wav", np.random.default_rng(0).normal(0, 0.1, (8000, 2)), 8000)
+    recording = lhotse.Recording.from_file(tmp_path / "call.wav")
+    said = [
+        lhotse.SupervisionSegment(f"s{c}", "call", 0.0, 1.0, channel=c, text="a") for c in (0, 1)
+    ]
+    cuts = [lhotse.MonoCut(f"c{c}", 0.0, 1.0, c, [said[c]], recording=recording) for c in (0, 1)]
+    cuts += [
+        lhotse.MultiCut("both", 0.0, 1.0, [0, 1], said, recording=recording),
+        lhotse.MultiCut("second", 0.0, 1.0, [1], said[1:], recording=recording),
+    ]
+    lines = [cut.to_dict() for cut in cuts]
+    for line in lines if not channel_ids else []:
+        del line["recording"]["channel_ids"]  # Then lhotse takes those of the sources.
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "cuts.jsonl").write_text(text)
+    read = list(lhotse.CutSet.from_file(tmp_path / "cuts.jsonl"))
+    assert [cut.recording.channel_ids for cut in read] == [[0, 1]] * 4
+    rows = read_all(f"cuts:{tmp_path}/cuts.jsonl", allow_absolute=True)
+    assert [(row.id, row.error and row.error[0]) for row in rows] == [
+        ("c0", "one channel of several"), ("c1", "one channel of several"),
+        ("both", None), ("second", "one channel of several"),
+    ]  # fmt: skip
+
+
+def test_rows_carry_the_length_that_their_source_states(tmp_path: Path) -> None:
+    rows = [{"duration": 2.5}, {"duration": 2.5, "offset": 1}, {}]
+    lines = [json.dumps({"audio": "a.wav", "text": "a", **row}) + "\n" for row in rows]
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    assert [row.stated_duration for row in read_all(f"{tmp_path}/m.jsonl")] == [2.5, None, None]
+    (tmp_path / "m.csv").write_text("audio,text,duration\na.wav,a,2.5\n")
+    assert [row.stated_duration for row in read_all(f"{tmp_path}/m.csv")] == [2.5]
+    pq.write_table(
+        pa.table({"audio": ["a.wav"], "text": ["a"], "duration": [2.5]}), tmp_path / "m.parquet"
+    )
+    assert [row.stated_duration for row in read_all(f"{tmp_path}/m.parquet")] == [2.5]
+    cut = {**CUT, "recording": FILE}
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps(cut) + "\n" + json.dumps({**cut, "id": "v", "start": 0.5, "duration": 0.25})
+    )
+    assert [row.stated_duration for row in read_all(f"cuts:{tmp_path}/c.jsonl")] == [1.0, None]
+    (tmp_path / "wav.scp").write_text("u a.wav\nv a.wav\n")
+    (tmp_path / "text").write_text("u a\nv a\n")
+    (tmp_path / "utt2dur").write_text("u 2.5\n")
+    assert [row.stated_duration for row in read_all(f"kaldi:{tmp_path}")] == [2.5, None]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["m.csv", "m.tsv", "m.parquet", "cuts.jsonl.gz", "csv:m.csv", "hf:a/b", "kaldi", "*.tar"],
+)
+def test_training_names_the_job_that_reads_other_formats(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "kaldi").mkdir()
+    for name in ("m.csv", "m.tsv", "m.parquet", "cuts.jsonl.gz", "kaldi/wav.scp"):
+        (tmp_path / name).write_text("x")
+    given = spec if ":" in spec else f"{tmp_path}/{spec}"
+    with pytest.raises(ManifestError) as caught:
+        build_index([given])
+    assert f"omni index --source {given} " in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [CUT, {"audio_filepath": "a.wav", "text": "a"}])
+def test_training_names_the_job_that_reads_other_rows(row: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ManifestError, match=r"m\.jsonl:1: field 'audio'.*`omni index`"):
+        build_index([f"{tmp_path}/m.jsonl"])
+
+
 def test_a_conversation_stays_one(folder: Path, rows: Rows, tmp_path: Path) -> None:
     shutil.copytree(folder / "clips", tmp_path / "clips")
     content = [{"audio": row["audio"]} for row in rows[:2]]
@@ -446,10 +518,6 @@ def _parquet(**columns: list[Any]) -> Callable[[Path], str]:
         return str(folder / "x.parquet")
 
     return write
-
-
-CUT = {"id": "u", "start": 0, "duration": 1.0, "supervisions": [{"text": "a"}]}
-FILE = {"sources": [{"type": "file", "source": "a.wav"}], "duration": 1.0}
 
 
 @pytest.mark.parametrize(

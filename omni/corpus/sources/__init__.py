@@ -7,16 +7,18 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from omni.corpus.manifest import ManifestError, absolute, manifest_path
+from omni.audio.formats import AUDIO_ENDINGS
+from omni.corpus.manifest import absolute, manifest_path
 from omni.corpus.sources.base import COLUMNS, Options, Part, Row, Source, files_of
 from omni.corpus.sources.folder import FolderSource
 from omni.corpus.sources.hub import HubSource, SavedSource, is_saved, split_spec
-from omni.corpus.sources.jsonl_csv import LineSource, open_lines
+from omni.corpus.sources.jsonl_csv import LineSource
 from omni.corpus.sources.kaldi import KaldiSource
 from omni.corpus.sources.lhotse import CutsSource
 from omni.corpus.sources.parquet import ParquetSource
 from omni.corpus.sources.webdataset import SharSource, TarSource
-from omni.corpus.tar import AUDIO_SUFFIXES
+from omni.corpus.text_file import open_lines
+from omni.errors import ManifestError
 from omni.storage.path import StoragePath
 from omni.storage.uri import public_uri
 
@@ -55,6 +57,19 @@ def open_source(spec: str, options: Options = _DEFAULT) -> Source:
     if kind == "cuts":
         return CutsSource(spec, path, options)
     return LineSource(spec, path, kind, options)  # type: ignore[arg-type]
+
+
+def format_of(spec: str) -> str | None:
+    """Return the format of what SPEC names, for messages: a kind, or several; None: unknown."""
+    kind, colon, _ = spec.partition(":")
+    if colon and kind in KINDS:
+        return kind
+    path = absolute(spec)
+    if path.is_dir() and not (path / "parts").is_dir():  # Those are of an unfinished index.
+        return " or ".join(_kinds_of_folder(path)) or None
+    if any(mark in path.name for mark in "*?["):
+        return "a pattern"
+    return None
 
 
 def _dataset(spec: str, kind: str, name: str, options: Options) -> Source:
@@ -111,7 +126,7 @@ def _kinds_of_folder(path: StoragePath) -> Iterator[str]:
         yield "wds"
     if "parquet" in suffixes:
         yield "parquet"
-    if "txt" in suffixes and suffixes & AUDIO_SUFFIXES:
+    if "txt" in suffixes and suffixes & set(AUDIO_ENDINGS):
         yield "folder"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,10 @@ from typing import Any, Protocol
 
 from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import recording_uri
-from omni.corpus.manifest import ManifestError, absolute
+from omni.corpus.lengths import Reject
+from omni.corpus.manifest import absolute
+from omni.corpus.other_files import printable
+from omni.errors import ManifestError
 from omni.storage.digest import digest
 from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
 from omni.storage.uri import public_uri
@@ -70,6 +73,7 @@ class Row:
     """An utterance: text, speaker, and the location of its audio (or `data`, an encoded file).
 
     uri, offset, length: a file, or a range of its bytes. start, duration: seconds in the recording.
+    stated_duration: seconds of the whole recording, where the corpus states them.
     messages, audios: of a conversation, as the index has them.
     error: reason and detail of a row that cannot be used; its location is then ignored.
     """
@@ -81,6 +85,7 @@ class Row:
     length: int | None = None
     start: float = 0.0
     duration: float | None = None
+    stated_duration: float | None = None
     prompt: str | None = None
     language: str | None = None
     speaker: str | None = None
@@ -89,6 +94,11 @@ class Row:
     audios: list[dict[str, Any]] | None = None
     data: bytes | None = None
     error: tuple[str, str] | None = None
+
+    @classmethod
+    def of_reject(cls, reject: Reject) -> Row:
+        """Make the row of an utterance that cannot be used."""
+        return cls(id=reject.id, uri=reject.uri, error=(reject.reason, reject.detail))
 
 
 class Source(Protocol):
@@ -180,13 +190,36 @@ def names_within(folder: StoragePath) -> dict[str, str]:
         found = folder.files_within()
         return {name: repr((info.size, info.mtime_ns)) for name, info in found.items()}
     names: dict[str, str] = {}
-    for base, _, files in os.walk(folder, followlinks=True):
+    for base, _, files in _walk(folder):
         for file in files:
             path = os.path.join(base, file)
-            with contextlib.suppress(FileNotFoundError):  # a dangling link
+            try:
                 status = os.stat(path)
-                names[os.path.relpath(path, folder)] = repr((status.st_size, status.st_mtime_ns))
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
+                    continue
+                raise ManifestError(f"{printable(path)}: {error.strerror}") from None
+            names[os.path.relpath(path, folder)] = repr((status.st_size, status.st_mtime_ns))
     return names
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder and what its links point to, but not links to a folder that they lie in.
+
+    Raises ManifestError for a folder that cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise ManifestError(f"{printable(str(error.filename))}: {error.strerror}")
+
+    for base, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        linked = [name for name in folders if os.path.islink(os.path.join(base, name))]
+        within = os.path.realpath(base) + os.sep
+        for name in linked:
+            target = os.path.realpath(os.path.join(base, name)).rstrip(os.sep)
+            if within.startswith(target + os.sep):
+                folders.remove(name)
+        yield base, folders, files
 
 
 def _matching(path: StoragePath) -> list[StoragePath]:

@@ -2,57 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
-from omni.corpus.manifest import ManifestError, check_row
+from omni.audio.formats import is_audio
+from omni.corpus.manifest import check_row
+from omni.corpus.other_files import OtherFiles, is_document, is_system_file, printable
 from omni.corpus.sources.base import Options, Part, Row, fingerprint_of, names_within
-from omni.corpus.tar import AUDIO_SUFFIXES
+from omni.corpus.text_file import decode_text
+from omni.errors import ManifestError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, raise_if_unreachable
 
+_TEXT = ".txt"
+_OTHERS = "other-files"  # name of the part that tells of files without an utterance
+
 
 class FolderSource:
-    """clips/0001.flac and clips/0001.txt, at any depth. A part is some of the recordings."""
+    """clips/0001.flac and clips/0001.txt, at any depth. A part is some of the recordings.
+
+    A text belongs to the recording of the same name; to a file of any other kind, if that is the
+    only one. A recording without a text, and a text without a recording, are rejects.
+    """
 
     def __init__(self, spec: str, folder: StoragePath, options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
 
     def parts(self) -> list[Part]:
-        found = sorted(_recordings(self.folder))
-        if not found:
+        marks = names_within(self.folder)
+        rows, others = _sort(marks)
+        if not any(not _is_text(name) for name in rows):
             raise ManifestError(f"{self.spec}: no recordings with a .txt of the same name")
+        found = [(name, f"{marks[name]} {marks.get(_stem(name) + _TEXT)}") for name in rows]
         step = self.options.rows_per_part
         parts = []
         for first in range(0, len(found), step):
             share = found[first : first + step]
             names = tuple(name for name, _ in share)
             parts.append(Part(f"files-{first:09}", fingerprint_of(share), names))
+        if rejects := others.rejects(str(self.folder)):
+            parts.append(Part(_OTHERS, fingerprint_of(rejects), tuple(rejects)))
         return parts
 
     def read(self, part: Part) -> Iterator[Row]:
-        yield from parallel_map(self._row, part.where)
+        if part.name == _OTHERS:
+            yield from map(Row.of_reject, part.where)
+        else:
+            yield from parallel_map(self._row, part.where)
 
     def _row(self, name: str) -> Row:
         path = self.folder / name
-        text = path.with_suffix(".txt")
-        row = {"id": name.rpartition(".")[0], "audio": str(path)}
+        shown, identity = printable(str(path)), printable(_stem(name))
+        if shown != str(path):
+            return _reject(identity, shown, "file name", "expected a name in UTF-8")
+        if _is_text(name):
+            return _reject(identity, shown, "no audio", f"{shown}: no recording of this name")
+        row = {"id": identity, "audio": shown}
         try:
-            row["text"] = text.read_bytes().decode("utf-8-sig").strip()
-        except FileNotFoundError:
-            if self.options.segment:
-                return Row(id=row["id"], uri=str(path), language=self.options.language)
-            return Row(id=row["id"], uri=str(path), error=("no text", f"{text}: no such file"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise_if_unreachable(text, error)
-            raise ManifestError(f"{text}: expected UTF-8 text: {error}") from None
-        check_row(str(text), row)
-        return Row(id=row["id"], text=row["text"], uri=str(path), language=self.options.language)
+            text = self._text(path)
+            if text is not None:
+                row["text"] = decode_text(f"{path.with_suffix(_TEXT)}", text).strip()
+                check_row(str(path.with_suffix(_TEXT)), row)
+        except OSError as error:
+            raise_if_unreachable(path, error)
+            return _reject(identity, shown, "unreadable text", f"{error.filename}: {error}")
+        except ManifestError as error:
+            return _reject(identity, shown, "unreadable text", str(error))
+        if text is None and not self.options.segment:
+            missing = f"{path.with_suffix(_TEXT)}: no such file"
+            return _reject(identity, shown, "no text", missing)
+        language = self.options.language
+        return Row(id=identity, text=row.get("text", ""), uri=shown, language=language)
+
+    def _text(self, path: StoragePath) -> bytes | None:
+        """Read the text beside a recording; None where there is none."""
+        for suffix in (_TEXT, _TEXT.upper()):
+            try:
+                return path.with_suffix(suffix).read_bytes()
+            except FileNotFoundError:
+                continue
+        return None
 
 
-def _recordings(folder: StoragePath) -> Iterator[tuple[str, str]]:
-    """Yield the relative name of each recording, with size and time of it and of its text."""
-    marks = names_within(folder)
-    for name, mark in marks.items():
-        stem, _, suffix = name.rpartition(".")
-        if suffix.lower() in AUDIO_SUFFIXES:
-            yield name, f"{mark} {marks.get(f'{stem}.txt')}"
+def _sort(names: Iterable[str]) -> tuple[list[str], OtherFiles]:
+    """Separate rows, in order (recordings, and texts without one), from other files."""
+    others = OtherFiles()
+    stems: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if is_system_file(name):
+            others.add(name)
+        else:
+            stems[_stem(name)].append(name)
+    rows: list[str] = []
+    for stem, files in stems.items():
+        texts = [name for name in files if _is_text(name)]
+        recordings = [name for name in files if is_audio(name)]
+        unknown = [name for name in files if name not in texts and name not in recordings]
+        if recordings:
+            rows += recordings
+        elif texts and len(unknown) == 1 and not is_document(stem):
+            rows += unknown
+        elif texts and not is_document(stem):
+            rows += texts
+        else:
+            for name in files:
+                others.add(name)
+    return sorted(rows), others
+
+
+def _stem(name: str) -> str:
+    """Return a name without its ending; one without an ending stays whole."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, _ = base.rpartition(".")
+    return folder + slash + (stem if dot and stem else base)
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().endswith(_TEXT)
+
+
+def _reject(name: str, uri: str, reason: str, detail: str) -> Row:
+    return Row(id=name, uri=uri, error=(reason, detail))

@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from omni.corpus.manifest import ManifestError
 from omni.corpus.sources.base import Options, Part, Row, explain_missing, fingerprint_of
-from omni.corpus.sources.parquet import BATCH, rows_of, wanted_columns
-from omni.errors import first_line
+from omni.corpus.sources.parquet import BATCH, Labels, label_names, rows_of, wanted_columns
+from omni.corpus.sources.webdataset import rows_of_tar
+from omni.errors import ManifestError, first_line
 from omni.model.download import HubError, once_per_node
 
 
@@ -51,7 +51,8 @@ class HubSource:
         try:
             folder, revision = _locate(self.name, self.modelscope)
             config, split = _choose(folder, revision, self.words)
-            stream = _stream(folder, config, split, revision)
+            tars = _tars(folder, config, split, revision)
+            count = len(tars) if tars else _stream(folder, config, split, revision).num_shards
         except ManifestError as error:
             raise ManifestError(f"{self.spec}: {error}") from None
         except Exception as error:  # Hub clients raise errors of many families.
@@ -59,7 +60,6 @@ class HubSource:
             kind = HubError if _may_pass(error) else ManifestError
             raise kind(f"{self.spec}: cannot be opened: {what}") from None
         mark = revision or _folder_mark(Path(folder))
-        count = stream.num_shards
         return [
             Part(f"{config}-{split}-{n:05}", fingerprint_of(mark, n, count),
                  (config, split, revision, n, count, folder))
@@ -71,9 +71,13 @@ class HubSource:
         try:
             if self.modelscope and not Path(folder).is_dir():  # on another node than the driver's
                 folder, _ = _locate(self.name, self.modelscope)
+            if tars := _tars(folder, config, split, revision):
+                yield from rows_of_tar(tars[number], self.options)
+                return
             stream = _stream(folder, config, split, revision).shard(count, number)
             tables = stream.with_format("arrow").iter(batch_size=BATCH)
-            yield from self._rows(tables, folder, f"{split}-{number:05}")
+            labels = _labels(stream.features)
+            yield from self._rows(tables, folder, f"{split}-{number:05}", labels)
         except (ManifestError, OSError):
             raise
         except Exception as error:
@@ -81,7 +85,7 @@ class HubSource:
             kind = HubError if _may_pass(error) else ManifestError
             raise kind(f"{self.spec}: {part.name}: cannot be read: {what}") from None
 
-    def _rows(self, tables: Any, folder: str, name: str) -> Iterator[Row]:
+    def _rows(self, tables: Any, folder: str, name: str, labels: Labels) -> Iterator[Row]:
         first = 0
         within = Path(folder).absolute() if Path(folder).is_dir() else None
         for table in tables:
@@ -90,7 +94,7 @@ class HubSource:
             yield from rows_of(
                 table.select([c for c in columns if c in wanted]),
                 f"{self.spec}: {name}", f"{Path(self.name).name}/{name}", first, within,
-                self.options, columns,
+                self.options, columns, {**label_names(table.schema.metadata), **labels},
             )  # fmt: skip
             first += len(table)
 
@@ -104,6 +108,8 @@ class SavedSource:
     def parts(self) -> list[Part]:
         dataset, step = self._open(), self.options.rows_per_part
         mark = _folder_mark(self.folder)
+        if labels := _labels(dataset.features):
+            mark = fingerprint_of(mark, labels)
         return [
             Part(f"rows-{first:09}", fingerprint_of(mark, first, step), (first, first + step))
             for first in range(0, len(dataset), step)
@@ -117,12 +123,14 @@ class SavedSource:
             if not any(c in wanted for c in [self.options.columns.get(name, ""), *columns]):
                 missing = explain_missing(name, columns, self.options)
                 raise ManifestError(f"{self.spec}: {missing}")
+        labels = _labels(dataset.features)
         dataset = dataset.select_columns(wanted).with_format("arrow")
         for first in range(part.where[0], min(part.where[1], len(dataset)), BATCH):
             table = dataset[first : min(first + BATCH, part.where[1])]
             yield from rows_of(
-                table, self.spec, self.folder.name, first, self.folder, self.options, columns
-            )
+                table, self.spec, self.folder.name, first, self.folder, self.options, columns,
+                labels,
+            )  # fmt: skip
 
     def _open(self) -> Any:
         from datasets import Dataset, load_from_disk
@@ -195,13 +203,44 @@ def _choose(name: str, revision: str | None, words: list[str]) -> tuple[str, str
         raise ManifestError(f"expected one of its configs: {', '.join(configs)}")
     if config not in configs:
         raise ManifestError(f"no config {config!r}: expected one of {', '.join(configs)}")
-    splits = get_dataset_split_names(name, config, revision=revision)
+    # Tars are not asked: their builder opens one, and refuses what it finds beside utterances.
+    splits = list(_tar_files(name, config, revision)) or get_dataset_split_names(
+        name, config, revision=revision
+    )
     if not words and len(splits) > 1:
         raise ManifestError(f"expected one of its splits: {', '.join(splits)}")
     split = words[0] if words else splits[0]
     if split not in splits:
         raise ManifestError(f"no split {split!r}: expected one of {', '.join(splits)}")
     return config, split
+
+
+@lru_cache(maxsize=8)
+def _tar_files(name: str, config: str, revision: str | None) -> dict[str, list[str]]:
+    """Return the tars of a WebDataset by split; nothing for a dataset of another kind.
+
+    omni reads them itself: as examples of `datasets`, rows must all have the same members.
+    """
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(name, config, revision=revision)
+    if ".webdataset." not in type(builder).__module__:
+        return {}
+    files = builder.config.data_files or {}
+    return {str(split): [str(file) for file in named] for split, named in files.items()}
+
+
+def _tars(name: str, config: str, split: str, revision: str | None) -> list[str]:
+    return _tar_files(name, config, revision).get(split, [])
+
+
+def _labels(features: Any) -> Labels:
+    """Return the names of ClassLabel columns, from the features of a dataset."""
+    return {
+        column: list(feature.names)
+        for column, feature in (features or {}).items()
+        if type(feature).__name__ == "ClassLabel"
+    }
 
 
 @lru_cache(maxsize=4)

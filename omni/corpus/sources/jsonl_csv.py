@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import gzip
 import io
 import itertools
-import json
 from collections.abc import Iterator
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-from omni.corpus.manifest import ManifestError, checked_row
+from omni.corpus.manifest import checked_row
 from omni.corpus.sources.base import Options, Part, Row, explain_missing, manifest_fields
+from omni.corpus.text_file import decode_text, json_lines, open_lines
+from omni.errors import ManifestError
 from omni.storage.digest import digest
 from omni.storage.path import StoragePath, raise_if_unreachable
 
 Kind = Literal["jsonl", "csv", "tsv"]
 _NUMBERS = ("offset", "duration")
 _LARGEST_FIELD = 1 << 24  # characters of a CSV field; Python's own limit is 128 KiB
-
-
-@contextlib.contextmanager
-def open_lines(path: StoragePath) -> Iterator[IO[bytes]]:
-    """Open a text file as bytes, decompressed where its name ends in .gz."""
-    with path.open("rb") as file:
-        if path.suffix == ".gz":
-            with gzip.open(file, "rb") as unpacked:
-                yield unpacked  # type: ignore[misc]
-        else:
-            yield file
 
 
 def cut(path: StoragePath, rows: int, kind: Kind = "jsonl") -> list[Part]:
@@ -46,9 +34,9 @@ def cut(path: StoragePath, rows: int, kind: Kind = "jsonl") -> list[Part]:
             lines = iter(file)
             position, number = 0, 1
             if kind != "jsonl":
-                header = next(_records(lines, kind), b"")
+                header = next(_records(path, lines, kind), b"")
                 position, number = len(header), 1 + header.count(b"\n")
-            records = _records(lines, kind) if kind != "jsonl" else lines
+            records = _records(path, lines, kind, number) if kind != "jsonl" else lines
             while block := list(itertools.islice(records, rows)):
                 data = b"".join(block)
                 name = f"{path.name}-{len(parts):06}"
@@ -58,8 +46,8 @@ def cut(path: StoragePath, rows: int, kind: Kind = "jsonl") -> list[Part]:
     except (OSError, EOFError) as error:
         raise_if_unreachable(path, error)
         raise ManifestError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, csv.Error) as error:
-        raise ManifestError(f"{path}: expected UTF-8 {kind.upper()}: {error}") from None
+    except csv.Error as error:
+        raise ManifestError(f"{path}: expected {kind.upper()}: {error}") from None
     return parts
 
 
@@ -77,27 +65,23 @@ def read_bytes(path: StoragePath, part: Part) -> bytes:
 
 def json_objects(path: StoragePath, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield position (FILE:LINE) and object of each line. Raises ManifestError."""
-    for number, line in enumerate(io.BytesIO(read_bytes(path, part)), start=part.where[2]):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ManifestError(f"{path}:{number}: expected an object, got {line[:40]!r}")
-        yield f"{path}:{number}", row
+    return json_lines(path, io.BytesIO(read_bytes(path, part)), part.where[2])
 
 
-def _records(lines: Iterator[bytes], kind: Kind) -> Iterator[bytes]:
-    """Yield CSV records as bytes: one line each, or several where quotes span lines."""
+def _records(
+    path: StoragePath, lines: Iterator[bytes], kind: Kind, first: int = 1
+) -> Iterator[bytes]:
+    """Yield CSV records as bytes: one line each, or several where quotes span lines.
+
+    first: number of the first line.
+    """
     csv.field_size_limit(_LARGEST_FIELD)
     taken: list[bytes] = []
 
     def texts() -> Iterator[str]:
-        for line in lines:
+        for number, line in enumerate(lines, start=first):
             taken.append(line)
-            yield line.decode("utf-8-sig")
+            yield decode_text(f"{path}:{number}", line)
 
     for _ in csv.reader(texts(), **_dialect(kind)):
         yield b"".join(taken)
@@ -137,10 +121,16 @@ class LineSource:
     def _csv(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             with open_lines(self.path) as file:
-                header = next(_records(iter(file), self.kind)).decode("utf-8-sig")
+                header = next(_records(self.path, iter(file), self.kind)).decode("utf-8-sig")
             names = next(csv.reader([header], **_dialect(self.kind)))
-            data = read_bytes(self.path, part)
-            reader = csv.reader(io.StringIO(data.decode(), newline=""), **_dialect(self.kind))
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ManifestError(f"{self.path}:1: the column {twice[0]!r} occurs twice")
+            lines = io.BytesIO(read_bytes(self.path, part))
+            texts = (
+                decode_text(f"{self.path}:{number}", line)
+                for number, line in enumerate(lines, start=part.where[2])
+            )
+            reader = csv.reader(texts, **_dialect(self.kind))
             for values in reader:
                 position = f"{self.path}:{part.where[2] + reader.line_num - 1}"
                 if not values:
@@ -151,10 +141,8 @@ class LineSource:
                         f"got {len(values)}"
                     )
                 yield position, self._typed(position, dict(zip(names, values, strict=True)))
-        except (ValueError, csv.Error) as error:
-            if isinstance(error, ManifestError):
-                raise
-            raise ManifestError(f"{self.path}: expected UTF-8 CSV: {error}") from None
+        except csv.Error as error:
+            raise ManifestError(f"{self.path}: expected {self.kind.upper()}: {error}") from None
 
     def _typed(self, position: str, fields: dict[str, str]) -> dict[str, Any]:
         """Convert numbers, and drop empty fields except the text."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from omni.corpus.manifest import ManifestError, check_row
+from omni.corpus.manifest import check_row
 from omni.corpus.sources.base import (
     Options,
     Part,
@@ -17,9 +17,12 @@ from omni.corpus.sources.base import (
     resolve_audio,
 )
 from omni.corpus.sources.jsonl_csv import cut, read_bytes
+from omni.corpus.text_file import text_lines
+from omni.errors import ManifestError
 from omni.storage.path import StoragePath, literal_path, raise_if_unreachable
 
-_BESIDE = ("wav.scp", "text", "utt2spk", "utt2lang")
+_SPACE = r"[ \t\f\v\r]+"
+_BESIDE = ("wav.scp", "text", "utt2spk", "utt2lang", "utt2dur")
 
 
 class KaldiSource:
@@ -42,15 +45,16 @@ class KaldiSource:
         return [replace(part, fingerprint=fingerprint_of(part.fingerprint, mark)) for part in parts]
 
     def read(self, part: Part) -> Iterator[Row]:
-        lines = []
-        for number, raw in enumerate(io.BytesIO(read_bytes(self.list, part)), part.where[2]):
-            position = f"{self.list}:{number}"
-            if fields := _fields(position, raw, 4 if self.segments else 2):
-                lines.append((position, fields))
+        raw = io.BytesIO(read_bytes(self.list, part))
+        lines = [
+            (position, _fields(line, 4 if self.segments else 2))
+            for position, line in text_lines(self.list, raw, part.where[2])
+        ]
         ids = {fields[0] for _, fields in lines}
         texts, speakers, languages = (
             self._look_up(name, ids) for name in ("text", "utt2spk", "utt2lang")
         )
+        lengths = {} if self.segments else self._look_up("utt2dur", ids)
         named = {fields[1] for _, fields in lines} if self.segments else set()
         scp = self._look_up("wav.scp", named)
         for position, fields in lines:
@@ -61,9 +65,10 @@ class KaldiSource:
             start, end = self._times(position, fields)
             row = Row(
                 id=name,
-                text=texts.get(name, ""),
+                text=texts.get(name, "").strip(),
                 start=start,
                 duration=None if end is None else end - start,
+                stated_duration=_seconds(f"{self.folder / 'utt2dur'}", lengths.get(name)),
                 speaker=speakers.get(name),
                 language=languages.get(name, self.options.language),
             )
@@ -77,10 +82,12 @@ class KaldiSource:
         if not keys or not path.is_file():
             return {}
         with path.open("rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                fields = _fields(f"{path}:{number}", raw, 2)
-                if fields and fields[0] in keys:
-                    found[fields[0]] = fields[1] if len(fields) > 1 else ""
+            for position, line in text_lines(path, lines):
+                name, *value = _fields(line, 2)
+                if name in found:
+                    raise ManifestError(f"{position}: {name!r} occurs twice")
+                if name in keys:
+                    found[name] = value[0] if value else ""
         return found
 
     def _times(self, position: str, fields: list[str]) -> tuple[float, float | None]:
@@ -128,10 +135,13 @@ class KaldiSource:
         return replace(row, uri=path, offset=offset, length=length)
 
 
-def _fields(position: str, raw: bytes, count: int) -> list[str]:
-    """Split a line into `count` words, the last with all that is left; a blank line has none."""
+def _seconds(position: str, value: str | None) -> float | None:
     try:
-        fields = raw.decode().split(maxsplit=count - 1)
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{position}: expected UTF-8: {error}") from None
-    return [*fields[:-1], fields[-1].rstrip()] if fields else []
+        return None if value is None else float(value)
+    except ValueError:
+        raise ManifestError(f"{position}: expected seconds, got {value!r}") from None
+
+
+def _fields(line: str, count: int) -> list[str]:
+    """Split a line at ASCII white space, as Kaldi does: `count` words, the last with the rest."""
+    return re.split(_SPACE, line.strip(" \t\f\v\r"), maxsplit=count - 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from omni.corpus.manifest import ManifestError, check_row
-from omni.corpus.sources.base import Options, Part, Row, resolve_audio
+from omni.corpus.manifest import check_row
+from omni.corpus.sources.base import Options, Part, Row, fingerprint_of, resolve_audio
 from omni.corpus.sources.jsonl_csv import cut as cut_lines
 from omni.corpus.sources.jsonl_csv import json_objects
+from omni.errors import ManifestError
 from omni.storage.path import StoragePath
 
 _ROUNDING = 1e-3  # seconds
@@ -21,7 +23,9 @@ class CutsSource:
         self.spec, self.path, self.options = spec, path, options
 
     def parts(self) -> list[Part]:
-        return cut_lines(self.path, self.options.rows_per_part)
+        parts = cut_lines(self.path, self.options.rows_per_part)
+        # Older parts may hold means of the channels that sources name: make them again.
+        return [replace(p, fingerprint=fingerprint_of(p.fingerprint, "channels")) for p in parts]
 
     def read(self, part: Part) -> Iterator[Row]:
         for position, cut in json_objects(self.path, part):
@@ -68,9 +72,10 @@ def row_of_cut(
     if recording.get("transforms"):
         detail = f"{position}: {recording['transforms']!r}: save the transformed audio"[:200]
         return Row(id=name, error=("transformed recording", detail))
-    channels = recording.get("channel_ids") or [0]
-    if kind == "MonoCut" and len(channels) > 1:
-        detail = f"{position}: channel {cut.get('channel')} of {channels}"
+    channels = _channels(recording)
+    wanted = _as_list(cut["channel"]) if "channel" in cut else channels[:1]
+    if channels and set(wanted) != set(channels):
+        detail = f"{position}: channel {', '.join(map(str, wanted))} of {channels}"
         return Row(id=name, error=("one channel of several", detail))
     start, duration = cut.get("start", 0.0), cut.get("duration")
     if duration is None:
@@ -88,7 +93,8 @@ def row_of_cut(
     }
     check_row(position, row)
     total = recording.get("duration")
-    whole = isinstance(total, (int, float)) and not start and abs(total - duration) < _ROUNDING
+    total = float(total) if isinstance(total, (int, float)) else None
+    whole = total is not None and not start and abs(total - duration) < _ROUNDING
     return Row(
         id=name,
         text=row["text"],
@@ -97,9 +103,24 @@ def row_of_cut(
         length=where[2],
         start=0.0 if whole else float(start),
         duration=None if whole else float(duration),
+        stated_duration=total if whole else None,
         speaker=row["speaker"],
         language=row["language"],
     )
+
+
+def _channels(recording: dict[str, Any]) -> list[int]:
+    """Return the channels of a recording: as in lhotse, those of its sources if none are given."""
+    given = recording.get("channel_ids")
+    if given is None:
+        sources = [s for s in recording.get("sources") or [] if isinstance(s, dict)]
+        given = {c for source in sources for c in _as_list(source.get("channels") or [])}
+    return sorted(_as_list(given))
+
+
+def _as_list(channels: Any) -> list[int]:
+    items = channels if isinstance(channels, (list, set)) else [channels]
+    return [c for c in items if isinstance(c, int)]
 
 
 def _name(position: str, cut: dict[str, Any]) -> str:

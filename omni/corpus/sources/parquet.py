@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omni.corpus.manifest import ManifestError, check_row
+from omni.corpus.lengths import Reject
+from omni.corpus.manifest import check_row, stated_duration
+from omni.corpus.other_files import NOT_A_RECORDING, is_system_file
 from omni.corpus.sources.base import (
     COLUMNS,
     Options,
@@ -24,11 +27,14 @@ from omni.corpus.sources.base import (
     manifest_fields,
     resolve_audio,
 )
+from omni.errors import ManifestError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
 from omni.storage.retry import retry_storage
 from omni.storage.uri import redact
 
+Labels = Mapping[str, list[str]]
+_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd")  # members of which are fetched from inside
 _SERVERS = ("http", "https", "hf")  # schemes whose recordings are downloaded once
 BATCH = 32  # rows with audio in memory at a time
 _PATIENCE_SECONDS = 60.0  # Retry a server for this long.
@@ -49,23 +55,27 @@ class ParquetSource:
             first = 0
             for groups in _gather(sizes, self.options.rows_per_part):
                 name = f"{os.path.relpath(str(path), common)}-{groups[0]:06}"
-                parts.append(Part(name, fingerprint_of(mark, groups), (number, groups, first)))
+                parts.append(Part(name, fingerprint_of(*mark, groups), (number, groups, first)))
                 first += sum(sizes[g] for g in groups)
         return parts
 
     def read(self, part: Part) -> Iterator[Row]:
         number, groups, first = part.where
         path = self.paths[number]
+        if is_system_file(path.name):
+            yield Row.of_reject(Reject(path.name, str(path), NOT_A_RECORDING, "not a table"))
+            return
         try:
             with _opened(path) as file:
                 names = file.schema_arrow.names
+                labels = label_names(file.schema_arrow.metadata)
                 columns = [name for name in names if name in wanted_columns(self.options)]
                 batches = file.iter_batches(BATCH, row_groups=list(groups), columns=columns)
                 for batch in batches:
                     table = pa.Table.from_batches([batch])
                     yield from rows_of(
                         table, str(path), f"{path.parent.name}/{path.stem}", first, path.parent,
-                        self.options, names,
+                        self.options, names, labels,
                     )  # fmt: skip
                     first += len(table)
         except (OSError, pa.ArrowException) as error:
@@ -79,11 +89,15 @@ def _opened(path: StoragePath) -> Iterator[pq.ParquetFile]:
         yield pq.ParquetFile(file)
 
 
-def _groups(path: StoragePath) -> tuple[str, list[int]]:
-    """Return fingerprint and row-group sizes of a Parquet file. Raises ManifestError."""
-    mark = file_fingerprint(path)
+def _groups(path: StoragePath) -> tuple[list[Any], list[int]]:
+    """Return fingerprints and row-group sizes of a Parquet file. Raises ManifestError."""
+    mark: list[Any] = [file_fingerprint(path)]
+    if is_system_file(path.name):
+        return mark, [1]
     try:
         with _opened(path) as file:
+            # Parts made before labels had names hold their numbers: make them again.
+            mark += [labels] if (labels := label_names(file.schema_arrow.metadata)) else []
             metadata = file.metadata
             return mark, [metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
@@ -105,6 +119,32 @@ def _gather(sizes: list[int], rows: int) -> Iterator[tuple[int, ...]]:
         yield tuple(groups)
 
 
+def label_names(metadata: Mapping[bytes, bytes] | None) -> Labels:
+    """Return the names of ClassLabel columns, from what `datasets` writes into a table's schema."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _labelled(position: str, fields: dict[str, Any], labels: Labels) -> dict[str, Any]:
+    """Replace numbers of labels by their names; -1, which means unlabelled, by None."""
+    named = dict(fields)
+    for column in labels.keys() & fields.keys():
+        value = fields[column]
+        if isinstance(value, int) and value >= len(labels[column]):
+            count = len(labels[column])
+            raise ManifestError(f"{position}: field {column!r}: label {value} of {count}")
+        if isinstance(value, int):
+            named[column] = labels[column][value] if value >= 0 else None
+    return named
+
+
 def wanted_columns(options: Options) -> set[str]:
     return {name for usual in COLUMNS.values() for name in usual} | set(options.columns.values())
 
@@ -117,14 +157,17 @@ def rows_of(
     folder: StoragePath | None,
     options: Options,
     columns: list[str],
+    labels: Labels,
 ) -> Iterator[Row]:
     """Yield the utterances of a table. position, name: prefix of messages, prefix of ids.
 
     first: the number of its first row, from 0. folder: what paths are relative to; None: there are
-    none. columns: all that the corpus has, for messages. Raises ManifestError.
+    none. columns: all that the corpus has, for messages. labels: names of labels, by column.
+
+    Raises ManifestError.
     """
     for number, fields in enumerate(table.to_pylist(), start=first + 1):
-        row = manifest_fields(fields, options)
+        row = manifest_fields(_labelled(f"{position}:{number}", fields, labels), options)
         for field in ("audio", "text"):
             if field not in row:
                 missing = explain_missing(field, columns, options)
@@ -141,6 +184,7 @@ def rows_of(
         start, duration = row.pop("offset", None), row.pop("duration", None)
         row["start"] = float(start or 0.0)
         row["duration"] = float(duration) if None not in (start, duration) else None
+        row["stated_duration"] = stated_duration(start, duration)
         row["id"] = f"{name}:{number}" if row.get("id") is None else row["id"]
         if held is not None:
             yield Row(**row, data=held)
@@ -175,11 +219,18 @@ def _elsewhere(
     """Complete a row whose audio is a file, local or on a server."""
     if not path:
         return Row(**row, error=("missing", f"{position}: neither bytes nor a path"))
-    server, mark, _ = path.rpartition("::")[2].partition("://")  # the last URL of a chain
+    *links, last = path.split("::")  # such as zip://a.flac::https://server/clips.zip
+    if not all(link.partition("://")[0] in _ARCHIVES for link in links):
+        expected = ", ".join(_ARCHIVES)
+        raise ManifestError(f"{position}: {redact(path)!r}: expected members of {expected}")
+    server, mark, _ = last.partition("://")
     if not mark or server not in _SERVERS:
         if folder is None and not options.allow_absolute:
             raise ManifestError(f"{position}: {redact(path)!r} is no file of the dataset")
-        return Row(**row, uri=resolve_audio(position, folder or Path("/"), path, options))
+        uri = resolve_audio(position, folder or Path("/"), last, options)
+        if not links:
+            return Row(**row, uri=uri)
+        path = "::".join([*links, uri])
     try:
         return Row(**row, data=retry_storage(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))
     except (OSError, ValueError, ImportError) as error:

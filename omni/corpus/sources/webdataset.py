@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from omni.corpus.manifest import ManifestError, checked_row
+import fsspec
+
+from omni.corpus.lengths import Reject
+from omni.corpus.manifest import checked_member, tar_rows
+from omni.corpus.other_files import NOT_A_RECORDING, is_system_file
 from omni.corpus.sources.base import Options, Part, Row, file_fingerprint, manifest_fields
 from omni.corpus.sources.jsonl_csv import json_objects
 from omni.corpus.sources.lhotse import row_of_cut
-from omni.corpus.tar import TarError, read_tar, refuse_unsafe
+from omni.corpus.tar import TarError, read_members, refuse_unsafe
+from omni.errors import ManifestError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, raise_if_unreachable
+from omni.storage.uri import redact
+
+
+def member_fields(row: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Rename the fields of a tar's row to those of a manifest; its audio is a member."""
+    return manifest_fields({k: v for k, v in row.items() if k != "audio"}, options)
 
 
 class TarSource:
@@ -31,15 +45,42 @@ class TarSource:
 
     def read(self, part: Part) -> Iterator[Row]:
         path = self.paths[part.where[0]]
+        if is_system_file(path.name):
+            yield Row.of_reject(Reject(path.name, str(path), NOT_A_RECORDING, "not a shard"))
+            return
+        for found in tar_rows(path, lambda row: member_fields(row, self.options)):
+            yield Row.of_reject(found) if isinstance(found, Reject) else Row(**found)
+
+
+def rows_of_tar(url: str, options: Options) -> Iterator[Row]:
+    """Yield the rows of a tar or .tar.gz of a dataset, on disk or on a server.
+
+    Of an uncompressed tar on disk, recordings are ranges of its bytes; of any other, they are data
+    inside the rows. Raises ManifestError, and OSError for a server that does not answer.
+    """
+    if "://" not in url and not url.endswith(".gz"):
+        for found in tar_rows(Path(url), lambda row: member_fields(row, options)):
+            yield Row.of_reject(found) if isinstance(found, Reject) else Row(**found)
+        return
+    with tempfile.TemporaryFile(prefix="omni-tar-") as copy:
+        with fsspec.open(url, "rb", compression="infer") as file:
+            shutil.copyfileobj(file, copy, 8 << 20)
+        copy.seek(0)
+        name = redact(url)
         try:
-            for found in read_tar(path, self._fields):
-                position = f"{path}:{found['audio']}"
-                yield Row(**checked_row(path, position, found))
+            members = read_members(name, copy, lambda row: member_fields(row, options))
+            for member in members:
+                found = member
+                if not isinstance(member, Reject):
+                    found = checked_member(Path(name), member)
+                if isinstance(found, Reject):
+                    yield Row.of_reject(found)
+                    continue
+                copy.seek(found["offset"])
+                data = copy.read(found["length"])
+                yield Row(**{**found, "uri": "", "offset": None, "length": None}, data=data)
         except TarError as error:
             raise ManifestError(str(error)) from None
-
-    def _fields(self, row: dict[str, Any]) -> dict[str, Any]:
-        return manifest_fields({k: v for k, v in row.items() if k != "audio"}, self.options)
 
 
 class SharSource:

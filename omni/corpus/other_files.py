@@ -1,0 +1,69 @@
+"""Files beside the recordings of a corpus that hold no utterance: counted, and named by example."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from omni.corpus.lengths import Reject
+
+NOT_A_RECORDING = "not a recording"
+"""Reason of such files. They are no utterances, so `data.max_rejects` does not count them."""
+
+_SYSTEM = {".ds_store", "thumbs.db", "desktop.ini"}
+_DOCUMENTS = {
+    "readme", "license", "licence", "copying", "notice", "changelog", "changes", "authors",
+    "credits", "citation", "disclaimer",
+}  # fmt: skip
+
+
+def is_system_file(name: str) -> bool:
+    """Check for files that macOS and Windows leave beside others, such as AppleDouble's ._NAME."""
+    path = PurePosixPath(name)
+    apple = path.name.startswith("._") or "__MACOSX" in path.parts
+    return apple or path.name.lower() in _SYSTEM
+
+
+def is_document(name: str) -> bool:
+    """Check for a README, a licence and the like; such a text without a recording is no row."""
+    return PurePosixPath(name).name.partition(".")[0].lower() in _DOCUMENTS
+
+
+def printable(name: str) -> str:
+    """Show a file name whose bytes are not UTF-8 with escapes (\\xff), as valid text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class OtherFiles:
+    """Counts of such files by ending, with one example of each."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def add(self, name: str) -> None:
+        base = name.rpartition("/")[2]
+        stem, dot, ending = base.rpartition(".")
+        kind = f"*.{ending.lower()}" if dot and stem else base
+        kind = "._*" if base.startswith("._") else kind
+        count, example = self._found.get(kind, (0, printable(name)))
+        self._found[kind] = count + 1, example
+
+    def rejects(self, uri: str) -> list[Reject]:
+        """Return one entry for each ending; uri: the folder or archive."""
+        return [
+            Reject(
+                printable(kind),
+                uri,
+                NOT_A_RECORDING,
+                f"{count:,} {'file' if count == 1 else 'files'}, such as {example}",
+            )
+            for kind, (count, example) in sorted(self._found.items())
+        ]
+
+
+def other_files_note(rejects: list[Reject], most: int = 4) -> list[str]:
+    """Sum up the entries of OtherFiles in at most one line."""
+    if not rejects:
+        return []
+    listed = [f"{r.id} ({r.detail})" for r in rejects[:most]]
+    rest = [f"{len(rejects) - most} more kinds"] if len(rejects) > most else []
+    return [f"left out, since they are not recordings: {', '.join(listed + rest)}"]
