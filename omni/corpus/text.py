@@ -17,13 +17,14 @@ import pyarrow as pa
 import regex
 
 from omni.corpus.index import Index
+from omni.corpus.languages import language_code
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_json, messages_of
 from omni.model.chat_template import Message
 
 DEFAULT_TASK = "transcribe"  # task of rows without one
-UNSPACED = {"zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "ja", "th", "lo", "my", "km"}
-# Scripts of theirs, for `regex`. The prolonged sound mark of kana belongs to no script.
+# Scripts that are written without spaces between words, for `regex`. The prolonged sound mark of
+# kana belongs to no script.
 UNSPACED_SCRIPTS = (
     r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\u30fc"
 )
@@ -40,30 +41,6 @@ _NO_SPACE = regex.compile(
     rf"[{UNSPACED_SCRIPTS}][\p{{M}}\p{{P}}]*\n|\n[{UNSPACED_SCRIPTS}]"
 )  # where two texts meet
 _CODE = regex.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-
-# ISO 639-3 codes and names of the languages whose text is treated in a way of its own.
-_ALIASES = {
-    **dict.fromkeys(("eng", "english"), "en"),
-    **dict.fromkeys(("cmn", "zho", "chi", "chinese", "mandarin"), "zh"),
-    **dict.fromkeys(("jpn", "japanese"), "ja"),
-    **dict.fromkeys(("tha", "thai"), "th"),
-    **dict.fromkeys(("lao",), "lo"),
-    **dict.fromkeys(("mya", "bur", "burmese"), "my"),
-    **dict.fromkeys(("khm", "khmer"), "km"),
-    **dict.fromkeys(("cantonese",), "yue"),
-    **dict.fromkeys(("rus", "russian"), "ru"),
-    **dict.fromkeys(("ukr", "ukrainian"), "uk"),
-    **dict.fromkeys(("bel", "belarusian"), "be"),
-    **dict.fromkeys(("bul", "bulgarian"), "bg"),
-    **dict.fromkeys(("tur", "turkish"), "tr"),
-    **dict.fromkeys(("aze", "azerbaijani"), "az"),
-}
-
-
-def language_code(language: str) -> str:
-    """Reduce fr, FR, fr-CA or fr_FR.UTF-8 to `fr`: the language without script and region."""
-    name = language.strip().lower().replace("_", "-").partition("-")[0].partition(".")[0]
-    return _ALIASES.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -148,7 +125,7 @@ def apply_policy(index: Index, policy: TextPolicy) -> Index:
     why = f"nothing is left of the text under data.punctuation: {policy.punctuation}"
     rejects = [Reject(rows[i]["id"], rows[i]["uri"], "empty text", why) for i in empty]
     weights = None if index.weights is None else index.weights[kept]
-    return Index(table.take(kept), index.rejects + rejects, weights)
+    return Index(table.take(kept), index.rejects + rejects, weights, index.notes)
 
 
 def _untouched(index: Index, policy: TextPolicy) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omni.corpus.text import language_code
+from omni.corpus.languages import language_code
 from omni.metrics.score import Errors, by_characters, count_errors, total, units
 from omni.model.chat_template import Template
 from omni.model.lm.generate import generate

@@ -17,7 +17,8 @@ import regex
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from omni.corpus.text import UNSPACED, UNSPACED_SCRIPTS, language_code
+from omni.corpus.languages import UNSPACED, language_code
+from omni.corpus.text import UNSPACED_SCRIPTS
 
 _UNITS = regex.compile(rf"(?=[{UNSPACED_SCRIPTS}])\X|(?:(?![{UNSPACED_SCRIPTS}])\S)+")
 # Format characters, variation selectors, enclosing marks.

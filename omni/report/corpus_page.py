@@ -12,9 +12,9 @@ from omni.audio.decode import AudioError, decode, fit
 from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.index import Index, build_index
 from omni.corpus.index_row import IndexRow, Recording, recordings
+from omni.corpus.languages import language_code
 from omni.corpus.lengths import span_of
 from omni.corpus.manifest import INDEX_FILE, ManifestError
-from omni.corpus.text import language_code
 from omni.errors import ConfigError
 from omni.model.tokenizer import SpeechTokenizer
 from omni.report.audio_embed import embed, mel_picture, waveform

@@ -57,6 +57,8 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
     if not indexes:
         raise ConfigError("augment: expected clean_share above 0, or dev or test data to encode")
     rejects = Counter(r.reason for index in indexes.values() for r in index.rejects)
+    for note in [note for index in indexes.values() for note in index.notes]:
+        say(f"note: {note}")
     table = _distinct_recordings(indexes)
     keys = table["key"].to_pylist()
     cache = FeatureCache(join(config.cache, facts.cache_folder))

@@ -146,6 +146,7 @@ def prepare(config: Config) -> Prepared:
                     "more tokens than soft tokens (model.stack)"
                 )
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
+    notes += [note for index in indexes.values() for note in index.notes]
     notes += _overlap(indexes) + augmentation_notes(config) + _precision_notes(config)
     notes += _schedule_notes(config) + _export_notes(model, encoder)
     augmentation = splits["train"].augmentation

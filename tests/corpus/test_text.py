@@ -14,7 +14,7 @@ from omni.corpus.index import Index, build_index
 from omni.corpus.manifest import ManifestError
 from omni.corpus.messages import messages_of
 from omni.corpus.mixture import build_mixture
-from omni.corpus.text import TextPolicy, apply_policy, join, language_code
+from omni.corpus.text import TextPolicy, apply_policy, join
 from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO, Template
 from omni.model.tokenizer import SpeechTokenizer
@@ -119,14 +119,6 @@ def test_language_tags(prompt: str, language: str | None, expected: str) -> None
 def test_a_language_that_is_no_code_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'<\|audio\|>'"):
         TextPolicy(language_tag=True).prompt("", "<|audio|>")
-
-
-@pytest.mark.parametrize(
-    "given, code",
-    [("fr_FR.UTF-8", "fr"), ("ZH-hant-TW", "zh"), ("cmn", "zh"), ("Thai", "th"), ("", "")],
-)
-def test_language_codes(given: str, code: str) -> None:
-    assert language_code(given) == code
 
 
 def test_pieces_of_a_long_recording_are_joined_as_their_script_is_written() -> None:
