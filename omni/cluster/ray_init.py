@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import ray
 
+from omni.cluster.ray_internals import can_reach, longest_socket_name
 from omni.cluster.versions import forwarded_variables
 from omni.config import Config
+from omni.errors import ConfigError, first_line
+
+_ADDRESS_SECONDS = 15.0  # A cluster that starts just now gets this long to answer.
+_LONGEST_SOCKET = 107  # bytes of the name of a socket, on Linux
 
 
 def start_ray(config: Config) -> None:
@@ -31,7 +36,10 @@ def start_ray(config: Config) -> None:
         "log_to_driver": False,
         "runtime_env": runtime_environment(),
     }
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+    else:
+        _check_temporary_folder()
         # Stages share cores: Ray need not warn about the number of processes.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         t, e, d = config.train, config.encoder, config.data
@@ -41,7 +49,39 @@ def start_ray(config: Config) -> None:
             "num_cpus": max(os.cpu_count() or 1, int(np.ceil(need))),
             "include_dashboard": False,
         }
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise RuntimeError(f"RAY_ADDRESS: {first_line(error)}") from error
+
+
+def _check_address(address: str) -> None:
+    """Raise ConfigError for what is not a cluster's address, RuntimeError for one that is gone."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise ConfigError(
+            f"RAY_ADDRESS: expected HOST:PORT of a cluster's head node (such as 10.0.0.1:6379), "
+            f"got {address!r}"
+        )
+    if not can_reach(f"{host}:{port}", _ADDRESS_SECONDS):
+        raise RuntimeError(
+            f"RAY_ADDRESS: no cluster answers at {address} within {_ADDRESS_SECONDS:g} s: start "
+            "it, or unset RAY_ADDRESS to use this machine alone"
+        )
+
+
+def _check_temporary_folder() -> None:
+    """Raise ConfigError where the sockets of a local cluster would have too long names."""
+    name = longest_socket_name()
+    if (excess := len(os.fsencode(name)) - _LONGEST_SOCKET) > 0:
+        setting = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise ConfigError(
+            f"{setting}: {os.environ.get(setting)} is {excess} bytes too long for the names of "
+            f"Ray's sockets in it ({_LONGEST_SOCKET} bytes at most): set RAY_TMPDIR to a shorter "
+            "path, such as /tmp"
+        )
 
 
 def runtime_environment() -> dict[str, Any]:
