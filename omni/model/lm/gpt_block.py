@@ -29,6 +29,8 @@ class GPTConfig:
     window_pattern: str = "SSSL"
 
     def __post_init__(self) -> None:
+        # As nanochat does. The class is frozen.
+        object.__setattr__(self, "window_pattern", self.window_pattern.upper())
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if (self.n_embd // self.n_head) % 2:

@@ -198,6 +198,7 @@ def test_windows_tile_the_pattern_and_the_last_layer_sees_everything() -> None:
     assert GPTConfig(n_layer=6, window_pattern="SL").windows() == [512, 2048] * 3
     assert GPTConfig(n_layer=5, window_pattern="SSSL").windows() == [512] * 3 + [2048] * 2
     assert GPTConfig(n_layer=2, window_pattern="S").windows() == [512, 2048]
+    assert GPTConfig(window_pattern="sssl") == GPTConfig(window_pattern="SSSL")
     # A quarter of the sequence, rounded up to a multiple of 128.
     assert GPTConfig(n_layer=2, sequence_len=520, window_pattern="S").windows() == [256, 520]
 
