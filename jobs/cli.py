@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -129,7 +130,15 @@ def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> 
     ConfigError and RuntimeError end in one line on stderr; anything else is a bug and keeps its
     traceback. interrupted: the line after Ctrl-C, unless the job has a better one.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Escapes for what a terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if sys.getfilesystemencoding() != "utf-8":
+            raise ConfigError(
+                f"the locale's encoding is {sys.getfilesystemencoding()}, in which names of files "
+                "may not exist: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            )
         return job() or 0
     except ConfigError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import omni
 from jobs import encode, train
 from jobs.__main__ import JOBS, main
 from jobs.cli import checkpoint_path, parse_settings, settings_parser
 from omni.config import load_config, shipped_configs
 from omni.config.reference import sections, settings_of
 
+ROOT = Path(omni.__file__).parents[1]
 ALL_JOBS = [name for names in JOBS.values() for name in names]
 
 
@@ -146,3 +151,25 @@ def test_an_audit_of_nothing_fails_in_one_line(
     assert main(["audit", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}") and error.count("\n") == 1
+
+
+def _failing_job(**variables: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a job that fails with a message in Japanese."""
+    code = (
+        "from jobs.cli import run_job\nfrom omni.errors import ConfigError\n"
+        "def fail(): raise ConfigError('\\u65e5\\u672c')\nraise SystemExit(run_job(fail))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
+
+
+def test_a_terminal_that_lacks_characters_gets_escapes() -> None:
+    done = _failing_job(PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (2, rb"error: \u65e5\u672c" + b"\n")
+
+
+def test_a_locale_in_which_names_of_files_do_not_exist_is_named() -> None:
+    done = _failing_job(LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: ") and b"PYTHONUTF8=1" in done.stderr
