@@ -10,7 +10,7 @@ from typing import Any
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import answer_of, messages_json, parse_messages
-from omni.corpus.other_files import printable
+from omni.corpus.other_files import utf8_name
 from omni.corpus.tar import Fields, TarError, read_tar
 from omni.corpus.text_file import json_lines
 from omni.errors import ManifestError as ManifestError  # Much imports it from here.
@@ -66,7 +66,7 @@ def manifest_path(spec: str) -> StoragePath:
 def absolute(spec: str) -> StoragePath:
     """Make a path absolute; leave a URI as it is. Raises ManifestError for one not in UTF-8."""
     path = as_path(spec).expanduser().absolute()
-    if (shown := printable(str(path))) != str(path):
+    if (shown := utf8_name(str(path))) != str(path):
         raise ManifestError(f"{shown}: expected a path in UTF-8: rename it, or link to it")
     return path
 

@@ -28,7 +28,7 @@ def is_document(name: str) -> bool:
     return PurePosixPath(name).name.partition(".")[0].lower() in _DOCUMENTS
 
 
-def printable(name: str) -> str:
+def utf8_name(name: str) -> str:
     """Show a file name whose bytes are not UTF-8 with escapes (\\xff), as valid text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -44,14 +44,14 @@ class OtherFiles:
         stem, dot, ending = base.rpartition(".")
         kind = f"*.{ending.lower()}" if dot and stem else base
         kind = "._*" if base.startswith("._") else kind
-        count, example = self._found.get(kind, (0, printable(name)))
+        count, example = self._found.get(kind, (0, utf8_name(name)))
         self._found[kind] = count + 1, example
 
     def rejects(self, uri: str) -> list[Reject]:
         """Return one entry for each ending; uri: the folder or archive."""
         return [
             Reject(
-                printable(kind),
+                utf8_name(kind),
                 uri,
                 NOT_A_RECORDING,
                 f"{count:,} {'file' if count == 1 else 'files'}, such as {example}",

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from omni.audio.formats import AUDIO_ENDINGS
 from omni.corpus.lengths import Reject
-from omni.corpus.other_files import OtherFiles, is_document, is_system_file, printable
+from omni.corpus.other_files import OtherFiles, is_document, is_system_file, utf8_name
 from omni.corpus.text_file import decode_text, json_object
 from omni.errors import ManifestError
 from omni.storage.path import StoragePath
@@ -68,7 +68,7 @@ def read_members(
                 try:
                     yield _row(path, shard, key, members, fields)
                 except _BadRow as error:
-                    yield Reject(printable(key), printable(path), *error.args)
+                    yield Reject(utf8_name(key), utf8_name(path), *error.args)
     except (tarfile.TarError, EOFError) as error:
         raise TarError(f"{path}: expected an uncompressed tar: {error}") from None
     yield from others.rejects(path)
@@ -110,8 +110,8 @@ def _row(
     path: str, shard: tarfile.TarFile, key: str, members: Members, fields: Fields
 ) -> dict[str, Any]:
     """Make a manifest row of an utterance's members. Raises _BadRow."""
-    names = ", ".join(printable(member.name) for member in members.values())
-    if printable(key) != key:
+    names = ", ".join(utf8_name(member.name) for member in members.values())
+    if utf8_name(key) != key:
         raise _BadRow("file name", f"expected names in UTF-8, found {names}")
     audio = [member for suffix, member in members.items() if is_recording(suffix)]
     if not audio:  # A single member of an unknown kind may still be one.

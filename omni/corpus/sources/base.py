@@ -13,7 +13,7 @@ from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import Reject
 from omni.corpus.manifest import absolute
-from omni.corpus.other_files import printable
+from omni.corpus.other_files import utf8_name
 from omni.errors import ManifestError
 from omni.storage.digest import digest
 from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
@@ -198,7 +198,7 @@ def names_within(folder: StoragePath) -> dict[str, str]:
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
                     continue
-                raise ManifestError(f"{printable(path)}: {error.strerror}") from None
+                raise ManifestError(f"{utf8_name(path)}: {error.strerror}") from None
             names[os.path.relpath(path, folder)] = repr((status.st_size, status.st_mtime_ns))
     return names
 
@@ -210,7 +210,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """
 
     def fail(error: OSError) -> None:
-        raise ManifestError(f"{printable(str(error.filename))}: {error.strerror}")
+        raise ManifestError(f"{utf8_name(str(error.filename))}: {error.strerror}")
 
     for base, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         linked = [name for name in folders if os.path.islink(os.path.join(base, name))]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from omni.audio.formats import is_audio
 from omni.corpus.manifest import check_row
-from omni.corpus.other_files import OtherFiles, is_document, is_system_file, printable
+from omni.corpus.other_files import OtherFiles, is_document, is_system_file, utf8_name
 from omni.corpus.sources.base import Options, Part, Row, fingerprint_of, names_within
 from omni.corpus.text_file import decode_text
 from omni.errors import ManifestError
@@ -52,7 +52,7 @@ class FolderSource:
 
     def _row(self, name: str) -> Row:
         path = self.folder / name
-        shown, identity = printable(str(path)), printable(_stem(name))
+        shown, identity = utf8_name(str(path)), utf8_name(_stem(name))
         if shown != str(path):
             return _reject(identity, shown, "file name", "expected a name in UTF-8")
         if _is_text(name):
