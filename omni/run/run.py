@@ -14,7 +14,7 @@ from omni.checkpoint.resume import newest_step
 from omni.checkpoint.train_state import TrainState
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
-from omni.errors import ConfigError
+from omni.errors import ConfigError, counted
 from omni.metrics.follower import METRICS, Follower
 from omni.metrics.run_files import (
     append_json,
@@ -44,6 +44,8 @@ from omni.run.signals import Signals
 from omni.storage.path import ObjectPath, remove_tree
 from omni.storage.uri import reason_of
 
+_TERMINATED = 128 + 15
+"""Exit code after SIGTERM, as a shell reports it: an orchestrator must not take it for the end."""
 _WORKING_DIR_COPIES = "working_dir_files"
 """Folder in which Ray unpacks the working directories of jobs."""
 
@@ -52,7 +54,7 @@ def train(config: Config) -> dict[str, Any]:
     """Start or continue the run that `config` describes; return its summary.
 
     Raises ConfigError before Ray starts for wrong input, TrainingError if the run fails for good,
-    and, after writing a checkpoint, SystemExit(0) on SIGTERM and KeyboardInterrupt on Ctrl-C.
+    and, after writing a checkpoint, SystemExit(143) on SIGTERM and KeyboardInterrupt on Ctrl-C.
     """
     began = time.monotonic()
     view = LiveView()
@@ -166,14 +168,18 @@ def _write_run_files(prepared: Prepared) -> None:
 def _exit_stopped(view: LiveView, config: Config, signals: Signals) -> None:
     """End the process of a run that was stopped by a signal."""
     step = newest_step(config.run_dir / "checkpoints")
-    saved = f"the checkpoint of step {step} is saved" if step else "there is no checkpoint yet"
-    again = "continues" if step else "starts again"
-    text = f"{signals.received}: stopped; {saved}; the same command {again}"
+    reached = max(
+        (row.get("step", 0) for row in read_json_lines(config.run_dir / METRICS)), default=0
+    )
+    saved = f"the checkpoint of step {step} is saved" if step else "there is no checkpoint"
+    lost = f"; {counted(reached - step, 'step')} will be trained again" if reached > step else ""
+    again = "continues the run" if step else "starts the run again"
+    text = f"{signals.received}: stopped unfinished; {saved}{lost}; the same command {again}"
     write_report(config.run_dir)
     if signals.interrupted:
         raise KeyboardInterrupt(text)
     view.show(text)
-    raise SystemExit(0)
+    raise SystemExit(_TERMINATED)
 
 
 def _finished(config: Config, state: TrainState | None) -> dict[str, Any] | None:

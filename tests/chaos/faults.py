@@ -164,7 +164,7 @@ def _nan(world: World, rng: random.Random) -> None:
 
 @_fault("SIGTERM, same command")
 def _sigterm(world: World, rng: random.Random) -> None:
-    _signal(world, signal.SIGTERM, 0)
+    _signal(world, signal.SIGTERM, 143)
 
 
 @_fault("Ctrl-C, same command")
