@@ -92,7 +92,7 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
 
 
 def _histogram(values: pa.ChunkedArray, edges: list[int]) -> np.ndarray:
-    """How many values lie from each edge up to the next."""
+    """Count the values from each edge up to the next."""
     counts, _ = np.histogram(values.to_numpy(), [*edges, np.inf])
     return counts
 

@@ -1,7 +1,7 @@
-"""Was every utterance of every epoch trained exactly once? The books of a run against its plan.
+"""Compare the ledger of a run with its plan: was every utterance trained exactly once?
 
-Reads only the run's directory: the plan is made again from `plan/`, the ledger says what each step
-took, events.jsonl which attempt followed which plan, the newest checkpoint how far it got.
+Reads the run directory only: `plan/` to make the plan again, the ledger for the utterances of each
+step, events.jsonl for the plan of each attempt, and the newest checkpoint for the steps that count.
 """
 
 from __future__ import annotations
@@ -20,35 +20,41 @@ from omni.plan.plan import Plan, passes
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
 from omni.storage.path import StoragePath
 
-_SHOWN = 10  # steps or ids in a message
+_SHOWN = 10  # steps or ids listed in a message
 
 
 class AuditError(RuntimeError):
-    """A run's directory lacks what an audit needs; the message names it."""
+    """The run directory lacks a file that an audit needs; the message names it."""
 
 
 @dataclass
 class Audit:
-    """What was found. `problems` is empty where every utterance counts exactly once."""
+    """Findings of an audit. `problems` is empty if every utterance was trained exactly once."""
 
-    steps: int = 0  # of the newest checkpoint
+    steps: int = 0
+    """Step of the newest checkpoint."""
     bins: int = 0
-    utterances: int = 0  # trained, counted as often as they were
+    utterances: int = 0
+    """Utterances trained, once for each time."""
     epochs: float = 0.0
     attempts: int = 0
-    redone: int = 0  # steps that a fault made the run repeat
-    later: int = 0  # steps in the books after the newest checkpoint
-    skipped: dict[int, str] = field(default_factory=dict)  # steps without an update, with reasons
-    rejected: int = 0  # times that an utterance was left out of its bin
+    redone: int = 0
+    """Steps repeated after faults."""
+    later: int = 0
+    """Steps in the ledger after the newest checkpoint."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Reasons of steps without an update."""
+    rejected: int = 0
+    """Times that an utterance was left out of its bin."""
     plans: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def audit(run_dir: StoragePath) -> Audit:
-    """Check a run. Raises AuditError where there is nothing to check."""
+    """Audit a run directory. Raises AuditError if files are missing or damaged."""
     newest = newest_checkpoint(run_dir / "checkpoints")
     if newest is None:
-        raise AuditError(f"{run_dir}: no checkpoint: nothing counts yet")
+        raise AuditError(f"{run_dir}: no checkpoint to audit")
     state = newest.state
     found = Audit(steps=state.step)
     events = read_events(run_dir)
@@ -83,8 +89,10 @@ def audit(run_dir: StoragePath) -> Audit:
 
 
 def _segments(attempts: Sequence[dict[str, Any]], steps: int) -> list[tuple[int, int, str]]:
-    """(first, last, plan): steps first+1..last follow that plan. The last attempt to reach a step
-    is the one that counts."""
+    """Return (first, last, plan) for steps first+1..last.
+
+    The last attempt to reach a step counts. Raises AuditError without any attempt.
+    """
     if not attempts:
         raise AuditError("events.jsonl: no attempt is recorded")
     segments: list[tuple[int, int, str]] = []
@@ -110,7 +118,7 @@ def _plan_file(run_dir: StoragePath, fingerprint: str) -> PlanFile:
 
 
 def _ledger(run_dir: StoragePath, found: Audit) -> dict[int, list[dict[str, Any]]]:
-    """Rows of all ranks by step."""
+    """Read the rows of all ranks, by step; damaged rows become problems."""
     steps: dict[int, list[dict[str, Any]]] = defaultdict(list)
     paths: list[StoragePath] = [*(run_dir / "ledger").glob("rank-*.jsonl")]
     for path in sorted(paths, key=str):
@@ -119,10 +127,10 @@ def _ledger(run_dir: StoragePath, found: Audit) -> dict[int, list[dict[str, Any]
             try:
                 step, _, _ = int(row["step"]), int(row["bin"]), list(row["utterances"])
             except (KeyError, TypeError, ValueError):
-                found.problems.append(f"{path.name}: {str(row)[:80]} is no ledger row")
+                found.problems.append(f"{path.name}: {str(row)[:80]} is not a ledger row")
                 continue
             if step < before:
-                found.problems.append(f"{path.name}: step {step} stands after step {before}")
+                found.problems.append(f"{path.name}: step {step} comes after step {before}")
             before = step
             steps[step].append(row)
     return steps
@@ -136,13 +144,13 @@ def _check_step(
     rejected: set[str],
     found: Audit,
 ) -> list[int]:
-    """The utterances that a step trained; whatever the plan does not say becomes a problem."""
+    """Return the utterances that a step trained; differences from the plan become problems."""
     first = (step - 1) * plan.bins_per_step
     wanted = Counter(range(first, min(first + plan.bins_per_step, plan.bins)))
     given = Counter(row["bin"] for row in rows)
     for numbers, what in (
         (sorted((wanted - given).elements()), "not trained"),
-        (sorted((given - wanted).elements()), "trained once too often"),
+        (sorted((given - wanted).elements()), "trained more than once"),
     ):
         if numbers:
             found.problems.append(f"step {step}: bins {_some(numbers)} {what}")
@@ -153,7 +161,7 @@ def _check_step(
         absent = [n for n in (members - took).elements() if file.ids[n] not in rejected]
         if absent:
             ids = _some([file.ids[n] for n in absent])
-            found.problems.append(f"step {step}: bin {row['bin']} lacks {ids}, not rejected either")
+            found.problems.append(f"step {step}: bin {row['bin']} lacks {ids}, not rejected")
         if extra := sorted((took - members).elements()):
             found.problems.append(f"step {step}: bin {row['bin']} holds utterances {_some(extra)}")
         found.rejected += (members - took).total() - len(absent)
@@ -165,7 +173,7 @@ def _check_step(
 
 
 def _check_epochs(plan: Plan, file: PlanFile, found: Audit) -> None:
-    """Each epoch of the plan is every usable utterance once, or as often as its weight says."""
+    """Check that each epoch holds every usable utterance once, or by its weight."""
     usable = np.flatnonzero(file.lengths > 0)
     often = "once" if file.weights is None else "as often as its weight says"
     first = epoch = 0
@@ -178,12 +186,12 @@ def _check_epochs(plan: Plan, file: PlanFile, found: Audit) -> None:
             return
         part = np.sort(plan.members[first : first + len(wanted)])
         if not np.array_equal(part, wanted):
-            found.problems.append(f"epoch {epoch} of the plan is not every utterance {often}")
+            found.problems.append(f"epoch {epoch} of the plan: expected every utterance {often}")
         first, epoch = first + len(wanted), epoch + 1
 
 
 def _check_counts(trained: Counter[int], found: Audit) -> None:
-    """Over a whole run the counts of two usable utterances differ by one at most, or by rejects."""
+    """Check that no utterance was trained two times more often than another."""
     if trained and not found.rejected:
         least, most = min(trained.values()), max(trained.values())
         if most - least > 1:

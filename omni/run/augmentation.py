@@ -1,6 +1,4 @@
-"""What augmentation is decided before a run starts: its corpora, every utterance's speeds, and what
-a person should know about the feature cache.
-"""
+"""Prepare augmentation: corpora of noise and rooms, lengths at each speed, notes on the cache."""
 
 from __future__ import annotations
 
@@ -20,10 +18,10 @@ from omni.storage.uri import reason_of
 
 
 def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:
-    """What changes the training utterances; None where nothing does.
+    """Return the augmentation of the training utterances; None without any.
 
     table: the index with token ids. lengths: (n,) positions at their own speed; 0: not in the plan.
-    Raises ConfigError where a corpus of noises or rooms cannot be used.
+    Raises ConfigError if a corpus of noises or rooms cannot be used.
     """
     settings = config.augment
     if settings.clean_share == 1:
@@ -38,7 +36,7 @@ def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Aug
 
 
 def augmentation_notes(config: Config) -> list[str]:
-    """What the feature cache is still good for, which its owner might not expect."""
+    """Say which audio the feature cache still serves beside augmentation."""
     share = config.augment.clean_share
     if share == 1 or config.cache is None:
         return []
@@ -57,13 +55,13 @@ def _clips(config: Config, name: str) -> Clips:
         )
     except ManifestError as error:
         raise ConfigError(f"augment.{name}: {error}") from None
-    except OSError as error:  # of storage, which may answer later
+    except OSError as error:  # Storage may be available later.
         raise RuntimeError(f"augment.{name}: {reason_of(error)}") from error
 
 
 def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:
     speeds = config.augment.speed
-    samples = [[r["samples"] for r in recordings(row)] for row in _places(table)]
+    samples = [[r["samples"] for r in recordings(row)] for row in _index_rows(table)]
     ids = [len(tokens) for tokens in table["tokens"].to_pylist()]
     positions = np.zeros((len(speeds), len(ids)), dtype=np.int32)
     for number, speed in enumerate(speeds):
@@ -77,6 +75,6 @@ def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:
     )
 
 
-def _places(table: pa.Table) -> list[IndexRow]:
+def _index_rows(table: pa.Table) -> list[IndexRow]:
     rows: list[IndexRow] = table.select(["samples", "audios"]).to_pylist()
     return rows

@@ -1,4 +1,4 @@
-"""How long a run will take and what will limit it, reckoned from what its first block took."""
+"""Estimate the training time of a run and the stage that will limit it, from its first block."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from omni.run.rates import Cost
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of training steps, without evaluations; what limits them (see verdict.ADVICE)."""
+    """Seconds of training steps without evaluations, and the limiting stage (a key of ADVICE)."""
 
     seconds: float
     limit: str
-    filling: float  # seconds of them in which features that the cache lacks are made
+    filling: float  # seconds until the cache holds all features
     filling_limit: str
 
     def __str__(self) -> str:
@@ -30,12 +30,12 @@ class Estimate:
 
 
 def audio_per_step(plan: Plan, samples: np.ndarray) -> float:
-    """Mean seconds of audio in a step. samples: (n,) of each utterance."""
+    """Return the mean seconds of audio in a step. samples: (n,) of each utterance."""
     return float(samples[plan.members].sum()) / SAMPLING_RATE / plan.steps
 
 
 def step_seconds(config: Config, block: Cost, workers: int) -> float:
-    """Of a step whose blocks are all there."""
+    """Return the seconds of a step that does not wait for blocks."""
     optim = config.optim
     rows = padded_step(optim.bins_per_step, workers, optim.bins_per_block)
     return rows // (workers * optim.bins_per_block) * block.seconds + block.update_seconds
@@ -54,17 +54,18 @@ def estimate(
     missing: float,
     cores: float | None,
 ) -> Estimate:
-    """For all steps of the plan.
+    """Estimate all steps of the plan.
 
     samples: (n,) of each utterance. missing: share of the audio that the cache lacks. Rates are
-    audio seconds per second of one task or actor. cores: what all processes share where they are on
-    one machine without GPUs; None: nobody is in another's way.
+    audio seconds per second of one task or actor. cores: CPU cores that all stages share on a
+    single machine without GPUs; None if each stage has its own.
     """
     steps, audio = config.optim.steps, audio_per_step(plan, samples)
     train = step_seconds(config, block, workers)
     always = 1.0 if config.cache is None else 1 - config.augment.clean_share
-    share = always or 1.0  # of a step's audio, where some has to be encoded
-    pools = {  # seconds of a step whose audio has to be encoded, and how many work on it
+    share = always or 1.0
+    # Seconds of a step whose audio has to be encoded, and the number of cores that work on it.
+    pools = {
         "trainer": (train, workers * config.train.threads),
         "encoder": (share * audio / (encoder_rate * encoders), encoders * config.encoder.threads),
         "decode": (share * audio / (decode_rate * config.data.loaders), config.data.loaders),
@@ -74,7 +75,7 @@ def estimate(
     if cores:
         step = max(step, sum(seconds * processes for seconds, processes in pools.values()) / cores)
         train = max(train, train * pools["trainer"][1] / cores)
-    if always:  # in every epoch
+    if always:  # Every epoch encodes.
         return Estimate(step * steps, limit, step * steps, limit)
     epoch = int(plan.epoch_ends[0]) / config.optim.bins_per_step if len(plan.epoch_ends) else steps
     filling = missing * min(epoch, steps)
@@ -84,7 +85,7 @@ def estimate(
 
 
 def duration(seconds: float) -> str:
-    """12 s, 4 min, 3.5 h."""
+    """Format seconds as 12 s, 4 min or 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,5 +1,6 @@
-"""What can be known before any GPU is taken for long: is there room, can every node write and read
-where the run does, does a block come through, how long will it take.
+"""Check the cluster before training: room, storage on every node, a block through all stages.
+
+The last also gives an estimate of the training time.
 """
 
 from __future__ import annotations
@@ -30,16 +31,15 @@ from omni.storage.path import StoragePath
 from omni.storage.uri import reason_of, redact
 from omni.stream.settings import stream_settings
 
-_SETTLE_SECONDS = 15.0  # a cluster whose nodes are still coming up
-_NODE_SECONDS = 60.0  # for a node's answer
+_SETTLE_SECONDS = 15.0  # Nodes of a new cluster may still be joining.
+_NODE_SECONDS = 60.0  # timeout of the check on a node
 
 
 def preflight(prepared: Prepared, say: Callable[[str], None], *, trial: bool) -> Prepared:
     """Check the plan against the cluster; with `encoder.actors: auto`, choose their number.
 
-    trial: also take a block through the pipe, and say how long the run will take. A run that goes
-    on has been through that. Raises ConfigError, in one line that names the setting, and
-    RuntimeError where a block does not come through.
+    trial: also run a block through all stages and estimate the training time; a continued run does
+    without. Raises ConfigError naming the setting, and RuntimeError if the block fails.
     """
     auto = is_auto(prepared.config)
     assumed = replace(prepared, config=assume_actors(prepared.config, 1))
@@ -61,7 +61,7 @@ def preflight(prepared: Prepared, say: Callable[[str], None], *, trial: bool) ->
 
 
 def _check_room(config: Config) -> None:
-    """Raises ConfigError where the pools do not fit a cluster that has had time to come up."""
+    """Raise ConfigError if workers and encoders do not fit into the cluster."""
     least, most = config.train.least, config.train.most
     demand = Demand.of(config)
     deadline = time.monotonic() + (_SETTLE_SECONDS if os.environ.get("RAY_ADDRESS") else 0)
@@ -74,7 +74,7 @@ def _check_room(config: Config) -> None:
 
 
 def _will_grow(demand: Demand, workers: int) -> bool:
-    """Whether an autoscaler could bring what is missing."""
+    """Tell whether the autoscaler may add enough resources."""
     limits = autoscaler_limits()
     if limits is None:
         return False
@@ -89,7 +89,7 @@ def _will_grow(demand: Demand, workers: int) -> bool:
 
 
 def _check_nodes(prepared: Prepared) -> None:
-    """Raises ConfigError where a node that may get work does not see what this one sees."""
+    """Raise ConfigError if another node lacks the run's storage, cache, data or weights."""
     here = ray.get_runtime_context().get_node_id()
     others = [n for n in cluster_nodes() if n.id != here and n.resources.get("CPU")]
     config, word = prepared.config, uuid.uuid4().hex
@@ -115,7 +115,7 @@ def _check_nodes(prepared: Prepared) -> None:
 
 
 def _needed(prepared: Prepared) -> dict[str, str]:
-    """Files that every node reads, by setting."""
+    """Return one local file for each setting whose files every node reads."""
     config = prepared.config
     first = recordings(prepared.splits["train"].table.slice(0, 1).to_pylist()[0])[0]
     needed = {"data.train": first["uri"]}
@@ -132,7 +132,10 @@ def _needed(prepared: Prepared) -> dict[str, str]:
 
 
 def _look(mark: StoragePath, word: str, cache: str | None, needed: dict[str, str]) -> str | None:
-    """On a node: what it cannot do, with a place for its name. Leaves `mark` behind."""
+    """Check storage and files on a node; return the problem, with {node} for its address.
+
+    Writes `word` into `mark`, which the driver reads.
+    """
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(word)
@@ -156,8 +159,8 @@ def _look(mark: StoragePath, word: str, cache: str | None, needed: dict[str, str
 
 
 def _not_shared(mark: StoragePath, word: str, config: Config) -> str | None:
-    """A folder of the same name that is another one would keep that rank's books from us."""
-    deadline = time.monotonic() + 5  # a network file system may show it late
+    """Return the problem if `mark`, which a node wrote, cannot be read here."""
+    deadline = time.monotonic() + 5  # Network file systems show new files late.
     while True:
         try:
             if mark.read_text() == word:
@@ -177,7 +180,7 @@ def _not_shared(mark: StoragePath, word: str, config: Config) -> str | None:
 
 
 def _missing(prepared: Prepared) -> float:
-    """Share of the training utterances that the cache lacks now, or is not asked for."""
+    """Return the share of the training audio that will be encoded."""
     keys = prepared.splits["train"].table["key"].to_pylist()
     cache = stream_settings(prepared.config, prepared.encoder).open_cache()
     if cache is None:

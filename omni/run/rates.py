@@ -1,6 +1,6 @@
-"""What one encoder and one trainer achieve alone, measured on a run's own first bins.
+"""Measure the rates of one encoder and one trainer alone, on the first bins of a run.
 
-Without Ray: the numbers that `encoder.actors: auto` and the benchmarks compare the stream with.
+Without Ray. `encoder.actors: auto` uses the rates, and benchmarks compare the stream with them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def first_rows(plan: Plan, bins: int, optim: OptimConfig) -> list[int]:
 def loaded_blocks(
     split: Split, bins: Sequence[int], settings: StreamSettings
 ) -> tuple[list[pa.Table], float]:
-    """Blocks of log-mels as the load stage makes them without a cache, and the seconds it took."""
+    """Load blocks of log-mels without a cache; return them and the seconds taken."""
     began = time.perf_counter()
     rows = [load_bin(split, number, settings, None) for number in bins]
     seconds = time.perf_counter() - began
@@ -49,11 +49,11 @@ def without_cache(settings: StreamSettings) -> StreamSettings:
 def encoder_rate(
     stage: EncodeStage, blocks: Sequence[pa.Table], seconds: float
 ) -> tuple[float, list[pa.Table]]:
-    """Audio seconds per second of an encoder that lacks nothing, and the encoded blocks.
+    """Return audio seconds per second of an encoder that never waits, and the encoded blocks.
 
-    The stage must have no cache. Goes through the blocks once at least, and on for `seconds`.
+    Encodes all blocks at least once, and repeats them for `seconds`. The stage must have no cache.
     """
-    encoded = [stage(blocks[0])]  # the first call warms up
+    encoded = [stage(blocks[0])]  # The first call is slower.
     began = time.perf_counter()
     audio = 0.0
     passes = 0
@@ -73,14 +73,14 @@ def audio_seconds(block: pa.Table) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of training: seconds of a block forward and backward, and of the update of a step."""
+    """Seconds of forward and backward pass per block, and of the update per step."""
 
     seconds: float
     update_seconds: float
 
 
 class Trainer:
-    """A training loop of one rank over the blocks of `first_rows`, again and again.
+    """Training loop of one rank that repeats the blocks of `first_rows`.
 
     Writes into a temporary folder; the run that `spec` describes is not touched.
     """
@@ -95,8 +95,9 @@ class Trainer:
         if not self._steps:
             raise ValueError(f"{len(blocks)} blocks do not make a step")
         run = spec.config.run.model_copy(update={"storage": self._folder.name})
-        optim = optim.model_copy(update={"listen_steps": 0})  # what it costs most of the time
-        data = spec.config.data.model_copy(update={"max_rejects": 1.0})  # the run names them
+        optim = optim.model_copy(update={"listen_steps": 0})  # Most steps run the language model.
+        # The run itself reports rejects.
+        data = spec.config.data.model_copy(update={"max_rejects": 1.0})
         config: Config = spec.config.model_copy(update={"run": run, "optim": optim, "data": data})
         config.run_dir.mkdir()
         (config.run_dir / "config.yaml").write_text(config.to_yaml())
@@ -109,16 +110,16 @@ class Trainer:
             yield from self._blocks[: self._steps * self.blocks_per_step]
 
     def step(self) -> float:
-        """One optimizer step; returns the seconds of audio in it."""
+        """Run an optimizer step; return its seconds of audio."""
         state = self._loop.state
-        if state.step == self._steps:  # the blocks begin again, and with them the plan
+        if state.step == self._steps:  # Repeat the blocks, and the plan with them.
             state.step = 0
         first = state.step * self.blocks_per_step
         self._loop.step()
         return sum(audio_seconds(b) for b in self._blocks[first : first + self.blocks_per_step])
 
     def cost(self, seconds: float) -> Cost:
-        """What a step of one block costs, over `seconds`, after one that warms up."""
+        """Measure the mean cost over `seconds`, after one step of warm-up."""
         self.step()
         self._loop.recorder.watch.take()
         began, steps = time.perf_counter(), 0
@@ -130,7 +131,7 @@ class Trainer:
         return Cost(block / steps, spent["optimizer"] / steps)
 
     def rate(self, seconds: float, least: int = 3) -> float:
-        """Audio seconds per second over `seconds`, after two steps that warm up."""
+        """Measure audio seconds per second over `seconds`, after two steps of warm-up."""
         for _ in range(2):
             self.step()
         began, audio, steps = time.perf_counter(), 0.0, 0

@@ -1,6 +1,6 @@
-"""One block through load, encode and train, where the stages of a run will be, before it begins.
+"""Run a few blocks through load, encode and train on the cluster before a run starts.
 
-What it took is what `omni.run.estimate` and `encoder.actors: auto` reckon with.
+`omni.run.estimate` and `encoder.actors: auto` use the rates that it measures.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from omni.train.worker_spec import WorkerSpec
 
 @dataclass(frozen=True)
 class Trial:
-    """Rates in audio seconds per second: of one loading task, of one encoder actor. Of one worker
-    what a block costs, or None where that cannot be tried by one worker alone.
+    """Rates in audio seconds per second, of one loading task and of one encoder actor.
+
+    block: seconds of a block on one worker; None if the model does not fit a single worker.
     """
 
     decode_rate: float
@@ -43,11 +44,10 @@ class Trial:
 
 
 def try_pipe(prepared: Prepared, seconds: float = 0.0, blocks: int = 2) -> Trial:
-    """Load and encode the plan's first `blocks` blocks, then train on them, for `seconds` each at
-    least. Nothing of it is kept.
+    """Load, encode and train the plan's first `blocks` blocks, for at least `seconds` per stage.
 
-    Raises ConfigError where a block does not fit the trainer's memory or the language model is
-    refused, RuntimeError where a block does not come through.
+    Keeps nothing. Raises ConfigError if a block exceeds the memory of a stage or the language model
+    is refused, and RuntimeError if a stage fails.
     """
     config = prepared.config
     encoder, train = config.encoder, config.train
@@ -71,7 +71,7 @@ def try_pipe(prepared: Prepared, seconds: float = 0.0, blocks: int = 2) -> Trial
     except _NoRoom:
         if train.strategy == "ddp" or train.most == 1:
             raise
-        cost = None  # the whole model; the run's workers will hold a shard of it each
+        cost = None  # A worker of the run holds a shard only.
     return Trial(decode_rate, rate, cost)
 
 
@@ -80,7 +80,7 @@ class _NoRoom(ConfigError):
 
 
 def _get(result: Any, patience: float, who: str) -> Any:
-    """What the task returned, its failure in a person's words."""
+    """Return the result of a task; turn its failure into ConfigError or RuntimeError."""
     try:
         return ray.get(result, timeout=patience)
     except GetTimeoutError:
@@ -104,7 +104,7 @@ def _get(result: Any, patience: float, who: str) -> Any:
 def _load_and_encode(
     splits: list[ray.ObjectRef[Split]], bins: list[int], settings: StreamSettings, seconds: float
 ) -> tuple[float, float, list[pa.Table]]:
-    """Audio seconds per second of loading and of encoding, and the encoded blocks."""
+    """Return rates of loading and encoding in audio seconds per second, and encoded blocks."""
     torch.set_num_threads(settings.config.encoder.threads)
     split: Split = ray.get(splits[0])
     loaded, took = loaded_blocks(split, bins, settings)
@@ -114,7 +114,7 @@ def _load_and_encode(
 
 
 def _train(job: WorkerSpec, blocks: list[pa.Table], seconds: float) -> Cost:
-    """What a block costs a worker that never waits."""
+    """Measure the seconds of a block on a worker that never waits for data."""
     torch.set_num_threads(job.config.train.threads)
     device = torch.device("cuda" if job.config.train.gpus else "cpu")
     return Trainer(job, blocks, device).cost(seconds)

@@ -1,9 +1,9 @@
-"""Files that grow, in object storage, where nothing can be appended to.
+"""Append to files in object storage, whose objects cannot grow, by segments.
 
     metrics.jsonl  metrics.jsonl.1  metrics.jsonl.2
 
-The last segment is written anew with every append, from memory, until it is large enough; then the
-next begins. One process writes such a file at a time; readers find whole appends only.
+Each append rewrites the last segment from memory until it holds 1 MiB; then a new one begins. One
+process writes a file at a time; readers see whole appends only.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _lock = threading.Lock()
 
 
 def append(path: ObjectPath, data: bytes) -> None:
-    """Raises OSError; then nothing has been appended."""
+    """Append `data`. Raises OSError, and has appended nothing then."""
     with _lock:
         last = _last.get(path)
         if last is None or _size(segment(path, last.number)) != len(last.data):
-            last = _find(path)  # another process has written since
+            last = _find(path)  # Another process has appended since.
         longer = _Last(last.number, last.data + data)
         _last.pop(path, None)
         segment(path, longer.number).write_bytes(longer.data)
@@ -41,7 +41,7 @@ def append(path: ObjectPath, data: bytes) -> None:
 
 
 def replace(path: ObjectPath, data: bytes) -> None:
-    """Make `data` the whole content. Cut short, it leaves the old content's end behind the new."""
+    """Replace the content by `data`; an interruption leaves old segments behind the new one."""
     with _lock:
         _last.pop(path, None)
         path.write_bytes(data)
@@ -49,7 +49,7 @@ def replace(path: ObjectPath, data: bytes) -> None:
 
 
 def remove(path: ObjectPath) -> None:
-    """All segments; nothing where there are none."""
+    """Read all segments; nothing if there are none."""
     with _lock:
         _last.pop(path, None)
         _remove(path, 0)
@@ -88,6 +88,6 @@ def _find(path: ObjectPath) -> _Last:
 
 
 def _remove(path: ObjectPath, first: int) -> None:
-    """From the last one down: what is left is always the beginning."""
+    """Remove segments from the last one down, so that those left are a beginning."""
     for part in reversed(list(segments(path))[first:]):
         part.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""A folder of small immutable files, on local disk or in object storage.
+"""Read and write a folder of small immutable files, on disk or in object storage.
 
-Every file appears whole or not at all: a local one under a temporary name first, an object because
-object stores show an upload only when it is complete.
+A file appears whole or not at all: on disk it is renamed once written, and object stores show an
+upload once it is complete.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from omni.storage.atomic import write_atomic
 from omni.storage.path import as_path
 
 _OPEN_FILES = 32
-_LIST_SECONDS = 10.0  # between two looks into a bucket
+_LIST_SECONDS = 10.0  # between two listings of a bucket
 
 
 class Folder(Protocol):
-    """What the feature cache needs of a place to lie in. Failures are OSError."""
+    """Operations on a folder that the feature cache needs. Failures are OSError."""
 
     location: str
 
     def changed(self) -> bool:
-        """False where a new listing would surely bring nothing new; cheap."""
+        """Tell cheaply whether a new listing may differ from the last one."""
         ...
 
     def list(self) -> dict[str, int]:
-        """Bytes of each file by name; nothing for a folder that does not exist."""
+        """Return the size of each file in bytes, by name; empty if there is no folder."""
         ...
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes: ...
@@ -41,7 +41,7 @@ class Folder(Protocol):
 
 
 def open_folder(location: str | Path) -> Folder:
-    """A local path, or a URI of object storage. Raises StorageError."""
+    """Open a folder by its local path or URI. Raises StorageError."""
     where = as_path(location)
     if isinstance(where, Path):
         return LocalFolder(where)
@@ -60,7 +60,7 @@ class LocalFolder:
             changed_ns = os.stat(self.path).st_mtime_ns
         except OSError:
             return False
-        # A folder's time has finite resolution: one that changed just now may change again in it.
+        # File systems round times: a folder that changed just now may change again unnoticed.
         if changed_ns == self._listed_ns and time.time_ns() - changed_ns > 2_000_000_000:
             return False
         self._listed_ns = changed_ns
@@ -73,7 +73,7 @@ class LocalFolder:
                 for entry in entries:
                     try:
                         sizes[entry.name] = entry.stat().st_size
-                    except OSError:  # renamed in the meantime
+                    except OSError:  # It was renamed since.
                         continue
         except OSError:
             return {}
@@ -91,7 +91,7 @@ class LocalFolder:
         write_atomic(self.path / name, data)
 
     def _file(self, name: str) -> int:
-        """A descriptor that stays open: utterances of one shard are read one by one."""
+        """Return an open descriptor, kept because the utterances of a shard are read singly."""
         if name in self._files:
             self._files.move_to_end(name)
             return self._files[name]

@@ -1,4 +1,4 @@
-"""Storage that is away for a minute must not end a run of days: try again, for a while."""
+"""Retry storage that is unavailable: a minute without it must not end a run of days."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_expone
 
 RETRY_SECONDS = 180.0
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_HOPELESS = {errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
+_PERMANENT = {errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
 
 T = TypeVar("T")
 
 
 def retry_storage(call: Callable[[], T], *, seconds: float = RETRY_SECONDS) -> T:
-    """What `call` returns; an OSError that may pass is tried again for `seconds`, then raised.
+    """Return the result of `call`, retrying an OSError that may pass for `seconds`.
 
-    The first try comes at once, the others after 0.1, 0.2, ... up to 5 seconds.
+    Waits 0.1, 0.2, ... up to 5 seconds between attempts. Raises the last error.
     """
     trying = Retrying(
-        retry=retry_if_exception(_may_pass),
+        retry=retry_if_exception(_is_transient),
         wait=wait_exponential(multiplier=0.1, max=5),
         stop=stop_after_delay(seconds),
         reraise=True,
@@ -29,5 +29,5 @@ def retry_storage(call: Callable[[], T], *, seconds: float = RETRY_SECONDS) -> T
     return trying(call)
 
 
-def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno not in _HOPELESS
+def _is_transient(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno not in _PERMANENT
