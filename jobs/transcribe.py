@@ -15,7 +15,7 @@ from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
 from omni.errors import ConfigError, counted
 from omni.storage.filesystem import StorageError
 from omni.storage.path import as_path
-from omni.storage.uri import public_uri, reason_of
+from omni.storage.uri import public_uri, report_storage_errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,12 +55,11 @@ def _transcribe(arguments: argparse.Namespace) -> None:
 
 
 def _is_folder(name: str) -> bool:
-    try:
-        return as_path(name).is_dir()
-    except StorageError as error:
-        raise ConfigError(str(error)) from None
-    except OSError as error:  # The storage failed; the input may still be right.
-        raise RuntimeError(f"{public_uri(name)}: {reason_of(error)}") from error
+    with report_storage_errors(public_uri(name)):
+        try:
+            return as_path(name).is_dir()
+        except StorageError as error:
+            raise ConfigError(str(error)) from None
 
 
 if __name__ == "__main__":

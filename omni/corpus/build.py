@@ -24,6 +24,7 @@ from omni.config import Config
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import Task, finish
 from omni.corpus.manifest import INDEX_FILE
+from omni.corpus.other_files import utf8_name
 from omni.corpus.sources import Options, open_source
 from omni.errors import ConfigError, ManifestError
 from omni.model.download import HubError
@@ -31,7 +32,7 @@ from omni.storage.filesystem import StorageError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
-from omni.storage.uri import public_uri, reason_of, redact
+from omni.storage.uri import public_uri, reason_of, redact, report_storage_errors
 
 _SAY_SECONDS = 5.0
 _PATIENCE_SECONDS = 60.0  # Retry unavailable storage for this long.
@@ -47,20 +48,21 @@ def make_index(
     Raises ConfigError when a source is not what it should be, and RuntimeError for what may pass.
     """
     out = out.expanduser().absolute()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
-            return _index(specs, out, options, say)
-    except Timeout:
-        raise ConfigError(f"--out {out}: another job is writing it") from None
-    except ManifestError as error:
-        raise ConfigError(f"--source: {redact(str(error))}") from None
-    except HubError as error:
-        raise RuntimeError(f"--source: {redact(str(error))}") from error
-    except StorageError as error:
-        raise ConfigError(f"--out: {error}") from None
-    except OSError as error:
-        raise RuntimeError(f"{error.filename or out}: {reason_of(error)}") from error
+    if (shown := utf8_name(str(out))) != str(out):
+        raise ConfigError(f"--out {shown}: expected a path in UTF-8")
+    with report_storage_errors(f"--out {out}"):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with _alone(out):
+                return _index(specs, out, options, say)
+        except Timeout:
+            raise ConfigError(f"--out {out}: another job is writing it") from None
+        except ManifestError as error:
+            raise ConfigError(f"--source: {redact(str(error))}") from None
+        except HubError as error:
+            raise RuntimeError(f"--source: {redact(str(error))}") from error
+        except StorageError as error:
+            raise ConfigError(f"--out: {error}") from None
 
 
 def _alone(out: StoragePath) -> contextlib.AbstractContextManager[Any]:
@@ -73,13 +75,12 @@ def _index(
 ) -> dict[str, Any]:
     tasks: list[Task] = []
     for spec in specs:
-        try:
-            source = open_source(spec, options)
-            parts = source.parts()
-        except StorageError as error:
-            raise ManifestError(str(error)) from None
-        except OSError as error:
-            raise RuntimeError(f"--source {public_uri(spec)}: {reason_of(error)}") from error
+        with report_storage_errors(f"--source {public_uri(spec)}"):
+            try:
+                source = open_source(spec, options)
+                parts = source.parts()
+            except StorageError as error:
+                raise ManifestError(str(error)) from None
         if not parts:
             raise ManifestError(f"{public_uri(spec)}: no utterances in it")
         say(f"{public_uri(spec)}: {len(parts):,} parts")

@@ -14,7 +14,7 @@ from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError, ManifestError
 from omni.storage.folder import open_folder
 from omni.storage.path import join
-from omni.storage.uri import reason_of, redact
+from omni.storage.uri import reason_of, redact, report_storage_errors
 
 
 def build_indexes(config: Config) -> dict[str, Index]:
@@ -38,24 +38,23 @@ def build_indexes(config: Config) -> dict[str, Index]:
             raise ConfigError(f"{setting}: {where} cannot be written: {reason_of(error)}") from None
     policy = TextPolicy.of(config.data.model_dump())
     try:
-        indexes = {
-            name: build_mixture(
-                specs,
-                prompt=config.data.prompt,
-                cache_dir=config.cache_dir,
-                allow_absolute=config.data.allow_absolute,
-            )
-            for name, specs in (
-                ("train", config.data.train),
-                ("dev", config.data.dev),
-                ("test", config.data.test),
-            )
-            if specs
-        }
+        with report_storage_errors("data"):
+            indexes = {
+                name: build_mixture(
+                    specs,
+                    prompt=config.data.prompt,
+                    cache_dir=config.cache_dir,
+                    allow_absolute=config.data.allow_absolute,
+                )
+                for name, specs in (
+                    ("train", config.data.train),
+                    ("dev", config.data.dev),
+                    ("test", config.data.test),
+                )
+                if specs
+            }
     except ManifestError as error:
         raise ConfigError(f"data: {error}") from None
-    except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"data: {reason_of(error)}") from error
     try:
         indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
     except ValueError as error:

@@ -15,6 +15,7 @@ from omni.corpus.index_row import IndexRow, Recording, recordings
 from omni.corpus.languages import language_code
 from omni.corpus.lengths import span_of
 from omni.corpus.manifest import INDEX_FILE, ManifestError
+from omni.corpus.rejects import count_reasons
 from omni.errors import ConfigError
 from omni.model.tokenizer import SpeechTokenizer
 from omni.report.audio_embed import embed, mel_picture, waveform
@@ -24,7 +25,7 @@ from omni.report.plan_page import RunPlan, plan_section, read_run
 from omni.report.render import render
 from omni.storage.filesystem import StorageError
 from omni.storage.path import StoragePath, as_path
-from omni.storage.uri import public_uri, reason_of
+from omni.storage.uri import public_uri, reason_of, report_storage_errors
 
 _VOCAB = 1024  # of the tokenizer of a corpus that no run has trained one for
 _TRAINED_ON = 20_000  # texts, for that
@@ -51,23 +52,21 @@ def write_page(
     Raises ConfigError naming what cannot be used.
     """
     found = as_path(target)
-    try:
-        run = found if found.is_dir() and not (found / INDEX_FILE).is_file() else None
-    except StorageError as error:
-        raise ConfigError(str(error)) from None
-    except OSError as error:  # of storage, which may answer later
-        raise RuntimeError(f"{public_uri(target)}: {reason_of(error)}") from error
+    with report_storage_errors(public_uri(target)):
+        try:
+            run = found if found.is_dir() and not (found / INDEX_FILE).is_file() else None
+        except StorageError as error:
+            raise ConfigError(str(error)) from None
     if run is not None:
         made = read_run(run)
         index, tokens, note = made.index, made.tokenizer, made.note
     else:
         made, note = None, ""
         try:
-            index = build_index([target], allow_absolute=allow_absolute)
+            with report_storage_errors(public_uri(target)):
+                index = build_index([target], allow_absolute=allow_absolute)
         except ManifestError as error:
             raise ConfigError(str(error)) from None
-        except OSError as error:  # of storage, which may answer later
-            raise RuntimeError(f"{public_uri(target)}: {reason_of(error)}") from error
         tokens = None
     if tokenizer is not None:
         tokens = _load(tokenizer)
@@ -217,7 +216,7 @@ def _characters(counts: Counter[str]) -> list[tuple[str, str, int]]:
 
 def _rejects(index: Index) -> list[tuple[str, ...]]:
     """Return the reasons, each with its count and an example."""
-    reasons = Counter(reject.reason for reject in index.rejects).most_common()
+    reasons = list(count_reasons(reject.reason for reject in index.rejects).items())
     first = {reject.reason: reject for reject in reversed(index.rejects)}
     return [
         (reason, count(n), _cut(first[reason].id, _LONG_ID), _cut(first[reason].detail, 200))

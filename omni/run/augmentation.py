@@ -14,7 +14,7 @@ from omni.corpus.index_row import IndexRow, recordings
 from omni.corpus.manifest import ManifestError
 from omni.errors import ConfigError
 from omni.plan.sequences import sequence_positions
-from omni.storage.uri import reason_of
+from omni.storage.uri import report_storage_errors
 
 
 def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:
@@ -47,16 +47,15 @@ def augmentation_notes(config: Config) -> list[str]:
 
 def _clips(config: Config, name: str) -> Clips:
     try:
-        return read_clips(
-            getattr(config.augment, name),
-            name,
-            cache_dir=config.cache_dir,
-            allow_absolute=config.data.allow_absolute,
-        )
+        with report_storage_errors(f"augment.{name}"):
+            return read_clips(
+                getattr(config.augment, name),
+                name,
+                cache_dir=config.cache_dir,
+                allow_absolute=config.data.allow_absolute,
+            )
     except ManifestError as error:
         raise ConfigError(f"augment.{name}: {error}") from None
-    except OSError as error:  # Storage may be available later.
-        raise RuntimeError(f"augment.{name}: {reason_of(error)}") from error
 
 
 def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:

@@ -23,6 +23,7 @@ from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import recordings
+from omni.corpus.rejects import count_reasons
 from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError, counted
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
@@ -56,7 +57,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         say("augment changes all training audio in every epoch: only dev and test are encoded")
     if not indexes:
         raise ConfigError("augment: expected clean_share above 0, or dev or test data to encode")
-    rejects = Counter(r.reason for index in indexes.values() for r in index.rejects)
+    rejects = Counter(count_reasons(r.reason for i in indexes.values() for r in i.rejects))
     for note in [note for index in indexes.values() for note in index.notes]:
         say(f"note: {note}")
     table = _distinct_recordings(indexes)

@@ -1,8 +1,10 @@
-"""Show URIs and reasons of storage failures in messages, without credentials."""
+"""Show URIs and storage failures in messages, without credentials."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 BUCKET_SCHEMES = {"s3", "gs", "gcs"}  # In other schemes a container or a user may precede the @.
 
@@ -34,3 +36,17 @@ def reason_of(error: OSError) -> str:
     """Return the reason of a storage failure in a few words."""
     text = error.strerror or str(error).strip().partition("\n")[0] or type(error).__name__
     return redact(text)
+
+
+@contextmanager
+def report_storage_errors(what: str) -> Iterator[None]:
+    """Raise RuntimeError, beginning with `what`, for an OSError: storage may answer later.
+
+    The file that failed is named where the error knows it.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = str(error.filename or "")
+        named = f"{redact(file)}: " if file and file not in what else ""
+        raise RuntimeError(f"{what}: {named}{reason_of(error)}") from error
