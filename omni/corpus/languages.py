@@ -6,6 +6,8 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 
+from omni.errors import counted
+
 _CHINESE = {
     "zh", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "cdo", "cjy", "mnp", "cpx", "czh",
     "czo", "cnp", "csp",
@@ -38,7 +40,7 @@ def unknown_languages(counts: Mapping[str | None, int]) -> list[str]:
     unknown = Counter({n: c for n, c in counts.items() if n and not is_known(n)})
     if not unknown:
         return []
-    listed = [f"{name!r} ({count:,} utterances)" for name, count in unknown.most_common(5)]
+    listed = [f"{name!r} ({counted(count, 'utterance')})" for name, count in unknown.most_common(5)]
     rest = [f"{len(unknown) - 5} more"] if len(unknown) > 5 else []
     return [
         f"not a language that is known: {', '.join(listed + rest)}: scored by words; expected a "

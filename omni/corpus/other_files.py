@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from omni.corpus.lengths import Reject
+from omni.errors import counted
 
 NOT_A_RECORDING = "not a recording"
 """Reason of such files. They are no utterances, so `data.max_rejects` does not count them."""
@@ -54,7 +55,7 @@ class OtherFiles:
                 utf8_name(kind),
                 uri,
                 NOT_A_RECORDING,
-                f"{count:,} {'file' if count == 1 else 'files'}, such as {example}",
+                f"{counted(count, 'file')}, such as {example}",
             )
             for kind, (count, example) in sorted(self._found.items())
         ]

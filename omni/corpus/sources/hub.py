@@ -52,7 +52,8 @@ class HubSource:
             folder, revision = _locate(self.name, self.modelscope)
             config, split = _choose(folder, revision, self.words)
             tars = _tars(folder, config, split, revision)
-            count = len(tars) if tars else _stream(folder, config, split, revision).num_shards
+            stream = None if tars else _stream(folder, config, split, revision)
+            count = len(tars) if stream is None else stream.num_shards
         except ManifestError as error:
             raise ManifestError(f"{self.spec}: {error}") from None
         except Exception as error:  # Hub clients raise errors of many families.
@@ -60,6 +61,8 @@ class HubSource:
             kind = HubError if _may_pass(error) else ManifestError
             raise kind(f"{self.spec}: cannot be opened: {what}") from None
         mark = revision or _folder_mark(Path(folder))
+        if labels := _labels(stream and stream.features):
+            mark = fingerprint_of(mark, labels)
         return [
             Part(f"{config}-{split}-{n:05}", fingerprint_of(mark, n, count),
                  (config, split, revision, n, count, folder))

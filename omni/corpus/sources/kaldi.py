@@ -68,7 +68,7 @@ class KaldiSource:
                 text=texts.get(name, "").strip(),
                 start=start,
                 duration=None if end is None else end - start,
-                stated_duration=_seconds(f"{self.folder / 'utt2dur'}", lengths.get(name)),
+                stated_duration=_seconds(f"{self.folder}/utt2dur: {name}", lengths.get(name)),
                 speaker=speakers.get(name),
                 language=languages.get(name, self.options.language),
             )
