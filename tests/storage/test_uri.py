@@ -11,13 +11,13 @@ from omni.storage.uri import report_storage_errors
 
 def test_a_failure_names_what_it_was_for_and_the_file() -> None:
     failure = OSError(errno.EIO, "Input/output error", "/data/a.bin")
-    with pytest.raises(RuntimeError, match=r"^data: /data/a\.bin: Input/output error$") as caught:
-        with report_storage_errors("data"):
-            raise failure
+    wrong = pytest.raises(RuntimeError, match=r"^data: /data/a\.bin: Input/output error$")
+    with wrong as caught, report_storage_errors("data"):
+        raise failure
     assert caught.value.__cause__ is failure
-    with pytest.raises(RuntimeError, match=r"^--out /data/a\.bin: Input/output error$"):
-        with report_storage_errors("--out /data/a.bin"):
-            raise failure
+    wrong = pytest.raises(RuntimeError, match=r"^--out /data/a\.bin: Input/output error$")
+    with wrong, report_storage_errors("--out /data/a.bin"):
+        raise failure
 
 
 def test_a_failure_has_no_credentials_and_other_errors_pass() -> None:
