@@ -107,8 +107,8 @@ Sources = Annotated[
 class DataConfig(Section):
     """Corpora, their text, and how they are loaded and cached.
 
-    A corpus is a manifest (JSON lines), tar shards, the folder of an index (`omni index`), or
-    embedded:train, embedded:dev or embedded:test.
+    A corpus is a manifest (JSON lines), tar shards, the folder of an index (`omni index`), a small
+    corpus of any shape that `omni index` reads, or embedded:train, embedded:dev or embedded:test.
     """
 
     train: Sources = ["embedded:train"]

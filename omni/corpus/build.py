@@ -1,4 +1,6 @@
-"""Build an index folder: measure every part of every source in Ray Data tasks.
+"""Build an index folder: measure every part of every source.
+
+Many parts are made in Ray Data tasks, a few in this process.
 
 A part that is there and was made of the same is not done again, so the same command continues an
 interrupted one, and takes up what was added to a corpus.
@@ -7,20 +9,15 @@ interrupted one, and takes up what was added to a corpus.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray
 from filelock import FileLock, Timeout
 
 from omni.audio.logmel import SAMPLING_RATE
-from omni.cluster.ray_init import start_ray
-from omni.config import Config
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import Task, finish
 from omni.corpus.manifest import INDEX_FILE
@@ -34,7 +31,8 @@ from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
 from omni.storage.uri import public_uri, reason_of, redact, report_storage_errors
 
-_SAY_SECONDS = 5.0
+FEW_PARTS = 4
+"""So many parts are made in this process: starting Ray takes longer."""
 _PATIENCE_SECONDS = 60.0  # Retry unavailable storage for this long.
 
 
@@ -65,14 +63,31 @@ def make_index(
             raise ConfigError(f"--out: {error}") from None
 
 
-def _alone(out: StoragePath) -> contextlib.AbstractContextManager[Any]:
-    """Lock the folder against a second job; object storage has no locks."""
-    return FileLock(out / ".lock", timeout=0) if isinstance(out, Path) else contextlib.nullcontext()
+def index_few(spec: str, out: StoragePath, options: Options) -> None:
+    """Index a small source into the folder `out` without Ray, or bring that up to date.
+
+    Raises ManifestError for a wrong source, and for one of more than FEW_PARTS parts.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out, _PATIENCE_SECONDS):
+        _index([spec], out, options, lambda line: None, few=True)
+
+
+def _alone(out: StoragePath, seconds: float = 0.0) -> contextlib.AbstractContextManager[Any]:
+    """Lock the folder against a second job, waiting for it; object storage has no locks."""
+    if isinstance(out, Path):
+        return FileLock(out / ".lock", timeout=seconds)
+    return contextlib.nullcontext()
 
 
 def _index(
-    specs: Sequence[str], out: StoragePath, options: Options, say: Callable[[str], None]
+    specs: Sequence[str],
+    out: StoragePath,
+    options: Options,
+    say: Callable[[str], None],
+    few: bool = False,
 ) -> dict[str, Any]:
+    """Index the sources; few: refuse more than FEW_PARTS parts. Raises ManifestError."""
     tasks: list[Task] = []
     for spec in specs:
         with report_storage_errors(f"--source {public_uri(spec)}"):
@@ -85,6 +100,11 @@ def _index(
             raise ManifestError(f"{public_uri(spec)}: no utterances in it")
         say(f"{public_uri(spec)}: {len(parts):,} parts")
         tasks += [(source, part) for part in parts]
+    if few and len(tasks) > FEW_PARTS:
+        raise ManifestError(
+            f"{public_uri(specs[0])}: too large to be indexed at each start, {len(tasks):,} parts; "
+            f"`omni index --source {public_uri(specs[0])} --out DIR` makes an index to train on"
+        )
     names = [part_name(*task) for task in tasks]
     if len(set(names)) < len(names):
         raise ManifestError("the same source is given twice")
@@ -98,11 +118,14 @@ def _index(
 
     todo = [n for n, done in enumerate(parallel_map(is_done, range(len(tasks)))) if not done]
     if todo:
-        (out / INDEX_FILE).unlink(
-            missing_ok=True
-        )  # Training must not read a mix of old and new parts.
-        start_ray(Config())
-        _follow(tasks, todo, options, out, say)
+        # Training must not read a mix of old and new parts.
+        (out / INDEX_FILE).unlink(missing_ok=True)
+        if len(todo) <= FEW_PARTS and options.segment is None:
+            _make_here(tasks, todo, options, out, say)
+        else:
+            from omni.corpus.build_tasks import make_parts
+
+            make_parts(tasks, todo, options, out, say)
     result = finish(tasks, out)
     known = set(names)
     for old in [*(out / "parts").glob("*.parquet"), *(out / "audio").glob("*.bin")]:
@@ -111,44 +134,33 @@ def _index(
     return {**result, "parts": len(tasks), "done": len(todo)}
 
 
-def _follow(
+def _make_here(
     tasks: list[Task],
     todo: list[int],
     options: Options,
     out: StoragePath,
     say: Callable[[str], None],
 ) -> None:
-    """Make the parts, one task each, and report progress."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` reports progress instead.
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    held = {"tasks": ray.put(tasks)}  # Ray resolves a bare reference before every task.
-
-    def make(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        [number] = batch["id"].tolist()
-        return _make_part(ray.get(held["tasks"])[todo[number]], options, out)
-
-    made = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(make, batch_size=1)
-    began = shown = time.monotonic()
+    """Make the parts one after another in this process."""
+    began = time.monotonic()
     total: Counter[str] = Counter()
-    try:
-        for row in made.iter_rows():
-            if row["error"]:
-                raise ManifestError(row["error"])
-            if row["unavailable"]:  # Finished parts stay: the same command continues.
-                raise RuntimeError(f"indexing stopped: {row['unavailable']}")
-            total.update({name: row[name] for name in ("rows", "samples", "rejects", "bytes")})
-            total["parts"] += 1
-            now = time.monotonic()
-            if now - shown > _SAY_SECONDS or total["parts"] == len(todo):
-                shown = now
-                say(_progress(total, len(todo), now - began))
-    except ray.exceptions.RayError as error:
-        raise RuntimeError(f"indexing stopped: {str(error).strip().splitlines()[-1]}") from error
+    for number in todo:
+        row = {name: values[0] for name, values in make_part(tasks[number], options, out).items()}
+        add_part(total, row)
+    say(progress(total, len(todo), max(time.monotonic() - began, 1e-3)))
 
 
-def _progress(total: Counter[str], parts: int, seconds: float) -> str:
+def add_part(total: Counter[str], made: dict[str, Any]) -> None:
+    """Add the counts of a part. Raises ManifestError, or RuntimeError for storage that failed."""
+    if made["error"]:
+        raise ManifestError(made["error"])
+    if made["unavailable"]:  # Finished parts stay: the same command continues.
+        raise RuntimeError(f"indexing stopped: {made['unavailable']}")
+    total.update({name: made[name] for name in ("rows", "samples", "rejects", "bytes")})
+    total["parts"] += 1
+
+
+def progress(total: Counter[str], parts: int, seconds: float) -> str:
     left = seconds / total["parts"] * (parts - total["parts"])
     return (
         f"{total['parts']:,}/{parts:,} parts, {total['rows']:,} utterances, "
@@ -157,7 +169,7 @@ def _progress(total: Counter[str], parts: int, seconds: float) -> str:
     )
 
 
-def _make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
+def make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
     """Write one part; return its counts and errors as columns of one row."""
     counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
     counts |= {"error": "", "unavailable": ""}  # of the source; of its storage, which may recover

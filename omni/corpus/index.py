@@ -6,8 +6,11 @@ manifest's `duration` is not used for them, because the plan reserves positions 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,7 @@ from omni.corpus.manifest import INDEX_FILE, absolute, manifest_path, read_manif
 from omni.corpus.rejects import without_other_files
 from omni.corpus.sources import format_of
 from omni.errors import ManifestError
+from omni.storage.digest import digest
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
 from omni.storage.uri import public_uri
@@ -73,17 +77,17 @@ class Index:
     @property
     def fingerprint(self) -> str:
         """Hash content, length, text and order of the utterances, but no paths."""
-        digest = hashlib.blake2b(digest_size=12)
+        state = hashlib.blake2b(digest_size=12)
         for name in ("key", "samples", "text", "prompt", "task", "messages"):
             column = self.table[name]
             if name in ("task", "messages") and column.null_count == len(column):
                 continue
-            digest.update(b"[")  # The repr of one list, made batch by batch to save memory.
+            state.update(b"[")  # The repr of one list, made batch by batch to save memory.
             for number, batch in enumerate(self.table.select([name]).to_batches(_BATCH)):
                 items = repr(batch[0].to_pylist())[1:-1]
-                digest.update(f"{', ' if number else ''}{items}".encode())
-            digest.update(b"]")
-        return digest.hexdigest()
+                state.update(f"{', ' if number else ''}{items}".encode())
+            state.update(b"]")
+        return state.hexdigest()
 
 
 def build_index(
@@ -94,7 +98,7 @@ def build_index(
     threads: int = 8,
     allow_absolute: bool = False,
 ) -> Index:
-    """Index manifests (JSON lines, tar shards or index folders), in order.
+    """Index manifests, tar shards, index folders and small corpora of any shape, in order.
 
     Rows with bad audio or without text become rejects. A manifest may name files in its own folder
     only, unless `allow_absolute`: its author may not be allowed to read all files of this machine.
@@ -105,6 +109,8 @@ def build_index(
     names = ", ".join(map(public_uri, specs))
     for spec in specs:
         path = _find_manifest(spec)
+        if path is None:
+            path = _index_small(spec, cache_dir, allow_absolute) / INDEX_FILE
         if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
             table, bad = read_index_folder(path.parent, prompt)
             spoken = pc.not_equal(table["text"], "")
@@ -134,22 +140,32 @@ def build_index(
     return Index(table, rejects, notes=notes)
 
 
-def _find_manifest(spec: str) -> StoragePath:
-    """Find a manifest, tar or index. Raises ManifestError, which says what reads other formats."""
+def _find_manifest(spec: str) -> StoragePath | None:
+    """Find a manifest, tar or index; None for a corpus of another shape. Raises ManifestError."""
     try:
         path = manifest_path(spec)
-        ending = path.name.rpartition(".")[2]
-        if ending not in ("gz", "csv", "tsv", "parquet"):
-            return path
-        other = ending
     except ManifestError:
-        if (found := format_of(spec)) is None or found == "jsonl":
+        if format_of(spec) in (None, "jsonl"):
             raise
-        other = found
-    raise ManifestError(
-        f"{public_uri(spec)}: expected a manifest (.jsonl), a .tar or an index, found {other}; "
-        f"`omni index --source {public_uri(spec)} --out DIR` makes an index of it"
-    )
+        return None
+    return None if path.name.endswith((".gz", ".csv", ".tsv", ".parquet")) else path
+
+
+def _index_small(spec: str, cache_dir: StoragePath | None, allow_absolute: bool) -> StoragePath:
+    """Index a small corpus of any shape beside the cache, or for this process alone without one.
+
+    Returns the index folder. Raises ManifestError.
+    """
+    from omni.corpus.build import index_few
+    from omni.corpus.sources import Options
+
+    if cache_dir is None:
+        folder: StoragePath = Path(tempfile.mkdtemp(prefix="omni-index-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    else:
+        folder = cache_dir / "indexes" / digest(f"{Path.cwd()} {spec} {allow_absolute}", size=8)
+    index_few(spec, folder, Options(allow_absolute=allow_absolute))
+    return folder
 
 
 def repeated_id(ids: pa.ChunkedArray) -> str | None:

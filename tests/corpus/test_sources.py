@@ -309,6 +309,8 @@ def test_every_shape_gives_the_same_index_and_sound(
     spec = write(folder, rows, tmp_path / "in")
     found = index(tmp_path / "out", spec, allow_absolute=True)
     same(found, expected.index, bytes_too, speakers)
+    direct = build_index([spec], cache_dir=tmp_path / "cache", allow_absolute=True)
+    same(direct, expected.index, bytes_too, speakers)
     for one, other in zip(audio_of(found), expected.audio, strict=True):
         assert np.array_equal(one, other), "these formats are without loss"
 
@@ -435,18 +437,33 @@ def test_rows_carry_the_length_that_their_source_states(tmp_path: Path) -> None:
     assert [row.stated_duration for row in read_all(f"kaldi:{tmp_path}")] == [2.5, None]
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["m.csv", "m.tsv", "m.parquet", "cuts.jsonl.gz", "csv:m.csv", "hf:a/b", "kaldi", "*.tar"],
-)
-def test_training_names_the_job_that_reads_other_formats(spec: str, tmp_path: Path) -> None:
-    (tmp_path / "kaldi").mkdir()
-    for name in ("m.csv", "m.tsv", "m.parquet", "cuts.jsonl.gz", "kaldi/wav.scp"):
-        (tmp_path / name).write_text("x")
-    given = spec if ":" in spec else f"{tmp_path}/{spec}"
+def test_a_large_corpus_of_another_shape_is_left_to_the_index_job(tmp_path: Path) -> None:
+    """Reading it anew at each start would take too long."""
+    lines = ["audio,text", *("a.wav,one" for _ in range(4001))]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
     with pytest.raises(ManifestError) as caught:
-        build_index([given])
-    assert f"omni index --source {given} " in str(caught.value)
+        build_index([str(tmp_path / "m.csv")])
+    assert f"omni index --source {tmp_path}/m.csv " in str(caught.value)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_small_corpus_is_taken_directly_and_kept_beside_the_cache(
+    cached: bool, folder: Path, rows: Rows, expected: Expected, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    spec = write_csv(folder, rows, tmp_path / "in")
+    cache = tmp_path / "cache" if cached else None
+    parts = []
+    for _ in range(2):
+        found = build_index([spec], cache_dir=cache, allow_absolute=True)
+        same(found, expected.index, True, True)
+        parts.append({p: p.stat().st_mtime_ns for p in tmp_path.glob("cache/indexes/*/parts/*")})
+    assert len(parts[0]) == cached and parts[0] == parts[1], "it is read again when it changes only"
+    text = Path(spec).read_text()
+    Path(spec).write_text(text.replace(rows[0]["text"], "Something else."))
+    assert "Something else." in build_index([spec], cache_dir=cache, allow_absolute=True).table[
+        "text"
+    ].to_pylist()  # fmt: skip
 
 
 @pytest.mark.parametrize("row", [CUT, {"audio_filepath": "a.wav", "text": "a"}])
