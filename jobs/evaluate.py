@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = job_parser("evaluate", __doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
-    add("--data", required=True, help="any corpus that omni index reads, an index, or embedded:dev, :test")
+    add("--data", required=True, help="corpus (any SPEC of omni index), or embedded:test")
     add("--allow_absolute", action="store_true", help="let the manifest name files anywhere")
     add("--out", type=Path, help="write one JSON line per utterance here")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
