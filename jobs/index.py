@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from omni.corpus.build import make_index
+    from omni.corpus.build_tasks import make_index
     from omni.corpus.built_index import summary_lines
     from omni.corpus.sources.base import COLUMNS, Options
 

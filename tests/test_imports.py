@@ -14,7 +14,6 @@ WITH_RAY = {
     "omni.cluster.job_client",
     "omni.cluster.ray_init",
     "omni.cluster.ray_internals",
-    "omni.corpus.build_tasks",
     "omni.metrics.prometheus",
     "omni.run.attempts",
     "omni.run.encoder_actors",

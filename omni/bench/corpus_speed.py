@@ -115,7 +115,7 @@ def repeat_files(folder: Path, rows: int) -> Path:
 
 def _index(manifest: Path, out: Path) -> None:
     # The import is here because it loads Ray, which only this measurement needs.
-    from omni.corpus.build import make_index
+    from omni.corpus.build_tasks import make_index
 
     make_index([str(manifest)], out, Options(), say=progress)
 

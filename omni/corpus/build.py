@@ -1,6 +1,6 @@
 """Build an index folder: measure every part of every source.
 
-Many parts are made in Ray Data tasks, a few in this process.
+A few parts are made here; `omni.corpus.build_tasks` makes many.
 
 A part that is there and was made of the same is not done again, so the same command continues an
 interrupted one, and takes up what was added to a corpus.
@@ -13,54 +13,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from omni.audio.logmel import SAMPLING_RATE
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import Task, finish
 from omni.corpus.manifest import INDEX_FILE
-from omni.corpus.other_files import utf8_name
 from omni.corpus.sources import Options, open_source
-from omni.errors import ConfigError, ManifestError
-from omni.model.download import HubError
+from omni.errors import ManifestError
 from omni.storage.filesystem import StorageError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
-from omni.storage.uri import public_uri, reason_of, redact, report_storage_errors
+from omni.storage.uri import public_uri, reason_of, report_storage_errors
 
 FEW_PARTS = 4
 """So many parts are made in this process: starting Ray takes longer."""
+MakeParts: TypeAlias = Callable[
+    [list[Task], list[int], Options, StoragePath, Callable[[str], None]], None
+]
 _PATIENCE_SECONDS = 60.0  # Retry unavailable storage for this long.
-
-
-def make_index(
-    specs: Sequence[str], out: StoragePath, options: Options, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Index the sources into the folder `out`; call `say` with a line of progress now and then.
-
-    Returns the counts of `omni.corpus.built_index.finish`, `parts`, and `done`: those made in this
-    call.
-    Raises ConfigError when a source is not what it should be, and RuntimeError for what may pass.
-    """
-    out = out.expanduser().absolute()
-    if (shown := utf8_name(str(out))) != str(out):
-        raise ConfigError(f"--out {shown}: expected a path in UTF-8")
-    with report_storage_errors(f"--out {out}"):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with _alone(out):
-                return _index(specs, out, options, say)
-        except Timeout:
-            raise ConfigError(f"--out {out}: another job is writing it") from None
-        except ManifestError as error:
-            raise ConfigError(f"--source: {redact(str(error))}") from None
-        except HubError as error:
-            raise RuntimeError(f"--source: {redact(str(error))}") from error
-        except StorageError as error:
-            raise ConfigError(f"--out: {error}") from None
 
 
 def index_few(spec: str, out: StoragePath, options: Options) -> None:
@@ -69,25 +43,28 @@ def index_few(spec: str, out: StoragePath, options: Options) -> None:
     Raises ManifestError for a wrong source, and for one of more than FEW_PARTS parts.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out, _PATIENCE_SECONDS):
-        _index([spec], out, options, lambda line: None, few=True)
+    with alone(out, _PATIENCE_SECONDS):
+        index_sources([spec], out, options, lambda line: None)
 
 
-def _alone(out: StoragePath, seconds: float = 0.0) -> contextlib.AbstractContextManager[Any]:
+def alone(out: StoragePath, seconds: float = 0.0) -> contextlib.AbstractContextManager[Any]:
     """Lock the folder against a second job, waiting for it; object storage has no locks."""
     if isinstance(out, Path):
         return FileLock(out / ".lock", timeout=seconds)
     return contextlib.nullcontext()
 
 
-def _index(
+def index_sources(
     specs: Sequence[str],
     out: StoragePath,
     options: Options,
     say: Callable[[str], None],
-    few: bool = False,
+    make_many: MakeParts | None = None,
 ) -> dict[str, Any]:
-    """Index the sources; few: refuse more than FEW_PARTS parts. Raises ManifestError."""
+    """Index the sources into a locked folder.
+
+    make_many: makes more than FEW_PARTS parts; None refuses them. Raises ManifestError.
+    """
     tasks: list[Task] = []
     for spec in specs:
         with report_storage_errors(f"--source {public_uri(spec)}"):
@@ -100,7 +77,7 @@ def _index(
             raise ManifestError(f"{public_uri(spec)}: no utterances in it")
         say(f"{public_uri(spec)}: {len(parts):,} parts")
         tasks += [(source, part) for part in parts]
-    if few and len(tasks) > FEW_PARTS:
+    if make_many is None and len(tasks) > FEW_PARTS:
         raise ManifestError(
             f"{public_uri(specs[0])}: too large to be indexed at each start, {len(tasks):,} parts; "
             f"`omni index --source {public_uri(specs[0])} --out DIR` makes an index to train on"
@@ -120,12 +97,9 @@ def _index(
     if todo:
         # Training must not read a mix of old and new parts.
         (out / INDEX_FILE).unlink(missing_ok=True)
-        if len(todo) <= FEW_PARTS and options.segment is None:
-            _make_here(tasks, todo, options, out, say)
-        else:
-            from omni.corpus.build_tasks import make_parts
-
-            make_parts(tasks, todo, options, out, say)
+        few = len(todo) <= FEW_PARTS and options.segment is None
+        make = _make_here if few or make_many is None else make_many
+        make(tasks, todo, options, out, say)
     result = finish(tasks, out)
     known = set(names)
     for old in [*(out / "parts").glob("*.parquet"), *(out / "audio").glob("*.bin")]:

@@ -1,27 +1,58 @@
-"""Make the parts of an index in Ray Data tasks."""
+"""Index corpora of any size: many parts are made in Ray Data tasks."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import ray
+from filelock import Timeout
 
-from omni.cluster.ray_init import start_ray
 from omni.config import Config
-from omni.corpus.build import add_part, make_part, progress
+from omni.corpus.build import add_part, alone, index_sources, make_part, progress
 from omni.corpus.built_index import Task
+from omni.corpus.other_files import utf8_name
 from omni.corpus.sources import Options
+from omni.errors import ConfigError, ManifestError
+from omni.model.download import HubError
+from omni.storage.filesystem import StorageError
 from omni.storage.path import StoragePath
+from omni.storage.uri import redact, report_storage_errors
 
 _SAY_SECONDS = 5.0
 
 
-def make_parts(
+def make_index(
+    specs: Sequence[str], out: StoragePath, options: Options, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Index the sources into the folder `out`; call `say` with a line of progress now and then.
+
+    Returns the counts of `omni.corpus.built_index.finish`, `parts`, and `done`: those made in this
+    call.
+    Raises ConfigError when a source is not what it should be, and RuntimeError for what may pass.
+    """
+    out = out.expanduser().absolute()
+    if (shown := utf8_name(str(out))) != str(out):
+        raise ConfigError(f"--out {shown}: expected a path in UTF-8")
+    with report_storage_errors(f"--out {out}"):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with alone(out):
+                return index_sources(specs, out, options, say, _make_parts)
+        except Timeout:
+            raise ConfigError(f"--out {out}: another job is writing it") from None
+        except ManifestError as error:
+            raise ConfigError(f"--source: {redact(str(error))}") from None
+        except HubError as error:
+            raise RuntimeError(f"--source: {redact(str(error))}") from error
+        except StorageError as error:
+            raise ConfigError(f"--out: {error}") from None
+
+
+def _make_parts(
     tasks: list[Task],
     todo: list[int],
     options: Options,
@@ -29,6 +60,10 @@ def make_parts(
     say: Callable[[str], None],
 ) -> None:
     """Make the parts `todo` in one task each, and report progress. Starts Ray."""
+    import ray
+
+    from omni.cluster.ray_init import start_ray
+
     start_ray(Config())
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` reports progress instead.
     context = ray.data.DataContext.get_current()
