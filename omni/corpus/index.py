@@ -160,8 +160,9 @@ def _index_small(spec: str, cache_dir: StoragePath | None, allow_absolute: bool)
     from omni.corpus.sources import Options
 
     if cache_dir is None:
-        folder: StoragePath = Path(tempfile.mkdtemp(prefix="omni-index-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        name = tempfile.mkdtemp(prefix="omni-index-")
+        atexit.register(shutil.rmtree, name, ignore_errors=True)
+        folder: StoragePath = Path(name)
     else:
         folder = cache_dir / "indexes" / digest(f"{Path.cwd()} {spec} {allow_absolute}", size=8)
     index_few(spec, folder, Options(allow_absolute=allow_absolute))
