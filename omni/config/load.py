@@ -16,6 +16,8 @@ from omni.errors import ConfigError
 from omni.storage.path import StoragePath, as_path
 from omni.storage.uri import reason_of
 
+RENAMED = {"optim.listen_steps": "optim.ctc_only_steps"}
+"""Settings of earlier versions, by their names today."""
 _ROOT = Path(__file__).parents[2]
 
 
@@ -27,11 +29,14 @@ def shipped_configs() -> dict[str, Path]:
     return {}
 
 
-def load_config(path: str | StoragePath | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | StoragePath | None, overrides: Sequence[str] = (), *, of_run: bool = False
+) -> Config:
     """Read a YAML file and apply overrides such as ["--optim.lr", "3e-4"].
 
     path: also the name of a config that comes with omni. A repeated override of a list collects its
-    values. Raises ConfigError.
+    values. of_run: the file was written by a run, perhaps of an earlier version, whose names of
+    settings are accepted. Raises ConfigError.
     """
     values: dict[str, Any] = {}
     if isinstance(path, str) and path in shipped_configs() and not Path(path).is_file():
@@ -48,6 +53,8 @@ def load_config(path: str | StoragePath | None, overrides: Sequence[str] = ()) -
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {path}: expected sections, found {type(loaded).__name__}")
         values = loaded or {}
+    if of_run:
+        _rename(values)
     for key, value in _parse_overrides(overrides).items():
         _set(values, key, value)
     return parse_config(values)
@@ -59,6 +66,14 @@ def parse_config(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_error_text(item) for item in error.errors())) from None
+
+
+def _rename(values: dict[str, Any]) -> None:
+    """Give settings of earlier versions their names of today, in place."""
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        if isinstance(values.get(section), dict) and name in values[section]:
+            _set(values, new, values[section].pop(name))
 
 
 def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -133,6 +148,8 @@ def _error_text(error: ErrorDetails) -> str:
     if error["type"] != "extra_forbidden":
         given = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
         return f"{location}: {error['msg'].removeprefix('Value error, ')}{given}"
+    if location in RENAMED:
+        return f"{location}: renamed; expected {RENAMED[location]}"
     known = _fields(error["loc"][:-1])
     close = difflib.get_close_matches(names[-1], known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""

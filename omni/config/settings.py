@@ -378,7 +378,7 @@ class OptimConfig(Section):
     """Weight of the cross-entropy of the answers."""
     ctc_weight: NotNegativeFloat = 0.0
     """Weight of an auxiliary CTC loss on the soft tokens; 0: off."""
-    listen_steps: NotNegative = 0
+    ctc_only_steps: NotNegative = 0
     """Initial steps that train with CTC alone, without running the language model."""
     kl_weight: NotNegativeFloat = 0.0
     """Weight of the divergence from the language model given the transcript; 0: off."""
@@ -391,8 +391,8 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
-        if self.listen_steps and not self.ctc_weight:
-            raise ValueError("listen_steps: these steps train by CTC alone; expected a ctc_weight")
+        if self.ctc_only_steps and not self.ctc_weight:
+            raise ValueError("ctc_only_steps: they train by CTC alone; expected a ctc_weight")
         return self
 
 

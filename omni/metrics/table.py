@@ -68,7 +68,7 @@ class TrainRow:
     )
     loss: float | None = metric(
         "nats/token",
-        "training loss, null while `optim.listen_steps` leaves the language model out",
+        "training loss, null while `optim.ctc_only_steps` leaves the language model out",
         lambda m: m.sums.loss / m.tokens if m.sums.counted else None,
         "omni_loss",
     )

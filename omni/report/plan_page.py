@@ -48,7 +48,7 @@ def read_run(run: StoragePath) -> RunPlan:
     """Read the plan and the corpus of a run. Raises ConfigError if there is no run or no plan."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: neither a manifest nor a run: it has no config.yaml")
-    config = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", of_run=True)
     plans = [
         str(e["plan"]) for e in read_events(run) if e.get("event") == "attempt" and "plan" in e
     ]

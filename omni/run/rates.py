@@ -95,7 +95,8 @@ class Trainer:
         if not self._steps:
             raise ValueError(f"{len(blocks)} blocks do not make a step")
         run = spec.config.run.model_copy(update={"storage": self._folder.name})
-        optim = optim.model_copy(update={"listen_steps": 0})  # Most steps run the language model.
+        # Most steps run the language model.
+        optim = optim.model_copy(update={"ctc_only_steps": 0})
         # The run itself reports rejects.
         data = spec.config.data.model_copy(update={"max_rejects": 1.0})
         config: Config = spec.config.model_copy(update={"run": run, "optim": optim, "data": data})

@@ -68,7 +68,7 @@ class StepRunner:
         Raises FloatingPointError after `optim.max_skips` steps in a row without an update.
         """
         micro = list(self._reader.microbatches(state.step))
-        if state.step == self._config.optim.listen_steps:
+        if state.step == self._config.optim.ctc_only_steps:
             # With the language model in the loss, gradients have another magnitude.
             state.updates = 0
         sums, norm = self._gradients(micro, state.step)
@@ -95,7 +95,7 @@ class StepRunner:
         for number, part in enumerate(micro):
             torch.manual_seed(_combine_seeds(self._config.run.seed, step, part.block))
             with self._model_state.accumulating(last=number == len(micro) - 1):
-                losses.append(self._backward(part, step < self._config.optim.listen_steps))
+                losses.append(self._backward(part, step < self._config.optim.ctc_only_steps))
             sums += part.counts
         sums += StepSums.of_losses(torch.stack(losses).sum(dim=0).cpu())
         sums = StepSums.unpack(all_sum(sums.pack()))

@@ -55,6 +55,14 @@ def test_an_empty_file_is_all_defaults(written: Written) -> None:
     assert load_config(written("# nothing yet\n")) == Config()
 
 
+def test_a_renamed_setting_is_named_by_one_line(written: Written) -> None:
+    path = written("optim: {listen_steps: 0}\n")
+    assert _error(path) == "optim.listen_steps: renamed; expected optim.ctc_only_steps"
+    assert load_config(written("optim: {listen_steps: 3, ctc_weight: 1}\n"), of_run=True) == (
+        load_config(None, ["--optim.ctc_only_steps", "3", "--optim.ctc_weight", "1"])
+    ), "files of runs are read whatever version wrote them"
+
+
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "3E-4"])
 def test_a_rate_may_be_written_in_any_way(written: Written, text: str) -> None:
     """YAML 1.1 reads 3e-4 as a string."""

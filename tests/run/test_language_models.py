@@ -144,7 +144,7 @@ def test_gradients_of_the_language_model_are_usual_when_it_joins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("omni.train.step._SPIKE_AFTER", 2)
-    config = _config(tmp_path, optim={"listen_steps": 2, "spike": 1.0001})
+    config = _config(tmp_path, optim={"ctc_only_steps": 2, "spike": 1.0001})
     loop = _trainer(prepare(config))._loop
     loop.steps._config = config
     norms = []
@@ -159,9 +159,9 @@ def test_gradients_of_the_language_model_are_usual_when_it_joins(
 def test_a_run_listens_first_and_keeps_the_language_model_by_reference(
     tmp_path: Path,
 ) -> None:
-    stacked = _config(tmp_path, optim={"steps": 12, "listen_steps": 4})
+    stacked = _config(tmp_path, optim={"steps": 12, "ctc_only_steps": 4})
     assert any(note.startswith("CTC ") for note in prepare(stacked).notes)
-    config = _config(tmp_path, model={"stack": 4}, optim={"steps": 12, "listen_steps": 4})
+    config = _config(tmp_path, model={"stack": 4}, optim={"steps": 12, "ctc_only_steps": 4})
     values = yaml.safe_load(config.to_yaml())
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values))
