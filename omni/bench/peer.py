@@ -34,7 +34,7 @@ from omni.run.prepare import Prepared, prepare
 from omni.stream.codec import DTYPES
 from omni.stream.collate import Utterance
 from omni.train.evaluation import Layout
-from omni.train.optim import make_optimizers, rate_share, set_rates, trainable
+from omni.train.optim import make_optimizers, set_rates, trainable
 
 _SLICE_SECONDS = 50.0
 _ROUNDS = 2
@@ -140,7 +140,7 @@ class Peer:
             out = self._model(self._batch(rows))
             loss = out.loss / out.tokens
         loss.backward()
-        set_rates(self._optimizers, rate_share(self._steps, self._config.optim))
+        set_rates(self._optimizers, self._steps, self._config.optim)
         nn.utils.clip_grad_norm_(list(trainable(self._model).values()), self._config.optim.clip)
         for optimizer in self._optimizers.values():
             optimizer.step()

@@ -353,19 +353,25 @@ class OptimConfig(Section):
     steps: Positive = 1000
     """Number of optimizer steps of the run."""
     lr: PositiveFloat = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW, for all parameters whose role has none of its own below."""
     projector_lr: PositiveFloat | None = None
     """Peak learning rate of the projector; null: `lr`."""
     lora_lr: PositiveFloat | None = None
     """Peak learning rate of the LoRA adapters; null: `lr`."""
+    embedding_lr: PositiveFloat | None = None
+    """Peak learning rate of the language model's embedding tables; null: `lr`."""
+    unembedding_lr: PositiveFloat | None = None
+    """Peak learning rate of the language model's output head; null: `lr`."""
+    scalar_lr: PositiveFloat | None = None
+    """Peak learning rate of the language model's scalars, gates, norms, biases; null: `lr`."""
     muon_lr: PositiveFloat | None = None
-    """Peak learning rate of Muon for the GPT's matrices; null: they train with AdamW."""
+    """Peak learning rate of Muon for the GPT's matrices; null: they train with AdamW at `lr`."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of AdamW's two moments."""
     weight_decay: NotNegativeFloat = 0.05
-    """Weight decay of matrices."""
+    """Weight decay; a step at the peak shrinks a matrix by lr x weight_decay at any own rate."""
     warmup_steps: NotNegative = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; the language model's begin after `ctc_only_steps`."""
     final_lr: Share = 0.02
     """Learning rate at the end of the cosine, as a share of the peak."""
     clip: PositiveFloat = 1.0
@@ -392,7 +398,9 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
         if self.ctc_only_steps and not self.ctc_weight:
-            raise ValueError("ctc_only_steps: they train by CTC alone; expected a ctc_weight")
+            raise ValueError(
+                "ctc_only_steps: these steps train by CTC alone; expected a ctc_weight"
+            )
         return self
 
 

@@ -107,6 +107,8 @@ class LiveView:
         for event in events:
             if (text := describe_event(event)) is not None:
                 self._print(f"{event['step'] or 0:>7} ", (text, "yellow"))
+            for line in describe_groups(event):
+                self._print(f"{'':>7} ", (line, "dim"))
 
     def _print(self, *parts: _Part) -> None:
         """Print a line of plain texts and (text, style)."""
@@ -173,6 +175,16 @@ def describe_event(event: dict[str, Any]) -> str | None:
 
 def _limit(limit: str) -> str:
     return "waiting for the first blocks" if limit == "start" else f"{limit}-bound"
+
+
+def describe_groups(event: dict[str, Any]) -> list[str]:
+    """Describe the optimizer's groups of an attempt, a line for each."""
+    return [
+        f"{group['role']:<11} {group['parameters']:>13,} parameters, {group['optimizer']:<5} "
+        f"lr {group['lr']:.1e}, weight decay {group['weight_decay']:.2g}"
+        + (f", from step {group['first_step'] + 1}" if group["first_step"] else "")
+        for group in event.get("groups", [])
+    ]
 
 
 def _by_language(rates: dict[str, dict[str, Any]]) -> str:

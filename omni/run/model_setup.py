@@ -111,6 +111,7 @@ def model_config(
             "optim.kl_weight: the teacher of distillation is the frozen language model; expected "
             "model.train without lm"
         )
+    _check_rates(config, shape)
     layers = encoder.layers
     return OmniConfig(
         lm=shape,
@@ -128,3 +129,27 @@ def model_config(
         if "lora" in m.train
         else None,
     )
+
+
+def _check_rates(config: Config, shape: GPTConfig | HFConfig) -> None:
+    """Raise ConfigError for a learning rate of parameters that do not train."""
+    train = config.model.train
+    # Of a transformers model, embeddings and head are one table unless it says otherwise.
+    tied = isinstance(shape, HFConfig) and shape.architecture.get("tie_word_embeddings", True)
+    trained = {
+        "projector_lr": "projector" in train,
+        "lora_lr": "lora" in train,
+        "embedding_lr": "lm" in train,
+        "unembedding_lr": "lm" in train and not tied,
+        "scalar_lr": "lm" in train,
+        "muon_lr": "lm" in train and isinstance(shape, GPTConfig),
+    }
+    reasons = {
+        "muon_lr": "Muon trains the matrices of a GPT, with lm in model.train",
+        "unembedding_lr": "the output head trains with lm in model.train, unless its weights are "
+        "the embeddings",
+    }
+    for name, trains in trained.items():
+        if getattr(config.optim, name) is not None and not trains:
+            reason = reasons.get(name, f"model.train {train} trains nothing with it")
+            raise ConfigError(f"optim.{name}: {reason}; leave it out")

@@ -37,6 +37,7 @@ from omni.train.distributed import all_gather, barrier
 from omni.train.evaluation import HeldOut
 from omni.train.ledger import rewind_ledgers
 from omni.train.model_state import ModelState
+from omni.train.optim import describe_groups
 from omni.train.recorder import Publisher, Recorder
 from omni.train.step import StepRunner
 from omni.train.stop_request import StopRequest
@@ -269,7 +270,10 @@ class TrainLoop:
             redone = rewind_ledgers(self.run_dir, step)
         nodes = all_gather([node])
         plan = self.spec.fingerprints.get("plan")
-        self._log_event("attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone)
+        groups = describe_groups(self.model_state.optimizers)
+        self._log_event(
+            "attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone, groups=groups
+        )
         barrier()
         self.reader.rejects.restore(self.state.rejects)
         self.recorder.restore(self.state)

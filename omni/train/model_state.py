@@ -26,7 +26,6 @@ from omni.train.optim import (
     load_optimizer_tensors,
     make_optimizers,
     optimizer_tensors,
-    rate_share,
     set_rates,
     trainable,
 )
@@ -104,7 +103,7 @@ class ModelState:
 
     def update(self, step: int) -> None:
         """Apply the gradients of step `step` (from 0) and update the averaged weights."""
-        set_rates(self.optimizers, rate_share(step, self.config.optim))
+        set_rates(self.optimizers, step, self.config.optim)
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.clear_gradients()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from omni.config import OptimConfig
+from omni.model.lm.gpt import GPT
+from omni.model.lm.hf import HFLanguageModel
 from omni.model.lm.lora import is_adapter
 from omni.train.distributed import shard_like
 
@@ -20,64 +23,134 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
-    """Build AdamW for trainable parameters, and Muon for the GPT's matrices if `muon_lr` is set.
+    """Build AdamW for trainable parameters, and Muon for a GPT's matrices if `muon_lr` is set.
 
-    Scalars, gates and biases get no weight decay. Each group keeps its peak rate as `peak_lr`.
+    Each group of parameters has one role, hence one peak rate (`peak_lr`) and first step
+    (`first_step`, from 0), from which its warm-up runs. A step at the peak shrinks every parameter
+    of two or more dimensions by the share lr x weight_decay, whatever its group's own rate; others
+    have no weight decay.
     """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    matrices: list[Tensor] = []
+    groups: dict[tuple[str, str, float], list[nn.Parameter]] = {}
+    roles = _Roles(model)
     for name, parameter in trainable(model).items():
-        if config.muon_lr is not None and name.startswith("lm.transformer.h.") and _is_matrix(name):
-            matrices.append(parameter)
-            continue
-        decay = config.weight_decay if parameter.ndim >= 2 and _is_matrix(name) else 0.0
-        rate = _rate(name, config)
-        groups.setdefault((rate, decay), []).append(parameter)
+        role = roles.of(name, parameter)
+        kind = "muon" if role == "matrices" and config.muon_lr is not None else "adamw"
+        decay = _decay(parameter, _rate(role, config), config)
+        groups.setdefault((kind, role, decay), []).append(parameter)
     optimizers: Optimizers = {}
-    if groups:
-        optimizers["adamw"] = torch.optim.AdamW(
-            [
-                {"params": parameters, "lr": rate, "weight_decay": decay}
-                for (rate, decay), parameters in groups.items()
-            ],
-            betas=config.betas,
-            fused=True,
-        )
-    if matrices and config.muon_lr is not None:
-        optimizers["muon"] = torch.optim.Muon(
-            matrices, lr=config.muon_lr, weight_decay=config.weight_decay
-        )
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    for kind in ("adamw", "muon"):
+        settings: list[dict[str, Any]] = [
+            {
+                "params": parameters,
+                "role": role,
+                "lr": _rate(role, config),
+                "peak_lr": _rate(role, config),
+                "first_step": 0 if role in _HEARING else config.ctc_only_steps,
+                "weight_decay": decay,
+            }
+            for (of, role, decay), parameters in groups.items()
+            if of == kind
+        ]
+        if settings and kind == "adamw":
+            optimizers[kind] = torch.optim.AdamW(settings, betas=config.betas, fused=True)
+        elif settings:
+            optimizers[kind] = torch.optim.Muon(settings)
     return optimizers
 
 
-def _rate(name: str, config: OptimConfig) -> float:
-    if name.startswith(("projector.", "mix.")) and config.projector_lr is not None:
-        return config.projector_lr
-    if is_adapter(name) and config.lora_lr is not None:
-        return config.lora_lr
-    return config.lr
+def describe_groups(optimizers: Optimizers) -> list[dict[str, Any]]:
+    """Return role, optimizer, rate, weight decay and size of each group, for the run's record."""
+    return [
+        {
+            "role": group["role"],
+            "optimizer": kind,
+            "lr": group["peak_lr"],
+            "weight_decay": group["weight_decay"],
+            "first_step": group["first_step"],
+            "tensors": len(group["params"]),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+        }
+        for kind, optimizer in optimizers.items()
+        for group in optimizer.param_groups
+    ]
 
 
-def _is_matrix(name: str) -> bool:
-    return "gate" not in name and not name.endswith("bias")
+RATES = {
+    "projector": "projector_lr",
+    "ctc_head": "lr",
+    "adapters": "lora_lr",
+    "embeddings": "embedding_lr",
+    "unembedding": "unembedding_lr",
+    "scalars": "scalar_lr",
+    "matrices": "muon_lr",
+}
+"""Settings of the roles' peak rates; where one is null, `lr` holds."""
+_HEARING = ("projector", "ctc_head")
+"""Roles that train from the first step, also while CTC trains alone."""
 
 
-def rate_share(step: int, config: OptimConfig) -> float:
-    """Return the share of the peak rate at `step` (from 0): linear warm-up, then a cosine."""
+class _Roles:
+    """Roles of a model's parameters, by the modules that hold them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._by_id: dict[int, str] = {}
+        for module in model.modules():
+            if isinstance(module, GPT):
+                gates = [b.attn.ve_gate for b in module.blocks() if b.attn.ve_gate is not None]
+                for gate in (module.smear_gate, *gates):
+                    self._by_id[id(gate.weight)] = "scalars"
+            if isinstance(module, GPT | HFLanguageModel):
+                self._by_id[id(module.head().weight)] = "unembedding"
+        # A tied head is the table of embeddings.
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                self._by_id[id(module.weight)] = "embeddings"
+
+    def of(self, name: str, parameter: nn.Parameter) -> str:
+        """Return the role of a parameter, a key of `RATES`."""
+        if is_adapter(name):
+            return "adapters"
+        parts = name.split(".")
+        if "lm" not in parts:
+            return "ctc_head" if "ctc_head" in parts else "projector"
+        return self._by_id.get(id(parameter), "matrices" if parameter.ndim >= 2 else "scalars")
+
+
+def _rate(role: str, config: OptimConfig) -> float:
+    given: float | None = getattr(config, RATES[role])
+    return config.lr if given is None else given
+
+
+def _decay(parameter: nn.Parameter, rate: float, config: OptimConfig) -> float:
+    """Return the decay that shrinks by lr x weight_decay at the rate of the parameter's group."""
+    if parameter.ndim < 2:
+        return 0.0
+    return config.weight_decay if rate == config.lr else config.weight_decay * config.lr / rate
+
+
+def rate_share(step: int, config: OptimConfig, first_step: int = 0) -> float:
+    """Return the share of the peak rate at `step` (from 0): linear warm-up, then a cosine.
+
+    first_step: step at which parameters begin to train, and their warm-up; zero before it.
+    """
+    if step < first_step:
+        return 0.0
+    ramp = 1.0
+    if step < first_step + config.warmup_steps:
+        ramp = (step - first_step + 1) / config.warmup_steps
     if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+        return ramp
     span = max(1, config.steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / span)
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return ramp * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def set_rates(optimizers: Optimizers, share: float) -> None:
+def set_rates(optimizers: Optimizers, step: int, config: OptimConfig) -> None:
+    """Set the rate of every group for `step` (from 0)."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share
+            group["lr"] = group["peak_lr"] * rate_share(step, config, group["first_step"])
 
 
 class WeightAverage:
@@ -120,9 +193,18 @@ def optimizer_tensors(optimizers: Optimizers, model: nn.Module) -> Iterator[tupl
 def load_optimizer_tensors(
     optimizers: Optimizers, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Load what `optimizer_tensors` yielded. Raises KeyError for an unknown parameter."""
+    """Load what `optimizer_tensors` yielded.
+
+    Raises KeyError for a parameter that its optimizer does not train.
+    """
     parameters = trainable(model)
+    held = {
+        kind: {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for kind, optimizer in optimizers.items()
+    }
     for key, value in tensors.items():
         kind, name, field = key.split("/")
         parameter = parameters[name]
+        if id(parameter) not in held[kind]:
+            raise KeyError(key)
         optimizers[kind].state[parameter][field] = shard_like(value, parameter)

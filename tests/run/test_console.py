@@ -92,6 +92,15 @@ def test_an_event_is_one_line(event: dict[str, Any], named: list[str]) -> None:
     assert line is not None and all(name in line for name in named)
 
 
+def test_an_attempt_lists_the_groups_of_the_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    group = {"role": "matrices", "optimizer": "muon", "lr": 0.02, "weight_decay": 0.0025}
+    group |= {"first_step": 40, "tensors": 2, "parameters": 12_288}
+    event = {"event": "attempt", "step": 0, "workers": 1, "groups": [group]}
+    LiveView().events([event])
+    _, line = capsys.readouterr().out.splitlines()
+    assert all(text in line for text in ("matrices", "12,288", "muon", "2.0e-02", "step 41"))
+
+
 def test_events_without_news_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     LiveView().events([{"event": "finished", "step": 9}, {"event": "rank failed", "step": 9}])
     assert capsys.readouterr().out == ""

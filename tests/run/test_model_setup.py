@@ -52,6 +52,9 @@ def test_a_gpt_takes_its_shape_from_the_settings() -> None:
         ({"model": {"projector": "conv", "stack": 3}}, "model.stack"),
         ({"optim": {"kl_weight": 0.5}}, "optim.kl_weight"),
         ({"model": {"n_embd": 33, "n_head": 2}}, "model"),
+        ({"model": {"train": ["projector"]}, "optim": {"muon_lr": 0.02}}, "optim.muon_lr"),
+        ({"model": {"train": ["lm"]}, "optim": {"projector_lr": 0.02}}, "optim.projector_lr"),
+        ({"optim": {"lora_lr": 0.02}}, "optim.lora_lr"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(sections: dict[str, Any], field: str) -> None:

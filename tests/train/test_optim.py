@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from omni.config import OptimConfig
 from omni.model.batch import Batch
 from omni.model.lm.gpt_block import GPTConfig
+from omni.model.lm.lora import LoraShape, is_adapter
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.stream.collate import collate
 from omni.train.optim import (
+    RATES,
     Optimizers,
     WeightAverage,
+    describe_groups,
     load_optimizer_tensors,
     make_optimizers,
     optimizer_tensors,
@@ -24,6 +27,7 @@ from omni.train.optim import (
     set_rates,
     trainable,
 )
+from tests.helpers.hf_folders import wrapped
 from tests.helpers.utterances import spoken
 
 GPT = GPTConfig(sequence_len=64, vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -90,11 +94,25 @@ def test_a_run_shorter_than_its_warm_up_never_peaks() -> None:
 
 
 def test_every_group_follows_its_own_peak() -> None:
-    optimizers = make_optimizers(_model(), MUON)
-    for share in (0.5, 0.1):  # not one after the other
-        set_rates(optimizers, share)
+    config = MUON.model_copy(update={"warmup_steps": 10, "steps": 100})
+    optimizers = make_optimizers(_model(), config)
+    for step, share in ((4, 0.5), (0, 0.1)):  # not one after the other
+        set_rates(optimizers, step, config)
         rates = {g["lr"] for o in optimizers.values() for g in o.param_groups}
         assert rates == {1e-2 * share, 3e-2 * share, 2e-2 * share}
+
+
+def test_a_language_model_that_joins_later_warms_up_then() -> None:
+    config = OptimConfig(steps=110, warmup_steps=10, ctc_only_steps=60, ctc_weight=1.0, lr=1.0)
+    shares = [rate_share(step, config, first_step=60) for step in (59, 60, 64, 69, 80)]
+    usual = [rate_share(step, config) for step in (59, 60, 64, 69, 80)]
+    assert shares == [0.0, 0.1 * usual[1], 0.5 * usual[2], *usual[3:]]
+    optimizers = make_optimizers(_model(), config)
+    set_rates(optimizers, 60, config)
+    rates = {g["role"]: g["lr"] for o in optimizers.values() for g in o.param_groups}
+    early = {"projector", "ctc_head"}
+    assert {rates[role] for role in early} == {usual[1]}
+    assert {rates[role] for role in rates.keys() - early} == {shares[1]}
 
 
 # -- groups ------------------------------------------------------------------------------------
@@ -122,20 +140,84 @@ def test_every_parameter_that_trains_is_in_one_group() -> None:
     assert not any(name.startswith("projector.") for name in trainable(model))
 
 
-def test_scalars_gates_and_biases_take_no_weight_decay() -> None:
-    found = _groups(_model(), ADAMW)
-    undecayed = {name for name, (_, _, decay) in found.items() if decay == 0.0}
-    assert undecayed == {
-        "lm.resid_lambdas",
-        "lm.x0_lambdas",
-        "lm.smear_lambda",
-        "lm.backout_lambda",
-        "lm.smear_gate.weight",
-        "lm.transformer.h.1.attn.ve_gate.weight",
-        "ctc_head.bias",
+def test_each_role_has_its_rate() -> None:
+    own = {"projector_lr": 2e-3, "embedding_lr": 3e-3, "unembedding_lr": 4e-3, "scalar_lr": 5e-3}
+    model = _model()
+    found = _groups(model, OptimConfig(lr=1e-3, **own))
+    by_rate: dict[float, set[str]] = {}
+    for name, (_, rate, _) in found.items():
+        by_rate.setdefault(rate, set()).add(name)
+    assert by_rate[2e-3] == {"projector.fc1.weight", "projector.fc2.weight"}
+    assert by_rate[3e-3] == {"lm.transformer.wte.weight", "lm.value_embeds.1.weight"}
+    assert by_rate[4e-3] == {"lm.lm_head.weight"}
+    gates = {"lm.smear_gate.weight", "lm.transformer.h.1.attn.ve_gate.weight"}
+    lambdas = {f"lm.{name}" for name in ("resid_lambdas", "x0_lambdas", "smear_lambda")}
+    assert by_rate[5e-3] == {*gates, *lambdas, "lm.backout_lambda"}
+    rest = {name for name in found if name.startswith(("ctc_head.", "lm.transformer.h."))}
+    assert by_rate[1e-3] == rest - gates
+
+
+def test_roles_of_a_transformers_model_are_those_of_its_modules() -> None:
+    lm = wrapped("llama", tie_word_embeddings=False)
+    model = OmniModel(OmniConfig(lm.config, feature_dim=8, projector="swiglu", ctc=True), lm)
+    model.train_parts(["projector", "lm"])
+    config = OptimConfig(lr=1e-3, embedding_lr=3e-3, unembedding_lr=4e-3, scalar_lr=5e-3)
+    found = _groups(model, config)
+    rates = {name.removeprefix("lm.model."): rate for name, (_, rate, _) in found.items()}
+    assert rates["model.embed_tokens.weight"] == 3e-3 and rates["lm_head.weight"] == 4e-3
+    assert rates["model.norm.weight"] == rates["model.layers.0.input_layernorm.weight"] == 5e-3
+    assert rates["model.layers.0.mlp.gate_proj.weight"] == 1e-3
+    tied = wrapped("llama", tie_word_embeddings=True)
+    roles = {
+        g["role"]
+        for g in describe_groups(
+            make_optimizers(OmniModel(OmniConfig(tied.config, feature_dim=8), tied), config)
+        )
     }
-    assert {decay for name, (_, _, decay) in found.items() if name not in undecayed} == {0.1}
-    assert {(kind, rate) for kind, rate, _ in found.values()} == {("adamw", 1e-2)}
+    assert roles == {"projector", "embeddings", "matrices", "scalars"}
+
+
+def test_vectors_take_no_weight_decay_and_no_name_escapes_it() -> None:
+    lm = wrapped("llama")
+    listening = OmniModel(OmniConfig(lm.config, feature_dim=8, projector="swiglu", ctc=True), lm)
+    for model in (_model(), listening):
+        found = _groups(model, ADAMW)
+        dimensions = {name: p.ndim for name, p in model.named_parameters()}
+        decays = {name: decay for name, (_, _, decay) in found.items()}
+        assert decays == {name: 0.1 if dimensions[name] > 1 else 0.0 for name in decays}
+        assert any("gate" in name for name in decays)
+
+
+def test_a_step_at_the_peak_decays_all_matrices_by_the_same_share() -> None:
+    """Whatever their group's rate: Muon's is many times that of AdamW."""
+    model = _model()
+    config = OptimConfig(lr=1e-3, projector_lr=5e-3, muon_lr=2e-2, weight_decay=0.5)
+    before = _weights(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in make_optimizers(model, config).values():
+        optimizer.step()
+    for name, value in _weights(model).items():
+        kept = 1 - 1e-3 * 0.5 if value.ndim > 1 else 1.0
+        torch.testing.assert_close(value, before[name] * kept, rtol=1e-6, atol=0.0)
+
+
+def test_groups_are_listed_for_the_record() -> None:
+    groups = {group["role"]: group for group in describe_groups(make_optimizers(_model(), MUON))}
+    assert groups.keys() == RATES.keys() - {"adapters"}
+    assert groups["matrices"] == {
+        **{"role": "matrices", "optimizer": "muon", "lr": 2e-2, "first_step": 0},
+        **{"weight_decay": 0.05, "tensors": 12, "parameters": 2 * (3 * 32 * 32 + 8 * 32 * 32)},
+    }
+    assert groups["projector"]["lr"] == 3e-2
+
+
+def test_adapters_have_their_own_rate_also_beside_muon() -> None:
+    model = OmniModel(OmniConfig(GPT, feature_dim=8, lora=LoraShape(2, 4)))
+    model.train_parts(["projector", "lora"])
+    found = _groups(model, MUON.model_copy(update={"lora_lr": 7e-3}))
+    adapters = {name: rest for name, rest in found.items() if is_adapter(name)}
+    assert adapters and {rest[:2] for rest in adapters.values()} == {("adamw", 7e-3)}
 
 
 def test_the_projector_may_have_a_rate_of_its_own() -> None:
@@ -160,9 +242,9 @@ def test_muon_takes_the_matrices_of_the_gpt_and_nothing_else() -> None:
             "mlp.c_proj",
         )
     }
-    assert list(muon.values()) == [[2e-2, 0.1]] * 12
+    assert list(muon.values()) == [[2e-2, 0.05]] * 12
     assert found["lm.transformer.wte.weight"] == ("adamw", 1e-2, 0.1)
-    assert found["projector.fc1.weight"] == ("adamw", 3e-2, 0.1)
+    assert found["projector.fc1.weight"] == ("adamw", 3e-2, pytest.approx(0.1 / 3))
 
 
 def test_a_frozen_language_model_leaves_nothing_to_muon() -> None:
@@ -267,3 +349,12 @@ def test_state_of_an_unknown_parameter_is_an_error() -> None:
         load_optimizer_tensors(
             make_optimizers(model, ADAMW), model, {"adamw/lm.nothing/step": torch.ones(())}
         )
+
+
+def test_state_of_another_optimizer_is_refused() -> None:
+    model = _model()
+    optimizers = make_optimizers(model, ADAMW)
+    _train(model, optimizers, range(1))
+    tensors = dict(optimizer_tensors(optimizers, model))
+    with pytest.raises(KeyError, match="c_q"):
+        load_optimizer_tensors(make_optimizers(model, MUON), model, tensors)

@@ -91,6 +91,10 @@ class GPT(nn.Module):
     def blocks(self) -> list[Block]:
         return [block for block in self.transformer.h if isinstance(block, Block)]
 
+    def head(self) -> nn.Linear:
+        """Return the layer that computes the logits."""
+        return self.lm_head
+
     def embedding_matrix(self) -> Tensor:
         """Return the token embeddings (V, C) as stored."""
         return self.transformer.wte.weight

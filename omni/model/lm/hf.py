@@ -144,6 +144,11 @@ class HFLanguageModel(nn.Module):
         embedded: Tensor = self.model.get_input_embeddings()(ids_BT)
         return embedded.float()
 
+    def head(self) -> nn.Linear:
+        """Return the layer that computes the logits."""
+        head: nn.Linear = self.model.get_output_embeddings()
+        return head
+
     def embedding_matrix(self) -> Tensor:
         """Return the token embeddings (V, C) as stored."""
         weight: Tensor = self.model.get_input_embeddings().weight
@@ -178,7 +183,7 @@ class HFLanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute fp32 logits (..., V) of final hidden states (..., C)."""
-        head = self.model.get_output_embeddings()
+        head = self.head()
         logits: Tensor = head(hidden.to(head.weight.dtype)).float()
         shape = self.config.architecture
         logits = logits * (shape.get("logit_scale") or 1.0) / (shape.get("logits_scaling") or 1.0)
