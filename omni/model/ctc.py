@@ -19,7 +19,9 @@ _RMS_ROWS = 4096  # Embeddings whose RMS is measured.
 _FULL_SOFTMAX_CLASSES = 4096  # Up to this vocabulary the softmax over all classes is small.
 
 
-class _Embeds(Protocol):
+class Embeds(Protocol):
+    """A language model, as far as a head uses it."""
+
     def embedding_matrix(self) -> Tensor: ...
 
 
@@ -39,10 +41,10 @@ class LinearCTC(nn.Module):
         self.bias.zero_()
         self.weight.normal_(0.0, 0.02, generator=generator)
 
-    def forward(self, soft_NC: Tensor, lm: _Embeds) -> Tensor:
+    def forward(self, soft_NC: Tensor, lm: Embeds) -> Tensor:
         return F.linear(soft_NC, self.weight, self.bias)
 
-    def split(self, soft_NC: Tensor, lm: _Embeds) -> tuple[Tensor, Tensor]:
+    def split(self, soft_NC: Tensor, lm: Embeds) -> tuple[Tensor, Tensor]:
         """Compute the logits of the tokens (N, V) and of the blank (N, 1)."""
         logits: Tensor = self(soft_NC, lm)
         return logits[:, :-1], logits[:, -1:]
@@ -69,10 +71,10 @@ class TiedCTC(nn.Module):
         self.log_scale.zero_()
         self.blank_bias.zero_()
 
-    def forward(self, soft_NC: Tensor, lm: _Embeds) -> Tensor:
+    def forward(self, soft_NC: Tensor, lm: Embeds) -> Tensor:
         return torch.cat(self.split(soft_NC, lm), dim=-1)
 
-    def split(self, soft_NC: Tensor, lm: _Embeds) -> tuple[Tensor, Tensor]:
+    def split(self, soft_NC: Tensor, lm: Embeds) -> tuple[Tensor, Tensor]:
         """See `LinearCTC.split`; token logits have the dtype of the embeddings."""
         rows = lm.embedding_matrix()
         some = rows.detach()[:: max(1, len(rows) // _RMS_ROWS)].float()
@@ -87,7 +89,7 @@ CTCHead = LinearCTC | TiedCTC
 
 
 def ctc_losses(
-    head: CTCHead, soft_NC: Tensor, lm: _Embeds, lengths: Sequence[int], labels: Sequence[Tensor]
+    head: CTCHead, soft_NC: Tensor, lm: Embeds, lengths: Sequence[int], labels: Sequence[Tensor]
 ) -> Tensor:
     """Compute the CTC loss of each of U utterances, (U,) fp32.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.model.batch import IGNORED, Batch
-from omni.model.ctc import CTCHead, LinearCTC, TiedCTC, ctc_losses
+from omni.model.ctc import CTCHead, Embeds, LinearCTC, TiedCTC, ctc_losses
 from omni.model.lm.gpt import GPT, scatter_soft_tokens
 from omni.model.lm.gpt_block import GPTConfig, rms
 from omni.model.lm.hf import HFConfig, HFLanguageModel
@@ -199,7 +199,7 @@ class OmniModel(nn.Module):
         targets, hidden_SC = batch.targets_BT[supervised], hidden[supervised]
         losses, correct = self.lm.loss(hidden_SC, targets)
         tasks = batch.tasks_BT[supervised]
-        weights = None if self.task_weights is None else self.task_weights.to(x.device)[tasks]
+        weights = self._weights(tasks)
         loss = losses.sum() if weights is None else (losses * weights).sum()
         count = (
             torch.tensor(targets.numel(), device=loss.device) if weights is None else weights.sum()
@@ -209,7 +209,7 @@ class OmniModel(nn.Module):
             loss,
             count,
             correct.sum(),
-            zero if self.ctc_head is None else self._ctc(soft_NC, batch),
+            zero if self.ctc_head is None else self._ctc(soft_NC, batch, self.lm),
             zero if batch.teacher is None else self._kl(hidden_SC, targets, batch.teacher),
             self._by_task(losses, correct, tasks),
         )
@@ -227,14 +227,17 @@ class OmniModel(nn.Module):
         return torch.where(kept.bool(), x, mean.to(x.dtype))
 
     def _ctc_sums(self, soft_NC: Tensor, batch: Batch) -> LossSums:
-        ctc = self._ctc(soft_NC, batch)
-        # DDP needs a gradient for every trainable parameter.
-        for parameter in self.lm.parameters():
-            if parameter.requires_grad:
-                ctc = ctc + parameter.flatten()[0] * 0.0
+        """Compute the CTC loss alone; no parameter of the language model gets a gradient."""
+        ctc = self._ctc(soft_NC, batch, _Frozen(self.lm))
         zero = ctc.new_zeros(())
-        count = (batch.targets_BT != IGNORED).sum().to(ctc.dtype)
-        return LossSums(zero, count, zero, ctc, zero, ctc.new_zeros(self.tasks, 3))
+        supervised = batch.targets_BT != IGNORED
+        weights = self._weights(batch.tasks_BT[supervised])
+        count = supervised.sum() if weights is None else weights.sum()
+        return LossSums(zero, count.to(ctc.dtype), zero, ctc, zero, ctc.new_zeros(self.tasks, 3))
+
+    def _weights(self, tasks: Tensor) -> Tensor | None:
+        """Return the weight of each position by its task; None: all are 1."""
+        return None if self.task_weights is None else self.task_weights.to(tasks.device)[tasks]
 
     def _by_task(self, losses: Tensor, correct: Tensor, tasks: Tensor) -> Tensor:
         columns = torch.stack(
@@ -256,7 +259,7 @@ class OmniModel(nn.Module):
         self.lm.train(was_training)
         return kl_divergence(self.lm, hidden_SC, teacher_SC, targets, self.distillation)
 
-    def _ctc(self, soft_NC: Tensor, batch: Batch) -> Tensor:
+    def _ctc(self, soft_NC: Tensor, batch: Batch, lm: Embeds) -> Tensor:
         """Sum the CTC loss over the utterances whose transcript fits into their soft tokens."""
         assert self.ctc_head is not None
         rows = batch.segments_BT.shape[0]
@@ -266,11 +269,21 @@ class OmniModel(nn.Module):
         supervised = batch.targets_BT != IGNORED
         _, answer_lengths = torch.unique_consecutive(keys[supervised], return_counts=True)
         if not len(soft_lengths):
-            unused: Tensor = self.ctc_head(rms(soft_NC), self.lm)
+            unused: Tensor = self.ctc_head(rms(soft_NC), lm)
             return unused.sum() * 0.0
         answers = torch.split(batch.targets_BT[supervised], answer_lengths.tolist())
         labels = [answer[:-1] for answer in answers]  # The end token is not spoken.
-        return ctc_losses(self.ctc_head, rms(soft_NC), self.lm, soft_lengths.tolist(), labels).sum()
+        return ctc_losses(self.ctc_head, rms(soft_NC), lm, soft_lengths.tolist(), labels).sum()
+
+
+class _Frozen:
+    """The token embeddings of a language model without their gradient."""
+
+    def __init__(self, lm: GPT | HFLanguageModel) -> None:
+        self._lm = lm
+
+    def embedding_matrix(self) -> Tensor:
+        return self._lm.embedding_matrix().detach()
 
 
 def _keep(x: Tensor, rate: float) -> Tensor:

@@ -16,11 +16,12 @@ from torch.distributed.fsdp import fully_shard
 
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError
 from omni.config import Config
+from omni.model.batch import Batch
 from omni.model.lm.pretrained import load_lm
 from omni.model.losses import Distillation
 from omni.model.precision import compute_dtype
-from omni.model.speech_lm import OmniConfig, OmniModel
-from omni.train.distributed import full_tensor, shard_like
+from omni.model.speech_lm import LossSums, OmniConfig, OmniModel
+from omni.train.distributed import all_sum, full_tensor, shard_like
 from omni.train.optim import (
     WeightAverage,
     load_optimizer_tensors,
@@ -70,6 +71,8 @@ class ModelState:
         self.average = WeightAverage(self.model, config.optim.ema) if config.optim.ema else None
         self._evaluated: OmniModel | None = None
         """Full copy of a sharded model, for evaluation."""
+        self._unreduced = False
+        """Tell whether the gradients are still those of this rank."""
         self.wrapped: nn.Module = self.model
         if world > 1 and not self.sharded:
             self.wrapped = nn.parallel.DistributedDataParallel(
@@ -93,13 +96,35 @@ class ModelState:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 
+    def losses(self, batch: Batch, ctc_only: bool = False) -> LossSums:
+        """Run the forward pass.
+
+        ctc_only: leave out the language model, whose parameters then get no gradients. DDP would
+        wait for them, so it is not asked; `gradient_norm` sums the others' gradients over ranks.
+        """
+        self._unreduced = ctc_only and self.wrapped is not self.model
+        module = self.model if ctc_only else self.wrapped
+        out: LossSums = module(batch, ctc_only)
+        return out
+
     def gradient_norm(self, tokens: float) -> float:
         """Divide summed gradients by the global token count and clip; return the norm before."""
+        if self._unreduced:
+            self._reduce_gradients()
         parameters = list(trainable(self.model).values())
         gradients = [p.grad for p in parameters if p.grad is not None]
         # DDP and FSDP average over ranks, while the loss is a sum over all of them.
         torch._foreach_mul_(gradients, self.world / max(tokens, 1.0))
         return float(full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)))
+
+    def _reduce_gradients(self) -> None:
+        """Average the gradients over ranks, as DDP does."""
+        gradients = [p.grad for p in trainable(self.model).values() if p.grad is not None]
+        summed = all_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = torch.split(summed / self.world, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        self._unreduced = False
 
     def update(self, step: int) -> None:
         """Apply the gradients of step `step` (from 0) and update the averaged weights."""

@@ -95,7 +95,8 @@ class StepRunner:
         for number, part in enumerate(micro):
             torch.manual_seed(_combine_seeds(self._config.run.seed, step, part.block))
             with self._model_state.accumulating(last=number == len(micro) - 1):
-                losses.append(self._backward(part, step < self._config.optim.ctc_only_steps))
+                ctc_only = step < self._config.optim.ctc_only_steps
+                losses.append(self._backward(part, ctc_only))
             sums += part.counts
         sums += StepSums.of_losses(torch.stack(losses).sum(dim=0).cpu())
         sums = StepSums.unpack(all_sum(sums.pack()))
@@ -108,7 +109,7 @@ class StepRunner:
         optim = self._config.optim
         with self._model_state.autocast():
             with self._watch.phase("forward"):
-                out: LossSums = self._model_state.wrapped(part.batch, ctc_only)
+                out: LossSums = self._model_state.losses(part.batch, ctc_only)
                 total = out.loss if optim.ce_weight == 1 else optim.ce_weight * out.loss
                 total = total + optim.ctc_weight * out.ctc
                 if optim.kl_weight:

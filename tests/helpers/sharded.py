@@ -1,13 +1,20 @@
-"""A rank of a small training without Ray: what test_trained.py starts in processes of its own."""
+"""Small trainings without Ray, by groups of processes that start once for all tests."""
 
 from __future__ import annotations
 
-import os
+import multiprocessing
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.pool import Pool
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from omni.checkpoint.checkpoint import Checkpoint
 from omni.checkpoint.resume import newest_checkpoint
 from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
@@ -32,29 +39,80 @@ SHAPE = OmniConfig.from_dict(
     }
 )
 ADAPTED = ["projector", "lora"]
+# What the processes need is imported once, by the server that they are forked from.
+_PRELOAD = [__name__, "peft", "transformers.models.llama.modeling_llama"]
 
 
-def work(
-    rank: int, world: int, strategy: str, steps: int, folder: str, port: int, kind: str
+class Groups:
+    """Trains with groups of up to three processes; a group of one is the calling process."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def train(
+        self, folder: Path, world: int, strategy: str, steps: int, lm: str = "", **optim: Any
+    ) -> Checkpoint:
+        """Train to step `steps` from the newest checkpoint in `folder`, and write one.
+
+        lm: URI of a transformers model that gets adapters; empty: a small GPT. optim: settings.
+        """
+        with tempfile.TemporaryDirectory() as meeting:
+            job = (world, strategy, steps, str(folder), f"{meeting}/store", lm, optim)
+            if world == 1:
+                _work(0, *job)
+            else:
+                self._pool.starmap(_work, [(rank, *job) for rank in range(world)], chunksize=1)
+        found = newest_checkpoint(folder)
+        assert found is not None and found.state.step == steps
+        return found
+
+
+@contextmanager
+def start_groups() -> Iterator[Groups]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with context.Pool(3) as pool:
+        yield Groups(pool)
+
+
+def _work(
+    rank: int,
+    world: int,
+    strategy: str,
+    steps: int,
+    folder: str,
+    store: str,
+    lm: str,
+    optim: dict[str, Any],
 ) -> None:
-    """Train to step `steps` from the newest checkpoint in `folder`, and write one.
-
-    kind: "gpt", "muon", or the folder of a transformers model that gets adapters.
-    """
     torch.set_num_threads(1)
     if world > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=100),
+        )
+    try:
+        _train(rank, world, strategy, steps, folder, lm, optim)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def _train(
+    rank: int, world: int, strategy: str, steps: int, folder: str, lm: str, optim: dict[str, Any]
+) -> None:
     config = parse_config(
         {
             "train": {"workers": world, "strategy": strategy, "precision": "fp32"},
-            "optim": {"ema": 0.9, "lr": 1e-3, "warmup_steps": 0, "steps": 100}
-            | ({"muon_lr": 1e-3} if kind == "muon" else {})
-            | ({"kl_weight": 0.5} if kind not in ("gpt", "muon") else {}),
+            "optim": {"ema": 0.9, "lr": 1e-3, "warmup_steps": 0, "steps": 100, "ctc_weight": 0.5}
+            | optim,
         }
-        | ({} if kind in ("gpt", "muon") else {"model": {"lm": kind, "train": ADAPTED}})
+        | ({"model": {"lm": lm, "train": ADAPTED}} if lm else {})
     )
-    shape = SHAPE if kind in ("gpt", "muon") else adapted(kind)
+    shape = adapted(lm) if lm else SHAPE
     trained = ModelState(config, shape, torch.device("cpu"), world)
     assert trained.sharded == (strategy == "fsdp" and world > 1)
     found, first = newest_checkpoint(Path(folder)), 0
@@ -81,15 +139,16 @@ def work(
         )
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def _step(trained: ModelState, step: int, rank: int, world: int) -> None:
     mine = range(rank, BLOCKS, world)
     tokens = torch.zeros(1, dtype=torch.float64)
+    ctc_only = step < trained.config.optim.ctc_only_steps
     for place in mine:
         with trained.accumulating(last=place == mine[-1]):
-            out = trained.wrapped(_batch(step, place, trained.model.distillation is not None))
+            batch = _batch(step, place, trained.model.distillation is not None)
+            out = trained.losses(batch, ctc_only)
             (out.loss + 0.5 * out.ctc + 0.5 * out.kl).backward()
         tokens += out.tokens
     trained.gradient_norm(float(all_sum(tokens)))
