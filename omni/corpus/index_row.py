@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
+DEFAULT_TASK = "transcribe"
+"""Task of rows without one."""
+
 
 class Recording(TypedDict):
     """Location, span and measurements of one recording."""
@@ -52,5 +55,10 @@ def recordings(row: IndexRow) -> Sequence[Recording]:
 
 
 def transcripts(row: IndexRow) -> list[str | None]:
-    """Return the transcript of each recording of an index row."""
-    return [part["text"] for part in row["audios"]] if row["audios"] else [row["text"]]
+    """Return what is said in each recording of an index row; None where it is not known.
+
+    The answers of other tasks than transcription, and those of a conversation, are not said.
+    """
+    if row["audios"]:
+        return [part["text"] for part in row["audios"]]
+    return [row["text"] if row["task"] in (None, DEFAULT_TASK) else None]

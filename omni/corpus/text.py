@@ -17,12 +17,12 @@ import pyarrow as pa
 import regex
 
 from omni.corpus.index import Index
+from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.languages import language_code
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_json, messages_of
 from omni.model.chat_template import Message
 
-DEFAULT_TASK = "transcribe"  # task of rows without one
 # Scripts that are written without spaces between words, for `regex`. The prolonged sound mark of
 # kana belongs to no script.
 UNSPACED_SCRIPTS = (

@@ -11,9 +11,8 @@ from omni.audio.decode import AudioError, AudioSpan, decode
 from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.vad import Segmenting, speech_spans
 from omni.corpus.index import read_index_folder
-from omni.corpus.index_row import IndexRow
+from omni.corpus.index_row import DEFAULT_TASK, IndexRow
 from omni.corpus.manifest import ManifestError, manifest_path
-from omni.corpus.text import DEFAULT_TASK
 from omni.errors import ConfigError
 from omni.inference.transcriber import ENCODE_BATCH, Transcriber, hold
 from omni.storage.path import as_path

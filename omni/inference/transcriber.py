@@ -17,10 +17,10 @@ from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, deco
 from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.checkpoint import CheckpointError, read_checkpoint
 from omni.corpus.index import build_index
-from omni.corpus.index_row import IndexRow, recordings
+from omni.corpus.index_row import DEFAULT_TASK, IndexRow, recordings
 from omni.corpus.lengths import Reject, span_of
 from omni.corpus.messages import messages_of
-from omni.corpus.text import DEFAULT_TASK, TextPolicy, apply_policy, join
+from omni.corpus.text import TextPolicy, apply_policy, join
 from omni.errors import ConfigError
 from omni.inference.decode_batch import HeldUtterance, by_language, summarize, transcribe
 from omni.model.chat_template import Message, Template, make_template, transcription

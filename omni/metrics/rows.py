@@ -33,6 +33,7 @@ class Window:
     busy: float = 0.0  # seconds of steps; evaluation and checkpoints are not counted
     wait: float = 0.0  # seconds of them without a block
     steps: int = 0
+    lm_steps: int = 0  # updates that ran the language model
     started: StepSums = field(default_factory=StepSums)  # of first steps of an attempt
     started_busy: float = 0.0
     started_wait: float = 0.0
@@ -44,6 +45,7 @@ class Window:
         self.wait += waited
         if sums is not None:
             self.sums += sums
+            self.lm_steps += bool(sums.counted)
         if first:
             self.started_busy += spent
             self.started_wait += waited
@@ -86,8 +88,7 @@ class Measured:
     """Inputs of the formulas of `TrainRow`.
 
     rate: learning rate. norm: gradient norm of the last step. phases: seconds of this rank by
-    phase. names: of the tasks. full_speed: steps a second of devices that compute nothing but the
-    language model's products, where that is known.
+    phase. names: of the tasks. mfu: model FLOPs utilisation, where the devices' peak is known.
     """
 
     state: TrainState
@@ -98,7 +99,7 @@ class Measured:
     pools: Pools
     phases: Mapping[str, float]
     names: Sequence[str] = ()
-    full_speed: float | None = None
+    mfu: float | None = None
 
     @property
     def sums(self) -> StepSums:

@@ -115,7 +115,7 @@ class TrainRow:
     mfu: float | None = metric(
         "of 1",
         "model FLOPs utilisation: the model's own products, of the GPUs' peak",
-        lambda m: m.window.steps / m.busy / m.full_speed if m.full_speed else None,
+        lambda m: m.mfu,
         "omni_mfu",
     )
     limit: str = no_curve("", "stage that limits throughput", lambda m: m.verdict.limit)

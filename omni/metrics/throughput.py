@@ -185,15 +185,30 @@ def peak_of(name: str) -> float | None:
     return next((peak for known, peak in _PEAKS.items() if f" {known} " in words), None)
 
 
-def flops_per_position(model: nn.Module) -> int:
-    """Count the FLOPs of a training step for each position.
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of a forward and backward pass of a language model."""
 
-    6 for each weight of the layers (Kaplan et al. 2020, arXiv:2001.08361), 4 for a frozen weight,
-    whose gradient is not computed. The products of attention and embedding tables are left out.
+    position: int
+    """For each position, through the layers."""
+    supervised: int
+    """For each supervised position, through the head: nobody needs the other logits."""
+
+
+def training_flops(model: nn.Module, head: nn.Linear) -> TrainingFlops:
+    """Count 6 FLOPs for each weight (Kaplan et al. 2020, arXiv:2001.08361), 4 for a frozen one.
+
+    The gradient of a frozen weight is not computed. head: the layer of `model` that computes the
+    logits. The products of attention and embedding tables are left out.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(
-        (6 if parameter.requires_grad else 4) * parameter.numel()
+    layers = sum(
+        _flops(parameter)
         for parameter in model.parameters()
-        if parameter.ndim >= 2 and id(parameter) not in tables
+        if parameter.ndim >= 2 and id(parameter) not in {*tables, id(head.weight)}
     )
+    return TrainingFlops(layers, _flops(head.weight))
+
+
+def _flops(weight: nn.Parameter) -> int:
+    return (6 if weight.requires_grad else 4) * weight.numel()

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IGNORED = -1  # target of a position that is not supervised
+
+
+@dataclass(frozen=True)
+class CTCLabels:
+    """What is said in U recordings of a batch, with all lengths known before they are on a GPU."""
+
+    rows_N: Tensor | None
+    """Numbers of the soft tokens of these recordings, int64; None: all of the batch."""
+    soft_lengths: tuple[int, ...]
+    """Soft tokens of each recording."""
+    lengths: tuple[int, ...]
+    """Tokens of each transcript."""
+    tokens_L: Tensor
+    """Token ids of the transcripts, one after another, int64."""
+    classes_K: Tensor
+    """The different ones among them, ascending."""
+    class_L: Tensor
+    """For each token id its place in `classes_K`."""
+
+    @classmethod
+    def of(
+        cls, soft_lengths: Sequence[int], transcripts: Sequence[Sequence[int] | None]
+    ) -> CTCLabels:
+        """soft_lengths, transcripts: of all recordings of a batch; None: not known."""
+        said = [text is not None for text in transcripts]
+        texts = [np.asarray(text, dtype=np.int64) for text in transcripts if text is not None]
+        tokens = np.concatenate([np.zeros(0, np.int64), *texts])
+        classes, indices = np.unique(tokens, return_inverse=True)
+        rows = np.flatnonzero(np.repeat(np.asarray(said, dtype=bool), soft_lengths))
+        return cls(
+            None if all(said) else torch.from_numpy(rows),
+            tuple(n for n, has in zip(soft_lengths, said, strict=True) if has),
+            tuple(map(len, texts)),
+            torch.from_numpy(tokens),
+            torch.from_numpy(classes),
+            torch.from_numpy(indices.reshape(-1)),
+        )
 
 
 @dataclass(frozen=True)
@@ -25,21 +64,36 @@ class Batch:
     """True at audio positions."""
     audio_NF: Tensor
     """Stacked encoder frames in row-major order of the mask, bf16 or fp32."""
+    audio_at_N: Tensor
+    """Audio positions, counted through the rows, int64."""
+    supervised_S: Tensor
+    """Supervised positions, counted through the rows, int64."""
     audio_starts_N: Tensor
     """True where a recording begins."""
     tasks_BT: Tensor
     """Numbers of the tasks, int64."""
+    ctc: CTCLabels | None = None
+    """Transcripts of the recordings; None without CTC."""
     teacher: Batch | None = None
     """The same utterances with the transcript in place of the audio, for distillation; it has as
     many supervised positions, in the same order."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to `device`; copies to a GPU are asynchronous."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        if device.type == "cuda":  # Only pinned memory is copied asynchronously.
-            tensors = {name: t if t.is_cuda else t.pin_memory() for name, t in tensors.items()}
-        moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in tensors.items()}
-        if self.teacher is not None:
-            moved["teacher"] = self.teacher.to(device)
-        return replace(self, **moved)
+        return _moved(self, device)
+
+
+_Item = TypeVar("_Item", Batch, CTCLabels)
+
+
+def _moved(item: _Item, device: torch.device) -> _Item:
+    moved: dict[str, Any] = {}
+    for field in fields(item):
+        value = getattr(item, field.name)
+        if isinstance(value, Tensor):
+            # Only pinned memory is copied asynchronously.
+            pinned = value if device.type != "cuda" or value.is_cuda else value.pin_memory()
+            moved[field.name] = pinned.to(device, non_blocking=True)
+        elif isinstance(value, Batch | CTCLabels):
+            moved[field.name] = _moved(value, device)
+    return replace(item, **moved)

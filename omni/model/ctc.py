@@ -5,7 +5,6 @@ They map soft tokens of unit RMS (N, C) to logits (N, V + 1); the last is the bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from omni.model.batch import CTCLabels
 from omni.model.losses import LOGITS_PER_CHUNK
 
 _RMS_ROWS = 4096  # Embeddings whose RMS is measured.
@@ -88,22 +88,19 @@ class TiedCTC(nn.Module):
 CTCHead = LinearCTC | TiedCTC
 
 
-def ctc_losses(
-    head: CTCHead, soft_NC: Tensor, lm: Embeds, lengths: Sequence[int], labels: Sequence[Tensor]
-) -> Tensor:
-    """Compute the CTC loss of each of U utterances, (U,) fp32.
+def ctc_losses(head: CTCHead, soft_NC: Tensor, lm: Embeds, labels: CTCLabels) -> Tensor:
+    """Compute the CTC loss of each of U recordings, (U,) fp32.
 
-    Utterance u has the next lengths[u] rows of soft_NC and the token ids labels[u]. The loss is
-    zero where a transcript does not fit into its soft tokens. In a large vocabulary all tokens that
-    do not occur in the labels are one class, with the sum of their probabilities: no path contains
-    them, so loss and gradient are the same, and (N, V + 1) logits exist for a chunk of rows only.
+    soft_NC: the soft tokens of these recordings, one after another. The loss is zero where a
+    transcript does not fit into its soft tokens. In a large vocabulary all tokens that do not occur
+    in the labels are one class, with the sum of their probabilities: no path contains them, so loss
+    and gradient are the same, and (N, V + 1) logits exist for a chunk of rows only.
     """
-    flat = torch.cat(list(labels))
     if head.classes <= _FULL_SOFTMAX_CLASSES:
         log_probs = F.log_softmax(head(soft_NC, lm).float(), dim=-1)
-        blank = head.classes - 1
+        blank, flat = head.classes - 1, labels.tokens_L
     else:
-        found, flat = torch.unique(flat, return_inverse=True)
+        found, flat = labels.classes_K, labels.class_L
         blank = len(found)
 
         def chunk_log_probs(soft: Tensor) -> Tensor:
@@ -120,12 +117,13 @@ def ctc_losses(
             log_probs = torch.cat(
                 [checkpoint(chunk_log_probs, chunk, use_reentrant=False) for chunk in chunks]
             )
-    return F.ctc_loss(
-        nn.utils.rnn.pad_sequence(list(torch.split(log_probs, list(lengths)))),
+    # Lengths in tensors would be read back by the host.
+    return torch.ctc_loss(
+        nn.utils.rnn.pad_sequence(list(torch.split(log_probs, list(labels.soft_lengths)))),
         flat,
-        torch.tensor(lengths, device=flat.device),
-        torch.tensor([len(label) for label in labels], device=flat.device),
-        blank=blank,
-        reduction="none",
+        labels.soft_lengths,
+        labels.lengths,
+        blank,
+        reduction=0,  # none
         zero_infinity=True,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omni.model.batch import IGNORED, Batch
+from omni.model.batch import Batch
 from omni.model.ctc import CTCHead, Embeds, LinearCTC, TiedCTC, ctc_losses
 from omni.model.lm.gpt import GPT, scatter_soft_tokens
 from omni.model.lm.gpt_block import GPTConfig, rms
@@ -191,23 +191,18 @@ class OmniModel(nn.Module):
             kept = _keep(x, self.config.token_dropout).squeeze(-1).bool()
             x = self._mask_dropped(x, kept.unsqueeze(-1))
             has_id = has_id & kept
-        x = scatter_soft_tokens(x, audio_NC, batch.audio_mask_BT)
+        x = scatter_soft_tokens(x, audio_NC, batch.audio_at_N)
         layout = SegmentLayout.packed(batch.segments_BT)
         hidden = self.lm.trunk(x, batch.tokens_BT, layout, has_id)
         # Logits of other positions are not needed: audio outnumbers text several times.
-        supervised = batch.targets_BT != IGNORED
-        targets, hidden_SC = batch.targets_BT[supervised], hidden[supervised]
+        hidden_SC, targets = _at(hidden, batch), _at(batch.targets_BT, batch)
         losses, correct = self.lm.loss(hidden_SC, targets)
-        tasks = batch.tasks_BT[supervised]
+        tasks = _at(batch.tasks_BT, batch)
         weights = self._weights(tasks)
-        loss = losses.sum() if weights is None else (losses * weights).sum()
-        count = (
-            torch.tensor(targets.numel(), device=loss.device) if weights is None else weights.sum()
-        )
-        zero = loss.new_zeros(())
+        zero = losses.new_zeros(())
         return LossSums(
-            loss,
-            count,
+            losses.sum() if weights is None else (losses * weights).sum(),
+            _count(targets) if weights is None else weights.sum(),
             correct.sum(),
             zero if self.ctc_head is None else self._ctc(soft_NC, batch, self.lm),
             zero if batch.teacher is None else self._kl(hidden_SC, targets, batch.teacher),
@@ -230,9 +225,9 @@ class OmniModel(nn.Module):
         """Compute the CTC loss alone; no parameter of the language model gets a gradient."""
         ctc = self._ctc(soft_NC, batch, _Frozen(self.lm))
         zero = ctc.new_zeros(())
-        supervised = batch.targets_BT != IGNORED
-        weights = self._weights(batch.tasks_BT[supervised])
-        count = supervised.sum() if weights is None else weights.sum()
+        tasks = _at(batch.tasks_BT, batch)
+        weights = self._weights(tasks)
+        count = _count(tasks) if weights is None else weights.sum()
         return LossSums(zero, count.to(ctc.dtype), zero, ctc, zero, ctc.new_zeros(self.tasks, 3))
 
     def _weights(self, tasks: Tensor) -> Tensor | None:
@@ -255,25 +250,34 @@ class OmniModel(nn.Module):
             ids = teacher.tokens_BT
             has_id = torch.ones_like(ids, dtype=torch.bool)
             hidden = self.lm.trunk(self.lm.embed(ids), ids, layout, has_id)
-            teacher_SC = hidden[teacher.targets_BT != IGNORED]
+            teacher_SC = _at(hidden, teacher)
         self.lm.train(was_training)
         return kl_divergence(self.lm, hidden_SC, teacher_SC, targets, self.distillation)
 
     def _ctc(self, soft_NC: Tensor, batch: Batch, lm: Embeds) -> Tensor:
-        """Sum the CTC loss over the utterances whose transcript fits into their soft tokens."""
+        """Sum the CTC loss over the recordings whose transcript fits into their soft tokens.
+
+        What is said in a recording is its label, whatever is asked about it.
+        """
         assert self.ctc_head is not None
-        rows = batch.segments_BT.shape[0]
-        # Make segment numbers unique over the bins of the batch, in the order of the soft tokens.
-        keys = batch.segments_BT + torch.arange(rows, device=soft_NC.device)[:, None] * 1_000_000
-        _, soft_lengths = torch.unique_consecutive(keys[batch.audio_mask_BT], return_counts=True)
-        supervised = batch.targets_BT != IGNORED
-        _, answer_lengths = torch.unique_consecutive(keys[supervised], return_counts=True)
-        if not len(soft_lengths):
-            unused: Tensor = self.ctc_head(rms(soft_NC), lm)
+        labels = batch.ctc
+        if labels is None or not labels.soft_lengths:
+            # DDP needs a gradient for every trainable parameter.
+            unused: Tensor = self.ctc_head(rms(soft_NC[:0]), lm)
             return unused.sum() * 0.0
-        answers = torch.split(batch.targets_BT[supervised], answer_lengths.tolist())
-        labels = [answer[:-1] for answer in answers]  # The end token is not spoken.
-        return ctc_losses(self.ctc_head, rms(soft_NC), lm, soft_lengths.tolist(), labels).sum()
+        if labels.rows_N is not None:
+            soft_NC = soft_NC.index_select(0, labels.rows_N)
+        return ctc_losses(self.ctc_head, rms(soft_NC), lm, labels).sum()
+
+
+def _at(x_BT: Tensor, batch: Batch) -> Tensor:
+    """Return x (B, T, ...) at the supervised positions, (S, ...)."""
+    return x_BT.flatten(0, 1).index_select(0, batch.supervised_S)
+
+
+def _count(x_S: Tensor) -> Tensor:
+    """Return the length of x as a tensor on its device, without a copy from the host."""
+    return torch.full((), len(x_S), device=x_S.device)
 
 
 class _Frozen:

@@ -10,10 +10,9 @@ import pyarrow as pa
 from omni.audio.logmel import SAMPLING_RATE, encoder_frames
 from omni.config import Config
 from omni.corpus.index import Index
-from omni.corpus.index_row import IndexRow, recordings, transcripts
+from omni.corpus.index_row import DEFAULT_TASK, IndexRow, recordings, transcripts
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_of
-from omni.corpus.text import DEFAULT_TASK
 from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO, Template
 from omni.model.projector import soft_tokens
@@ -24,7 +23,7 @@ _TOKENS = pa.schema(
     [
         ("tokens", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.bool_())),
-        ("teacher_tokens", pa.list_(pa.list_(pa.int32()))),
+        ("transcript_tokens", pa.list_(pa.list_(pa.int32()))),
         ("task_number", pa.int32()),
     ]
 )
@@ -36,8 +35,8 @@ class PlannedRow(IndexRow):
     tokens: list[int]
     """Token ids, with AUDIO in the place of each recording."""
     supervised: list[bool]
-    teacher_tokens: list[list[int]] | None
-    """Token ids of the transcript of each recording; None without distillation."""
+    transcript_tokens: list[list[int] | None] | None
+    """Token ids of what is said in each recording, where it is known; None if no loss needs it."""
     task_number: int | None
 
 
@@ -94,11 +93,11 @@ def with_tokens(
                 )
             )
         first += len(rows)
-        teacher = _teacher_tokens(rows, template) if config.optim.kl_weight else [None] * len(rows)
+        said = _transcript_tokens(rows, template, config)
         columns = {
             "tokens": [r.ids for r in rendered],
             "supervised": [r.supervised for r in rendered],
-            "teacher_tokens": teacher,
+            "transcript_tokens": said,
             "task_number": [tasks.index(name) for name in names],
         }
         batches.append(pa.table(columns, schema=_TOKENS))
@@ -109,15 +108,27 @@ def with_tokens(
     return table, lengths, rejects
 
 
-def beyond_ctc(table: pa.Table, lengths: np.ndarray) -> int:
-    """Count the utterances of the plan with more supervised tokens than soft tokens.
+def ctc_fit(table: pa.Table, lengths: np.ndarray) -> tuple[int, int]:
+    """Count the utterances of the plan that CTC learns nothing from.
 
-    CTC emits at most one token per soft token, and learns nothing from them.
+    Returns those without a transcript of any recording, and those with more tokens in it than soft
+    tokens: CTC emits at most one token per soft token.
     """
     tokens = _list_counts(table["tokens"])
     audio = _list_counts(table["tokens"], AUDIO)
     soft = lengths - (tokens - audio - 1)
-    return int(((lengths > 0) & (_list_counts(table["supervised"], True) - 1 > soft)).sum())
+    said = _nested_counts(table["transcript_tokens"])
+    planned = lengths > 0
+    return int((planned & (said == 0)).sum()), int((planned & (said > soft)).sum())
+
+
+def _nested_counts(column: pa.ChunkedArray) -> np.ndarray:
+    """Count the elements of all lists inside each list of a column: (n,)."""
+    counts = [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
+        inner = chunk.values.offsets.to_numpy()
+        counts.append(np.diff(inner[chunk.offsets.to_numpy()]))
+    return np.concatenate(counts)
 
 
 def _list_counts(column: pa.ChunkedArray, value: int | None = None) -> np.ndarray:
@@ -134,22 +145,26 @@ def _list_counts(column: pa.ChunkedArray, value: int | None = None) -> np.ndarra
     return np.concatenate(counts)
 
 
-def _teacher_tokens(rows: Sequence[IndexRow], template: Template) -> list[list[list[int]]]:
-    """Tokenize the transcript of each recording of each row, for distillation.
+def _transcript_tokens(
+    rows: Sequence[IndexRow], template: Template, config: Config
+) -> list[list[list[int] | None] | None]:
+    """Tokenize what is said in each recording of each row, where a loss needs it.
 
-    Raises ConfigError for a recording of a conversation without a transcript.
+    Raises ConfigError for a recording without a transcript, with distillation.
     """
-    encode = template.tokenizer.encode_batch
-    teacher = []
-    for row in rows:
-        texts = [text for text in transcripts(row) if text is not None]
-        if len(texts) < len(recordings(row)):
+    optim = config.optim
+    if not optim.kl_weight and not optim.ctc_weight:
+        return [None] * len(rows)
+    texts = [transcripts(row) for row in rows]
+    for row, of_row in zip(rows, texts, strict=True):
+        if optim.kl_weight and None in of_row:
             raise ConfigError(
                 f"optim.kl_weight: {row['id']}: distillation needs the transcript of every "
-                'recording; expected {"audio": ..., "text": ...} in its message'
+                'recording; expected messages with {"audio": ..., "text": ...}'
             )
-        teacher.append(encode(texts))
-    return teacher
+    known = list(dict.fromkeys(text for of_row in texts for text in of_row if text is not None))
+    encoded = dict(zip(known, template.tokenizer.encode_batch(known), strict=True))
+    return [[None if text is None else encoded[text] for text in of_row] for of_row in texts]
 
 
 def sequence_positions(frames: Sequence[int], ids: int, stack: int) -> int:

@@ -92,7 +92,7 @@ def _distinct_recordings(indexes: dict[str, Index]) -> pa.Table:
         table = pa.Table.from_pylist(rows, table.schema)
     _, first = np.unique(np.asarray(table["key"].to_pylist()), return_index=True)
     table = table.take(pa.array(np.sort(first)))
-    for name in ("tokens", "supervised", "teacher_tokens", "task_number"):
+    for name in ("tokens", "supervised", "transcript_tokens", "task_number"):
         table = table.append_column(name, pa.nulls(len(table)))
     return table
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from omni.checkpoint.checkpoint import Checkpoint
 from omni.checkpoint.resume import ResumePoint, newest_checkpoint
 from omni.cluster.versions import differences
 from omni.config import Config
 from omni.corpus.index import Index
+from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.lengths import Reject
 from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
@@ -28,7 +30,7 @@ from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import Split, held_bins, make_plan
 from omni.plan.plan_file import write_plan_file
-from omni.plan.sequences import beyond_ctc, task_names, with_tokens
+from omni.plan.sequences import ctc_fit, task_names, with_tokens
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import (
     choose_template,
@@ -138,13 +140,8 @@ def prepare(config: Config) -> Prepared:
             planned = lengths
             weights = index.weights
             shortest = lengths if speeds is None else speeds.shortest
-            beyond = beyond_ctc(table, shortest) if config.optim.ctc_weight else 0
-            if beyond:
-                fast = "" if speeds is None else " at their fastest"
-                notes.append(
-                    f"CTC learns nothing from {beyond} of {len(index)} utterances{fast}: they have "
-                    "more tokens than soft tokens (model.stack)"
-                )
+            if config.optim.ctc_weight:
+                notes += _ctc_notes(table, shortest, speeds is not None)
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
     notes += [note for index in indexes.values() for note in index.notes]
     notes += _overlap(indexes) + augmentation_notes(config) + _precision_notes(config)
@@ -203,6 +200,33 @@ def make_worker_spec(
         nodes=nodes,
         resume=resume,
     )
+
+
+def _ctc_notes(table: pa.Table, lengths: np.ndarray, sped: bool) -> list[str]:
+    """Count the utterances that CTC learns nothing from. Raises ConfigError if it is all of them.
+
+    lengths: (n,) positions, at their fastest if they are `sped`.
+    """
+    silent, beyond = ctc_fit(table, lengths)
+    if silent == int((lengths > 0).sum()):
+        raise ConfigError(
+            "optim.ctc_weight: no row of data.train has a transcript: rows of other tasks than "
+            f'{DEFAULT_TASK} and conversations need messages with {{"audio": ..., "text": ...}}'
+        )
+    of = f"of {table.num_rows} utterances"
+    notes = []
+    if silent:
+        notes.append(
+            f"CTC learns nothing from {silent} {of}: what is said in them is not known, since they "
+            "answer another task, or their messages have no transcripts"
+        )
+    if beyond:
+        fast = " at their fastest" if sped else ""
+        notes.append(
+            f"CTC learns nothing from {beyond} {of}{fast}: they have more tokens than soft tokens "
+            "(model.stack)"
+        )
+    return notes
 
 
 def _precision_notes(config: Config) -> list[str]:

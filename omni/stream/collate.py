@@ -10,12 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.model.batch import IGNORED, Batch
+from omni.model.batch import IGNORED, Batch, CTCLabels
 from omni.model.chat_template import AUDIO
 from omni.model.projector import stack_frames
-
-# Lengths of teacher batches are rounded up to it, so that few shapes occur.
-TEACHER_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,8 @@ class Utterance:
     becomes padding.
     ids: token ids with AUDIO in the place of each recording.
     supervised: True for the ids that are targets.
-    teacher_tokens: token ids of the transcript of each recording, for distillation.
+    transcript_tokens: token ids of what is said in each recording, for distillation and CTC; None
+    where it is not known.
     """
 
     features: Sequence[Tensor] | None
@@ -35,7 +33,7 @@ class Utterance:
     number: int = -1
     """Row of the index."""
     task: int = 0
-    teacher_tokens: Sequence[Sequence[int]] | None = None
+    transcript_tokens: Sequence[Sequence[int] | None] | None = None
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -53,10 +51,12 @@ def collate(
     stack: int,
     frame_dim: int,
     teacher: bool = False,
+    ctc: bool = False,
 ) -> Batch:
     """Lay out bins of utterances as a `Batch` of (len(bins), positions).
 
-    teacher: add a batch of the same utterances as text, for distillation.
+    teacher: add a batch of the same utterances as text, for distillation. ctc: add what is said in
+    the recordings, as far as it is known.
     """
     shape = (len(bins), positions)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -65,6 +65,7 @@ def collate(
     mask = np.zeros(shape, dtype=bool)
     tasks = np.zeros(shape, dtype=np.int64)
     audio: list[Tensor] = []
+    said: list[Sequence[int] | None] = []
     for row, members in enumerate(bins):
         cursor = 0
         for segment, utterance in enumerate(members, start=1):
@@ -76,6 +77,7 @@ def collate(
             if stop > positions:
                 raise ValueError(f"bin {row} holds {stop} positions, expected at most {positions}")
             audio += stacked
+            said += utterance.transcript_tokens or [None] * len(stacked)
             inputs, wanted = ids[:-1], np.where(supervised[1:], ids[1:], IGNORED)
             mask[row, cursor:stop] = inputs == AUDIO
             tokens[row, cursor:stop] = np.where(inputs == AUDIO, 0, inputs)
@@ -92,23 +94,28 @@ def collate(
         segments_BT=torch.from_numpy(segments),
         audio_mask_BT=torch.from_numpy(mask),
         audio_NF=torch.cat(audio) if audio else empty,
+        audio_at_N=torch.from_numpy(np.flatnonzero(mask)),
+        supervised_S=torch.from_numpy(np.flatnonzero(targets != IGNORED)),
         audio_starts_N=torch.from_numpy(starts),
         tasks_BT=torch.from_numpy(tasks),
-        teacher=_teacher_batch(bins) if teacher else None,
+        ctc=CTCLabels.of([len(part) for part in audio], said) if ctc else None,
+        teacher=_teacher_batch(bins, positions) if teacher else None,
     )
 
 
-def _teacher_batch(bins: Sequence[Sequence[Utterance]]) -> Batch:
-    """Lay out the bins with transcripts in the place of the recordings, as long as the longest."""
+def _teacher_batch(bins: Sequence[Sequence[Utterance]], positions: int) -> Batch:
+    """Lay out the bins with transcripts in the place of the recordings.
+
+    The rows are as long as those of the bins, so that compiled kernels see one length; rows of
+    texts with more tokens than their recordings have soft tokens may take a multiple of it.
+    """
     written = []
     for members in bins:
         row = []
         for utterance in members:
             if utterance.features is None:
                 continue
-            if utterance.teacher_tokens is None:
-                raise ValueError("a teacher needs the transcript of every recording")
-            transcript = iter(utterance.teacher_tokens)
+            transcript = iter(_transcripts(utterance))
             parts = [next(transcript) if token == AUDIO else [token] for token in utterance.ids]
             flags = [[flag] * len(p) for flag, p in zip(utterance.supervised, parts, strict=True)]
             row.append(
@@ -118,8 +125,17 @@ def _teacher_batch(bins: Sequence[Sequence[Utterance]]) -> Batch:
             )
         written.append(row)
     longest = max(sum(len(u.ids) - 1 for u in row) for row in written)
-    positions = -(-max(longest, 1) // TEACHER_MULTIPLE) * TEACHER_MULTIPLE
-    return collate(written, positions=positions, stack=1, frame_dim=1)
+    multiple = -(-max(longest, 1) // positions)
+    return collate(written, positions=multiple * positions, stack=1, frame_dim=1)
+
+
+def _transcripts(utterance: Utterance) -> list[Sequence[int]]:
+    """Return the transcript of every recording. Raises ValueError where one is not known."""
+    given = utterance.transcript_tokens or [None]
+    known = [text for text in given if text is not None]
+    if len(known) < len(given):
+        raise ValueError("a teacher needs the transcript of every recording")
+    return known
 
 
 def _expand(utterance: Utterance, soft: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

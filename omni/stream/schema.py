@@ -26,7 +26,7 @@ _COMMON = [
     ("samples", pa.list_(pa.int64())),
     ("tokens", pa.list_(pa.list_(pa.int32()))),
     ("supervised", pa.list_(pa.list_(pa.bool_()))),
-    ("teacher_tokens", pa.list_(pa.list_(pa.list_(pa.int32())))),
+    ("transcript_tokens", pa.list_(pa.list_(pa.list_(pa.int32())))),
     ("tasks", pa.list_(pa.int32())),
     ("load_seconds", pa.float64()),
     ("errors", pa.list_(pa.string())),
@@ -68,8 +68,8 @@ class BinRow(TypedDict):
     tokens: list[list[int]]
     """Token ids, with AUDIO in the place of each recording."""
     supervised: list[list[bool]]
-    teacher_tokens: list[list[list[int]] | None]
-    """Token ids of the transcript of each recording; None without distillation."""
+    transcript_tokens: list[list[list[int] | None] | None]
+    """Token ids of what is said in each recording, where it is known; None if no loss needs it."""
     tasks: list[int | None]
     load_seconds: float
     """Seconds of reading, decoding and log-mels."""
@@ -115,7 +115,7 @@ def utterances(row: EncodedRow, codec: FeatureCodec) -> list[Utterance]:
             supervised=row["supervised"][i],
             number=row["numbers"][i],
             task=row["tasks"][i] or 0,
-            teacher_tokens=row["teacher_tokens"][i],
+            transcript_tokens=row["transcript_tokens"][i],
         )
         for i, of_utterance in enumerate(row["frames"])
     ]

@@ -35,11 +35,12 @@ class Layout:
     stack: int
     frame_dim: int
     teacher: bool = False
+    ctc: bool = False
 
     @classmethod
     def of(cls, config: Config, model: OmniConfig) -> Layout:
         teacher = config.optim.kl_weight > 0
-        return cls(config.optim.bin_positions, model.stack, model.frame_dim, teacher)
+        return cls(config.optim.bin_positions, model.stack, model.frame_dim, teacher, model.ctc)
 
     def batch(self, bins: list[list[Utterance]]) -> Batch:
         return collate(
@@ -48,6 +49,7 @@ class Layout:
             stack=self.stack,
             frame_dim=self.frame_dim,
             teacher=self.teacher,
+            ctc=self.ctc,
         )
 
     def length(self, utterance: Utterance) -> int:

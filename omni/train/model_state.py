@@ -54,7 +54,7 @@ class ModelState:
         if len(tasks) > 1:
             known = config.data.tasks
             weights = [known[name].weight if name in known else 1.0 for name in tasks]
-            self.model.task_weights = torch.tensor(weights)
+            self.model.task_weights = torch.tensor(weights, device=device)
         optim = config.optim
         if optim.kl_weight:
             self.model.distillation = Distillation(optim.kl_temperature, end, optim.kl_end_weight)

@@ -16,7 +16,7 @@ from omni.checkpoint.train_state import TrainState
 from omni.metrics.rows import Measured, Pools, Window, summarize, train_row
 from omni.metrics.run_files import append_json, last_line, read_json_lines, write_event, write_json
 from omni.metrics.table import EvalRow, TrainRow, to_json
-from omni.metrics.throughput import FirstSteps, Stopwatch, flops_per_position, peak_flops
+from omni.metrics.throughput import FirstSteps, Stopwatch, peak_flops, training_flops
 from omni.stream.feature_cache import advice_when_full
 from omni.train.batches import BlockReader
 from omni.train.ledger import CurrentWork
@@ -95,7 +95,7 @@ class Recorder:
                 self._pools,
                 phases,
                 self._spec.tasks,
-                self._full_speed(model_state),
+                self._utilisation(model_state),
             )
         )
         self._last_loss = row.loss
@@ -129,14 +129,15 @@ class Recorder:
             write_json(self._run_dir / "summary.json", summary)
         return summary
 
-    def _full_speed(self, model_state: ModelState) -> float | None:
-        """Return the steps per second at peak FLOPS, counting the language model's products."""
+    def _utilisation(self, model_state: ModelState) -> float | None:
+        """Return the language model's FLOPs as a share of what the devices could compute."""
         if self._peak_flops is None:
             return None
-        optim = self._spec.config.optim
-        positions = optim.bins_per_step * optim.bin_positions
-        flops = positions * flops_per_position(model_state.model.lm)
-        return self._peak_flops * self._world / flops
+        optim, lm = self._spec.config.optim, model_state.model.lm
+        flops = training_flops(lm, lm.head())
+        positions = self.window.lm_steps * optim.bins_per_step * optim.bin_positions
+        done = positions * flops.position + self.window.sums.counted * flops.supervised
+        return done / (self.window.busy * self._peak_flops * self._world)
 
     def _log_full_cache(self, reason: str, step: int) -> None:
         """Log once that later epochs will encode again."""

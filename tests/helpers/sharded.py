@@ -167,5 +167,5 @@ def _batch(step: int, place: int, teacher: bool = False) -> Batch:
     text = torch.randint(0, 250, (6 + place,), generator=numbers).tolist()
     ids = [AUDIO, 290, *text, 291]
     flags = [False, False] + [True] * (len(text) + 1)
-    utterance = Utterance([frames], ids, flags, teacher_tokens=[text])
-    return Layout(64, SHAPE.stack, 8, teacher).batch([[utterance]])
+    utterance = Utterance([frames], ids, flags, transcript_tokens=[text])
+    return Layout(64, SHAPE.stack, 8, teacher, ctc=True).batch([[utterance]])

@@ -21,4 +21,10 @@ def spoken(
 ) -> Utterance:
     ids = [AUDIO, bos, *prompt, *text, end]
     supervised = [False] * (2 + len(prompt)) + [True] * (len(text) + 1)
-    return Utterance(None if features is None else [features], ids, supervised, number)
+    return Utterance(
+        None if features is None else [features],
+        ids,
+        supervised,
+        number,
+        transcript_tokens=[list(text)],
+    )

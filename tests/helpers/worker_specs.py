@@ -65,7 +65,7 @@ def encoded_block(
                 "samples": table["samples"].to_pylist(),
                 "tokens": table["tokens"].to_pylist(),
                 "supervised": table["supervised"].to_pylist(),
-                "teacher_tokens": nothing,
+                "transcript_tokens": nothing,
                 "tasks": table["task_number"].to_pylist(),
                 "errors": nothing,
                 "load_seconds": 0.25,

@@ -85,7 +85,7 @@ def test_losses_of_a_batch_survive_packing() -> None:
 def measured(**sums: float) -> Measured:
     window = Window(StepSums(**sums), busy=2.0, wait=0.5, steps=4)
     state = TrainState(step=4, bins_consumed=16, epoch=0.12345, seconds=9.876)
-    return Measured(state, window, 10, 1e-3, 1.5, Pools(1, 2), {"wait": 0.5}, full_speed=20.0)
+    return Measured(state, window, 10, 1e-3, 1.5, Pools(1, 2), {"wait": 0.5}, mfu=0.1)
 
 
 def test_a_training_row_holds_means_and_rates() -> None:

@@ -20,10 +20,11 @@ from omni.metrics.throughput import (
     PHASES,
     FirstSteps,
     Stopwatch,
-    flops_per_position,
+    TrainingFlops,
     judge,
     peak_flops,
     peak_of,
+    training_flops,
 )
 from tests.helpers.whole_runs import lines, run_job
 
@@ -67,14 +68,17 @@ def test_a_cpu_has_no_peak_that_we_know() -> None:
     assert peak_flops(torch.device("cpu")) is None
 
 
-def test_weights_of_products_count_and_frozen_ones_less() -> None:
+def test_weights_of_products_count_frozen_ones_less_and_the_head_where_it_is_used() -> None:
     model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    assert flops_per_position(model) == 6 * (8 * 4 + 4 * 2)
+    head = model[3]
+    assert isinstance(head, nn.Linear)
+    assert training_flops(model, head) == TrainingFlops(6 * 8 * 4, 6 * 4 * 2)
     model[1].requires_grad_(False)
-    assert flops_per_position(model) == 4 * 8 * 4 + 6 * 4 * 2
+    assert training_flops(model, head) == TrainingFlops(4 * 8 * 4, 6 * 4 * 2)
     tied = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
     tied[1].weight = tied[0].weight
-    assert flops_per_position(tied) == 0, "said in the module: embeddings are left out"
+    assert isinstance(tied[1], nn.Linear)
+    assert training_flops(tied, tied[1]) == TrainingFlops(0, 6 * 4 * 10), "its products are real"
 
 
 @pytest.mark.parametrize(

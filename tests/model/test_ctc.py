@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni.model.batch import CTCLabels
 from omni.model.ctc import CTCHead, LinearCTC, TiedCTC, ctc_losses
 from omni.model.losses import LOGITS_PER_CHUNK
 
@@ -55,7 +56,7 @@ def test_loss_and_gradients_are_those_over_all_classes(kind: type[CTCHead]) -> N
     head = kind(WIDTH, LARGE)
     head.init_weights(torch.Generator().manual_seed(3))
     wanted_by = [soft, *head.parameters(), *([lm.rows] if kind is TiedCTC else [])]
-    found = ctc_losses(head, soft, lm, LENGTHS, [torch.tensor(x).long() for x in LABELS])
+    found = ctc_losses(head, soft, lm, CTCLabels.of(LENGTHS, LABELS))
     expected = over_all_classes(head, soft, lm)
     assert expected[1] > 1 and expected[2] > 1 and expected[3] == 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -71,12 +72,12 @@ def test_a_long_batch_goes_through_the_vocabulary_in_chunks() -> None:
     head.init_weights(torch.Generator().manual_seed(3))
     each, count = 50, 2 * (LOGITS_PER_CHUNK // LARGE) // 50 + 1
     soft, whole = soft_tokens(each * count), soft_tokens(each * count)
-    labels = [torch.arange(first, first + 9) for first in range(count)]
-    loss = ctc_losses(head, soft, lm, [each] * count, labels).sum()
+    labels = [list(range(first, first + 9)) for first in range(count)]
+    loss = ctc_losses(head, soft, lm, CTCLabels.of([each] * count, labels)).sum()
     log_probs = F.log_softmax(head(whole, lm), -1)
     expected = F.ctc_loss(
         log_probs.view(count, each, -1).transpose(0, 1),
-        torch.cat(labels),
+        torch.tensor(labels).flatten(),
         [each] * count,
         [9] * count,
         blank=LARGE,

@@ -30,12 +30,12 @@ def utterances() -> list[Utterance]:
         ids = [20, AUDIO, 21, *text, END]
         supervised = [False] * 3 + [True] * (len(text) + 1)
         features = torch.randn(20 + 9 * number, 16, generator=generator)
-        made.append(Utterance([features], ids, supervised, teacher_tokens=[text]))
+        made.append(Utterance([features], ids, supervised, transcript_tokens=[text]))
     return made
 
 
 def lay_out(utterances: list[Utterance]) -> Batch:
-    return collate([utterances], positions=80, stack=4, frame_dim=16, teacher=True)
+    return collate([utterances], positions=80, stack=4, frame_dim=16, teacher=True, ctc=True)
 
 
 def a_model(lora: LoraShape | None = None, ctc: bool = False) -> OmniModel:
@@ -72,7 +72,7 @@ def test_a_rejected_utterance_is_not_read_either(utterances: list[Utterance]) ->
 
 def test_a_teacher_without_transcripts_is_an_error(utterances: list[Utterance]) -> None:
     with pytest.raises(ValueError, match=r"\btranscript\b"):
-        lay_out([replace(utterances[0], teacher_tokens=None)])
+        lay_out([replace(utterances[0], transcript_tokens=None)])
 
 
 # --- the divergence ------------------------------------------------------------------------------
@@ -84,8 +84,8 @@ def test_the_divergence_is_that_of_next_token_distributions(utterances: list[Utt
     total = 0.0
     for utterance in utterances:
         batch = lay_out([utterance])
-        assert utterance.teacher_tokens is not None
-        text = list(utterance.teacher_tokens[0])
+        assert utterance.transcript_tokens is not None
+        text = list(utterance.transcript_tokens[0] or ())
         soft = model.project(batch.audio_NF, batch.audio_starts_N)
         student = _distributions(model, [20], soft, [21, *text])[-len(text) - 1 :]
         teacher = _distributions(model, [20, *text, 21, *text], soft[:0], [])[-len(text) - 1 :]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omni.model.batch import IGNORED, Batch
+from omni.model.chat_template import AUDIO
 from omni.model.encoder.whisper import WhisperEncoder
+from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import stack_frames
 from omni.model.speech_lm import LossSums, OmniConfig, OmniModel
 from omni.stream.collate import Utterance, collate
@@ -35,7 +39,7 @@ def utterances(trim: WhisperEncoder, clips: list[np.ndarray]) -> list[Utterance]
 
 
 def lay_out(*bins: Sequence[Utterance], positions: int = 160) -> Batch:
-    return collate(bins, positions=positions, stack=4, frame_dim=384)
+    return collate(bins, positions=positions, stack=4, frame_dim=384, ctc=True)
 
 
 def awake(config: OmniConfig = CONFIG, seed: int = 0) -> OmniModel:
@@ -251,6 +255,72 @@ def test_without_a_ctc_head_its_loss_is_zero(utterances: list[Utterance]) -> Non
     assert float(model(lay_out(utterances)).ctc) == 0.0
 
 
+@torch.inference_mode()
+def test_only_what_is_said_is_a_label(utterances: list[Utterance]) -> None:
+    """Neither the answers of other tasks, nor those of a conversation."""
+    model = awake()
+    a, b, c, d = utterances
+    alone = [float(model(lay_out([u])).ctc) for u in utterances]
+    asked = replace(b, transcript_tokens=[None])
+    sums = model(lay_out([a, asked, c], [d]))
+    assert float(sums.ctc) == pytest.approx(alone[0] + alone[2] + alone[3], rel=1e-4)
+    assert int(sums.tokens) == sum(len(text) + 1 for text in TEXTS), "answers are learnt anyhow"
+    assert float(model(lay_out([asked])).ctc) == 0.0
+    assert a.features is not None and c.features is not None
+    talk = Utterance(
+        [a.features[0], c.features[0]],
+        [BOS, AUDIO, 30, 31, END, AUDIO, 32, END],
+        [False, False, True, True, True, False, True, True],
+    )
+    assert float(model(lay_out([talk])).ctc) == 0.0
+    heard = replace(talk, transcript_tokens=[TEXTS[0], None])
+    assert float(model(lay_out([heard])).ctc) == pytest.approx(alone[0], rel=1e-4)
+    both = replace(talk, transcript_tokens=[TEXTS[0], TEXTS[2]])
+    assert float(model(lay_out([both])).ctc) == pytest.approx(alone[0] + alone[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", ["small", "large"])
+@pytest.mark.parametrize("ctc_only", [False, True])
+def test_a_microbatch_waits_for_the_device_nowhere(
+    utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch, vocabulary: str, ctc_only: bool
+) -> None:
+    """Fake tensors have no values: whatever depends on one is an error."""
+    hidden = {"dropout": 0.1, "token_dropout": 0.1, "audio_dropout": 0.1}
+    a, b, c, _ = utterances
+    members = [a, replace(b, transcript_tokens=[None]), c]
+    batch = lay_out(members, positions=600)  # Longer than what plain products attend to.
+    lengths: list[object] = []
+
+    def ctc_loss(log_probs: Tensor, labels: Tensor, *others: object, **more: object) -> Tensor:
+        """torch.ctc_loss has no fake version: the size of its buffer depends on the labels."""
+        lengths.extend(others[:2])
+        return log_probs.sum((0, 2))
+
+    monkeypatch.setattr(torch, "ctc_loss", ctc_loss)
+    if vocabulary == "large":
+        monkeypatch.setattr("omni.model.ctc._FULL_SOFTMAX_CLASSES", 10)
+    # How segments attend differs between CPU and GPU.
+    plain = staticmethod(lambda segments: SegmentLayout.plain(segments.shape, segments.device))
+    monkeypatch.setattr("omni.model.speech_lm.SegmentLayout.packed", plain)
+    with FakeTensorMode() as mode:
+        model = OmniModel(replace(CONFIG, **hidden)).train()
+        model.task_weights = torch.ones(2)
+        sums = model(fake(batch, mode), ctc_only)
+        (sums.loss + sums.ctc).backward()
+    assert [type(given) for given in lengths] == [tuple, tuple], "known without the device"
+
+
+def fake(item: Any, mode: FakeTensorMode) -> Any:
+    """The tensors of a dataclass without their values."""
+    values = {f.name: getattr(item, f.name) for f in fields(item)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = mode.from_tensor(value)
+        elif is_dataclass(value):
+            values[name] = fake(value, mode)
+    return replace(item, **values)
+
+
 # --- configuration and initialisation ------------------------------------------------------------
 
 
@@ -287,5 +357,5 @@ def test_a_batch_moves_as_a_whole(utterances: list[Utterance]) -> None:
     batch = lay_out(utterances)
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
-    assert len(tensors) == 7 and {tensor.device.type for tensor in tensors} == {"meta"}
+    assert len(tensors) == 9 and {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.audio_NF.shape == batch.audio_NF.shape

@@ -36,15 +36,28 @@ STEPS = 40
 def _rows() -> list[dict[str, Any]]:
     """Two tasks, and a conversation with two recordings."""
     rows = embedded("train", 24)
-    for row in rows[::3]:
-        row |= {"task": "shout", "text": row["text"].upper()}
+    shouts = [
+        {
+            "id": row["id"],
+            "task": "shout",
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"audio": row["audio"], "text": row["text"]}, {"text": "loud"}],
+                },
+                {"role": "assistant", "content": row["text"].upper()},
+            ],
+        }
+        for row in rows[::3]
+    ]
     talk = [
         {"role": "user", "content": [{"audio": rows[0]["audio"], "text": rows[0]["text"]}]},
         {"role": "assistant", "content": "One."},
         {"role": "user", "content": [{"audio": rows[1]["audio"], "text": rows[1]["text"]}]},
         {"role": "assistant", "content": "Two."},
     ]
-    return [*rows, {"id": "talk", "messages": talk}]
+    plain = [row for number, row in enumerate(rows) if number % 3]
+    return [*shouts, *plain, {"id": "talk", "messages": talk}]
 
 
 def _config(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -57,7 +70,7 @@ def _config(folder: Path, **sections: dict[str, Any]) -> Config:
             "train": str(write_manifest(folder / "train", _rows())),
             "dev": str(write_manifest(folder / "dev", embedded("dev", 6))),
             "allow_absolute": True,
-            "tasks": {"shout": {"prompt": "loud", "weight": 2.0}, "transcribe": {}},
+            "tasks": {"shout": {"weight": 2.0}, "transcribe": {}},
             "loaders": 1,
         },
         "encoder": {"layers": [1, 3, 4]},

@@ -134,6 +134,10 @@ def test_settings_that_do_not_fit_the_model(configure: Configure, tmp_path: Path
     assert _error(configure(model={**model, "dropout": 0.1})).startswith("model.dropout: ")
     error = _error(configure(model=model, optim={"kl_weight": 1.0}))
     assert error.startswith("optim.kl_weight: ")
+    full = {**model, "train": ["projector", "lm"]}
+    assert _error(configure(model=full, optim={"muon_lr": 0.02})).startswith("optim.muon_lr: ")
+    error = _error(configure(model=full, optim={"unembedding_lr": 0.02}))
+    assert error.startswith("optim.unembedding_lr: "), "it is the table of embeddings"
     error = _error(configure(model={**model, "projector": "conv", "stack": 6}))
     assert re.match(r"model\.stack: .*\bconv\b.*\b6\b", error)
     error = _error(configure(encoder={"layers": [2, 9]}))
@@ -207,7 +211,35 @@ def test_a_teacher_needs_what_is_said(tmp_path: Path) -> None:
     assert error.startswith("optim.kl_weight: talk-0: ")
     prepared = prepare(_with_talks(tmp_path, [_talk(0, "hello")], **sections))
     row = prepared.splits["train"].table.to_pylist()[-1]
-    assert [prepared.tokenizer.decode(ids) for ids in row["teacher_tokens"]] == ["hello", "again"]
+    assert [prepared.tokenizer.decode(ids) for ids in row["transcript_tokens"]] == [
+        "hello",
+        "again",
+    ]
+
+
+def test_ctc_learns_what_is_said_and_counts_the_rest(tmp_path: Path) -> None:
+    config = _configure(tmp_path, _rows(task=["emotion", "transcribe", "emotion"]))
+    with Path(config.data.train[0]).open("a") as file:
+        file.writelines(json.dumps(_talk(n, said)) + "\n" for n, said in ((0, None), (1, "hello")))
+    with_ctc = config.model_copy(
+        update={"optim": config.optim.model_copy(update={"ctc_weight": 1.0})}
+    )
+    prepared = prepare(with_ctc)
+    rows = prepared.splits["train"].table.to_pylist()
+    decode = prepared.tokenizer.decode
+    said = [
+        [None if ids is None else decode(ids) for ids in row["transcript_tokens"]] for row in rows
+    ]
+    assert said[:2] == [[None], [rows[1]["text"]]]
+    assert said[-2:] == [[None, "again"], ["hello", "again"]]
+    assert any(f"from 2 of {len(rows)} utterances" in note for note in prepared.notes)
+    assert prepare(config).splits["train"].table["transcript_tokens"].null_count == len(rows)
+
+
+def test_ctc_without_a_transcript_is_an_error(tmp_path: Path) -> None:
+    rows = [{**row, "task": "emotion"} for row in _rows()]
+    error = _error(_configure(tmp_path, rows, optim={"ctc_weight": 1.0}))
+    assert error.startswith("optim.ctc_weight: ")
 
 
 def test_the_referee_checkpoint_is_a_language_model_too(

@@ -95,3 +95,22 @@ def test_the_plan_counts_the_positions_that_are_used(stack: int) -> None:
         assert (batch.segments_BT == 1).all()
         with pytest.raises(ValueError, match=rf"\b{need}\b"):
             collate([[utterance]], positions=need - 1, stack=stack, frame_dim=3)
+
+
+def test_rows_of_teachers_are_as_long_as_bins_whatever_they_hold() -> None:
+    """Compiled kernels keep few lengths; a longer text takes a multiple."""
+    for text, length in (([5], 12), ([5] * 5, 12), ([5] * 11, 24)):
+        said = replace(SHORT, transcript_tokens=[text])
+        batch = collate([[said], []], positions=12, stack=2, frame_dim=2, teacher=True)
+        assert batch.teacher is not None and batch.teacher.tokens_BT.shape == (2, length)
+
+
+def test_labels_of_ctc_are_laid_out_with_their_lengths() -> None:
+    other = replace(LONG, transcript_tokens=[None])
+    batch = collate([[LONG, other], [SHORT]], positions=12, stack=2, frame_dim=2, ctc=True)
+    assert batch.ctc is not None and batch.ctc.rows_N is not None
+    assert batch.ctc.rows_N.tolist() == [0, 1, 4], "two of LONG, none of the other task, one"
+    assert (batch.ctc.soft_lengths, batch.ctc.lengths) == ((2, 1), (2, 1))
+    assert batch.ctc.tokens_L.tolist() == [8, 9, 5]
+    assert batch.ctc.classes_K[batch.ctc.class_L].tolist() == [8, 9, 5]
+    assert _collate([LONG]).ctc is None

@@ -41,7 +41,7 @@ def _row(features: list[Tensor | None], **changes: Any) -> dict[str, Any]:
         "samples": [16_000 for _ in numbers],
         "tokens": [[AUDIO, 1, n] for n in numbers],
         "supervised": [[False, False, True] for _ in numbers],
-        "teacher_tokens": [None for _ in numbers],
+        "transcript_tokens": [None for _ in numbers],
         "tasks": [n % 2 for n in numbers],
         "errors": [None if f is not None else "missing\nno such file" for f in features],
         "frames": [[] if f is None else [len(f)] for f in features],
@@ -106,6 +106,6 @@ def test_both_stages_speak_of_utterances_alike() -> None:
     assert [LOADED_SCHEMA.field(n) for n in handed_on] == [
         ENCODED_SCHEMA.field(n) for n in handed_on
     ]
-    assert {"numbers", "texts", "errors", "tokens", "supervised", "teacher_tokens"} <= set(
+    assert {"numbers", "texts", "errors", "tokens", "supervised", "transcript_tokens"} <= set(
         handed_on
     )

@@ -49,7 +49,7 @@ def _batch(seed: int) -> Batch:
         spoken(features, [3], text, bos=50, end=51),
         spoken(features[:5] * 2, [], text[:3], bos=50, end=51),
     ]
-    return collate([members], positions=24, stack=2, frame_dim=8)
+    return collate([members], positions=24, stack=2, frame_dim=8, ctc=True)
 
 
 def _train(model: OmniModel, optimizers: Optimizers, steps: range) -> None:

@@ -91,6 +91,24 @@ def test_a_log_line_is_the_mean_of_its_steps(spec: WorkerSpec, tmp_path: Path) -
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+def test_utilisation_counts_the_head_at_supervised_positions_and_no_model_that_rests(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "peak_flops", lambda device: 1e9)  # A CPU's is not known.
+    dashboard = Dashboard()
+    recorder = Recorder(spec, 0, 1, CPU, dashboard)
+    model_state = ModelState(spec.config, spec.model, CPU, 1)
+    lm = model_state.model.lm
+    head = lm.head().weight.numel()
+    layers = sum(p.numel() for p in lm.transformer.h.parameters()) + lm.smear_gate.weight.numel()
+    recorder.add_step(StepResult(StepSums(tokens=10, ctc=1.0), 1.0, True), spent=1.0, waited=0.0)
+    recorder.add_step(StepResult(_sums(20.0), 1.0, True), spent=1.0, waited=0.0)
+    recorder.log_steps(TrainState(step=2), 1.5, model_state, _reader(spec, recorder))
+    positions = 4 * 256
+    wanted = 6 * (positions * layers + 10 * head) / 2.0 / 1e9
+    assert [row.mfu for row in dashboard.rows] == [pytest.approx(wanted)]
+
+
 def test_steps_without_an_update_make_no_line(spec: WorkerSpec, tmp_path: Path) -> None:
     recorder = Recorder(spec, 0, 1, CPU, None)
     model_state = ModelState(spec.config, spec.model, CPU, 1)

@@ -140,6 +140,7 @@ class GPT(nn.Module):
                 middle = x
         if cache is not None:
             cache.lengths_B = layout.next_positions()
+            cache.longest += x_BTC.shape[1]
         return rms(x - self.backout_lambda * middle)
 
     def _apply_block(
@@ -206,7 +207,8 @@ class GPT(nn.Module):
             if segments is not None:
                 raise ValueError("audio_features with segments: expected audio_mask")
         elif audio_features is not None and audio_mask is not None:
-            x = scatter_soft_tokens(x, audio_features, audio_mask)
+            at = audio_mask.flatten().nonzero().squeeze(1)
+            x = scatter_soft_tokens(x, audio_features, at)
         if segments is not None:
             layout = SegmentLayout.packed(segments)
         else:
@@ -247,8 +249,7 @@ class GPT(nn.Module):
         return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
 
 
-def scatter_soft_tokens(x_BTC: Tensor, audio_MC: Tensor, mask_BT: Tensor) -> Tensor:
-    """Put M soft tokens at the M True positions of mask, in row-major order."""
+def scatter_soft_tokens(x_BTC: Tensor, audio_MC: Tensor, at_M: Tensor) -> Tensor:
+    """Put M soft tokens at M positions, counted through the rows."""
     flat = x_BTC.flatten(0, 1)
-    where = mask_BT.flatten().nonzero().squeeze(1)
-    return flat.index_copy(0, where, audio_MC.to(flat.dtype)).view_as(x_BTC)
+    return flat.index_copy(0, at_M, audio_MC.to(flat.dtype)).view_as(x_BTC)

@@ -88,6 +88,8 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.lengths_B = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.last_embedding_BC: Tensor | None = None
+        self.longest = 0
+        """Positions that any row may hold, known without asking the device."""
 
     def store(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor, positions_BT: Tensor) -> None:
         rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
@@ -140,7 +142,7 @@ class Attention(nn.Module):
 
     def _decode(self, q_B1HD: Tensor, cache: KVCache, window: int) -> Tensor:
         """Attend from one new position per row to the cache, which already holds that position."""
-        seen = int(cache.lengths_B.max()) + 1
+        seen = min(cache.longest + 1, cache.k.shape[2])
         k, v = cache.k[self.layer][:, :seen], cache.v[self.layer][:, :seen]
         repeats = self.n_head // self.n_kv_head
         k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))

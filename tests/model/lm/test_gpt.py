@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omni.model.lm.gpt import GPT, SOFTCAP
 from omni.model.lm.gpt_block import GPTConfig, KVCache
@@ -331,6 +332,18 @@ def test_a_filled_cache_takes_one_position_at_a_time() -> None:
         model(ids[:, :6], kv_cache=cache)
         with pytest.raises(ValueError, match=r"\bcache\b.*\bposition\b"):
             model(ids[:, 6:], kv_cache=cache)
+
+
+def test_decoding_asks_the_device_nothing() -> None:
+    """Fake tensors have no values: reading one back is an error."""
+    idx, step = random_ids(2, 600), random_ids(2, 1)  # Longer than what plain products attend to.
+    with FakeTensorMode() as mode, torch.no_grad():
+        model = GPT(SMALL)
+        cache = KVCache(model.config, 2, 610, model.lm_head.weight)
+        model(mode.from_tensor(idx), kv_cache=cache)
+        for _ in range(2):
+            logits = model(mode.from_tensor(step), kv_cache=cache)
+    assert logits.shape == (2, 1, SMALL.vocab_size) and cache.longest == 602
 
 
 # --- the loss in chunks ---------------------------------------------------------------------------
