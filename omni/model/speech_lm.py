@@ -186,11 +186,11 @@ class OmniModel(nn.Module):
         audio_NC = soft_NC
         if self.training and self.config.audio_dropout:
             kept = _keep(soft_NC, self.config.audio_dropout)
-            audio_NC = self._mask_dropped(soft_NC, kept)
+            audio_NC = torch.where(kept, soft_NC, self._hidden_input().to(soft_NC.dtype))
         if self.training and self.config.token_dropout:
-            kept = _keep(x, self.config.token_dropout).squeeze(-1).bool()
-            x = self._mask_dropped(x, kept.unsqueeze(-1))
-            has_id = has_id & kept
+            kept = _keep(x, self.config.token_dropout)
+            x = torch.where(kept, x, self._hidden_input().to(x.dtype))
+            has_id = has_id & kept.squeeze(-1)
         x = scatter_soft_tokens(x, audio_NC, batch.audio_at_N)
         layout = SegmentLayout.packed(batch.segments_BT)
         hidden = self.lm.trunk(x, batch.tokens_BT, layout, has_id)
@@ -209,17 +209,15 @@ class OmniModel(nn.Module):
             self._by_task(losses, correct, tasks),
         )
 
-    def _mask_dropped(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Mask dropped positions: by zero in a GPT, by the mean embedding in other models.
+    def _hidden_input(self) -> Tensor:
+        """Return what hidden positions hold (C,): the mean embedding at the RMS of embeddings.
 
-        In a model that does not mix its input into every layer, a zero vector stays zero through
-        all layers where it sees no other position, and each norm multiplies its gradient by
-        1/sqrt(eps): 30 layers overflow.
+        A zero vector at the first position of a segment, which sees no other, stays zero through
+        all layers, and each norm multiplies its gradient by 1/sqrt(eps): 12 layers overflow.
         """
-        if isinstance(self.lm, GPT):
-            return x * kept
         mean = self.lm.embedding_matrix().detach().float().mean(0)
-        return torch.where(kept.bool(), x, mean.to(x.dtype))
+        unit = mean * (len(mean) ** 0.5 / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny))
+        return unit if self.soft_size is None else unit * self.soft_size
 
     def _ctc_sums(self, soft_NC: Tensor, batch: Batch) -> LossSums:
         """Compute the CTC loss alone; no parameter of the language model gets a gradient."""
@@ -291,8 +289,8 @@ class _Frozen:
 
 
 def _keep(x: Tensor, rate: float) -> Tensor:
-    """Draw a mask of 1 for kept and 0 for dropped positions, (..., 1)."""
-    return (torch.rand(*x.shape[:-1], 1, device=x.device) >= rate).to(x.dtype)
+    """Draw a mask of the positions that are not hidden, (..., 1) bool."""
+    return torch.rand(*x.shape[:-1], 1, device=x.device) >= rate
 
 
 def _build(shape: GPTConfig | HFConfig) -> GPT | HFLanguageModel:

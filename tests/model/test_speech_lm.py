@@ -20,6 +20,7 @@ from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import stack_frames
 from omni.model.speech_lm import LossSums, OmniConfig, OmniModel
 from omni.stream.collate import Utterance, collate
+from tests.helpers.hf_folders import wrapped
 from tests.helpers.small_gpt import SMALL, awaken
 from tests.helpers.utterances import spoken
 
@@ -171,6 +172,50 @@ def test_hidden_audio_still_reaches_ctc(utterances: list[Utterance]) -> None:
     deaf = replace(batch, audio_NF=torch.zeros_like(batch.audio_NF))
     assert torch.equal(model(batch).loss, model(deaf).loss)
     assert torch.equal(model(batch).ctc, awake()(batch).ctc)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "transformers"])
+def test_a_hidden_first_position_leaves_gradients_of_deep_models_finite(
+    utterances: list[Utterance], kind: str
+) -> None:
+    """It sees no other: an exact zero there would stay zero through all layers."""
+    lm = wrapped("llama", num_hidden_layers=24) if kind == "transformers" else None
+    shape = replace(SMALL, n_layer=24) if lm is None else lm.config
+    model = OmniModel(OmniConfig(shape, feature_dim=384, audio_dropout=0.999999), lm).train()
+    model.init_weights(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".c_proj.weight", ".o_proj.weight", ".down_proj.weight")):
+                torch.nn.init.normal_(parameter, std=1.0)
+    sums = model(lay_out(utterances))
+    sums.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    assert sums.loss.isfinite()
+
+
+def test_hidden_positions_have_the_size_of_embeddings() -> None:
+    assert float(awake()._hidden_input().square().mean()) == pytest.approx(1.0)
+    lm = wrapped("gemma3_text", initializer_range=0.1)
+    model = OmniModel(OmniConfig(lm.config, feature_dim=8, projector="swiglu"), lm)
+    embedded = lm.embed(torch.arange(50)[None]).detach()
+    size = float(model._hidden_input().square().mean())
+    assert size == pytest.approx(float(embedded.square().mean()), rel=0.1)
+
+
+@pytest.mark.parametrize("ctc", [False, True])
+def test_the_first_gradients_are_of_a_usual_size(utterances: list[Utterance], ctc: bool) -> None:
+    """Also of a deep model that is trained already: no soft token starts at zero."""
+    model = OmniModel(replace(CONFIG, ctc=ctc, lm=replace(SMALL, n_layer=12)))
+    awaken(model.lm)
+    lm = {name: value.clone() for name, value in model.lm.state_dict().items()}
+    model.init_weights(0)
+    model.lm.load_state_dict(lm)
+    sums = model(lay_out(utterances))
+    (sums.ctc if ctc else sums.loss).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) / sums.tokens
+    assert 0.01 < float(norm) < 100, norm
 
 
 # --- CTC -----------------------------------------------------------------------------------------
