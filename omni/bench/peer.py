@@ -62,7 +62,7 @@ def bench_peer(config: Config) -> Result:
             total = job.over(0, steps)
             rates["omni"].append(total["utterances"] / total["seconds"])
             rates["with start"].append(total["utterances"] / job.wall_seconds)
-        # An untrained projector outputs zeros, so compare losses last, when the audio affects them.
+        # Losses are compared last, when the audio affects them.
         result.ratio["peer.loss_difference"] = peer.difference_to_omni()
     result.notes.append(
         f"{prepared.splits['train'].table.num_rows} utterances, {steps} steps of "

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_GELU_RMS = 0.652
+"""RMS of gelu(x) for x of a standard normal distribution."""
+
 
 def stack_frames(features_TF: Tensor, stack: int) -> Tensor:
     """Concatenate `stack` frames, zero-padded: (T, d) to (ceil(T / stack), stack * d)."""
@@ -32,7 +35,9 @@ class Projector(nn.Module):
 
     fc1 starts uniform(+-sqrt(3 / in_dim)), so that unit-variance input gives unit-variance hidden
     values; fc2 starts at zero, so that an untrained projector adds nothing to the residual stream.
-    Weights are fp32; outside autocast the products run in the input's dtype.
+    `OmniModel` starts fc2 by `init_output`: behind soft tokens of zero, norms multiply gradients by
+    1/sqrt(eps), which are thousands. Weights are fp32; outside autocast the products run in the
+    input's dtype.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None) -> None:
@@ -46,6 +51,12 @@ class Projector(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         _uniform(self.fc1, generator)
         self.fc2.weight.zero_()
+
+    @torch.no_grad()
+    def init_output(self, generator: torch.Generator | None = None) -> None:
+        """Initialise fc2 so that unit-variance input gives soft tokens of unit RMS."""
+        _uniform(self.fc2, generator)
+        self.fc2.weight.div_(_GELU_RMS)
 
     def forward(self, x: Tensor, starts_N: Tensor | None = None) -> Tensor:
         return _linear(F.gelu(_linear(x, self.fc1)), self.fc2)

@@ -21,7 +21,7 @@ from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.lm.lora import LoraShape, add_lora, is_adapter, without_adapters
 from omni.model.losses import Distillation, kl_divergence
 from omni.model.packed_attention import SegmentLayout
-from omni.model.projector import LayerMix, make_projector
+from omni.model.projector import LayerMix, Projector, make_projector
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,8 @@ class OmniModel(nn.Module):
         """Initialise everything that is not pretrained from a seed."""
         generator = torch.Generator().manual_seed(seed)
         self.projector.init_weights(generator)  # type: ignore[operator]
+        if isinstance(self.projector, Projector):
+            self.projector.init_output(generator)
         if self.config.source is None and isinstance(self.lm, GPT):
             self.lm.init_weights(generator)
         if self.ctc_head is not None:

@@ -68,6 +68,14 @@ def test_the_product_runs_in_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     assert projector.fc1.weight.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_a_projector_can_start_at_unit_size() -> None:
+    projector = fresh(512, 256)
+    projector.init_output(torch.Generator().manual_seed(0))
+    x = torch.randn(400, 512, generator=torch.Generator().manual_seed(1))
+    assert float(projector(x).square().mean().sqrt()) == pytest.approx(1.0, rel=0.1)
+
+
 def test_the_first_gradient_reaches_fc2() -> None:
     projector = fresh(6, 4)
     projector(torch.ones(2, 6)).sum().backward()
