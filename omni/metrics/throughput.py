@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PHASES = ("wait", "copy", "forward", "backward", "optimizer", "evaluate", "checkpoint")
 
@@ -210,5 +210,5 @@ def training_flops(model: nn.Module, head: nn.Linear) -> TrainingFlops:
     return TrainingFlops(layers, _flops(head.weight))
 
 
-def _flops(weight: nn.Parameter) -> int:
+def _flops(weight: Tensor) -> int:
     return (6 if weight.requires_grad else 4) * weight.numel()

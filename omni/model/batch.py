@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,13 +80,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to `device`; copies to a GPU are asynchronous."""
-        return _moved(self, device)
+        moved: Batch = _moved(self, device)
+        return moved
 
 
-_Item = TypeVar("_Item", Batch, CTCLabels)
-
-
-def _moved(item: _Item, device: torch.device) -> _Item:
+def _moved(item: Any, device: torch.device) -> Any:
+    """Copy the tensors of a `Batch` or of `CTCLabels`."""
     moved: dict[str, Any] = {}
     for field in fields(item):
         value = getattr(item, field.name)

@@ -218,7 +218,8 @@ class OmniModel(nn.Module):
         all layers, and each norm multiplies its gradient by 1/sqrt(eps): 12 layers overflow.
         """
         mean = self.lm.embedding_matrix().detach().float().mean(0)
-        unit = mean * (len(mean) ** 0.5 / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny))
+        least = torch.finfo(mean.dtype).tiny  # Divides no mean of zero.
+        unit: Tensor = mean * (len(mean) ** 0.5 / mean.norm().clamp(min=least))
         return unit if self.soft_size is None else unit * self.soft_size
 
     def _ctc_sums(self, soft_NC: Tensor, batch: Batch) -> LossSums:
