@@ -136,7 +136,9 @@ def test_settings_that_do_not_fit_the_model(configure: Configure, tmp_path: Path
     assert error.startswith("optim.kl_weight: ")
     full = {**model, "train": ["projector", "lm"]}
     assert _error(configure(model=full, optim={"muon_lr": 0.02})).startswith("optim.muon_lr: ")
-    error = _error(configure(model=full, optim={"unembedding_lr": 0.02}))
+    tied = save_folder(tmp_path / "tied", tie_word_embeddings=True)
+    own = {"model": {**full, "lm": f"hf:{tied}"}, "optim": {"unembedding_lr": 0.02}}
+    error = _error(configure(**own))
     assert error.startswith("optim.unembedding_lr: "), "it is the table of embeddings"
     error = _error(configure(model={**model, "projector": "conv", "stack": 6}))
     assert re.match(r"model\.stack: .*\bconv\b.*\b6\b", error)

@@ -183,7 +183,7 @@ def test_a_seed_decides_every_initial_weight() -> None:
     ("change", "named"),
     [
         ({"n_embd": 50}, r"n_embd 50\b.*\bn_head 4\b"),
-        ({"n_embd": 60}, r"\b15\b"),
+        ({"n_embd": 60}, r"n_embd 60\b.*\bodd\b"),
         ({"n_kv_head": 3}, r"n_head 4\b.*\bn_kv_head 3\b"),
         ({"n_embd": 16}, r"n_embd 16\b.*\b24\b"),
         ({"window_pattern": ""}, "window_pattern ''"),
