@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -139,7 +141,12 @@ def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> 
                 f"the locale's encoding is {sys.getfilesystemencoding()}, in which names of files "
                 "may not exist: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
             )
-        return job() or 0
+        code = job() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

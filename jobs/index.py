@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jobs.cli import job_parser, run_job
-from omni.errors import ConfigError
+from omni.errors import ConfigError, counted
 from omni.storage.path import as_path
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def _index(arguments: argparse.Namespace) -> None:
     )
     specs, out = arguments.source, arguments.out
     done = make_index(specs, out, options, lambda line: print(f"  {line}", flush=True))
-    print(f"{done['done']:,} of {done['parts']:,} parts made; the others were there already")
+    print(f"{done['done']:,} of {counted(done['parts'], 'part')} made", end="")
+    print("; the others were there already" if done["done"] < done["parts"] else "")
     print("\n".join(summary_lines(done)))
     if done["without_text"] == done["utterances"]:
         print(f"transcribe it with python -m jobs.transcribe --checkpoint CHECKPOINT {out}")

@@ -22,7 +22,7 @@ from omni.corpus.build_part import about_part, fingerprint, part_name, write_par
 from omni.corpus.built_index import Task, finish
 from omni.corpus.manifest import INDEX_FILE
 from omni.corpus.sources import Options, open_source
-from omni.errors import ManifestError
+from omni.errors import ManifestError, counted
 from omni.storage.filesystem import StorageError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath
@@ -75,7 +75,7 @@ def index_sources(
                 raise ManifestError(str(error)) from None
         if not parts:
             raise ManifestError(f"{public_uri(spec)}: no utterances in it")
-        say(f"{public_uri(spec)}: {len(parts):,} parts")
+        say(f"{public_uri(spec)}: {counted(len(parts), 'part')}")
         tasks += [(source, part) for part in parts]
     if make_many is None and len(tasks) > FEW_PARTS:
         raise ManifestError(
@@ -137,7 +137,7 @@ def add_part(total: Counter[str], made: dict[str, Any]) -> None:
 def progress(total: Counter[str], parts: int, seconds: float) -> str:
     left = seconds / total["parts"] * (parts - total["parts"])
     return (
-        f"{total['parts']:,}/{parts:,} parts, {total['rows']:,} utterances, "
+        f"{total['parts']:,}/{counted(parts, 'part')}, {counted(total['rows'], 'utterance')}, "
         f"{total['samples'] / SAMPLING_RATE / 3600:,.2f} h, {total['rejects']:,} rejects, "
         f"{total['bytes'] / 1e9:,.2f} GB kept, {total['rows'] / seconds:,.0f}/s, {left:,.0f} s left"
     )

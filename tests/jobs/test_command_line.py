@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -19,6 +20,7 @@ from omni.config import load_config, shipped_configs
 from omni.config.reference import sections, settings_of
 
 ROOT = Path(omni.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ALL_JOBS = [name for names in JOBS.values() for name in names]
 
 
@@ -173,3 +175,12 @@ def test_a_locale_in_which_names_of_files_do_not_exist_is_named() -> None:
     done = _failing_job(LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.returncode == 2
     assert done.stderr.startswith(b"error: ") and b"PYTHONUTF8=1" in done.stderr
+
+
+def test_output_that_nobody_reads_any_more_ends_quietly() -> None:
+    script = (
+        "import sys; from jobs.cli import run_job; sys.exit(run_job(lambda: print('x' * 99999)))"
+    )
+    command = f'{sys.executable} -c "{script}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 128 + signal.SIGPIPE and done.stderr == ""
