@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from omni.audio.decode import AudioSpan
 from omni.corpus.languages import language_code
 from omni.metrics.score import Errors, by_characters, count_errors, total, units
 from omni.model.chat_template import Template
@@ -29,6 +30,18 @@ class HeldUtterance:
     uri: str
     text: str
     language: str = "en"
+    span: AudioSpan = AudioSpan()
+    """Position of the recording in the file at `uri`."""
+
+    @property
+    def location(self) -> dict[str, Any]:
+        """Return the columns that say where the recording is; a whole file needs only `audio`."""
+        span = {
+            "start": self.span.start or None,
+            "duration": self.span.duration,
+            "bytes": self.span.bytes,
+        }
+        return {"audio": self.uri, **{k: v for k, v in span.items() if v is not None}}
 
 
 def transcribe(
@@ -68,7 +81,7 @@ def _transcribe_group(
             {
                 "number": held.utterance.number,
                 "id": held.id,
-                "audio": held.uri,
+                **held.location,
                 "language": held.language,
                 "reference": held.text,
                 "hypothesis": hypothesis,

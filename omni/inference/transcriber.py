@@ -236,6 +236,7 @@ def hold(
                 row["uri"],
                 row["text"],
                 row["language"] or "en",
+                span_of(row),
             )
         )
     return held, bad

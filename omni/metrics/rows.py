@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.train_state import TrainState
 from omni.metrics.score import Errors
 from omni.metrics.sums import LossTotals, as_tasks
-from omni.metrics.table import TRAIN_METRICS, EvalRow, StepSums, TaskFigures, TrainRow
+from omni.metrics.table import TRAIN_METRICS, EvalRow, Example, StepSums, TaskFigures, TrainRow
 from omni.metrics.throughput import ADVICE, Verdict, judge
 
 
@@ -195,7 +195,7 @@ def eval_row(
         dev_cer=errors.cer,
         dev_languages=languages or None,
         examples=[
-            {"id": row["id"], "reference": row["reference"], "hypothesis": row["hypothesis"]}
+            cast(Example, {name: row[name] for name in Example.__annotations__ if name in row})
             for row in examples
         ],
     )

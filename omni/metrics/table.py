@@ -44,7 +44,18 @@ class TaskFigures(TypedDict):
     tokens: int
 
 
-class Example(TypedDict):
+class _Location(TypedDict, total=False):
+    """Location of a recording: a file, seconds in it, and (offset, length) in an archive."""
+
+    audio: str
+    start: float
+    duration: float
+    bytes: tuple[int, int]
+
+
+class Example(_Location):
+    """A transcript of an evaluation."""
+
     id: str
     reference: str
     hypothesis: str

@@ -60,11 +60,16 @@ def embed(path: str, span: AudioSpan = _WHOLE, samples: np.ndarray | None = None
 
 
 def embed_row(row: Mapping[str, Any]) -> Audio:
-    """Embed the recording of a row of transcripts: audio, and start and duration in seconds."""
+    """Embed the recording of a row of transcripts.
+
+    audio: the file. start, duration: seconds in it. bytes: offset and length in an archive.
+    """
     try:
-        span = AudioSpan(float(row.get("start") or 0), row.get("duration"))
-    except (TypeError, ValueError):
-        span = _WHOLE
+        extent = row.get("bytes")
+        inside = None if extent is None else (int(extent[0]), int(extent[1]))
+        span = AudioSpan(float(row.get("start") or 0), row.get("duration"), inside)
+    except (TypeError, ValueError, LookupError) as error:
+        return Audio(error=f"no span of a recording: {error}")
     return embed(str(row.get("audio") or ""), span)
 
 

@@ -72,7 +72,10 @@ def write_report(run: StoragePath) -> StoragePath:
         events=_faults(events),
         test=[_utterance(row, embed_row(row)) for row in transcripts[:_TEST_UTTERANCES]],
         test_total=len(transcripts),
-        examples=[_utterance(row) for row in shown["examples"]],
+        examples=[
+            _utterance(row, embed_row(row) if row.get("audio") else None)
+            for row in shown["examples"]
+        ],
         examples_step=shown.get("step"),
         rejects=_reject_counts(rejects, figures.get("rejects")),
         reject_examples=[

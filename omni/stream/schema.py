@@ -15,12 +15,21 @@ import torch
 from omni.stream.codec import FeatureCodec
 from omni.stream.collate import Utterance
 
+_SPAN = pa.struct(
+    [
+        ("start", pa.float64()),
+        ("duration", pa.float64()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
 _COMMON = [
     ("split", pa.string()),
     ("bin", pa.int64()),
     ("numbers", pa.list_(pa.int64())),
     ("ids", pa.list_(pa.string())),
     ("uris", pa.list_(pa.string())),
+    ("spans", pa.list_(_SPAN)),
     ("texts", pa.list_(pa.string())),
     ("languages", pa.list_(pa.string())),
     ("samples", pa.list_(pa.int64())),
@@ -52,6 +61,15 @@ ENCODED_SCHEMA = pa.schema(
 )
 
 
+class Span(TypedDict):
+    """Position of a recording in its file, with the names of the index."""
+
+    start: float
+    duration: float | None
+    offset: int | None
+    length: int | None
+
+
 class BinRow(TypedDict):
     """Columns that both stages emit."""
 
@@ -61,6 +79,7 @@ class BinRow(TypedDict):
     """Rows of the index."""
     ids: list[str]
     uris: list[str]
+    spans: list[Span]
     texts: list[str]
     languages: list[str | None]
     samples: list[int]

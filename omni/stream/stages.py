@@ -31,7 +31,7 @@ from omni.storage.path import register_credentials
 from omni.storage.retry import retry_storage
 from omni.stream.codec import tensor_bytes, tensor_from
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.schema import ENCODED_SCHEMA, EncodedRow, LoadedRow
+from omni.stream.schema import ENCODED_SCHEMA, EncodedRow, LoadedRow, Span
 from omni.stream.settings import StreamSettings
 
 
@@ -75,6 +75,7 @@ def load_bin(
         "numbers": members,
         "ids": [row["id"] for row in rows],
         "uris": [row["uri"] for row in rows],
+        "spans": [_span(row) for row in rows],
         "texts": [row["text"] for row in rows],
         "languages": [row["language"] for row in rows],
         "tokens": [row["tokens"] for row in rows],
@@ -88,6 +89,15 @@ def load_bin(
         "features": features,
         "mels": mels,
         "load_seconds": time.perf_counter() - began,
+    }
+
+
+def _span(row: PlannedRow) -> Span:
+    return {
+        "start": row["start"],
+        "duration": row["duration"],
+        "offset": row["offset"],
+        "length": row["length"],
     }
 
 
@@ -231,6 +241,7 @@ class EncodeStage:
             "numbers": row["numbers"],
             "ids": row["ids"],
             "uris": row["uris"],
+            "spans": row["spans"],
             "texts": row["texts"],
             "languages": row["languages"],
             "samples": row["samples"],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
+from omni.corpus.lengths import span_of
 from omni.inference.decode_batch import HeldUtterance
 from omni.metrics.table import StepSums
 from omni.metrics.throughput import Stopwatch
@@ -91,6 +92,7 @@ class BlockReader:
                         row["uris"][i],
                         row["texts"][i],
                         row["languages"][i] or "en",
+                        span_of(row["spans"][i]),
                     )
                     for i, utterance in enumerate(self._utterances(row))
                     if utterance.features is not None

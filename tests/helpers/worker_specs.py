@@ -60,6 +60,7 @@ def encoded_block(
                 "numbers": np.asarray(split.plan.bin(number)).tolist(),
                 "ids": table["id"].to_pylist(),
                 "uris": table["uri"].to_pylist(),
+                "spans": table.select(["start", "duration", "offset", "length"]).to_pylist(),
                 "texts": table["text"].to_pylist(),
                 "languages": nothing,
                 "samples": table["samples"].to_pylist(),

@@ -392,6 +392,22 @@ def test_examples_of_the_last_evaluation(run: Path) -> None:
     assert [mark.text for mark in last[0].all("mark")] == ["to"]
 
 
+def test_examples_of_the_last_evaluation_can_be_heard(run: Path) -> None:
+    clip = corpus("dev")[0]
+    said = {"id": "a", "reference": "press two", "hypothesis": "", "audio": clip["audio"]}
+    rows = [said, said | {"start": 0.1, "duration": 0.2}, said | {"bytes": [0]}]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(eval_row(200, 0.2) | {"examples": rows}) + "\n")
+    whole, part, wrong = Page(write_report(run)).all("article")[-3:]
+    played = [
+        base64.b64decode(a.all("audio")[0].attributes["src"].partition(",")[2])
+        for a in (whole, part)
+    ]
+    assert played[0] == Path(clip["audio"]).read_bytes()
+    assert len(decode(played[1])) == 3200
+    assert wrong.all("audio") == [] and "No audio" in wrong.text
+
+
 def test_rejects_are_counted_by_reason_with_five_examples(run: Path) -> None:
     assert len(Page(write_report(run)).all("table")) == 1, "none of rejects"
     reasons = ["empty"] * 3 + ["unreadable"] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import tarfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,17 @@ import pyarrow as pa
 import pytest
 import torch
 
+from omni.audio.decode import decode, decode_with_retry
+from omni.config import parse_config
 from omni.metrics.throughput import Stopwatch
 from omni.plan.plan import EMPTY
-from omni.run.prepare import make_worker_spec
+from omni.report.audio_embed import embed_row
+from omni.run.prepare import make_worker_spec, prepare
+from omni.run.rates import loaded_blocks
+from omni.stream.settings import stream_settings
+from omni.stream.stages import EncodeStage
 from omni.train.batches import BlockReader
-from tests.helpers.whole_runs import lines
+from tests.helpers.whole_runs import embedded, lines, write_manifest
 from tests.helpers.worker_specs import encoded_block, small_run
 
 CPU = torch.device("cpu")
@@ -114,6 +122,39 @@ def test_held_out_bins_stay_in_memory(tmp_path: Path) -> None:
     assert [h.utterance.number for h in held.held] == members
     with pytest.raises(RuntimeError, match=r"\btrain\b.*\bdev\b"):
         _reader(tmp_path / "run", [_block(0, 1)]).hold("dev", 2)
+
+
+def test_transcripts_say_where_their_recording_is(tmp_path: Path) -> None:
+    """From manifest and tar through index, loading and encoding to the page that plays it."""
+    first, second, third = embedded("dev", 3)
+    manifest = write_manifest(tmp_path, [{**first, "offset": 0.25, "duration": 0.5}, second])
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(third["audio"], "third.opus")
+        (tmp_path / "third.txt").write_text(third["text"])
+        tar.add(tmp_path / "third.txt", "third.txt")
+    dev = [str(manifest), str(tmp_path / "shard.tar")]
+    values = small_run().config.model_dump(mode="json")
+    values["data"] |= {"dev": dev, "allow_absolute": True}
+    prepared = prepare(parse_config(values))
+    settings = stream_settings(prepared.config, prepared.encoder)
+    split = prepared.splits["dev"]
+    loaded, _ = loaded_blocks(split, range(split.plan.bins), settings)
+    block = pa.concat_tables(map(EncodeStage(settings), loaded))
+    spec = make_worker_spec(prepared)
+    reader = BlockReader(spec, iter([block]), 0, 1, CPU, Stopwatch(CPU))
+    held = reader.hold("dev", prepared.config.optim.bins_per_block).held
+    found = {h.text: h for h in held}
+    assert found[first["text"]].location == {
+        "audio": first["audio"], "start": 0.25, "duration": 0.5
+    }  # fmt: skip
+    assert found[second["text"]].location == {"audio": second["audio"]}
+    inside = found[third["text"]].location
+    assert inside.keys() == {"audio", "bytes"} and inside["audio"] == dev[1]
+    for row in held:
+        whole = decode_with_retry(row.uri, row.span)
+        played = base64.b64decode(embed_row(row.location).src.partition(",")[2])
+        heard = decode(played)
+        assert len(heard) == len(whole) and abs(heard - whole.clip(-1, 1)).max() < 1e-3
 
 
 def test_the_reason_of_a_full_cache_is_kept(tmp_path: Path) -> None:
