@@ -16,6 +16,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
     add("--data", required=True, help="corpus (any SPEC of omni index), or embedded:test")
     add("--allow_absolute", action="store_true", help="let the manifest name files anywhere")
+    add(
+        "--metric",
+        metavar="MODULE:CLASS",
+        action="append",
+        default=[],
+        help="metric of your own beside WER and CER (docs/plug-ins.md); may be repeated",
+    )
     add("--out", type=Path, help="write one JSON line per utterance here")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
     add("--threads", type=int, default=1, help="torch threads (default 1)")
@@ -28,10 +35,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from omni.inference.transcriber import Transcriber, evaluate
     from omni.metrics.run_files import append_json
+    from omni.metrics.text_metric import load_metrics
 
     torch.set_num_threads(arguments.threads)
+    metrics = load_metrics(arguments.metric, "--metric")
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
-    summary, rows = evaluate(transcriber, arguments.data, allow_absolute=arguments.allow_absolute)
+    summary, rows = evaluate(
+        transcriber, arguments.data, allow_absolute=arguments.allow_absolute, metrics=metrics
+    )
     if arguments.out is not None:
         arguments.out.unlink(missing_ok=True)
         append_json(arguments.out, rows)

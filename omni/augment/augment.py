@@ -15,6 +15,7 @@ import numpy as np
 from omni.audio.logmel import HOP, SAMPLING_RATE, Window
 from omni.augment import effects
 from omni.augment.noise import Clips
+from omni.augment.plug_in import apply_effect
 from omni.augment.speed import Speeds, names_of
 from omni.config import AugmentConfig
 from omni.storage.digest import digest
@@ -35,11 +36,13 @@ class Change:
     room: np.random.Generator = field(repr=False)  # chooses the response
     noise: np.random.Generator = field(repr=False)  # chooses the recording and its start
     places: np.random.Generator = field(repr=False)  # places the masks
+    effects: tuple[tuple[str, np.random.Generator], ...] = ()  # plug-ins that change it
 
     @property
     def clean(self) -> bool:
         """Check that nothing is changed."""
         changed = self.reverb or self.telephone or self.masks or self.speed != 1.0
+        changed = changed or bool(self.effects)
         return not changed and self.snr_db is None and self.gain_db is None
 
 
@@ -56,7 +59,10 @@ class Augmentation:
     @property
     def identity(self) -> str:
         """Hash everything that changes a recording, except the run's seed."""
-        settings = self.settings.model_dump(mode="json", exclude={"noise", "reverb"})
+        # Runs of versions without plug-ins have a hash without these settings.
+        plug_ins = set() if self.settings.effects else {"effects", "effects_probability"}
+        left_out = {"noise", "reverb", *plug_ins}
+        settings = self.settings.model_dump(mode="json", exclude=left_out)
         parts = [json.dumps(settings, sort_keys=True), self.noise.identity, self.rooms.identity]
         return digest(" ".join(parts))
 
@@ -68,9 +74,10 @@ class Augmentation:
 
     def _draw(self, speed: float, entropy: list[int]) -> Change:
         """Draw all effects, used or not, so that enabling one leaves the others as they are."""
-        seeds = np.random.SeedSequence(entropy).spawn(4)
-        drawn, room, sounds, places = (np.random.default_rng(seed) for seed in seeds)
         settings = self.settings
+        seeds = np.random.SeedSequence(entropy).spawn(4 + len(settings.effects))
+        generators = [np.random.default_rng(seed) for seed in seeds]
+        drawn, room, sounds, places = generators[:4]
         reverb, noise, telephone, gain = drawn.random(4)
         snr_db, gain_db = drawn.uniform(*settings.noise_snr_db), drawn.uniform(*settings.gain_db)
         return Change(
@@ -83,14 +90,19 @@ class Augmentation:
             room=room,
             noise=sounds,
             places=places,
+            effects=tuple(
+                (name, generator)
+                for name, generator in zip(settings.effects, generators[4:], strict=True)
+                if generator.random() < settings.effects_probability
+            ),
         )
 
 
 def augment(audio: np.ndarray, change: Change, augmentation: Augmentation) -> np.ndarray:
     """Apply the changes to (S,) float32 audio at 16 kHz; the new length is `changed_length`.
 
-    Order: speed, reverberation, noise, telephone, gain. Raises AudioError
-    where a noise or an impulse response cannot be decoded.
+    Order: speed, reverberation, noise, telephone, gain, plug-ins. Raises AudioError where a noise
+    or an impulse response cannot be decoded, or a plug-in fails.
     """
     audio = effects.change_speed(audio, change.speed)
     if change.reverb:
@@ -102,6 +114,8 @@ def augment(audio: np.ndarray, change: Change, augmentation: Augmentation) -> np
         audio = effects.telephone(audio)
     if change.gain_db is not None:
         audio = effects.gain(audio, change.gain_db)
+    for name, generator in change.effects:
+        audio = apply_effect(name, audio, generator)
     return audio
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+from omni.config.plug_in import check_plug_in, is_plug_in
 
 
 def absolute(path: str) -> str:
@@ -46,6 +48,15 @@ def _language_model(value: str) -> str:
     return value
 
 
+def _projector(value: Any) -> Any:
+    named = isinstance(value, str) and is_plug_in(value)
+    if value not in get_args(_ProjectorKind) and not named:
+        kinds = ", ".join(get_args(_ProjectorKind))
+        raise ValueError(f"expected {kinds} or package.module:Class")
+    return value
+
+
+_ProjectorKind = Literal["mlp", "swiglu", "conv"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -62,6 +73,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Language = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+([-_][A-Za-z0-9]+)*$")]
 AbsolutePath = Annotated[str, AfterValidator(absolute)]
 Paths = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+PlugIns = Annotated[
+    list[Annotated[str, AfterValidator(check_plug_in)]],
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+Projector = Annotated[str, BeforeValidator(_projector, json_schema_input_type=_ProjectorKind | str)]
 LanguageModel = Annotated[str, AfterValidator(_language_model)]
 Layers = Annotated[Literal["last", "all"] | list[NotNegative], BeforeValidator(_distinct)]
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]

@@ -30,8 +30,10 @@ from omni.config.field_types import (
     NotNegative,
     NotNegativeFloat,
     Paths,
+    PlugIns,
     Positive,
     PositiveFloat,
+    Projector,
     Rate,
     SecondsRange,
     Share,
@@ -177,6 +179,10 @@ class AugmentConfig(Section):
     """Share of recordings whose loudness is changed."""
     gain_db: DecibelRange = (-6.0, 6.0)
     """Range of the change of loudness in dB."""
+    effects: PlugIns = []
+    """Effects of your own (package.module:Class), applied in this order after the others."""
+    effects_probability: Share = 0.0
+    """Share of recordings that each of `effects` changes."""
     time_masks: NotNegative = 0
     """Number of SpecAugment masks over time."""
     time_mask_seconds: PositiveFloat = 1.0
@@ -195,6 +201,8 @@ class AugmentConfig(Section):
         for name in ("noise", "reverb"):
             if getattr(self, name) and not getattr(self, f"{name}_probability"):
                 raise ValueError(f"{name}_probability: at 0 no {name} is added; expected a share")
+        if self.effects and not self.effects_probability:
+            raise ValueError("effects_probability: at 0 no effect is applied; expected a share")
         if self.noise_probability and not self.noise:
             raise ValueError("noise: expected a manifest of recordings to add")
         return self
@@ -211,7 +219,7 @@ class AugmentConfig(Section):
         share = self.speed.count(1.0) / len(self.speed)
         for name in ("reverb", "noise", "telephone", "gain"):
             share *= 1 - float(getattr(self, f"{name}_probability"))
-        return share
+        return share * float((1 - self.effects_probability) ** len(self.effects))
 
 
 class EncoderConfig(Section):
@@ -300,8 +308,8 @@ class ModelConfig(Section):
     """Attention window per layer, repeated: L for the whole context, S for a quarter."""
     stack: Positive = 4
     """Encoder frames per soft token, at 50 frames per second."""
-    projector: Literal["mlp", "swiglu", "conv"] | None = None
-    """Kind of projector; null: mlp for a GPT from scratch or of nanochat, else swiglu."""
+    projector: Projector | None = None
+    """Kind or package.module:Class; null: mlp for a GPT (scratch or nanochat), else swiglu."""
     projector_hidden: Positive | None = None
     """Hidden width of the projector; null: the language model's width."""
     dropout: Rate = 0.0
@@ -454,6 +462,8 @@ class EvalConfig(Section):
     """Utterances of dev that are transcribed at each evaluation; all of test at the end."""
     examples: NotNegative = 2
     """Number of transcripts to log at each evaluation."""
+    metrics: PlugIns = []
+    """Metrics of transcripts of your own (package.module:Class), beside WER and CER."""
     best: Literal["dev_loss", "dev_wer", "dev_cer"] = "dev_loss"
     """Metric that chooses the best checkpoint."""
     patience: Positive | None = None

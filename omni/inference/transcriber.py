@@ -23,6 +23,7 @@ from omni.corpus.messages import messages_of
 from omni.corpus.text import TextPolicy, apply_policy, join
 from omni.errors import ConfigError
 from omni.inference.decode_batch import HeldUtterance, by_language, summarize, transcribe
+from omni.metrics.text_metric import TextMetric, score
 from omni.model.chat_template import Message, Template, make_template, transcription
 from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
@@ -171,7 +172,11 @@ def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterat
 
 
 def evaluate(
-    transcriber: Transcriber, manifest: str, *, allow_absolute: bool = False
+    transcriber: Transcriber,
+    manifest: str,
+    *,
+    allow_absolute: bool = False,
+    metrics: Sequence[TextMetric] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a manifest, and return the summary and one transcript row per utterance.
 
@@ -206,6 +211,7 @@ def evaluate(
         "words": errors["all"].words,
         "word_errors": errors["all"].word_errors,
         **({"languages": languages} if (languages := by_language(rows)) else {}),
+        **({"metrics": score(rows, metrics)} if metrics else {}),
         "rejects": counts,
     }
     return summary, [{k: v for k, v in r.items() if k not in ("errors", "number")} for r in rows]

@@ -175,9 +175,10 @@ def eval_row(
     names: Sequence[str] = (),
     layers: dict[str, float] | None = None,
     languages: dict[str, Any] | None = None,
+    metrics: dict[str, float | None] | None = None,
 ) -> EvalRow:
     """names: of the tasks. layers: weights of the encoder's layers. languages: error rates of each
-    language, where there are several.
+    language, where there are several. metrics: rates of `eval.metrics`.
     """
     return EvalRow(
         kind="eval",
@@ -194,6 +195,7 @@ def eval_row(
         dev_wer=errors.wer,
         dev_cer=errors.cer,
         dev_languages=languages or None,
+        dev_metrics=metrics or None,
         examples=[
             cast(Example, {name: row[name] for name in Example.__annotations__ if name in row})
             for row in examples

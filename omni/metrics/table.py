@@ -194,6 +194,9 @@ class EvalRow:
     dev_languages: dict[str, Any] | None = metric(
         "of 1", "error rates by language, of several", optional=True
     )
+    dev_metrics: dict[str, float | None] | None = metric(
+        "of 1", "rates of your own metrics (`eval.metrics`)", optional=True
+    )
     examples: list[Example] = no_curve("", "references and hypotheses")
 
 

@@ -1,7 +1,8 @@
 """Projectors: stacked encoder frames to soft tokens of the language model's width.
 
-A projector maps `stack` frames to one soft token. To add one, write a class with the constructor
-and `forward` of `SwiGLUProjector` and name it in `PROJECTORS`.
+A projector maps `stack` frames to one soft token. To add one, write a class with the constructor,
+`init_weights` and `forward` of `SwiGLUProjector`, and name it in `PROJECTORS`, or as
+package.module:Class in `model.projector` (docs/plug-ins.md).
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from omni.config.plug_in import check_methods, load_plug_in, make_plug_in
+from omni.errors import ConfigError, first_line
 
 _GELU_RMS = 0.652
 """RMS of gelu(x) for x of a standard normal distribution."""
@@ -165,6 +169,7 @@ class LayerMix(nn.Module):
         return torch.einsum("nsld,l->nsd", split, self.logits.softmax(0)).flatten(1)
 
 
+_SETTING = "model.projector"
 PROJECTORS: dict[str, type[nn.Module]] = {
     "mlp": Projector,
     "swiglu": SwiGLUProjector,
@@ -175,9 +180,46 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 def make_projector(
     kind: str, stack: int, frame: int, out_dim: int, hidden_dim: int | None
 ) -> nn.Module:
-    """Build the projector named `kind` for `stack` frames of width `frame`. Raises ValueError."""
+    """Build the projector named `kind` for `stack` frames of width `frame`.
+
+    kind: a name in `PROJECTORS`, or package.module:Class. Raises ValueError.
+    """
+    if kind not in PROJECTORS:
+        return _plug_in(kind, stack * frame, out_dim, hidden_dim)
     extra = {"stack": stack} if kind == "conv" else {}
     return PROJECTORS[kind](stack * frame, out_dim, hidden_dim, **extra)
+
+
+def check_projector(name: str, stack: int, frame: int, out_dim: int, hidden: int | None) -> None:
+    """Try a plug-in on two recordings. Raises ConfigError where it has another interface."""
+    projector = make_projector(name, stack, frame, out_dim, hidden)
+    starts = torch.tensor([True, False, True])
+    try:
+        projector.init_weights(torch.Generator().manual_seed(0))  # type: ignore[operator]
+        soft = projector(torch.ones(3, stack * frame), starts)
+    except Exception as error:
+        raise ConfigError(
+            f"{_SETTING}: {name}: failed on 3 rows of width {stack * frame}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from None
+    if not isinstance(soft, Tensor) or soft.shape != (3, out_dim):
+        got = tuple(soft.shape) if isinstance(soft, Tensor) else type(soft).__name__
+        raise ConfigError(
+            f"{_SETTING}: {name}: expected forward(x, starts) to return (3, {out_dim}) for 3 rows, "
+            f"got {got}"
+        )
+    if not soft.isfinite().all():
+        raise ConfigError(f"{_SETTING}: {name}: its soft tokens are not finite")
+
+
+def _plug_in(name: str, in_dim: int, out_dim: int, hidden_dim: int | None) -> nn.Module:
+    if not issubclass(load_plug_in(name, _SETTING), nn.Module):
+        raise ConfigError(f"{_SETTING}: {name}: expected a subclass of torch.nn.Module")
+    made: nn.Module = make_plug_in(name, _SETTING, in_dim, out_dim, hidden_dim)
+    check_methods(made, name, _SETTING, "init_weights", "forward")
+    if next(made.parameters(), None) is None:
+        raise ConfigError(f"{_SETTING}: {name}: expected parameters to train")
+    return made
 
 
 def _uniform(linear: nn.Linear, generator: torch.Generator | None) -> None:

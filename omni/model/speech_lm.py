@@ -47,7 +47,7 @@ class OmniConfig:
     stack: int = 4
     """Encoder frames per soft token."""
     projector: str = "mlp"
-    """A name in `PROJECTORS`."""
+    """A name in `PROJECTORS`, or package.module:Class."""
     projector_hidden: int | None = None
     """Hidden width of the projector; None: the width of the language model."""
     dropout: float = 0.0

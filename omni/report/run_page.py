@@ -41,6 +41,7 @@ def write_report(run: StoragePath) -> StoragePath:
     train, evals, figures = record.train, record.evals, record.figures
     small = LEARNING_SMALL + [CTC] * any(row.get("ctc") for row in train)
     small += [KL] * any(row.get("kl") for row in train) + _by_task(evals) + _by_language(evals)
+    small += _by_metric(evals)
     drawn = {
         name: [chart.draw(train + evals, figures.get("best_step")) for chart in charts]
         for name, charts in (
@@ -129,6 +130,13 @@ def _by_task(evals: list[Row]) -> list[Chart]:
     names = sorted({name for row in evals for name in row.get("dev_tasks") or {}})
     curves = [(name, f"dev_tasks:{name}:loss") for name in names if ":" not in name]
     return [Chart("Dev loss by task", "nats per token", curves)] if curves else []
+
+
+def _by_metric(evals: list[Row]) -> list[Chart]:
+    """Chart the rates of the run's own metrics."""
+    names = sorted({name for row in evals for name in row.get("dev_metrics") or {}})
+    curves = [(name, f"dev_metrics:{name}") for name in names if ":" not in name]
+    return [Chart("Metrics of its own", "", curves[:_CURVES])] if curves else []
 
 
 def _by_language(evals: list[Row]) -> list[Chart]:

@@ -13,6 +13,7 @@ from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig
 from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import Pretrained, find_pretrained
+from omni.model.projector import PROJECTORS, check_projector
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
 from omni.storage.path import StoragePath
@@ -104,6 +105,8 @@ def model_config(
             "model.dropout: expected 0 for a pretrained transformers model: only a GPT has dropout"
         )
     projector = m.projector or ("mlp" if gpt else "swiglu")
+    if projector not in PROJECTORS:
+        check_projector(projector, m.stack, encoder.d_model, shape.width, m.projector_hidden)
     if projector == "conv" and m.stack & (m.stack - 1):
         raise ConfigError(f"model.stack: expected a power of two for conv, got {m.stack}")
     if config.optim.kl_weight and "lm" in m.train:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from omni.cluster.capacity import Demand, cluster_nodes, shortage, workers_that_fit
 from omni.cluster.ray_internals import autoscaler_limits
 from omni.config import Config
+from omni.config.plug_in import is_plug_in, load_plug_in
 from omni.corpus.index_row import recordings
 from omni.errors import ConfigError, first_line
 from omni.run.actor_count import assume_actors, is_auto
@@ -91,17 +92,21 @@ def _will_grow(demand: Demand, workers: int) -> bool:
 def _check_nodes(prepared: Prepared) -> None:
     """Raise ConfigError if another node lacks the run's storage, cache, data or weights."""
     here = ray.get_runtime_context().get_node_id()
-    others = [n for n in cluster_nodes() if n.id != here and n.resources.get("CPU")]
+    # A plug-in must be found by workers of this node too, whose working directory is another one.
+    own = bool(_plug_ins(prepared.config))
+    nodes = [n for n in cluster_nodes() if (n.id != here or own) and n.resources.get("CPU")]
     config, word = prepared.config, uuid.uuid4().hex
-    seen = {node.id: config.run_dir / f".preflight-{node.id[:12]}" for node in others}
+    seen = {node.id: config.run_dir / f".preflight-{node.id[:12]}" for node in nodes}
     answers = {}
-    for node in others:
+    for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
         look: Any = ray.remote(_look).options(
             num_cpus=0, scheduling_strategy=strategy, max_retries=1
         )
-        answers[node.id] = look.remote(seen[node.id], word, config.cache, _needed(prepared))
-    for node in others:
+        answers[node.id] = look.remote(
+            seen[node.id], word, config.cache, _needed(prepared), _plug_ins(config)
+        )
+    for node in nodes:
         try:
             problem = ray.get(answers[node.id], timeout=_NODE_SECONDS)
         except ray.exceptions.RayError as error:
@@ -131,8 +136,24 @@ def _needed(prepared: Prepared) -> dict[str, str]:
     return {name: path for name, path in needed.items() if "://" not in path}
 
 
-def _look(mark: StoragePath, word: str, cache: str | None, needed: dict[str, str]) -> str | None:
-    """Check storage and files on a node; return the problem, with {node} for its address.
+def _plug_ins(config: Config) -> list[tuple[str, str]]:
+    """List the plug-ins that every node imports, with their settings."""
+    projector = config.model.projector or ""
+    return [
+        *[("model.projector", projector)] * is_plug_in(projector),
+        *(("augment.effects", name) for name in config.augment.effects),
+        *(("eval.metrics", name) for name in config.eval.metrics),
+    ]
+
+
+def _look(
+    mark: StoragePath,
+    word: str,
+    cache: str | None,
+    needed: dict[str, str],
+    plug_ins: Sequence[tuple[str, str]] = (),
+) -> str | None:
+    """Check storage, files and plug-ins on a node; return the problem, with {node} for its address.
 
     Writes `word` into `mark`, which the driver reads.
     """
@@ -155,6 +176,12 @@ def _look(mark: StoragePath, word: str, cache: str | None, needed: dict[str, str
     for setting, path in needed.items():
         if not os.path.exists(path):
             return f"{setting}: node {{node}} does not see {path}; expected it on every node"
+    for setting, name in plug_ins:
+        try:
+            load_plug_in(name, setting)
+        except ConfigError as error:
+            text = str(error).removeprefix(f"{setting}: ").replace("{", "{{").replace("}", "}}")
+            return f"{setting}: node {{node}}: {text}"
     return None
 
 

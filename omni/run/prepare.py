@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from omni.augment.plug_in import check_effect
 from omni.checkpoint.checkpoint import Checkpoint
 from omni.checkpoint.resume import ResumePoint, newest_checkpoint
 from omni.cluster.versions import differences
@@ -25,6 +26,7 @@ from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
 from omni.inference.export import FORMATS, missing_for
 from omni.metrics.score import normalize
+from omni.metrics.text_metric import load_metrics
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
@@ -89,6 +91,9 @@ def prepare(config: Config) -> Prepared:
     damaged: list[str] = []
     resume = newest_checkpoint(run / "checkpoints", damaged)
     notes = differences()
+    for effect in config.augment.effects:
+        check_effect(effect)
+    load_metrics(config.eval.metrics, "eval.metrics")
     for name in ("train", "dev"):
         if not getattr(config.data, name):
             raise ConfigError(f"data.{name}: expected at least one manifest")

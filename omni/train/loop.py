@@ -27,6 +27,7 @@ from omni.cluster.watchdog import Watchdog
 from omni.inference.decode_batch import by_language
 from omni.metrics.rows import eval_row
 from omni.metrics.run_files import append_json, keep_lines, remove_lines
+from omni.metrics.text_metric import load_metrics, score
 from omni.model.chat_template import Template
 from omni.model.speech_lm import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
@@ -72,6 +73,7 @@ class TrainLoop:
         )
         self.state = TrainState(fingerprints=spec.fingerprints)
         self.last_norm = 0.0
+        self._metrics = load_metrics(spec.config.eval.metrics, "eval.metrics")
         self._stop = StopRequest(self.run_dir)
         self._stopping = False
         self.steps = StepRunner(
@@ -166,7 +168,14 @@ class TrainLoop:
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
         row = eval_row(
-            state, losses, errors["all"], shown, self.spec.tasks, layers, by_language(rows)
+            state,
+            losses,
+            errors["all"],
+            shown,
+            self.spec.tasks,
+            layers,
+            by_language(rows),
+            score(rows, self._metrics),
         )
         self.recorder.log_evaluation(row)
         value: float | None = getattr(row, settings.best)
@@ -294,6 +303,8 @@ class TrainLoop:
                 results[f"{name}_cer"] = errors["all"].cer
                 if rates := by_language(rows):
                     languages[name] = rates
+                if self._metrics:
+                    results[f"{name}_metrics"] = score(rows, self._metrics)
                 if self.rank == 0:
                     lines = [{k: v for k, v in row.items() if k != "errors"} for row in rows]
                     path = self.run_dir / f"transcripts-{name}.jsonl"

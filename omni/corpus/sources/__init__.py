@@ -16,6 +16,7 @@ from omni.corpus.sources.jsonl_csv import LineSource
 from omni.corpus.sources.kaldi import KaldiSource
 from omni.corpus.sources.lhotse import CutsSource
 from omni.corpus.sources.parquet import ParquetSource
+from omni.corpus.sources.plug_in import PlugInSource, names_plug_in
 from omni.corpus.sources.webdataset import SharSource, TarSource
 from omni.corpus.text_file import open_lines
 from omni.errors import ManifestError
@@ -31,11 +32,15 @@ KINDS = ("jsonl", "csv", "tsv", "parquet", "hf", "ms", "wds", "shar", "cuts", "k
 def open_source(spec: str, options: Options = _DEFAULT) -> Source:
     """Open the corpus that SPEC names: KIND:PATH, or a path whose format can be recognised.
 
+    package.module:Class:NAME is a source of the user's own.
+
     Raises ManifestError.
     """
     if spec.startswith("embedded:"):
         return LineSource(spec, manifest_path(spec), "jsonl", options)
     kind, colon, name = spec.partition(":")
+    if kind not in KINDS and names_plug_in(spec):
+        return PlugInSource(public_uri(spec), spec, options)
     if not colon or kind not in KINDS:
         kind, name = _recognise(spec), spec
     spec = public_uri(spec)
