@@ -37,11 +37,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.append({**rows[0], "id": "again"})
     path = folder / "manifest.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "small.yaml").write_text("model: {n_layer: 1, n_embd: 64, n_head: 1}")
     return path
 
 
 def _command(job: str, corpus: Path, storage: Path, *overrides: str) -> list[str]:
-    settings = ["--data.train", str(corpus), "--data.dev", "embedded:dev"]
+    settings = ["--config", str(corpus.with_name("small.yaml"))]
+    settings += ["--data.train", str(corpus), "--data.dev", "embedded:dev"]
     settings += ["--data.allow_absolute", "true", "--run.storage"]
     return [sys.executable, "-m", f"jobs.{job}", *settings, str(storage), *overrides]
 
@@ -84,9 +86,8 @@ def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_pat
     codec = FeatureCodec(384, format="int8")
     assert len(whole) == kept and all(codec.frames(data) > 0 for data in whole.values())
 
-    small = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
     steps = ["--optim.steps", "3", "--optim.bin_positions", "512", "--run.name", "after"]
-    trained = _run("train", corpus, tmp_path, *compact, *small, *steps)
+    trained = _run("train", corpus, tmp_path, *compact, *steps)
     assert trained.returncode == 0, trained.stderr
     summary = json.loads((tmp_path / "after" / "summary.json").read_text())
     assert summary["cached_fraction"] == 1.0

@@ -70,8 +70,11 @@ def format_of(spec: str) -> str | None:
     if colon and kind in KINDS:
         return kind
     path = absolute(spec)
-    if path.is_dir() and not (path / "parts").is_dir():  # Those are of an unfinished index.
-        return " or ".join(_kinds_of_folder(path)) or None
+    try:
+        if path.is_dir() and not (path / "parts").is_dir():  # Those are of an unfinished index.
+            return " or ".join(_kinds_of_folder(path)) or None
+    except OSError:  # Whoever asked knows a better message.
+        return None
     if any(mark in path.name for mark in "*?["):
         return "a pattern"
     return None
