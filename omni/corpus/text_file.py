@@ -15,6 +15,7 @@ from typing import IO, Any
 from omni.errors import ManifestError
 from omni.storage.path import StoragePath
 
+_BLANK = " \t\r\n\f\v"
 _OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -49,7 +50,7 @@ def text_lines(
     """
     for number, line in enumerate(lines, start=first):
         position = f"{path}:{number}"
-        if (text := decode_text(position, line)).strip():
+        if (text := decode_text(position, line)).strip(_BLANK):
             yield position, text.rstrip("\r\n")
 
 

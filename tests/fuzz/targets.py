@@ -37,6 +37,7 @@ from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.run.prepare import prepare
 from omni.stream.feature_cache import FeatureCache
 from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
+from tests.fuzz.shapes import corpus
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROOT = Path(omni.__file__).parents[1]
@@ -238,6 +239,7 @@ TARGETS: dict[str, Target] = {
     "cache shard": cache,
     "checkpoint": checkpoint,
     "nanochat": nanochat,
+    "corpus": corpus,
 }
 
 
