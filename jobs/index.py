@@ -26,6 +26,7 @@ _SECONDS = {
 
 def main(argv: list[str] | None = None) -> int:
     from omni.audio.vad import Segmenting
+    from omni.corpus.lengths import DURATION_TOLERANCE
     from omni.corpus.sources.base import COLUMNS
 
     parser = job_parser("index", __doc__)
@@ -41,6 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         type=int,
         help="utterances per task (default 1000; 10 with --segment)",
+    )
+    add(
+        "--duration_tolerance",
+        metavar="SHARE",
+        type=float,
+        default=DURATION_TOLERANCE,
+        help="share of a corpus's own duration that a recording may lack before it is rejected "
+        f"(default {DURATION_TOLERANCE:g})",
     )
     add(
         "--segment",
@@ -67,6 +76,9 @@ def _index(arguments: argparse.Namespace) -> None:
     rows_per_part = arguments.rows_per_part
     if rows_per_part is None:  # Cutting a long recording takes far longer than reading a row.
         rows_per_part = 10 if arguments.segment else 1000
+    if not 0 <= arguments.duration_tolerance <= 1:
+        given_share = arguments.duration_tolerance
+        raise ConfigError(f"--duration_tolerance: expected a share of 0 to 1, got {given_share}")
     if rows_per_part < 1:
         raise ConfigError(f"--rows_per_part: expected 1 or more, got {rows_per_part}")
     given = {name: getattr(arguments, f"{name}_column") for name in COLUMNS}
@@ -78,6 +90,7 @@ def _index(arguments: argparse.Namespace) -> None:
         rows_per_part=rows_per_part,
         allow_absolute=arguments.allow_absolute,
         segment=_segmenting(arguments),
+        duration_tolerance=arguments.duration_tolerance,
     )
     specs, out = arguments.source, arguments.out
     done = make_index(specs, out, options, lambda line: print(f"  {line}", flush=True))

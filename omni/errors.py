@@ -16,6 +16,20 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
+class LocatedError(RuntimeError):
+    """An unexpected error, with the recording or part at which it occurred, in one line."""
+
+
+def located(error: Exception, where: str) -> LocatedError:
+    """Make the error of one line that says at which recording or part an unexpected one occurred.
+
+    An error that says so already stays as it is.
+    """
+    if isinstance(error, LocatedError):
+        return error
+    return LocatedError(f"{where}: {type(error).__name__}: {first_line(error)}")
+
+
 def counted(number: int, noun: str) -> str:
     """Write a number and its noun: 1 row, 1,234 rows."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

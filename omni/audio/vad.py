@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from omni.audio.decode import AudioSpan, Recording, decode_blocks
+from omni.audio.decode import AudioSpan, RecordingData, decode_blocks
 from omni.audio.logmel import SAMPLING_RATE
 
 _CHUNK = 512  # samples per call of the model
@@ -45,7 +45,7 @@ class Segmenting:
 
 
 def speech_spans(
-    data: Recording,
+    data: RecordingData,
     settings: Segmenting = Segmenting(),
     within: AudioSpan = _WHOLE_FILE,
     block_seconds: float = 30.0,

@@ -56,7 +56,7 @@ class Clips:
 
     def _read(self, clip: Clip, span: AudioSpan) -> np.ndarray:
         try:
-            return decode_with_retry(clip.uri, span)
+            return decode_with_retry(clip.uri, span, allow_silence=True)
         except AudioError as error:
             raise AudioError(f"unusable {self.kind}", str(error)) from None
 

@@ -139,6 +139,8 @@ class DataConfig(Section):
     """Let manifests name audio files outside their own folder."""
     max_rejects: Share = 0.05
     """Largest share of the utterances seen that may be rejected before the run stops."""
+    duration_tolerance: Share = 0.1
+    """Share of the duration in a manifest that a recording may lack before it is rejected."""
     cache: str | None = "auto"
     """Folder or URI of the feature cache; auto: `<run.storage>/cache`; null: no cache."""
     cache_gb: PositiveFloat | None = None

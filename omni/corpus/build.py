@@ -22,7 +22,7 @@ from omni.corpus.build_part import about_part, fingerprint, part_name, write_par
 from omni.corpus.built_index import Task, finish
 from omni.corpus.manifest import INDEX_FILE
 from omni.corpus.sources import Options, open_source
-from omni.errors import ManifestError, counted
+from omni.errors import LocatedError, ManifestError, counted, located
 from omni.storage.filesystem import StorageError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath
@@ -128,6 +128,8 @@ def add_part(total: Counter[str], made: dict[str, Any]) -> None:
     """Add the counts of a part. Raises ManifestError, or RuntimeError for storage that failed."""
     if made["error"]:
         raise ManifestError(made["error"])
+    if made["failed"]:
+        raise RuntimeError(f"indexing stopped: {made['failed']}")
     if made["unavailable"]:  # Finished parts stay: the same command continues.
         raise RuntimeError(f"indexing stopped: {made['unavailable']}")
     total.update({name: made[name] for name in ("rows", "samples", "rejects", "bytes")})
@@ -146,7 +148,8 @@ def progress(total: Counter[str], parts: int, seconds: float) -> str:
 def make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
     """Write one part; return its counts and errors as columns of one row."""
     counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
-    counts |= {"error": "", "unavailable": ""}  # of the source; of its storage, which may recover
+    # Of the source; of its storage, which may recover; and what nobody expected.
+    counts |= {"error": "", "unavailable": "", "failed": ""}
     try:
         made = retry_storage(lambda: write_part(*task, options, out), seconds=_PATIENCE_SECONDS)
         counts |= {**made, "rejects": len(made["rejects"])}
@@ -154,4 +157,9 @@ def make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
         counts["error"] = str(error)
     except OSError as error:
         counts["unavailable"] = reason_of(error)
+    except Exception as error:
+        source, part = task
+        at = f"{public_uri(source.spec)}, part {part.name}"
+        named = isinstance(error, LocatedError)
+        counts["failed"] = f"{at}: {error}" if named else str(located(error, at))
     return {name: [value] for name, value in counts.items()}

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from omni.audio.decode import AudioError
 from omni.corpus.index import INDEX_VERSION, SCHEMA
-from omni.corpus.lengths import Reject, measure_data, measure_rows
+from omni.corpus.lengths import Measuring, Reject
 from omni.corpus.segments import cut_rows
 from omni.corpus.sources import Options, Part, Row, Source
 from omni.corpus.sources.base import fingerprint_of
@@ -79,8 +79,9 @@ def write_part(source: Source, part: Part, options: Options, folder: StoragePath
         if options.segment:
             rows = cut_rows(rows, options.segment)
         untranscribed, kept = options.segment is not None, _Kept(sound, f"audio/{name}.bin")
-        while taken := _next_batch(rows, kept, untranscribed):
-            good, bad = _measured(taken, folder, untranscribed)
+        measuring = Measuring(options.duration_tolerance)
+        while taken := _next_batch(rows, kept, untranscribed, measuring):
+            good, bad = _measured(taken, folder, untranscribed, measuring)
             writer.write_table(pa.Table.from_pylist(good, SCHEMA))
             made["rows"] += len(good)
             made["samples"] += sum(row["samples"] for row in good)
@@ -111,7 +112,7 @@ class _Kept:
 
 
 def _next_batch(
-    rows: Iterator[Row], kept: _Kept, untranscribed: bool
+    rows: Iterator[Row], kept: _Kept, untranscribed: bool, measuring: Measuring
 ) -> list[tuple[Row, dict[str, Any] | AudioError | None]]:
     """Take rows; measure and keep the recordings that came inside them."""
     taken: list[tuple[Row, dict[str, Any] | AudioError | None]] = []
@@ -121,7 +122,7 @@ def _next_batch(
             continue
         found: dict[str, Any] | AudioError
         try:
-            found = measure_data(row.data, row.start, row.duration)
+            found = measuring.data(row.data, vars(row))
             if row.text or untranscribed:
                 found |= kept.place(row.data)
         except AudioError as error:
@@ -135,10 +136,11 @@ def _measured(
     taken: list[tuple[Row, dict[str, Any] | AudioError | None]],
     folder: StoragePath,
     untranscribed: bool,
+    measuring: Measuring,
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Return rows of the index, in order, and the rejects."""
     unmeasured = [row for row, found in taken if found is None and row.error is None]
-    measured = iter(measure_rows([vars(row) for row in unmeasured]))
+    measured = iter(measuring.rows([vars(row) for row in unmeasured]))
     good: list[dict[str, Any]] = []
     bad: list[Reject] = []
     for row, found in taken:

@@ -1,7 +1,8 @@
 """Index a corpus: one row per utterance with all that the plan needs before audio is decoded.
 
-Sample counts come from the headers of the audio files, read in parallel and kept between runs. A
-manifest's `duration` is not used for them, because the plan reserves positions by sample count.
+Sample counts come from the structure of the audio files, read in parallel and kept between runs. A
+manifest's `duration` is not used for them, because the plan reserves positions by sample count; a
+recording that is clearly shorter is rejected.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from omni.audio.logmel import SAMPLES_PER_HOUR
-from omni.corpus.lengths import Reject, measure_all
+from omni.corpus.lengths import DURATION_TOLERANCE, Reject, measure_all
 from omni.corpus.manifest import INDEX_FILE, absolute, manifest_path, read_manifest
 from omni.corpus.rejects import without_other_files
 from omni.corpus.sources import format_of
@@ -97,11 +98,14 @@ def build_index(
     cache_dir: StoragePath | None = None,
     threads: int = 8,
     allow_absolute: bool = False,
+    duration_tolerance: float = DURATION_TOLERANCE,
 ) -> Index:
     """Index manifests, tar shards, index folders and small corpora of any shape, in order.
 
-    Rows with bad audio or without text become rejects. A manifest may name files in its own folder
-    only, unless `allow_absolute`: its author may not be allowed to read all files of this machine.
+    Rows with bad audio or without text become rejects; so do recordings that lack more than the
+    share `duration_tolerance` of the duration in the manifest. A manifest may name files in its own
+    folder only, unless `allow_absolute`: its author may not be allowed to read all files of this
+    machine.
     Raises ManifestError for a missing manifest, a malformed row, a repeated id, or no usable row.
     """
     tables: list[pa.Table] = []
@@ -122,7 +126,7 @@ def build_index(
         rows = [row for row in parsed if not isinstance(row, Reject)]
         if not parsed:
             raise ManifestError(f"{public_uri(spec)}: the manifest has no rows")
-        good, bad = measure_all(rows, path, cache_dir, threads)
+        good, bad = measure_all(rows, path, cache_dir, threads, duration_tolerance)
         tables.append(pa.Table.from_pylist(good, SCHEMA))
         rejects += unusable + bad
     table = pa.concat_tables(tables)

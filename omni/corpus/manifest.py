@@ -198,7 +198,7 @@ def _conversation(position: str, row: dict[str, Any]) -> tuple[list[Message], li
 def _location(
     path: StoragePath, row: dict[str, Any], in_tar: bool, allow_absolute: bool
 ) -> dict[str, Any]:
-    """Locate a recording: file, range of bytes, span in seconds.
+    """Locate a recording: file, range of bytes, span and stated duration in seconds.
 
     Raises ValueError for a path that the manifest may not name.
     """

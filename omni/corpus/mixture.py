@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from omni.config import SourceConfig
 from omni.corpus.index import Index, build_index
+from omni.corpus.lengths import DURATION_TOLERANCE
 from omni.errors import ManifestError
 from omni.storage.path import StoragePath
 from omni.storage.uri import public_uri
@@ -22,6 +23,7 @@ def build_mixture(
     prompt: str = "",
     cache_dir: StoragePath | None = None,
     allow_absolute: bool = False,
+    duration_tolerance: float = DURATION_TOLERANCE,
 ) -> Index:
     """Index the sources in order; plain paths alone give what `build_index` gives.
 
@@ -29,7 +31,13 @@ def build_mixture(
     """
     paths = [source for source in sources if isinstance(source, str)]
     if len(paths) == len(sources):
-        return build_index(paths, prompt=prompt, cache_dir=cache_dir, allow_absolute=allow_absolute)
+        return build_index(
+            paths,
+            prompt=prompt,
+            cache_dir=cache_dir,
+            allow_absolute=allow_absolute,
+            duration_tolerance=duration_tolerance,
+        )
     parts, weights = [], []
     for source in sources:
         entry = SourceConfig(source=source) if isinstance(source, str) else source
@@ -38,6 +46,7 @@ def build_mixture(
             prompt=prompt if entry.prompt is None else entry.prompt,
             cache_dir=cache_dir,
             allow_absolute=allow_absolute,
+            duration_tolerance=duration_tolerance,
         )
         parts.append(_in_language(part, entry.language))
         weights.append(np.full(len(part), entry.weight))

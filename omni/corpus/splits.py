@@ -45,6 +45,7 @@ def build_indexes(config: Config) -> dict[str, Index]:
                     prompt=config.data.prompt,
                     cache_dir=config.cache_dir,
                     allow_absolute=config.data.allow_absolute,
+                    duration_tolerance=config.data.duration_tolerance,
                 )
                 for name, specs in (
                     ("train", config.data.train),

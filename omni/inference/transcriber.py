@@ -21,7 +21,7 @@ from omni.corpus.index_row import DEFAULT_TASK, IndexRow, recordings
 from omni.corpus.lengths import Reject, span_of
 from omni.corpus.messages import messages_of
 from omni.corpus.text import TextPolicy, apply_policy, join
-from omni.errors import ConfigError
+from omni.errors import ConfigError, located
 from omni.inference.decode_batch import HeldUtterance, by_language, summarize, transcribe
 from omni.metrics.text_metric import TextMetric, score
 from omni.model.chat_template import Message, Template, make_template, transcription
@@ -230,14 +230,19 @@ def hold(
         row["prompt"] = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
         try:
             spoken = [
-                fit(_decode_recording(r["uri"], span_of(r)), r["samples"]) for r in recordings(row)
+                fit(_decode_recording(r["uri"], span_of(r), r["samples"]), r["samples"])
+                for r in recordings(row)
             ]
         except AudioError as error:
             bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
             continue
+        try:
+            utterance = transcriber.utterance(spoken, messages_of(row), number)
+        except Exception as error:
+            raise located(error, f"{row['id']} ({row['uri']})") from error
         held.append(
             HeldUtterance(
-                transcriber.utterance(spoken, messages_of(row), number),
+                utterance,
                 row["id"],
                 row["uri"],
                 row["text"],
@@ -248,10 +253,11 @@ def hold(
     return held, bad
 
 
-def _decode_recording(uri: str, span: AudioSpan) -> np.ndarray:
+def _decode_recording(uri: str, span: AudioSpan, samples: int) -> np.ndarray:
     """Decode a recording; wait for object storage that is unavailable."""
+    read = decode_with_retry if "://" in uri else decode
     try:
-        return decode_with_retry(uri, span) if "://" in uri else decode(uri, span)
+        return read(uri, span, samples=samples)
     except OSError as error:
         raise RuntimeError(f"{uri}: {reason_of(error)}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 
 class _Range(io.RawIOBase):
@@ -16,6 +16,11 @@ class _Range(io.RawIOBase):
 
     def _fetch(self, count: int, place: int) -> bytes:
         raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Bytes of the range."""
+        return self._length
 
     def readable(self) -> bool:
         return True
@@ -83,6 +88,23 @@ class ObjectRange(_Range):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+class HeadedRange(_Range):
+    """`length` bytes of an open file from `offset` on, with `head` before them.
+
+    The file stays open when this is closed.
+    """
+
+    def __init__(self, file: BinaryIO, offset: int, length: int, head: bytes = b"") -> None:
+        self._file, self._first, self._head = file, offset, head
+        super().__init__(len(head) + length)
+
+    def _fetch(self, count: int, place: int) -> bytes:
+        if place < len(self._head):
+            return self._head[place:][:count]
+        self._file.seek(self._first + place - len(self._head))
+        return self._file.read(count)
 
 
 class WatchedReader(io.BufferedReader):

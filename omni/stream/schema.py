@@ -39,6 +39,7 @@ _COMMON = [
     ("tasks", pa.list_(pa.int32())),
     ("load_seconds", pa.float64()),
     ("errors", pa.list_(pa.string())),
+    ("notes", pa.list_(pa.string())),
 ]
 LOADED_SCHEMA = pa.schema(
     [
@@ -94,6 +95,8 @@ class BinRow(TypedDict):
     """Seconds of reading, decoding and log-mels."""
     errors: list[str | None]
     """Reason and detail, on a line each, of a recording that cannot be used."""
+    notes: list[str | None]
+    """Kind and detail, on a line each, of a choice made in decoding a recording that is used."""
 
 
 class LoadedRow(BinRow):

@@ -24,6 +24,7 @@ from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
 from omni.corpus.index_row import Recording, recordings
 from omni.corpus.lengths import span_of
+from omni.errors import located
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.plan.plan import Split
 from omni.plan.sequences import PlannedRow
@@ -52,21 +53,29 @@ def load_bin(
     features = [[cached.get(key) if key else None for key in of_row] for of_row in keys]
     mels: list[list[bytes | None]] = []
     errors: list[str | None] = []
+    notes: list[str | None] = []
     decoded = 0
-    for of_row, from_cache in zip(scheduled, features, strict=True):
+    for row, of_row, from_cache in zip(rows, scheduled, features, strict=True):
         error = None
+        noted: list[str] = []
         row_mels: list[bytes | None] = []
         for recording, feature in zip(of_row, from_cache, strict=True):
             mel = None
             if feature is None and error is None:
                 try:
-                    mel = _log_mel(recording, settings)
+                    mel = _log_mel(recording, settings, noted)
                     decoded += recording.row["samples"]
                 except AudioError as problem:
                     error = f"{problem.reason}\n{problem.detail}"
+                except OSError:
+                    raise  # It names the file or the storage that does not answer.
+                except Exception as problem:
+                    where = f"bin {number}, utterance {row['id']} ({recording.row['uri']})"
+                    raise located(problem, where) from problem
             row_mels.append(mel)
         mels.append(row_mels)
         errors.append(error)
+        notes.append(noted[0] if noted and error is None else None)
     _limit_rate(decoded / SAMPLING_RATE, time.perf_counter() - began, settings)
     lengths = [[recording.samples for recording in of_row] for of_row in scheduled]
     return {
@@ -86,6 +95,7 @@ def load_bin(
         "keys": keys,
         "lengths": lengths,
         "errors": errors,
+        "notes": notes,
         "features": features,
         "mels": mels,
         "load_seconds": time.perf_counter() - began,
@@ -151,14 +161,14 @@ def _limit_rate(audio_seconds: float, seconds: float, settings: StreamSettings) 
         time.sleep(max(0.0, audio_seconds / rate - seconds))
 
 
-def _log_mel(recording: _ScheduledRecording, settings: StreamSettings) -> bytes:
+def _log_mel(recording: _ScheduledRecording, settings: StreamSettings, notes: list[str]) -> bytes:
     """Decode and augment a recording, and compute its log-mel (n_mels, T_mel). Raises AudioError.
 
     The result has the encoder's dtype: the encoder would round it anyway, and bf16 halves the
     traffic between the stages.
     """
     encoder, row = settings.config.encoder, recording.row
-    audio = decode_with_retry(row["uri"], span_of(row))
+    audio = decode_with_retry(row["uri"], span_of(row), samples=row["samples"], notes=notes)
     audio = fit(audio, row["samples"])
     augmentation, change = recording.augmentation, recording.change
     if augmentation is not None and change is not None:
@@ -169,6 +179,10 @@ def _log_mel(recording: _ScheduledRecording, settings: StreamSettings) -> bytes:
         masked = mask_windows(mel.numpy(), windows, augmentation.settings, change)
         mel = torch.from_numpy(masked)
     return tensor_bytes(mel.to(settings.encoder["dtype"]))
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 # Name of a recording inside a block: a content key, or its row, utterance and recording numbers
@@ -207,7 +221,19 @@ class EncodeStage:
         """Turn a table of `LOADED_SCHEMA` into one of `ENCODED_SCHEMA`, row by row."""
         rows: list[LoadedRow] = table.to_pylist()
         began = time.perf_counter()
-        encoded, samples = self._encode(rows)
+        try:
+            encoded, samples = self._encode(rows)
+        except OSError:
+            raise
+        except Exception as error:
+            missing = [
+                name
+                for row in rows
+                for name, mels in zip(row["ids"], row["mels"], strict=True)
+                if any(mel is not None for mel in mels)
+            ]
+            bins = ", ".join(str(row["bin"]) for row in rows)
+            raise located(error, f"bins {bins}, utterances {_listed(missing)}") from error
         seconds = time.perf_counter() - began if samples else 0.0
         done: list[EncodedRow] = []
         for number, row in enumerate(rows):
@@ -251,6 +277,7 @@ class EncodeStage:
             "tasks": row["tasks"],
             "load_seconds": row["load_seconds"],
             "errors": row["errors"],
+            "notes": row["notes"],
             "frames": [[codec.frames(part) for part in of_row] for of_row in features],
             "features": b"".join(chain(*features)) if self._settings.keep_features else b"",
             "encode_seconds": seconds,

@@ -203,6 +203,7 @@ class TrainLoop:
 
     def _save(self, best: bool) -> None:
         """Copy the state of training, and write it as a checkpoint in the background."""
+        self.reader.rejects.share()
         self.reader.ledger.write()
         self.state.rejects = self.reader.rejects.counts
         self.state.totals = self.recorder.totals.to_dict()
@@ -323,6 +324,7 @@ class TrainLoop:
             },
             {
                 "rejects": self.reader.rejects.counts,
+                **({"notes": notes} if (notes := self.reader.rejects.notes) else {}),
                 "workers": self.world,
                 "parameters": sum(p.numel() for p in self.model_state.model.parameters()),
             },

@@ -69,10 +69,15 @@ def test_a_part_of_a_recording_is_looked_at_alone(long: tuple[Path, Times], span
 
 
 def test_silence_and_hum_are_no_speech(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
     hum = 0.1 * np.sin(2 * np.pi * 50 * np.arange(40 * 16_000) / 16_000)
-    for name, sound in (("silence", 0 * hum), ("hum", hum)):
+    for name, sound in (("noise", rng.normal(0, 1e-3, len(hum))), ("hum", hum)):
         soundfile.write(tmp_path / f"{name}.wav", sound, 16_000)
         assert speech_spans(tmp_path / f"{name}.wav") == []
+    soundfile.write(tmp_path / "silence.wav", 0 * hum, 16_000)
+    with pytest.raises(AudioError, match=r"silence\.wav") as caught:
+        speech_spans(tmp_path / "silence.wav")
+    assert caught.value.reason == "silent"
 
 
 def test_what_cannot_be_read_is_an_audio_error(tmp_path: Path, long: tuple[Path, Times]) -> None:

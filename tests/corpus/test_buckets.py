@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 import pytest
 import soundfile
 
-from omni.audio import decode as audio
+from omni.audio import recording as audio
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, measure
 from omni.corpus.index import build_index
 from omni.corpus.manifest import ManifestError

@@ -110,16 +110,26 @@ def test_blank_lines_and_unknown_fields_are_passed_over(record: Record, manifest
     assert found["id"] == "17", "numbers are as good an id as text"
 
 
-def test_the_duration_of_a_manifest_is_never_trusted(record: Record, manifest: Manifest) -> None:
+def test_the_duration_of_a_manifest_is_no_length_but_a_check(
+    record: Record, manifest: Manifest
+) -> None:
     record("one.wav", 1.0)
     spec = manifest(
-        {"audio": "one.wav", "text": "a", "duration": 0.1},
-        {"audio": "one.wav", "text": "b", "duration": 3600},
+        *(
+            {"audio": "one.wav", "text": "a", "id": name, "duration": seconds}
+            for name, seconds in (("less", 0.1), ("near", 1.2), ("more", 1.3), ("far", 3600))
+        )
     )
-    assert [(r["samples"], r["duration"]) for r in _rows(build_index([spec]))] == [
-        (16_000, None),
-        (16_000, None),
+    index = build_index([spec])
+    assert [(r["id"], r["samples"], r["duration"]) for r in _rows(index)] == [
+        ("less", 16_000, None),
+        ("near", 16_000, None),
     ]
+    assert [(r.id, r.reason) for r in index.rejects] == [
+        ("more", "shorter than the manifest says"),
+        ("far", "shorter than the manifest says"),
+    ]
+    assert len(build_index([spec], duration_tolerance=0.2)) == 3
 
 
 def test_offset_and_duration_give_a_span(record: Record, manifest: Manifest) -> None:

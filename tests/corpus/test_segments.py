@@ -88,7 +88,7 @@ def test_a_long_recording_becomes_its_spans_of_speech(
         assert row["id"] == f"long-{times}"
     others = {row["id"]: (row["text"], row["duration"]) for row in built.rows if row not in spans}
     assert others == {"short": ("", None), "said": ("activated", None)}
-    assert [(r.id, r.reason) for r in built.rejects] == [("silence", "no speech")]
+    assert [(r.id, r.reason) for r in built.rejects] == [("silence", "silent")]
     assert built.counts["without_text"] == len(expected) + 1 and sum(built.counts["texts"]) == 1
     [line] = [line for line in summary_lines(built.counts) if "no text" in line]
     assert f" {len(expected) + 1}:" in line
@@ -98,7 +98,7 @@ def test_training_takes_what_has_a_text_and_says_why_not_the_rest(built: Built) 
     found: Index = build_index([str(built.out)])
     assert found.table["id"].to_pylist() == ["said"]
     reasons = [reject.reason for reject in found.rejects]
-    assert sorted(reasons) == ["no speech"] + (len(built.rows) - 1) * ["no text"]
+    assert sorted(reasons) == (len(built.rows) - 1) * ["no text"] + ["silent"]
 
 
 def test_an_index_without_any_text_is_not_for_training(talks: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Damaged input of every kind: python -m tests.fuzz --inputs 1000 --seed 0.
 
 A fifth of the inputs are recordings, and go through a real training run; every one of them must be
-in the ledger or in rejects.jsonl. The others are answered one by one, in a process that may crash
-or hang without ending this one.
+in the ledger or in rejects.jsonl, and a second decoder, FFmpeg, must hear as much of every one that
+was trained as omni does. The others are answered one by one, in a process that may crash or hang
+without ending this one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import soundfile
 
+from omni.audio.decode import measure
+from omni.audio.logmel import SAMPLING_RATE
 from tests.fuzz.mutate import mutate_bytes
 from tests.fuzz.targets import ASSETS, ROOT, TARGETS, answer
+from tests.fuzz.wrong_headers import disagreement, wrong_header
 
 LIMIT_SECONDS = 60.0
 FORMATS = ("wav", "flac", "ogg", "mp3", "opus", "aiff", "au", "w64", "caf")
@@ -45,13 +49,13 @@ def main() -> int:
             if said in ("CRASH", "HANG"):
                 print(f"{kind} {number} (seed {arguments.seed}): {said}\n{detail}", flush=True)
         answers["recording"] = _recordings(folder, recordings, arguments.seed)
-    columns = ("accepted", "rejected", "refused", "CRASH", "HANG")
+    columns = ("accepted", "rejected", "refused", "SILENT", "CRASH", "HANG")
     print(f"{'input':<12}" + "".join(f"{name:>10}" for name in columns))
     for kind, counts in answers.items():
         print(f"{kind:<12}" + "".join(f"{counts[name]:>10}" for name in columns))
     total = sum(answers.values(), Counter[str]())
     print(f"{'all':<12}" + "".join(f"{total[name]:>10}" for name in columns))
-    return 1 if total["CRASH"] or total["HANG"] else 0
+    return 1 if total["CRASH"] or total["HANG"] or total["SILENT"] else 0
 
 
 def _one_by_one(kinds: list[str], seed: int, folder: Path) -> Iterator[tuple[int, str, str, str]]:
@@ -98,8 +102,10 @@ def _recordings(folder: Path, count: int, seed: int) -> Counter[str]:
             soundfile.write(path, audio, rate, format="OGG", subtype="OPUS")
         else:
             soundfile.write(path, audio, rate)
-        if number >= 40:
+        if number >= 40 and number % 2:
             path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+        elif number >= 40:
+            path.write_bytes(wrong_header(audio, rate, rng))
         manifest.append({"id": str(number), "audio": name, "text": row["text"]})
     path = corpus / "manifest.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in manifest))
@@ -126,6 +132,11 @@ def _recordings(folder: Path, count: int, seed: int) -> Counter[str]:
             counts["rejected"] += 1
         elif identity in trained:
             counts["accepted"] += 1
+            path = corpus / str(manifest[number]["audio"])
+            differs = disagreement(path.read_bytes(), measure(path) / SAMPLING_RATE)
+            if differs is not None:
+                print(f"recording {identity} ({path.name}): {differs}")
+                counts["SILENT"] += 1
         else:
             print(f"recording {identity} ({manifest[number]['audio']}) is not accounted for")
             counts["CRASH"] += 1

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import random
+import resource
 import shutil
 import traceback
 from collections.abc import Callable
@@ -18,12 +19,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file
 
 import omni
 from jobs import cli
+from omni.audio.decode import AudioError, decode, fit, measure
+from omni.audio.logmel import SAMPLING_RATE
 from omni.checkpoint.checkpoint import read_checkpoint
 from omni.checkpoint.resume import newest_checkpoint
 from omni.checkpoint.save import save_checkpoint
@@ -38,6 +42,7 @@ from omni.run.prepare import prepare
 from omni.stream.feature_cache import FeatureCache
 from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
 from tests.fuzz.shapes import corpus
+from tests.fuzz.wrong_headers import disagreement, wrong_header
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROOT = Path(omni.__file__).parents[1]
@@ -152,6 +157,29 @@ def cache(folder: Path, rng: random.Random) -> str:
         path.write_bytes(whole)
 
 
+def recording(folder: Path, rng: random.Random) -> str:
+    """Recordings with wrong headers or flipped bits: the audio of an accepted one is all there."""
+    row = ROWS[rng.randrange(len(ROWS))]
+    audio, rate = soundfile.read(ASSETS / row["audio"], dtype="float32")
+    data = wrong_header(audio, rate, rng)
+    if rng.random() < 0.2:
+        data = mutate_bytes(data, rng)
+    path = folder / "recording"
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        samples = measure(path)
+        audio = fit(decode(path, samples=samples), samples)
+    except AudioError as error:
+        assert str(path) in error.detail or error.reason == "length mismatch"
+        return "rejected"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200 << 10, f"{len(data)} bytes took {grown >> 10} MiB"
+    differs = disagreement(data, samples / SAMPLING_RATE)
+    assert differs is None, differs
+    return "accepted"
+
+
 def _feature(shard: int, n: int) -> bytes:
     return random.Random(shard * 100 + n).randbytes(300 + 50 * n)
 
@@ -240,6 +268,7 @@ TARGETS: dict[str, Target] = {
     "checkpoint": checkpoint,
     "nanochat": nanochat,
     "corpus": corpus,
+    "recording": recording,
 }
 
 

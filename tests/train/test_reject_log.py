@@ -12,12 +12,13 @@ from omni.train.reject_log import RejectLog, TooManyRejects
 from tests.helpers.whole_runs import lines
 
 
-def _row(*ids: str, reason: str = "silent") -> EncodedRow:
+def _row(*ids: str, reason: str = "silent", noted: bool = False) -> EncodedRow:
     row: dict[str, Any] = {
         "split": "train",
         "ids": [*ids, "good"],
         "uris": [f"{name}.wav" for name in (*ids, "good")],
         "errors": [*[f"{reason}\nof {name}" for name in ids], None],
+        "notes": [*[None for _ in ids], "one channel\nchannel 2 of 2" if noted else None],
     }
     return cast(EncodedRow, row)
 
@@ -61,3 +62,28 @@ def test_an_attempt_goes_on_counting_where_its_checkpoint_stands(tmp_path: Path)
     other_rank.add([_row("z")], 6)
     other_rank.share()
     assert "z" not in (tmp_path / "rejects.jsonl").read_text(), "rank 0 writes for all"
+
+
+def test_choices_of_the_decoder_are_noted_once_and_counted(tmp_path: Path) -> None:
+    log = RejectLog(tmp_path, 0, 0.5, 10)
+    for step in (1, 5, 9):
+        log.add([_row("a", noted=True)], step)
+        log.share()
+    assert log.notes == {"one channel": 1} and log.counts == {"silent": 1}
+    assert lines(tmp_path / "notes.jsonl") == [
+        {
+            "id": "good",
+            "uri": "good.wav",
+            "note": "one channel",
+            "detail": "channel 2 of 2",
+            "split": "train",
+            "step": 1,
+        }
+    ]
+    again = RejectLog(tmp_path, 0, 0.5, 10)
+    again.rewind(4)
+    again.restore({})
+    assert again.notes == {"one channel": 1}
+    again.rewind(0)
+    again.restore({})
+    assert again.notes == {} and lines(tmp_path / "notes.jsonl") == []

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import recording_uri
-from omni.corpus.lengths import Reject
+from omni.corpus.lengths import DURATION_TOLERANCE, Reject
 from omni.corpus.manifest import absolute
 from omni.corpus.other_files import utf8_name
 from omni.errors import ManifestError
@@ -44,6 +44,7 @@ class Options:
     rows_per_part: int = 1000
     allow_absolute: bool = False  # corpora may name files outside their own folder
     segment: Segmenting | None = None  # Rows may lack text; their long recordings are cut.
+    duration_tolerance: float = DURATION_TOLERANCE  # share of a stated duration that may be missing
 
     @property
     def fingerprint(self) -> str:
@@ -51,7 +52,11 @@ class Options:
         settings: tuple[Any, ...] = (
             sorted(self.columns.items()), self.language, self.audio_folder, self.number_ids,
         )  # fmt: skip
-        return repr(settings if self.segment is None else (*settings, self.segment))
+        if self.segment is not None:
+            settings = (*settings, self.segment)
+        if self.duration_tolerance != DURATION_TOLERANCE:
+            settings = (*settings, self.duration_tolerance)
+        return repr(settings)
 
 
 @dataclass(frozen=True)

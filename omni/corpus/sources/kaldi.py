@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from omni.audio.container import streamed_wav_length
 from omni.corpus.manifest import check_row
 from omni.corpus.sources.base import (
     Options,
@@ -74,7 +75,7 @@ class KaldiSource:
             )
             named_row = {"id": name, "text": row.text, "speaker": row.speaker}
             check_row(position, {**named_row, "audio": recording})
-            yield self._placed(position, row, recording)
+            yield self._placed(position, row, recording, scp if self.segments else ids)
 
     def _look_up(self, file: str, keys: set[str]) -> dict[str, str]:
         """Read the lines of the given keys only: the file is as long as the corpus."""
@@ -103,8 +104,8 @@ class KaldiSource:
             raise ManifestError(f"{position}: expected 0 <= START < END in seconds")
         return start, end
 
-    def _placed(self, position: str, row: Row, recording: str) -> Row:
-        """Add the location of the recording to a row."""
+    def _placed(self, position: str, row: Row, recording: str, keys: Collection[str]) -> Row:
+        """Add the location of the recording to a row. keys: names of recordings of this part."""
         if recording.endswith("|") or recording.startswith("|"):
             raise ManifestError(
                 f"{position}: {recording[:60]!r} is a command, and omni runs none: convert the "
@@ -125,13 +126,17 @@ class KaldiSource:
                 total = file.seek(0, io.SEEK_END)
                 file.seek(offset)
                 head = file.read(12)
+                streamed = (
+                    streamed_wav_length(file, offset, total, keys) if head[:4] == b"RIFF" else None
+                )
         except OSError as error:
             raise_if_unreachable(ark_file, error)
             return replace(row, uri=path, error=("missing", f"{path}: {error.strerror}"))
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             detail = f"{path}: no WAV file at byte {offset}"
             return replace(row, uri=path, error=("unreadable", detail))
-        length = min(int.from_bytes(head[4:8], "little") + 8, total - offset)
+        said = int.from_bytes(head[4:8], "little") + 8 if streamed is None else streamed
+        length = min(said, total - offset)
         return replace(row, uri=path, offset=offset, length=length)
 
 

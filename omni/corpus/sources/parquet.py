@@ -176,8 +176,9 @@ def rows_of(
         audio = row.pop("audio")
         held = _held(f"{position}:{number}", audio)
         if held is not None:
-            # The row holds the cut audio; these are times in the recording before cutting.
-            for time in {"offset", "duration"} - options.columns.keys():
+            # The row holds the cut audio; with an offset, these are times in what it was cut from.
+            times = {"offset", "duration"} if row.get("offset") is not None else {"offset"}
+            for time in times - options.columns.keys():
                 row.pop(time, None)
         check_row(f"{position}:{number}", {**row, "audio": ""})
         row["text"] = row["text"].strip()
