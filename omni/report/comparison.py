@@ -148,6 +148,7 @@ def compare_runs(paths: Sequence[StoragePath]) -> Comparison:
     common = set.intersection(*(set(rows) for rows in steps))
     step = max(common, default=None)
     finished = [run.finished for run in runs]
+    final = [_with_own_metrics(run.figures) for run in runs]
     utterances, agreements = [], []
     for split in ("test", "dev"):
         found, agreement = _transcripts(runs, names, split)
@@ -159,7 +160,7 @@ def compare_runs(paths: Sequence[StoragePath]) -> Comparison:
         names=names,
         states=[_state(run) for run in runs],
         settings=differing,
-        figures=_figures(_FINAL, [run.figures for run in runs], differ, finished),
+        figures=_figures([*_FINAL, *_own_metrics(final)], final, differ, finished),
         step=step,
         at_step=[]
         if step is None
@@ -287,6 +288,22 @@ def _figures(
         differing = ", ".join(reasons) if metric.better else ""
         figures.append(Figure(metric.label, [metric.text(v) for v in values], best, differing))
     return figures
+
+
+def _with_own_metrics(figures: Row) -> Row:
+    """Add the rates of `eval.metrics` to the figures of a run, as dev_metrics:NAME."""
+    found = dict(figures)
+    for split in ("dev", "test"):
+        rates = figures.get(f"{split}_metrics")
+        for name, rate in (rates if isinstance(rates, dict) else {}).items():
+            found[f"{split}_metrics:{name}"] = rate
+    return found
+
+
+def _own_metrics(rows: Sequence[Row]) -> list[_Metric]:
+    """Lay out these rates; which values are better is not known."""
+    keys = dict.fromkeys(key for row in rows for key in row if "_metrics:" in key)
+    return [_Metric(key.replace("_metrics:", " ").capitalize(), key, short) for key in keys]
 
 
 def _best(values: Sequence[object], metric: _Metric) -> list[bool]:

@@ -167,6 +167,15 @@ def test_what_was_not_measured_alike_is_not_marked(copy: Copy, tmp_path: Path) -
     )
 
 
+def test_metrics_of_ones_own_stand_beside_each_other(copy: Copy) -> None:
+    a = copy("a", summary={"dev_metrics": {"digits missing": 0.25}})
+    b = copy("b", summary={"dev_metrics": {"digits missing": 0.5, "names": None}})
+    figures = {figure.label: figure for figure in compare_runs([a, b]).figures}
+    assert figures["Dev digits missing"].values == ["0.25", "0.5"]
+    assert not any(figures["Dev digits missing"].best), "omni does not know which is better"
+    assert "Dev names" not in figures
+
+
 def test_unfinished_runs_are_compared_at_the_last_common_step(copy: Copy, tmp_path: Path) -> None:
     a = copy("a", summary={"dev_loss": 9.0})
     b, c = copy("b", summary={"dev_loss": 8.0}), unfinished(copy("c"), 31)
