@@ -247,11 +247,11 @@ def test_a_package_that_is_not_installed_is_said_before_anything_starts(
     without = [entry for entry in sys.path if not (Path(entry) / "swanlab").exists()]
     monkeypatch.setattr(sys, "path", without)
     monkeypatch.delitem(sys.modules, "swanlab", raising=False)
-    arguments = ["--run.storage", str(tmp_path), "--run.trackers", "swanlab"]
+    arguments = ["--config", "smoke", "--run.storage", str(tmp_path), "--run.trackers", "swanlab"]
     assert train.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: run.trackers: swanlab") and said.count("\n") == 1
-    assert not ray.is_initialized() and not (tmp_path / "omni").exists()
+    assert not ray.is_initialized() and not (tmp_path / "smoke").exists()
 
 
 def test_trackers_are_given_by_one_line(tmp_path: Path) -> None:
