@@ -58,6 +58,8 @@ class AVStream:
         self.rate = int(track.rate or 0)
         self.channels = int(track.channels or 0)
         self.frames: int | None = None
+        seconds = (self._container.duration or 0) / 1e6
+        self.stated = round(seconds * self.rate)
         if not self.rate or not self.channels:
             self.close()
             raise NoAudio("the rate of its audio is unknown")

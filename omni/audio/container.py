@@ -47,6 +47,8 @@ def find_layout(file: IO[bytes], size: int) -> Layout:
             return Layout(fault=f"{SHORTER}\n{_short(end, inner.size)}" if cut and end else "")
     if head[:4] == b"caff":
         return _caf(inner)
+    if mpeg.begins_soon(inner):
+        return mpeg.find_links(inner)
     return Layout()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import soxr
 
 from omni.audio.levels import Levels
+from omni.audio.link import MISSING
 from omni.audio.logmel import FRAME, SAMPLING_RATE
 from omni.audio.recording import (
     AudioError,
@@ -44,8 +45,8 @@ def measure(data: RecordingData, span: AudioSpan = _NO_SPAN) -> int:
     data: a path or plain URI (`omni.storage.path.literal_path`), or the bytes of a file.
 
     Raises AudioError: `missing`, `unreadable`, `empty`, `implausible header`, `span outside the
-    file`, `shorter than its header says`, `longer than its header says`; and OSError when object
-    storage is unavailable.
+    file`, `shorter than its header says`, `longer than its header says`, `parts are missing`; and
+    OSError when object storage is unavailable.
     """
     if not isinstance(data, bytes):
         path = as_recording_path(data)
@@ -54,8 +55,9 @@ def measure(data: RecordingData, span: AudioSpan = _NO_SPAN) -> int:
     with OpenRecording(data, span) as recording:
         parts = _parts(recording, span)
         samples = sum(resampled_length(count, stream.rate) for stream, _, count in parts)
-        if recording.layout.fault:
-            reason, _, detail = recording.layout.fault.partition("\n")
+        reason, _, detail = recording.fault.partition("\n")
+        # A span with an end lies before a missing end, which `_parts` has checked.
+        if reason and (span.duration is None or reason == MISSING):
             raise AudioError(reason, f"{recording.name}: {detail}")
         if samples == 0:
             [(stream, _, count), *_] = parts

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import IO
 
+MISSING = "parts are missing"
+"""Reason for a recording with holes: what follows is not where it belongs."""
+
 
 @dataclass(frozen=True)
 class Link:

@@ -20,6 +20,7 @@ _KBPS = {  # by (MPEG 1, layer)
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _BLOCK = 1 << 20
+_SOON, _ENOUGH = 1 << 14, 4  # bytes searched for a first frame, and frames that must follow
 _MIDDLE_BITRATE = 9  # 64 kb/s or more: such a frame has room for a header
 
 
@@ -56,6 +57,17 @@ class _Part:
 def is_frame(head: bytes) -> bool:
     """Check whether a file begins with a frame of MPEG audio."""
     return _parse(head) is not None
+
+
+def begins_soon(window: Window) -> bool:
+    """Check whether frames follow the rest of a frame, as in a stream recorded from its middle."""
+    start = Window(window.file, window.offset, min(window.size, _SOON))
+    at = _resync(start, 0, None)
+    for _ in range(_ENOUGH):
+        if at is None or (frame := _parse(start.read(at, 4))) is None:
+            return False
+        at += frame.length
+    return True
 
 
 def find_links(window: Window) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from omni.audio.link import Layout, Link, Window
+from omni.audio.link import MISSING, Layout, Link, Window
 
 _HEADER = struct.Struct("<4sBBqIIIB")
 _FIRST, _CAPTURE = 2, b"OggS"
@@ -39,7 +39,9 @@ def find_links(window: Window) -> Layout:
             headers = True
         else:
             headers = False
-            estimated |= number != sequence.get(serial, -1) + 1
+            if number != sequence.get(serial, -1) + 1:
+                estimated = True
+                fault = f"{MISSING}\npages before number {number}"
             if granule > 0 and starts:
                 estimated |= not audible[-1] and granule > _LATE
                 audible[-1] = True
@@ -47,7 +49,7 @@ def find_links(window: Window) -> Layout:
         at += 27 + segments + sum(page[27 : 27 + segments])
         if at > window.size:
             fault = f"shorter than its header says\nthe last page lacks {at - window.size} bytes"
-    ends = [*starts[1:], window.size]
+    ends = [*starts, window.size][1:]
     links = [
         Link(window.offset + start, end - start)
         for start, end, sound in zip(starts, ends, audible, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from omni.audio import av_stream
-from omni.audio.container import find_layout
+from omni.audio.container import SHORTER, find_layout
 from omni.audio.formats import AV_ENDINGS, INSTALL_AV, has_av
 from omni.audio.link import Layout, Link
 from omni.errors import first_line
@@ -26,6 +26,7 @@ _READ_AHEAD = 256 << 10  # bytes of a request for such a part
 _BLOCK_VALUES = 1 << 20  # samples of all channels that are decoded at a time: 4 MB
 _RATES = (1_000, 384_000)  # Hz
 _MAX_VALUES = 8 * 192_000  # samples of all channels per second
+_STATED_SLACK = 0.02  # share by which containers may be wrong
 _UNKNOWN = 1 << 40  # libsndfile's frames from here on mean that it does not know
 RecordingData: TypeAlias = bytes | str | StoragePath
 
@@ -57,6 +58,8 @@ class Stream(Protocol):
     rate: int
     channels: int
     frames: int | None
+    stated: int
+    """Samples by the header of a container that is decoded to know; 0 where it says nothing."""
 
     def blocks(self, first: int, count: int | None, most: int) -> Iterator[np.ndarray]:
         """Yield `count` samples from `first` on (None: to the end) as (S, channels) float32.
@@ -119,6 +122,15 @@ class OpenRecording:
             with self.reading():
                 stream.frames = sum(len(block) for block in stream.blocks(0, None, _BLOCK_VALUES))
         return stream.frames
+
+    @property
+    def fault(self) -> str:
+        """Return the evidence that the file is not whole: reason and detail, on a line each."""
+        for stream in self.streams:
+            frames = self.frames(stream)
+            if stream.stated * (1 - _STATED_SLACK) - stream.rate // 2 > frames:
+                return f"{SHORTER}\n{frames} of {stream.stated} samples are there"
+        return self.layout.fault
 
     def _raw_file(self) -> BinaryIO:
         source = self._source
@@ -243,6 +255,7 @@ class _SoundStream:
         known = not estimated and self._file.frames < _UNKNOWN
         self.frames: int | None = max(0, int(self._file.frames)) if known else None
         self._can_seek = known
+        self.stated = 0
 
     def blocks(self, first: int, count: int | None, most: int) -> Iterator[np.ndarray]:
         file, self._file = self._file or self._open_file(), None

@@ -180,6 +180,40 @@ def test_a_file_that_was_cut_off_is_refused_by_the_index(kind: str) -> None:
     assert _reason(measure, cut) == "shorter than its header says"
 
 
+def test_a_span_of_a_cut_file_is_good_where_it_is_whole() -> None:
+    cut = _encoded(_tone(5, 440))[:80_000]
+    assert measure(cut, AudioSpan(0.5, 1.0)) == len(decode(cut, AudioSpan(0.5, 1.0))) == ONE
+    assert _reason(lambda d: measure(d, AudioSpan(2.0, 1.0)), cut) == "span outside the file"
+    assert _reason(lambda d: measure(d, AudioSpan(2.0)), cut) == "shorter than its header says"
+
+
+def _pages(data: bytes) -> list[bytes]:
+    return [b"OggS" + page for page in data.split(b"OggS")[1:]]
+
+
+def test_pages_that_are_lost_are_noticed_and_foreign_bytes_skipped() -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000)
+    pages = _pages(_encoded(noise, 16_000, "OGG", subtype="OPUS"))
+    assert len(pages) > 8 and measure(b"".join(pages)) == 160_000
+    lost = b"".join(pages[:5] + pages[6:])
+    assert _reason(measure, lost) == "parts are missing"
+    assert _reason(lambda d: measure(d, AudioSpan(0.0, 1.0)), lost) == "parts are missing"
+    foreign = b"".join([*pages[:5], bytes(3_000), *pages[5:]])
+    assert measure(foreign) == len(decode(foreign)) == 160_000
+    assert _reason(measure, b"".join(pages[4:])) == "unreadable"  # without its headers
+
+
+def test_an_mp3_recorded_from_its_middle_is_decoded_to_know() -> None:
+    data = (FILES / "vbr-without-header.mp3").read_bytes()[1_000:]
+    assert measure(data) == len(decode(data)) > 40_000
+
+
+def test_a_webm_that_was_cut_off_is_refused_by_the_index() -> None:
+    pytest.importorskip("av")
+    data = (FILES / "tone.webm").read_bytes()
+    assert _reason(measure, data[: len(data) // 3]) == "shorter than its header says"
+
+
 def test_data_behind_the_size_of_a_wav_is_noticed() -> None:
     data = bytearray(_encoded(_tone(2, 440)))
     data[40:44] = struct.pack("<I", 8_000)
