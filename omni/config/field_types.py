@@ -81,7 +81,7 @@ Projector = Annotated[str, BeforeValidator(_projector, json_schema_input_type=_P
 LanguageModel = Annotated[str, AfterValidator(_language_model)]
 Layers = Annotated[Literal["last", "all"] | list[NotNegative], BeforeValidator(_distinct)]
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
-_Fingerprint = Literal["data.train", "tokenizer", "plan", "model", "encoder", "augment"]
+_Fingerprint = Literal["data.train", "tokenizer", "plan", "model", "encoder", "augment", "tokens"]
 Fingerprints = Annotated[
     list[_Fingerprint],
     BeforeValidator(_as_list, json_schema_input_type=_Fingerprint | list[_Fingerprint]),

@@ -10,16 +10,20 @@ and `chat` is that of the tokenizer: nanochat's, or the Jinja template of a tran
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
+from omni.model.special_marks import AUDIO as AUDIO
+from omni.model.special_marks import AUDIO_MARK, MARK, MarkedIds, check_text
 from omni.model.tokenizer import SpeechTokenizer
 
-AUDIO = -1  # id of a recording, which its soft tokens replace
 PLACEHOLDER = "<|audio|>"  # position of the recording in a prompt
 Kind = Literal["plain", "chat"]
 Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
+_SOME_ANSWER = "x"  # stands for an answer that is yet to be written
+_PADDING = ("\t", "\v")  # white space of two kinds that templates do not write
 _SENTINEL = 0xF0000  # first of the private-use characters that mark contents in a rendered template
 
 
@@ -57,16 +61,55 @@ def transcription(prompt: str, text: str) -> tuple[Message, Message]:
 Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 
 
+@dataclass(frozen=True)
+class _Chat:
+    """Texts that a chat template writes around the parts of messages, with marks."""
+
+    between: list[str]
+    """Before, between and after the parts."""
+    stripped: list[tuple[bool, bool]]
+    """True where the template removes white space at the beginning, at the end of a part."""
+
+
+@dataclass
+class _Written:
+    """A rendered conversation. answers: (first, last) characters to be learnt."""
+
+    text: str
+    answers: list[tuple[int, int]] = field(default_factory=list)
+
+
+class RefusedRow(ValueError):
+    """A template cannot render a conversation. number: its position among those given."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.number = number
+
+
 class Template:
     """Renders messages with one tokenizer and one kind of template.
 
-    end: id that ends an answer. Raises ValueError where the chat template leaves out or reorders
-    messages, or does not end an answer.
+    end: id of the special token that ends an answer; text is never encoded as it. Raises
+    ValueError where the chat template leaves out or reorders messages, or does not end an answer.
+
+    The ids are those that transformers' `apply_chat_template` returns, with a special token in the
+    place of each recording, up to the end of the last answer.
     """
 
     def __init__(self, tokenizer: SpeechTokenizer, kind: Kind = "plain") -> None:
         self.tokenizer, self.kind = tokenizer, kind
         self._glue: dict[Shape, list[list[int]]] = {}
+        self._chats: dict[Shape, _Chat] = {}
+        self._joint = (
+            kind == "chat"
+            and tokenizer.chat_template is not None
+            and tokenizer.rendering is not None
+        )
+        if self._joint:
+            self._end_mark = self._find_end_mark()
+            self.end = tokenizer.token_id(tokenizer.marks.name(self._end_mark))
+            return
         turn = self._between(_shape(transcription("", "x")))
         if not turn[-1]:
             raise ValueError(
@@ -75,14 +118,137 @@ class Template:
         self.end = turn[-1][0]
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
-        """Render whole conversations; the end token of the last answer is the last id."""
+        """Render whole conversations; the end token of the last answer is the last id.
+
+        Raises RefusedRow for messages that the chat template refuses, leaves out or reorders.
+        """
+        if self._joint:
+            return self._render_chats(conversations)
         merged = [self._merged(messages) for messages in conversations]
+        for number, messages in enumerate(merged):
+            try:
+                self._between(_shape(messages))
+            except ValueError as error:
+                raise RefusedRow(number, str(error)) from None
         texts = [part for m in merged for message in m for part in message.parts if part != AUDIO]
         # Most prompts repeat, so each distinct text is encoded once.
         distinct = list(dict.fromkeys(map(str, texts)))
         encoded = dict(zip(distinct, self.tokenizer.encode_batch(distinct), strict=True))
         ids = (encoded[str(text)] for text in texts)
         return [self._assemble(messages, ids) for messages in merged]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids before the last answer, whatever that will be. Raises as `render`."""
+        *given, last = messages
+        answer = Message(last.role, (_SOME_ANSWER,))
+        rendered = self.render([[*given, answer]])[0]
+        length = len(rendered.ids)
+        while length and rendered.supervised[length - 1]:
+            length -= 1
+        return rendered.ids[:length]
+
+    # -- chat templates of transformers --------------------------------------------------------
+
+    def _find_end_mark(self) -> str:
+        """Find the special token after an answer. Raises ValueError where there is none."""
+        after = self._chat(_shape(transcription("", "x"))).between[-1]
+        found = MARK.search(after)
+        if found is None:
+            raise ValueError(
+                f"the chat template writes no special token after an answer, but {after!r}: its "
+                "end cannot be learnt; expected one such as the tokenizer's end-of-sequence token"
+            )
+        return found[0]
+
+    def _render_chats(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
+        written = []
+        for number, messages in enumerate(conversations):
+            try:
+                written.append(self._write(messages))
+            except ValueError as error:
+                raise RefusedRow(number, str(error)) from None
+        encoded = self.tokenizer.encode_marked([chat.text for chat in written])
+        return [
+            self._supervise(chat, self._divided(chat, ids))
+            for chat, ids in zip(written, encoded, strict=True)
+        ]
+
+    def _divided(self, chat: _Written, encoded: MarkedIds) -> MarkedIds:
+        """Encode once more where a token holds the end of a prompt and the answer's beginning.
+
+        The prompt has to be the same whatever the answer is.
+        """
+        begins = [first for first, _ in chat.answers]
+        if not any(
+            a < begin < b and chat.text[begin:b].strip()
+            for begin in begins
+            for a, b in encoded.spans
+        ):
+            return encoded
+        cuts = [0, *begins, len(chat.text)]
+        pieces = [chat.text[a:b] for a, b in pairwise(cuts)]
+        divided = MarkedIds([], [])
+        for shift, found in zip(cuts, self.tokenizer.encode_marked(pieces), strict=False):
+            divided.ids.extend(found.ids)
+            divided.spans.extend((a + shift, b + shift) for a, b in found.spans)
+        return divided
+
+    def _write(self, messages: Sequence[Message]) -> _Written:
+        """Write a conversation as one text, with marks for special tokens and recordings."""
+        chat = self._chat(_shape(messages))
+        text, number = chat.between[0], 0
+        written = _Written("")
+        for message in messages:
+            first = len(text.rstrip(" "))  # Tokens hold the space before a word.
+            for part in message.parts:
+                left, right = chat.stripped[number]
+                content = AUDIO_MARK if part == AUDIO else check_text(str(part))
+                content = content.lstrip() if left else content
+                text += content.rstrip() if right else content
+                number += 1
+                end = len(text)
+                text += chat.between[number]
+            if message.role == "assistant":
+                mark = MARK.search(text, end)
+                if mark is None or mark[0] != self._end_mark:
+                    names = [self.tokenizer.marks.name(m[0]) for m in [mark] if m is not None]
+                    expected = self.tokenizer.marks.name(self._end_mark)
+                    raise ValueError(
+                        f"the chat template ends an answer with {names[0] if names else 'nothing'}"
+                        f", and the last one with {expected}"
+                    )
+                written.answers.append((first, mark.end()))
+        written.text = text
+        return written
+
+    def _supervise(self, chat: _Written, encoded: MarkedIds) -> Rendered:
+        """Mark the ids of answers, and cut off what follows the last one."""
+        rendered = Rendered([], [])
+        answers = iter(chat.answers)
+        first, last = next(answers)
+        for i, (start, _) in zip(encoded.ids, encoded.spans, strict=True):
+            while start >= last:
+                following = next(answers, None)
+                if following is None:
+                    return rendered
+                first, last = following
+            rendered.ids.append(i)
+            rendered.supervised.append(start >= first)
+        return rendered
+
+    def _chat(self, shape: Shape) -> _Chat:
+        if shape not in self._chats:
+            padded = self._pieces(shape, *_PADDING)
+            stripped: list[tuple[bool, bool]] = []
+            for _, parts in shape:
+                for number in range(len(stripped), last := len(stripped) + len(parts)):
+                    left = not padded[number].endswith(_PADDING[0])
+                    right = not padded[number + 1].startswith(_PADDING[1])
+                    outer = (number == last - len(parts), number == last - 1)
+                    stripped.append((left and outer[0], right and outer[1]))
+            between = map(self.tokenizer.marks.mark, self._pieces(shape))
+            self._chats[shape] = _Chat(list(between), stripped)
+        return self._chats[shape]
 
     def _assemble(self, messages: list[Message], contents: Iterator[list[int]]) -> Rendered:
         glue = self._between(_shape(messages))
@@ -157,20 +323,28 @@ class Template:
         return glue
 
     def _jinja(self, shape: Shape) -> list[list[int]]:
+        """Encode the texts of a chat template apart, as older versions did."""
+        return [self.tokenizer.encode_markup(piece) for piece in self._pieces(shape)]
+
+    def _pieces(self, shape: Shape, before: str = "", after: str = "") -> list[str]:
+        """Render a shape, and return the texts around its parts.
+
+        before, after: added to each message, to learn whether the template strips white space.
+        """
         messages: list[dict[str, str]] = []
         sentinels: list[str] = []
         for role, parts in shape:
             fresh = [chr(_SENTINEL + len(sentinels) + i) for i in range(len(parts))]
             sentinels += fresh
-            messages.append({"role": role, "content": "".join(fresh)})
+            messages.append({"role": role, "content": before + "".join(fresh) + after})
         text = self.tokenizer.render_chat(messages)
         pieces = []
         for sentinel in sentinels:
-            before, found, text = text.partition(sentinel)
+            piece, found, text = text.partition(sentinel)
             if not found:
                 raise ValueError("the chat template leaves out a message, or changes their order")
-            pieces.append(before)
-        return [self.tokenizer.encode_markup(piece) for piece in (*pieces, text)]
+            pieces.append(piece)
+        return [*pieces, text]
 
 
 def make_template(tokenizer: SpeechTokenizer, kind: Literal["auto", "plain", "chat"]) -> Template:

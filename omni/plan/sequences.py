@@ -14,8 +14,9 @@ from omni.corpus.index_row import DEFAULT_TASK, IndexRow, recordings, transcript
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_of
 from omni.errors import ConfigError
-from omni.model.chat_template import AUDIO, Template
+from omni.model.chat_template import AUDIO, RefusedRow, Template
 from omni.model.projector import soft_tokens
+from omni.storage.digest import digest
 
 # Rows that are Python objects at a time: they take ten times the memory of the table.
 _BATCH = 65_536
@@ -62,7 +63,8 @@ def with_tokens(
     """Add token ids to the index.
 
     Returns the table (rows are `PlannedRow`s), (n,) positions of each utterance, 0 where it does
-    not fit a bin, and those utterances as rejects.
+    not fit a bin, and those utterances as rejects. Raises ConfigError naming a row that the
+    template cannot render.
     """
     lengths = np.zeros(len(index), dtype=np.int64)
     rejects: list[Reject] = []
@@ -74,7 +76,10 @@ def with_tokens(
         for row, task in zip(rows, names, strict=True):
             if not row["prompt"] and task in config.data.tasks:
                 row["prompt"] = config.data.tasks[task].prompt
-        rendered = template.render([messages_of(row) for row in rows])
+        try:
+            rendered = template.render([messages_of(row) for row in rows])
+        except RefusedRow as error:
+            raise ConfigError(f"data.template: {rows[error.number]['id']}: {error}") from None
         capacity = config.optim.bin_positions
         for i, (row, sequence) in enumerate(zip(rows, rendered, strict=True), start=first):
             frames = [encoder_frames(r["samples"], config.encoder.mode) for r in recordings(row)]
@@ -128,6 +133,25 @@ def _nested_counts(column: pa.ChunkedArray) -> np.ndarray:
     for chunk in column.chunks:
         inner = chunk.values.offsets.to_numpy()
         counts.append(np.diff(inner[chunk.offsets.to_numpy()]))
+    return np.concatenate(counts)
+
+
+def token_fingerprint(table: pa.Table) -> str:
+    """Hash the token ids of each utterance, and which of them are learnt."""
+    parts = [_list_counts(table["tokens"])]
+    for name in ("tokens", "supervised"):
+        parts += [chunk.flatten().to_numpy(False) for chunk in table[name].chunks]
+    return digest(*(part.tobytes() for part in parts))
+
+
+def answer_lengths(table: pa.Table) -> np.ndarray:
+    """Count the tokens of each utterance's last answer, its end token included: (n,)."""
+    counts = [np.zeros(0, np.int64)]
+    for chunk in table["supervised"].chunks:
+        given = np.flatnonzero(~chunk.flatten().to_numpy(False))
+        ends = np.cumsum(np.diff(chunk.offsets.to_numpy()))
+        # Every utterance has an id that is given, at least that of its recording.
+        counts.append(ends - 1 - given[np.searchsorted(given, ends) - 1])
     return np.concatenate(counts)
 
 

@@ -21,6 +21,9 @@ def check_fingerprints(prepared: Prepared, saved: dict[str, str]) -> list[str]:
     changed = [
         name for name, value in prepared.fingerprints.items() if saved.get(name, "") != value
     ]
+    # Other data or another tokenizer makes other token ids; older runs have no fingerprint of them.
+    if "tokens" in changed and ("tokens" not in saved or {"data.train", "tokenizer"} & {*changed}):
+        changed.remove("tokens")
     refused = [name for name in changed if name not in config.run.override_fingerprint]
     if refused:
         flags = " ".join(f"--run.override_fingerprint {name}" for name in refused)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import yaml
 
 from omni.config import Config
@@ -40,6 +42,8 @@ def choose_tokenizer(
 ) -> SpeechTokenizer:
     """Load or train the tokenizer: the first of those that there are.
 
+    A chat template that prints the date prints that of the run's beginning.
+
     The run's own, if it continues with the same tokenizer settings; `tokenizer.path`; that of the
     language model; one trained on the corpus. resume: folder of the checkpoint to continue from.
     """
@@ -49,11 +53,11 @@ def choose_tokenizer(
             return SpeechTokenizer.from_json((resume / "tokenizer.json").read_text())
     if config.tokenizer.path is not None:
         try:
-            return SpeechTokenizer.load(config.tokenizer.path)
+            return SpeechTokenizer.load(config.tokenizer.path).at(datetime.now())
         except Exception as error:  # The tokenizers library raises plain Exception.
             raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from None
     if lm is not None and lm.tokenizer is not None:
-        return lm.tokenizer
+        return lm.tokenizer.at(datetime.now())
     texts = train.table["text"].to_pylist() + train.table["prompt"].to_pylist()
     return SpeechTokenizer.train(texts, config.tokenizer.vocab_size)
 

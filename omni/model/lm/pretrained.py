@@ -21,7 +21,7 @@ from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig, HFLanguageModel, gguf_argument, load_pretrained, read_config
 from omni.model.lm.nanochat import find_nanochat, find_tokenizer, load_nanochat
 from omni.model.speech_lm import LMSource, OmniConfig
-from omni.model.tokenizer import SpeechTokenizer
+from omni.model.tokenizer import Rendering, SpeechTokenizer
 
 _LM_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model"]
 _WEIGHTS = (["model*.safetensors"], ["*.gguf"])
@@ -90,11 +90,15 @@ def hf_tokenizer(folder: Path) -> SpeechTokenizer:
     template = found.chat_template
     if isinstance(template, dict):
         template = template.get("default")
+    inner.no_padding()
+    inner.no_truncation()
+    named = {name: t for name, t in found.special_tokens_map.items() if isinstance(t, str)}
     return SpeechTokenizer(
         inner,
         bos_token=found.bos_token if adds_bos else None,
         end_token=found.eos_token,
         chat_template=template,
+        rendering=Rendering(named),
     )
 
 
