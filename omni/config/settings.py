@@ -462,6 +462,8 @@ class EvalConfig(Section):
     """Utterances of dev, and of test, to use; they are held in the workers' memory."""
     wer_utterances: Positive = 64
     """Utterances of dev that are transcribed at each evaluation; all of test at the end."""
+    max_new_tokens: Positive | None = None
+    """Most tokens of a decoded answer; null: a quarter more than the longest one to learn."""
     examples: NotNegative = 2
     """Number of transcripts to log at each evaluation."""
     metrics: PlugIns = []

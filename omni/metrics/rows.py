@@ -172,13 +172,15 @@ def eval_row(
     losses: DevLosses,
     errors: Errors,
     examples: Sequence[dict[str, Any]],
+    cut: int = 0,
     names: Sequence[str] = (),
     layers: dict[str, float] | None = None,
     languages: dict[str, Any] | None = None,
     metrics: dict[str, float | None] | None = None,
 ) -> EvalRow:
-    """names: of the tasks. layers: weights of the encoder's layers. languages: error rates of each
-    language, where there are several. metrics: rates of `eval.metrics`.
+    """cut: transcripts cut at the limit. names: of the tasks. layers: weights of the encoder's
+    layers. languages: error rates of each language, where there are several. metrics: rates of
+    `eval.metrics`.
     """
     return EvalRow(
         kind="eval",
@@ -194,6 +196,7 @@ def eval_row(
         layers=layers or None,
         dev_wer=errors.wer,
         dev_cer=errors.cer,
+        dev_cut=cut,
         dev_languages=languages or None,
         dev_metrics=metrics or None,
         examples=[

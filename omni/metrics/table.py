@@ -53,7 +53,12 @@ class _Location(TypedDict, total=False):
     bytes: tuple[int, int]
 
 
-class Example(_Location):
+class _Cut(TypedDict, total=False):
+    cut: bool
+    """Present where the transcript ends at `eval.max_new_tokens`."""
+
+
+class Example(_Location, _Cut):
     """A transcript of an evaluation."""
 
     id: str
@@ -191,6 +196,9 @@ class EvalRow:
     )
     dev_wer: float | None = metric("of 1", "word error rate", prometheus="omni_dev_wer")
     dev_cer: float | None = metric("of 1", "character error rate", prometheus="omni_dev_cer")
+    dev_cut: int = metric(
+        "answers", "transcripts cut at `eval.max_new_tokens`", prometheus="omni_dev_cut"
+    )
     dev_languages: dict[str, Any] | None = metric(
         "of 1", "error rates by language, of several", optional=True
     )

@@ -99,6 +99,8 @@ def _facts(s: Row) -> list[str]:
         "parameters": count(s.get("parameters")),
         "worker" if s.get("workers") == 1 else "workers": count(s.get("workers")),
         "of features from the cache": percent(s.get("cached_fraction")),
+        "dev transcripts cut at eval.max_new_tokens": count(s.get("dev_cut") or None),
+        "test transcripts cut at eval.max_new_tokens": count(s.get("test_cut") or None),
     }
     return [f"{value} {what}" for what, value in facts.items() if value != "–"]
 
@@ -185,6 +187,7 @@ def _utterance(row: Row, audio: Audio | None = None) -> dict[str, Any]:
         "words": compare_words(reference, hypothesis),
         "has_wer": "wer" in row,
         "wer": row.get("wer"),
+        "cut": row.get("cut") is True,
     }
 
 

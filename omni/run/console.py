@@ -88,6 +88,9 @@ class LiveView:
         ):
             value = summary.get(name)
             table.add_row(name, _text(f"{value:.4g}" if isinstance(value, float) else str(value)))
+        for name in ("dev_cut", "test_cut"):
+            if cut := summary.get(name):
+                table.add_row(name, f"{cut} (eval.max_new_tokens)")
         for split, rates in summary.get("languages", {}).items():
             table.add_row(f"{split} by language", _text(_by_language(rates).strip(" ()")))
         self._console.print(table)
@@ -101,7 +104,13 @@ class LiveView:
             self._print(*_row(row, self._resumed_step, self._resumed_seconds))
             for example in row.get("examples", []):
                 for name in ("reference", "hypothesis"):
-                    self._print("         ", (f"{name:<10}", "dim"), f" {_one_line(example[name])}")
+                    cut = name == "hypothesis" and example.get("cut")
+                    self._print(
+                        "         ",
+                        (f"{name:<10}", "dim"),
+                        f" {_one_line(example[name])}",
+                        (" (cut)" if cut else "", "yellow"),
+                    )
 
     def events(self, events: Sequence[dict[str, Any]]) -> None:
         for event in events:
@@ -138,6 +147,8 @@ def _row(row: dict[str, Any], resumed_step: int, resumed_seconds: float) -> list
             f" dev loss {row['dev_loss']:.3f}  {ctc}next token {row['dev_accuracy']:.1%}  "
             f"shuffled-audio gap {row['shuffled_audio_gap']:.2f}  ",
             (f"WER {wer}", "bold"),
+            # Rows of older versions do not count cut transcripts.
+            f" ({cut} cut)" if (cut := row.get("dev_cut")) else "",
             _by_language(row.get("dev_languages", {})),
         ]
     done, total = row["step"], row["steps"]

@@ -7,6 +7,7 @@ before anything has been started.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +33,13 @@ from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import Split, held_bins, make_plan
 from omni.plan.plan_file import write_plan_file
-from omni.plan.sequences import ctc_fit, task_names, with_tokens
+from omni.plan.sequences import (
+    answer_lengths,
+    ctc_fit,
+    task_names,
+    token_fingerprint,
+    with_tokens,
+)
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import (
     choose_template,
@@ -44,10 +51,15 @@ from omni.storage.digest import digest
 from omni.stream.encoder_facts import EncoderFacts, describe_encoder
 from omni.train.worker_spec import WorkerSpec
 
+# A decoded answer may be this much longer than the longest one of training.
+_ANSWER_MARGIN = 1.25
+_LEAST_NEW_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class Prepared:
     config: Config
+    """With `eval.max_new_tokens` as a number."""
     splits: dict[str, Split]
     """train, dev and, if configured, test."""
     rejects: list[Reject]
@@ -110,6 +122,7 @@ def prepare(config: Config) -> Prepared:
     filled, planned = 0.0, np.zeros(0, dtype=np.int64)
     weights: np.ndarray | None = None
     rejects: list[Reject] = []
+    answers: dict[str, np.ndarray] = {}
     for name, index in indexes.items():
         table, lengths, too_long = with_tokens(index, template, tasks, config)
         rejects += [*index.rejects, *too_long]
@@ -123,6 +136,7 @@ def prepare(config: Config) -> Prepared:
             )
         if name != "train":
             lengths[config.eval.max_utterances :] = 0
+        answers[name] = answer_lengths(table)[lengths > 0]
         augmentation = augmentation_of(config, table, lengths) if name == "train" else None
         speeds = None if augmentation is None else augmentation.speeds
         train = name == "train"
@@ -149,6 +163,8 @@ def prepare(config: Config) -> Prepared:
                 notes += _ctc_notes(table, shortest, speeds is not None)
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
     notes += [note for index in indexes.values() for note in index.notes]
+    config = _with_answer_limit(config, answers["train"])
+    notes += _long_answers(config, answers)
     notes += _overlap(indexes) + augmentation_notes(config) + _precision_notes(config)
     notes += _schedule_notes(config) + _export_notes(model, encoder)
     augmentation = splits["train"].augmentation
@@ -159,6 +175,7 @@ def prepare(config: Config) -> Prepared:
         "model": digest(json.dumps(model.to_dict(), sort_keys=True)),
         "encoder": " ".join(encoder.identity),
         "augment": "" if augmentation is None else augmentation.identity,
+        "tokens": token_fingerprint(splits["train"].table),
     }
     return Prepared(
         config,
@@ -232,6 +249,31 @@ def _ctc_notes(table: pa.Table, lengths: np.ndarray, sped: bool) -> list[str]:
             "(model.stack)"
         )
     return notes
+
+
+def _with_answer_limit(config: Config, answers: np.ndarray) -> Config:
+    """Set `eval.max_new_tokens`, where it is null, by the answers of training.
+
+    answers: (n,) tokens of each, end tokens included.
+    """
+    if config.eval.max_new_tokens is not None:
+        return config
+    longest = int(answers.max(initial=0))
+    limit = max(_LEAST_NEW_TOKENS, math.ceil(longest * _ANSWER_MARGIN))
+    evaluation = config.eval.model_copy(update={"max_new_tokens": limit})
+    return config.model_copy(update={"eval": evaluation})
+
+
+def _long_answers(config: Config, answers: dict[str, np.ndarray]) -> list[str]:
+    """Count the references that cannot be decoded whole."""
+    limit = config.eval.max_new_tokens
+    long = {name: int((lengths > limit).sum()) for name, lengths in answers.items()}
+    return [
+        f"eval.max_new_tokens: {count} of {len(answers[name])} answers of {name} have more than "
+        f"{limit} tokens, so their transcripts will be cut"
+        for name, count in long.items()
+        if count and name != "train"
+    ]
 
 
 def _precision_notes(config: Config) -> list[str]:

@@ -61,6 +61,7 @@ def train(config: Config) -> dict[str, Any]:
     check_trackers(config)
     _check_storage(config)
     prepared = prepare(config)
+    config = prepared.config
     state, overridden = _saved_state(prepared)
     step = 0 if state is None else state.step
     changed = {} if state is None else changed_settings(config)

@@ -94,7 +94,11 @@ class HeldOut:
         return sums
 
     def transcribe(
-        self, model: OmniModel, template: Template, limit: int | None = None
+        self,
+        model: OmniModel,
+        template: Template,
+        max_new_tokens: int | None,
+        limit: int | None = None,
     ) -> tuple[dict[str, Errors], list[dict[str, Any]]]:
         """Transcribe the index rows below `limit` greedily. A collective call.
 
@@ -102,7 +106,7 @@ class HeldOut:
         in the order of the index.
         """
         chosen = [h for h in self.held if limit is None or h.utterance.number < limit]
-        rows = transcribe(model, template, chosen)
+        rows = transcribe(model, template, chosen, max_new_tokens)
         rows = sorted(all_gather(rows), key=lambda row: row["number"])
         return summarize(rows), rows
 

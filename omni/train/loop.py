@@ -24,7 +24,7 @@ from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
 from omni.checkpoint.writer import CheckpointWriter
 from omni.cluster.watchdog import Watchdog
-from omni.inference.decode_batch import by_language
+from omni.inference.decode_batch import by_language, count_cut
 from omni.metrics.rows import eval_row
 from omni.metrics.run_files import append_json, keep_lines, remove_lines
 from omni.metrics.text_metric import load_metrics, score
@@ -164,7 +164,9 @@ class TrainLoop:
             self.model_state.evaluating() as model,
         ):
             losses = dev.loss(model)
-            errors, rows = dev.transcribe(model, self.template, settings.wer_utterances)
+            errors, rows = dev.transcribe(
+                model, self.template, settings.max_new_tokens, settings.wer_utterances
+            )
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
         row = eval_row(
@@ -172,6 +174,7 @@ class TrainLoop:
             losses,
             errors["all"],
             shown,
+            count_cut(rows),
             self.spec.tasks,
             layers,
             by_language(rows),
@@ -298,10 +301,12 @@ class TrainLoop:
         with self.model_state.evaluating() as model:
             losses = held["dev"].loss(model)
             for name, split in held.items():
-                errors, rows = split.transcribe(model, self.template)
+                limit = self.config.eval.max_new_tokens
+                errors, rows = split.transcribe(model, self.template, limit)
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer
                 results[f"{name}_cer"] = errors["all"].cer
+                results[f"{name}_cut"] = count_cut(rows)
                 if rates := by_language(rows):
                     languages[name] = rates
                 if self._metrics:

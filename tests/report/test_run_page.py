@@ -273,6 +273,19 @@ def test_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
     assert 'reference: "quoted"' in titles
 
 
+def test_transcripts_that_were_cut_are_marked_and_counted(run: Path) -> None:
+    rows = [json.loads(x) for x in (run / "transcripts-test.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    assert "max_new_tokens" not in Page(write_report(run)).root.text
+    write_rows(run / "transcripts-test.jsonl", [rows[0] | {"cut": True}, *rows[1:]])
+    (run / "summary.json").write_text(json.dumps(summary | {"dev_cut": 0, "test_cut": 1}))
+    page = Page(write_report(run))
+    assert "1 test transcripts cut at eval.max_new_tokens" in page.root.text
+    assert "dev transcripts cut" not in page.root.text
+    marked = ["cut at eval.max_new_tokens" in a.text for a in page.all("article")]
+    assert marked == [True] + [False] * (len(marked) - 1)
+
+
 def audio_bytes(element: Element) -> tuple[str, bytes]:
     head, text = element.attributes["src"].split(",")
     return head, base64.b64decode(text, validate=True)

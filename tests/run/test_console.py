@@ -69,7 +69,10 @@ def test_an_evaluation_shows_wer_languages_and_examples(
     assert reference.endswith("what [bold]was[/] said"), "text is no markup"
     assert hypothesis.endswith("two lines")
     [head, *_] = _shown(capsys, {**EVAL, "dev_wer": None})
-    assert "WER -" in head
+    assert "WER -" in head and "cut" not in head
+    example = {**EVAL["examples"][0], "cut": True}
+    head, _, hypothesis = _shown(capsys, {**EVAL, "dev_cut": 3, "examples": [example]})
+    assert "3 cut" in head and hypothesis.endswith("(cut)")
 
 
 def test_a_note_is_shown_as_it_was_written(capsys: pytest.CaptureFixture[str]) -> None:

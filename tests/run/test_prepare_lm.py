@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from omni.config import Config, parse_config
+from omni.corpus.index import build_index
 from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO
 from omni.model.lm.gpt import GPT
@@ -20,7 +22,10 @@ from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig
 from omni.model.lm.nanochat import save_nanochat
 from omni.model.tokenizer import SpeechTokenizer
+from omni.run.fingerprints import check_fingerprints
+from omni.run.model_setup import choose_tokenizer, find_language_model
 from omni.run.prepare import prepare
+from tests.helpers.chat_families import FAMILIES, fast_tokenizer
 from tests.helpers.hf_folders import CHAT, save_folder
 from tests.run.test_prepare import CORPUS, SHORT, _configure, _error
 
@@ -255,3 +260,78 @@ def test_the_referee_checkpoint_is_a_language_model_too(
     (folder / "tokenizer.pkl").write_bytes((referee / "tokenizer.pkl").read_bytes())
     prepared = prepare(configure(model={"lm": f"nanochat:{folder}"}))
     assert prepared.model.lm.vocab_size == prepared.tokenizer.vocab_size == 1024
+
+
+# --- rendering that may change between two starts of a run ----------------------------------------
+
+
+def _family(tmp_path: Path, name: str) -> Path:
+    folder = save_folder(tmp_path / name, tokenizer=False, vocab_size=1000)
+    fast_tokenizer(FAMILIES[name]).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_that_is_continued_keeps_the_date_it_began_with(
+    configure: Configure, tmp_path: Path
+) -> None:
+    lm = _family(tmp_path, "llama-3")
+    config = configure(model={"lm": f"hf:{lm}"})
+    prepared = prepare(config)
+    values = json.loads(prepared.tokenizer.to_json())
+    assert values["rendering"]["moment"][:2] == "20"
+    # A checkpoint of 40 days before.
+    values["rendering"]["moment"] = "2026-01-02T10:00:00"
+    step = tmp_path / "step"
+    step.mkdir()
+    (step / "config.yaml").write_text(config.to_yaml())
+    (step / "tokenizer.json").write_text(json.dumps(values, ensure_ascii=False))
+    pretrained = find_language_model(config)
+    index = build_index(list(map(str, config.data.train)), allow_absolute=True)
+    continued = choose_tokenizer(config, step, index, pretrained)
+    assert json.loads(continued.to_json()) == values
+    assert "02 Jan 2026" in continued.render_chat([{"role": "user", "content": "x"}])
+    begun = choose_tokenizer(config, None, index, pretrained)
+    assert "02 Jan 2026" not in begun.render_chat([{"role": "user", "content": "x"}])
+
+
+def test_other_ids_of_the_same_length_are_another_run(tmp_path: Path) -> None:
+    rows = _rows(task=["emotion"] * 8)
+    tasks = [{"emotion": {"prompt": prompt}, "transcribe": {}} for prompt in ("qz", "zq")]
+    first, second = (prepare(_configure(tmp_path, rows, data={"tasks": t})) for t in tasks)
+    differ = {n for n, v in first.fingerprints.items() if second.fingerprints[n] != v}
+    assert differ == {"tokens"}
+    with pytest.raises(ConfigError, match=r"another tokens\b.*override_fingerprint tokens"):
+        check_fingerprints(second, first.fingerprints)
+    # Runs of older versions have no such fingerprint.
+    older = {n: v for n, v in first.fingerprints.items() if n != "tokens"}
+    assert check_fingerprints(second, older) == []
+
+
+def test_a_template_without_a_system_role_names_the_row(
+    configure: Configure, tmp_path: Path
+) -> None:
+    lm = _family(tmp_path, "gemma")
+    config = configure(model={"lm": f"hf:{lm}"})
+    told = _talk(0, None)
+    told["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    with Path(config.data.train[0]).open("a") as file:
+        file.write(json.dumps(told) + "\n")
+    error = _error(config)
+    assert re.match(r"data\.template: talk-0: .*System role not supported", error)
+
+
+# --- length of answers ---------------------------------------------------------------------------
+
+
+def test_answers_may_be_a_quarter_longer_than_those_of_training(tmp_path: Path) -> None:
+    rows = _rows(text=[" ".join(["seven words are said in this one"] * 4)])
+    prepared = prepare(_configure(tmp_path, rows))
+    longest = max(len(prepared.tokenizer.encode(row["text"])) + 1 for row in rows)
+    assert prepared.config.eval.max_new_tokens == math.ceil(1.25 * longest) > 16
+    assert f"max_new_tokens: {math.ceil(1.25 * longest)}" in prepared.config.to_yaml()
+    brief = prepare(_configure(tmp_path, [{**row, "text": "a"} for row in rows]))
+    assert brief.config.eval.max_new_tokens == 16
+    given = prepare(_configure(tmp_path, rows, eval={"max_new_tokens": 7}))
+    assert given.config.eval.max_new_tokens == 7
+    assert any(note.startswith("eval.max_new_tokens: ") for note in given.notes)
+    assert not any(note.startswith("eval.max_new_tokens") for note in prepared.notes)

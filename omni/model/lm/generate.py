@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import stack_frames
 from omni.model.speech_lm import OmniModel
 
+_TOKENS_PER_SECOND = 12.0  # of audio
+_LEAST, _MOST = 16, 200  # tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids that were generated, without the end token. cut: the limit came before the end."""
+
+    ids: list[int]
+    cut: bool
+
 
 @torch.inference_mode()
 def generate(
@@ -23,15 +35,14 @@ def generate(
     features: Sequence[Sequence[Tensor]],
     *,
     end: int,
-    max_tokens: int = 200,
-    tokens_per_second: float = 12.0,
-) -> list[list[int]]:
-    """Generate the answer to each prompt greedily; returns token ids without the end token.
+    max_new_tokens: int | None = None,
+) -> list[Answer]:
+    """Generate the answer to each prompt greedily.
 
     prompts: ids, with AUDIO for each recording. features: for each prompt, one (T, d) tensor at
-    50 frames/s per recording.
-    An answer has at most `tokens_per_second` tokens per second of its audio (at least 16, at most
-    `max_tokens`): more than anybody speaks, so that a model that loops is stopped.
+    50 frames/s per recording. max_new_tokens: most tokens of an answer, its end token included, so
+    that a model that loops is stopped. None, for models of older versions, whose training said
+    nothing about it: 12 tokens per second of audio, between 16 and 200, and the end token.
     """
     if not prompts:
         return []
@@ -41,10 +52,20 @@ def generate(
         rows.append(row)
         ids.append(row_ids)
     seconds = [sum(map(len, recordings)) / FRAMES_PER_SECOND for recordings in features]
-    limits = [min(max_tokens, max(16, int(s * tokens_per_second))) for s in seconds]
+    limits = [
+        min(_MOST, max(_LEAST, int(s * _TOKENS_PER_SECOND))) + 1
+        if max_new_tokens is None
+        else max_new_tokens
+        for s in seconds
+    ]
     if isinstance(model.lm, GPT):
-        return _generate_gpt(model.lm, rows, ids, limits, end)
-    return model.lm.generate(rows, limits, end)
+        answers = _generate_gpt(model.lm, rows, ids, limits, end)
+    else:
+        answers = [Answer(*found) for found in model.lm.generate(rows, limits, end)]
+    if max_new_tokens is not None:
+        return answers
+    # The token after the limit of older versions only tells whether the answer ended there.
+    return [Answer(a.ids[: limit - 1], a.cut) for a, limit in zip(answers, limits, strict=True)]
 
 
 def _embed_prompt(
@@ -79,7 +100,7 @@ def _embed_prompt(
 
 def _generate_gpt(
     lm: GPT, embedded: list[Tensor], ids: list[Tensor], limits: list[int], end: int
-) -> list[list[int]]:
+) -> list[Answer]:
     """Continue rows greedily with a KV cache, until the last one ends."""
     device = embedded[0].device
     lengths = torch.tensor([len(row) for row in embedded], device=device)
@@ -93,7 +114,7 @@ def _generate_gpt(
     layout = SegmentLayout.plain((rows, longest), device, lengths_B=lengths)
     hidden = layout.last(lm.trunk(x, ids_BT.clamp(min=0), layout, has_id, cache))
     answers: list[list[int]] = [[] for _ in range(rows)]
-    open_rows = set(range(rows))
+    open_rows, ended = set(range(rows)), set[int]()
     while open_rows:
         chosen = lm.logits(hidden).argmax(-1)
         for row, token in enumerate(chosen.tolist()):
@@ -101,6 +122,7 @@ def _generate_gpt(
                 continue
             if token == end:
                 open_rows.discard(row)
+                ended.add(row)
                 continue
             answers[row].append(token)
             if len(answers[row]) >= limits[row]:
@@ -109,4 +131,4 @@ def _generate_gpt(
             step = chosen[:, None]
             layout = SegmentLayout.plain((rows, 1), device, cache.lengths_B)
             hidden = lm.trunk(lm.embed(step), step, layout, None, cache)[:, 0]
-    return answers
+    return [Answer(ids, row not in ended) for row, ids in enumerate(answers)]

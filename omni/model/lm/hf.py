@@ -225,28 +225,48 @@ class HFLanguageModel(nn.Module):
                 f"{type(self.model).__name__} is not supported: it changes the logits of its head"
             )
 
-    def generate(self, rows: Sequence[Tensor], limits: Sequence[int], end: int) -> list[list[int]]:
-        """Continue embedded prompts (T, C) greedily, each by at most its limit of tokens."""
+    def generate(
+        self, rows: Sequence[Tensor], limits: Sequence[int], end: int
+    ) -> list[tuple[list[int], bool]]:
+        """Continue embedded prompts (T, C) greedily, each by at most its limit of tokens.
+
+        Returns ids without the end token, and True where the limit came before the end. The limit
+        is lower where the model has learnt a vector for each position, and has no more of them.
+        """
         from transformers import GenerationConfig
 
         longest = max(map(len, rows))
+        positions = self._learnt_positions()
+        if positions is not None:
+            limits = [max(1, min(limit, positions - longest)) for limit in limits]
         # transformers decodes rows that end at the same position, so pad on the left.
         x = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows], device=x.device)
-        positions = torch.arange(longest, device=x.device)
+        places = torch.arange(longest, device=x.device)
         settings = GenerationConfig(
             max_new_tokens=max(limits), do_sample=False, eos_token_id=end, pad_token_id=end
         )
         generated = self.model.generate(
             inputs_embeds=x,
-            attention_mask=(positions >= longest - lengths[:, None]).long(),
+            attention_mask=(places >= longest - lengths[:, None]).long(),
             generation_config=settings,
         )
         answers = []
         for answer, limit in zip(generated.tolist(), limits, strict=True):
-            length = answer.index(end) if end in answer else len(answer)
-            answers.append(answer[: min(length, limit)])
+            within = answer[:limit]
+            cut = end not in within
+            answers.append((within if cut else within[: within.index(end)], cut))
         return answers
+
+    def _learnt_positions(self) -> int | None:
+        """Return the number of position embeddings; None for a model that computes positions."""
+        words = self.model.get_input_embeddings()
+        found = [
+            module.num_embeddings - getattr(module, "offset", 0)
+            for module in self.model.get_decoder().modules()
+            if isinstance(module, nn.Embedding) and module is not words
+        ]
+        return min(found, default=None)
 
 
 def _register() -> None:

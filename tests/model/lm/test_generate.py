@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from omni.model.chat_template import AUDIO
-from omni.model.lm.generate import generate
+from omni.model.lm.generate import Answer, generate
 from omni.model.projector import stack_frames
 from omni.model.speech_lm import OmniConfig, OmniModel
 from tests.helpers.small_gpt import SMALL, awaken
 
 BOS, NEVER = 90, 99  # NEVER: a token that the model cannot write, for answers without an end
 LENGTHS = [30, 250, 77, 1, 400]  # frames at 50 per second; 400 make 100 soft tokens
-LIMITS = [16, 60, 18, 16, 96]  # 12 tokens per second of audio, and at least 16
+LIMIT = 97
+LIMITS = [16, 60, 18, 16, 96]  # of older versions: 12 tokens per second of audio, at least 16
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,11 @@ def write(
     model: OmniModel, features: list[Tensor], prompt: Sequence[int] = (), **settings: Any
 ) -> list[list[int]]:
     """What the model writes about each recording by itself."""
-    return generate(
+    settings = {"max_new_tokens": LIMIT, **settings}
+    answers = generate(
         model, [[AUDIO, BOS, *prompt] for _ in features], [[f] for f in features], **settings
     )
+    return [answer.ids for answer in answers]
 
 
 @torch.inference_mode()
@@ -63,12 +66,9 @@ def naive(model: OmniModel, feature: Tensor, prompt: list[int], limit: int, end:
 def test_a_batch_of_different_lengths_equals_the_naive_loop(
     model: OmniModel, features: list[Tensor], prompt: list[int]
 ) -> None:
-    wanted = [
-        naive(model, feature, prompt, limit, NEVER)
-        for feature, limit in zip(features, LIMITS, strict=True)
-    ]
+    wanted = [naive(model, feature, prompt, LIMIT, NEVER) for feature in features]
     assert len({tuple(answer[:8]) for answer in wanted}) == len(features), "they hear their audio"
-    # 100 soft tokens and 96 of text: past the short window of 128.
+    # 100 soft tokens and 97 of text: past the short window of 128.
     assert write(model, features, prompt, end=NEVER) == wanted
 
 
@@ -88,15 +88,30 @@ def test_an_answer_may_be_empty(model: OmniModel, features: list[Tensor]) -> Non
     assert write(model, features[:1], end=endless[0]) == [[]]
 
 
-def test_limits_follow_the_length_of_the_audio(model: OmniModel, features: list[Tensor]) -> None:
-    answers = write(model, features, end=NEVER)
+def test_an_answer_without_an_end_is_cut_at_the_limit(
+    model: OmniModel, features: list[Tensor]
+) -> None:
+    (endless,) = write(model, features[:1], end=NEVER, max_new_tokens=20)
+    end = endless[10]
+    length = endless.index(end)
+    prompts, given = [[AUDIO, BOS]], [features[:1]]
+    assert len(endless) == 20
+    # The end token counts: an answer and its end just fit.
+    for limit, cut in ((length + 5, False), (length + 1, False), (length, True)):
+        found = generate(model, prompts, given, end=end, max_new_tokens=limit)
+        assert found == [Answer(endless[:length], cut)]
+    assert generate(model, prompts, given, end=NEVER, max_new_tokens=5) == [
+        Answer(endless[:5], True)
+    ]
+
+
+def test_limits_of_older_versions_follow_the_length_of_the_audio(
+    model: OmniModel, features: list[Tensor]
+) -> None:
+    answers = write(model, features, end=NEVER, max_new_tokens=None)
     assert [len(answer) for answer in answers] == LIMITS
-    # Limits cut and change nothing else.
-    short = write(model, features, end=NEVER, max_tokens=20)
-    assert short == [answer[:20] for answer in answers]
-    slow = write(model, features, end=NEVER, tokens_per_second=5.0)
-    assert [len(answer) for answer in slow] == [16, 25, 16, 16, 40]
-    assert slow == [answer[: len(few)] for answer, few in zip(answers, slow, strict=True)]
+    whole = write(model, features, end=NEVER)
+    assert answers == [a[:limit] for a, limit in zip(whole, LIMITS, strict=True)]
 
 
 def test_decoding_leaves_no_trace_in_the_model(model: OmniModel, features: list[Tensor]) -> None:
@@ -111,9 +126,10 @@ def test_prompts_of_different_lengths_and_several_recordings(
 ) -> None:
     a, b, c, *_ = features
     prompts = [[BOS, 7, AUDIO, 11, AUDIO, 13], [AUDIO, BOS]]
-    together = generate(model, prompts, [[a, c], [b]], end=NEVER)
-    alone = [generate(model, prompts[:1], [[a, c]], end=NEVER)[0]]
-    alone += generate(model, prompts[1:], [[b]], end=NEVER)
+    settings = {"end": NEVER, "max_new_tokens": 30}
+    together = generate(model, prompts, [[a, c], [b]], **settings)
+    alone = generate(model, prompts[:1], [[a, c]], **settings)
+    alone += generate(model, prompts[1:], [[b]], **settings)
     assert together == alone
     # By the front door: packed soft tokens among ids, the whole sequence for every token.
     soft = [model.project(stack_frames(f, model.config.stack)) for f in (a, c)]
@@ -123,7 +139,7 @@ def test_prompts_of_different_lengths_and_several_recordings(
         mask = torch.tensor([token == 0 for token in ids])[None]
         logits = model.lm(torch.tensor([ids]), audio_features=torch.cat(soft), audio_mask=mask)
         answer.append(int(logits[0, -1].argmax()))
-    assert together[0][:5] == answer
+    assert together[0].ids[:5] == answer
 
 
 def test_nothing_to_write_down(model: OmniModel) -> None:

@@ -81,10 +81,27 @@ def test_rows_of_different_lengths_are_continued_as_if_alone(kind: str, ids: Ten
         wanted.append(answer)
     embedded = [lm.embed(row[None])[0] for row in rows]
     never = next(n for n in range(VOCABULARY) if all(n not in answer for answer in wanted))
-    assert lm.generate(embedded, [6, 4], never) == [wanted[0], wanted[1][:4]]
+    assert lm.generate(embedded, [6, 4], never) == [(wanted[0], True), (wanted[1][:4], True)]
     end = wanted[0][2]
-    cut = [answer[: answer.index(end)] if end in answer else answer for answer in wanted]
-    assert lm.generate(embedded, [6, 6], end) == cut
+    ended = [
+        (answer[: answer.index(end)], False) if end in answer else (answer, True)
+        for answer in wanted
+    ]
+    assert lm.generate(embedded, [6, 6], end) == ended
+    # A limit that an answer and its end token just fit.
+    whole = ended[0][0]
+    assert lm.generate(embedded, [len(whole) + 1, 6], end)[0] == (whole, False)
+    if whole:
+        assert lm.generate(embedded, [len(whole), 6], end)[0] == (whole, True)
+
+
+@torch.inference_mode()
+def test_a_model_writes_no_further_than_it_has_positions(ids: Tensor) -> None:
+    for kind, length in (("gpt2", 6), ("llama", 9)):
+        lm = wrapped(kind, n_positions=16, max_position_embeddings=16)
+        embedded = [lm.embed(ids[None, :10])[0]]
+        [(answer, cut)] = lm.generate(embedded, [9], VOCABULARY + 1)
+        assert len(answer) == length and cut
 
 
 @pytest.mark.parametrize(
