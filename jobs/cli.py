@@ -66,6 +66,13 @@ class _Help(argparse.Action):
         parser.exit()
 
 
+def positive(text: str) -> int:
+    """Parse an argument that is a number of at least 1."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> JobParser:
     """Make the parser of a job; the first paragraph of `doc` describes it, the rest comes last."""
     about, *rest = (doc or "").strip().split("\n\n")

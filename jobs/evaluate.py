@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
+from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, positive, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--out", type=Path, help="write one JSON line per utterance here")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
+    add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
     add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _evaluate(arguments))
@@ -33,13 +34,14 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
-    from omni.inference.transcriber import Transcriber, evaluate
+    from omni.inference.rows import evaluate
+    from omni.inference.transcriber import Transcriber
     from omni.metrics.run_files import append_json
     from omni.metrics.text_metric import load_metrics
 
     torch.set_num_threads(arguments.threads)
     metrics = load_metrics(arguments.metric, "--metric")
-    transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
+    transcriber = Transcriber.load(arguments.checkpoint, arguments.device, arguments.max_new_tokens)
     summary, rows = evaluate(
         transcriber, arguments.data, allow_absolute=arguments.allow_absolute, metrics=metrics
     )

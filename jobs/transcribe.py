@@ -2,7 +2,9 @@
 
 Each recording is a line {"audio", "text"}. With --segment vad, each span of speech is a line with
 its times in seconds: {"audio", "offset", "duration", "text"}. Of a DIR that omni index wrote, each
-row is a line with its id. A recording that cannot be read has "error" instead of "text".
+row is a line with its id. A recording that cannot be read has "error" instead of "text". A text
+that ends where decoding was stopped (--max_new_tokens, or eval.max_new_tokens of the training) has
+"cut": true.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import json
 import sys
 
-from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
+from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, positive, run_job
 from omni.errors import ConfigError, counted
 from omni.storage.filesystem import StorageError
 from omni.storage.path import as_path
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--segment", choices=["vad"], help="write a line for each span of speech, with its times")
     add("--language", metavar="CODE", help="language, for a model trained with data.language_tag")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
+    add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
     add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _transcribe(arguments))
@@ -34,12 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 def _transcribe(arguments: argparse.Namespace) -> None:
     import torch
 
-    from omni.inference.spans import transcribe_index, transcribe_speech
+    from omni.inference.rows import transcribe_index
+    from omni.inference.spans import transcribe_speech
     from omni.inference.transcriber import Transcriber, transcribe_files
 
     torch.set_num_threads(arguments.threads)
-    transcriber = Transcriber.load(arguments.checkpoint, arguments.device)
-    unread = 0
+    transcriber = Transcriber.load(arguments.checkpoint, arguments.device, arguments.max_new_tokens)
+    unread = cut = 0
     for name in arguments.files:
         if _is_folder(name):
             rows = transcribe_index(transcriber, name, arguments.language)
@@ -50,6 +54,9 @@ def _transcribe(arguments: argparse.Namespace) -> None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
             unread += "error" in row
+            cut += "cut" in row
+    if cut:
+        print(f"{counted(cut, 'text')} reached --max_new_tokens and are cut", file=sys.stderr)
     if unread:
         raise RuntimeError(f"{counted(unread, 'recording')} could not be read")
 

@@ -40,7 +40,7 @@ model = OmniModel(OmniConfig(gpt, 384, stack=8)).eval()
 model.init_weights(0)
 encoder = WhisperEncoder("embedded", mode="trim", dtype=torch.bfloat16)
 speech = Transcriber(encoder, FeatureCodec(384), model, Template(tokenizer), "", False, 4.0)
-words = len(speech.text_of(decode_blocks(sys.argv[1])))
+words = len(speech.text_of(decode_blocks(sys.argv[1])).text)
 assert words > 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

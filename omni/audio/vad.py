@@ -58,7 +58,7 @@ def speech_spans(
     """
     from silero_vad import get_speech_timestamps_from_probs
 
-    probabilities, samples = _speech_probabilities(decode_blocks(data, block_seconds, within))
+    probabilities, samples = speech_probabilities(decode_blocks(data, block_seconds, within))
     found = get_speech_timestamps_from_probs(
         probabilities,
         audio_length_samples=samples,
@@ -76,7 +76,7 @@ def speech_spans(
     ]
 
 
-def _speech_probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], int]:
+def speech_probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], int]:
     """Compute the probability of speech in each chunk, and count the samples.
 
     The last chunk is padded with zeros.

@@ -35,61 +35,96 @@ class HeldUtterance:
 
     @property
     def location(self) -> dict[str, Any]:
-        """Return the columns that say where the recording is; a whole file needs only `audio`."""
-        span = {
-            "start": self.span.start or None,
-            "duration": self.span.duration,
-            "bytes": self.span.bytes,
-        }
-        return {"audio": self.uri, **{k: v for k, v in span.items() if v is not None}}
+        """Return the columns that say where the recording is."""
+        return location_of(self.uri, self.span)
+
+
+def location_of(uri: str, span: AudioSpan) -> dict[str, Any]:
+    """Return the columns that say where a recording is; a whole file needs only `audio`."""
+    columns = {"start": span.start or None, "duration": span.duration, "bytes": span.bytes}
+    return {"audio": uri, **{k: v for k, v in columns.items() if v is not None}}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An answer as text. cut: it ends where decoding was stopped, at `eval.max_new_tokens`."""
+
+    text: str
+    cut: bool
+
+
+def decode_batch(
+    model: OmniModel,
+    template: Template,
+    utterances: Sequence[Utterance],
+    max_new_tokens: int | None,
+) -> list[Decoded]:
+    """Decode utterances that have features, in batches of similar length.
+
+    max_new_tokens: see `generate`.
+    """
+    order = sorted(range(len(utterances)), key=lambda i: _length(utterances[i]))
+    decoded: dict[int, Decoded] = {}
+    for first in range(0, len(order), _DECODE_BATCH):
+        chosen = order[first : first + _DECODE_BATCH]
+        group = [utterances[i] for i in chosen]
+        answers = generate(
+            model,
+            [utterance.prompt for utterance in group],
+            [utterance.features or () for utterance in group],
+            end=template.end,
+            max_new_tokens=max_new_tokens,
+        )
+        for i, answer in zip(chosen, answers, strict=True):
+            decoded[i] = Decoded(template.tokenizer.decode(answer.ids).strip(), answer.cut)
+    return [decoded[i] for i in range(len(utterances))]
+
+
+def _length(utterance: Utterance) -> tuple[int, int]:
+    return sum(map(len, utterance.features or ())), utterance.number
 
 
 def transcribe(
-    model: OmniModel, template: Template, held: Sequence[HeldUtterance]
+    model: OmniModel,
+    template: Template,
+    held: Sequence[HeldUtterance],
+    max_new_tokens: int | None,
 ) -> list[dict[str, Any]]:
-    """Decode utterances in batches of similar length, and return their transcript rows.
-
-    Rows come shortest utterance first; an utterance without features has none.
-    """
+    """Decode utterances, and return their transcript rows; one without features has none."""
     usable = [h for h in held if h.utterance.features is not None]
-    usable.sort(key=_length)
-    rows: list[dict[str, Any]] = []
-    for first in range(0, len(usable), _DECODE_BATCH):
-        rows += _transcribe_group(model, template, usable[first : first + _DECODE_BATCH])
-    return rows
+    answers = decode_batch(model, template, [h.utterance for h in usable], max_new_tokens)
+    return [
+        {
+            "number": h.utterance.number,
+            **transcript_row(h.id, h.location, h.text, h.language, answer),
+        }
+        for h, answer in zip(usable, answers, strict=True)
+    ]
 
 
-def _length(held: HeldUtterance) -> tuple[int, int]:
-    return sum(map(len, held.utterance.features or ())), held.utterance.number
+def transcript_row(
+    name: str, location: dict[str, Any], reference: str, language: str, answer: Decoded
+) -> dict[str, Any]:
+    """Score an answer; the row has the field "cut" if it was cut.
+
+    location: see `location_of`.
+    """
+    errors = count_errors(reference, answer.text, language)
+    return {
+        "id": name,
+        **location,
+        "language": language,
+        "reference": reference,
+        "hypothesis": answer.text,
+        "wer": errors.wer,
+        **({"cut": True} if answer.cut else {}),
+        "errors": errors,
+    }
 
 
-def _transcribe_group(
-    model: OmniModel, template: Template, group: list[HeldUtterance]
-) -> list[dict[str, Any]]:
-    """Decode utterances as one batch, and return a transcript row for each."""
-    answers = generate(
-        model,
-        [held.utterance.prompt for held in group],
-        [held.utterance.features or () for held in group],
-        end=template.end,
-    )
-    rows = []
-    for held, ids in zip(group, answers, strict=True):
-        hypothesis = template.tokenizer.decode(ids).strip()
-        errors = count_errors(held.text, hypothesis, held.language)
-        rows.append(
-            {
-                "number": held.utterance.number,
-                "id": held.id,
-                **held.location,
-                "language": held.language,
-                "reference": held.text,
-                "hypothesis": hypothesis,
-                "wer": errors.wer,
-                "errors": errors,
-            }
-        )
-    return rows
+def count_cut(rows: Sequence[dict[str, Any]]) -> int:
+    """Count the transcript rows whose answer was cut."""
+    return sum("cut" in row for row in rows)
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Errors]:

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from omni.audio.logmel import SAMPLING_RATE, WINDOW_FRAMES
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from omni.errors import ConfigError
-from omni.model.chat_template import PLACEHOLDER, Template, make_template
+from omni.inference.export_script import transcribe_script
+from omni.inference.transcriber import longest_piece
+from omni.model.chat_template import PLACEHOLDER, Template, make_template, transcription
 from omni.model.download import SourceError
 from omni.model.encoder.weights import read_whisper_files, whisper_folder
 from omni.model.lm.gpt import GPT
@@ -33,6 +34,7 @@ from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.storage.path import StoragePath
 
 Format = Literal["nanochat", "hf"]
+_MAX_NEW_TOKENS = 200  # of checkpoints of older versions
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -58,10 +60,11 @@ def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
             f"--to {to}: {found.path} was trained without what this format needs: "
             f"{', '.join(missing)}"
         )
+    limit = config.get("eval", {}).get("max_new_tokens")
     if to == "nanochat":
-        _export_nanochat(found, model, template, out)
+        _export_nanochat(found, model, template, limit, out)
     else:
-        _export_voxtral(found, model, template, config["data"]["prompt"], out)
+        _export_voxtral(found, model, template, config["data"]["prompt"], limit, out)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
@@ -72,7 +75,13 @@ def _read_config(found: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _export_nanochat(found: Checkpoint, model: OmniModel, template: Template, out: Path) -> None:
+def _export_nanochat(
+    found: Checkpoint,
+    model: OmniModel,
+    template: Template,
+    max_new_tokens: int | None,
+    out: Path,
+) -> None:
     assert isinstance(model.lm, GPT)
     try:
         save_nanochat(model.lm, out, found.state.step, template.tokenizer)
@@ -86,12 +95,23 @@ def _export_nanochat(found: Checkpoint, model: OmniModel, template: Template, ou
     save_file(audio, out / "audio.safetensors")
     shape = {k: v for k, v in model.config.to_dict().items() if k not in ("lm", "source", "lora")}
     encoder = {k: v for k, v in found.encoder.items() if k != "longest_seconds"}
-    facts = {"model": shape, "encoder": encoder, "template": template.kind}
+    facts = {
+        "model": shape,
+        "encoder": encoder,
+        "template": template.kind,
+        "longest_piece_seconds": longest_piece(found.encoder["longest_seconds"]),
+        "max_new_tokens": max_new_tokens or _MAX_NEW_TOKENS,
+    }
     (out / "audio.json").write_text(json.dumps(facts, indent=1))
 
 
 def _export_voxtral(
-    found: Checkpoint, model: OmniModel, template: Template, prompt: str, out: Path
+    found: Checkpoint,
+    model: OmniModel,
+    template: Template,
+    prompt: str,
+    max_new_tokens: int | None,
+    out: Path,
 ) -> None:
     from transformers import (
         AutoConfig,
@@ -147,7 +167,13 @@ def _export_voxtral(
     target.save_pretrained(out)
     tokenizer.save_pretrained(out)
     WhisperFeatureExtractor(feature_size=whisper.num_mel_bins).save_pretrained(out)
-    (out / "transcribe.py").write_text(_script(template, model.config.stack, prompt))
+    script = transcribe_script(
+        template.prompt(transcription(prompt, "")),
+        stack=model.config.stack,
+        longest_piece=longest_piece(found.encoder["longest_seconds"]),
+        max_new_tokens=max_new_tokens or _MAX_NEW_TOKENS,
+    )
+    (out / "transcribe.py").write_text(script)
 
 
 def missing_for(to: Format, shape: OmniConfig, encoder: Mapping[str, Any]) -> list[str]:
@@ -183,44 +209,3 @@ def _weight_name(parent: nn.Module, child: nn.Module) -> str:
 def _pad_rows(weight: Tensor, rows: int) -> Tensor:
     """Pad the matrix with rows of zeros to `rows` rows."""
     return torch.cat((weight, weight.new_zeros(rows - len(weight), weight.shape[1])))
-
-
-def _script(template: Template, stack: int, prompt: str) -> str:
-    """Return the source of a program that transcribes with transformers and soundfile alone."""
-    from omni.model.chat_template import AUDIO, transcription
-
-    ids = template.render([transcription(prompt, "")])[0]
-    cut = next(i for i, learnt in enumerate(ids.supervised) if learnt)
-    given = ids.ids[:cut]
-    at = given.index(AUDIO)
-    return f'''"""Transcribe recordings at 16 kHz: python transcribe.py FILE..."""
-
-import sys
-from pathlib import Path
-
-import soundfile
-import torch
-from transformers import (
-    AutoFeatureExtractor,
-    PreTrainedTokenizerFast,
-    VoxtralForConditionalGeneration,
-)
-
-HERE = Path(__file__).parent
-# The prompt's token ids stand on both sides of the audio.
-BEFORE, AFTER = {given[:at]}, {given[at + 1 :]}
-PER_WINDOW = {WINDOW_FRAMES // stack}  # audio tokens per 30 s window
-
-model = VoxtralForConditionalGeneration.from_pretrained(HERE, dtype=torch.float32).eval()
-tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE)
-extract = AutoFeatureExtractor.from_pretrained(HERE)
-for file in sys.argv[1:]:
-    audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    assert rate == {SAMPLING_RATE}, f"{{file}}: {{rate}} Hz, expected {SAMPLING_RATE}"
-    features = extract(audio.mean(1), sampling_rate=rate, return_tensors="pt").input_features
-    ids = BEFORE + [model.config.audio_token_id] * (PER_WINDOW * len(features)) + AFTER
-    written = model.generate(
-        input_ids=torch.tensor([ids]), input_features=features, max_new_tokens=200, do_sample=False
-    )
-    print(tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).strip())
-'''

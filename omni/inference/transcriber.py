@@ -1,10 +1,10 @@
-"""Load a checkpoint to score a manifest or to transcribe recordings."""
+"""Load a checkpoint to transcribe recordings of any length."""
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,82 @@ import torch
 import yaml
 from torch import Tensor
 
-from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_with_retry, fit
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.decode import AudioError, decode_blocks
 from omni.checkpoint.checkpoint import CheckpointError, read_checkpoint
-from omni.corpus.index import build_index
-from omni.corpus.index_row import DEFAULT_TASK, IndexRow, recordings
-from omni.corpus.lengths import Reject, span_of
-from omni.corpus.messages import messages_of
-from omni.corpus.text import TextPolicy, apply_policy, join
+from omni.corpus.index_row import DEFAULT_TASK
+from omni.corpus.text import TextPolicy, join
 from omni.errors import ConfigError, located
-from omni.inference.decode_batch import HeldUtterance, by_language, summarize, transcribe
-from omni.metrics.text_metric import TextMetric, score
-from omni.model.chat_template import Message, Template, make_template, transcription
+from omni.inference.decode_batch import Decoded, decode_batch
+from omni.inference.pieces import cut_at_pauses
+from omni.model.chat_template import Message, RefusedRow, Template, make_template, transcription
 from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
 from omni.storage.path import StoragePath, as_path
 from omni.storage.uri import public_uri, reason_of
-from omni.stream.codec import DTYPES, FeatureCodec
+from omni.stream.codec import FeatureCodec
 from omni.stream.collate import Utterance
 from omni.stream.encoder_facts import EncoderFacts
 
 # At most this many recordings, or pieces of one, are in memory at a time.
 ENCODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """A transcript to be written.
+
+    name: of the row or file. messages: the last one is the answer, whose text does not matter.
+    pieces: the recordings of the messages, (S,) fp32 mono at 16 kHz each, once for each piece of a
+    long recording. Reading them may raise ValueError.
+    """
+
+    name: str
+    messages: Sequence[Message]
+    pieces: Iterable[Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Transcript(Decoded):
+    """The text of a recording. cut: that of a piece of it was. pieces: what it was cut into."""
+
+    pieces: int = 1
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of a JSON line: the text, and "cut" where it is incomplete."""
+        return {"text": self.text, **({"cut": True} if self.cut else {})}
+
+
+@dataclass
+class _Open:
+    """A request of which pieces are yet to be decoded."""
+
+    pieces: int = 0
+    whole: bool = False  # All pieces have been read.
+    decoded: list[Decoded] = field(default_factory=list)
+    error: ValueError | None = None
+
+    def read(self, pieces: Iterator[Sequence[np.ndarray]]) -> Sequence[np.ndarray] | None:
+        """Read a piece; None after the last one, or an error."""
+        try:
+            spoken = next(pieces, None)
+        except ValueError as error:
+            self.error, spoken = error, None
+        self.pieces += spoken is not None
+        self.whole = spoken is None
+        return spoken
+
+    @property
+    def done(self) -> bool:
+        return self.whole and len(self.decoded) == self.pieces
+
+    def result(self) -> Transcript | ValueError:
+        if self.error is not None:
+            return self.error
+        text = join([answer.text for answer in self.decoded if answer.text])
+        return Transcript(text, any(answer.cut for answer in self.decoded), self.pieces)
 
 
 @dataclass(frozen=True)
@@ -52,24 +104,22 @@ class Transcriber:
     longest_seconds: float
     """Seconds that nearly all training utterances stay under."""
     policy: TextPolicy = TextPolicy()
+    max_new_tokens: int | None = None
+    """Most tokens of an answer; None for checkpoints of older versions, see `generate`."""
 
     @classmethod
-    def load(cls, checkpoint: StoragePath, device: str = "cpu") -> Transcriber:
+    def load(
+        cls, checkpoint: StoragePath, device: str = "cpu", max_new_tokens: int | None = None
+    ) -> Transcriber:
         """Load the encoder, model and tokenizer of a checkpoint.
 
-        Raises ConfigError when the checkpoint or its encoder cannot be used.
+        max_new_tokens: None for that of the training. Raises ConfigError when the checkpoint or its
+        encoder cannot be used.
         """
         try:
             found = read_checkpoint(checkpoint, verify=True)
             facts = EncoderFacts.from_dict(found.encoder)
-            encoder = WhisperEncoder(
-                facts.source,
-                mode=facts.mode,
-                margin_seconds=facts.margin_seconds,
-                layers=facts.layers or "last",
-                dtype=DTYPES[facts.dtype],
-                device=device,
-            )
+            encoder = WhisperEncoder(**facts.arguments, device=device)
             if encoder.fingerprint != facts.fingerprint:
                 raise CheckpointError(
                     f"{checkpoint}: trained on the features of encoder weights that differ "
@@ -91,6 +141,7 @@ class Transcriber:
             bf16,
             facts.longest_seconds,
             TextPolicy.of(config["data"]),
+            max_new_tokens or config.get("eval", {}).get("max_new_tokens"),
         )
 
     def features_of(self, audio: np.ndarray) -> Tensor:
@@ -98,46 +149,74 @@ class Transcriber:
         return self.codec.roundtrip(self.encoder.encode([audio])[0])
 
     def utterance(
-        self, spoken: Sequence[np.ndarray], messages: Sequence[Message], number: int
+        self, spoken: Sequence[np.ndarray], messages: Sequence[Message], number: int = 0
     ) -> Utterance:
-        """Build the model's input from a conversation and its recordings."""
+        """Build the model's input: the conversation before its last answer, and its recordings."""
         features = [self.features_of(audio) for audio in spoken]
-        rendered = self.template.render([messages])[0]
-        return Utterance(features, rendered.ids, rendered.supervised, number)
+        prompt = self.template.prompt(messages)
+        return Utterance(features, prompt, [False] * len(prompt), number)
 
-    def write(self, held: Sequence[HeldUtterance]) -> list[dict[str, Any]]:
-        """Decode utterances to transcript rows; those without features are left out."""
-        device = self.encoder.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return transcribe(self.model, self.template, held)
+    def answers(self, requests: Iterable[Request]) -> Iterator[Transcript | ValueError]:
+        """Answer requests in order, or return the error of a recording that cannot be read.
 
-    def text_of(self, blocks: Iterable[np.ndarray], language: str | None = None) -> str:
-        """Transcribe a recording of any length from blocks of (S,) fp32 mono at 16 kHz.
+        Pieces are decoded ENCODE_BATCH at a time, of whichever requests they are. Raises
+        ConfigError naming a request whose messages the chat template refuses.
+        """
+        waiting: deque[_Open] = deque()
+        batch: list[tuple[_Open, Utterance]] = []
+        for request in requests:
+            opened, pieces = _Open(), iter(request.pieces)
+            waiting.append(opened)
+            while (spoken := opened.read(pieces)) is not None:
+                try:
+                    made = self.utterance(spoken, request.messages, len(batch))
+                except RefusedRow as error:
+                    raise ConfigError(f"{request.name}: {error}") from None
+                except Exception as error:
+                    raise located(error, request.name) from error
+                batch.append((opened, made))
+                if len(batch) == ENCODE_BATCH:
+                    self._decode(batch)
+            while waiting and waiting[0].done:
+                yield waiting.popleft().result()
+        self._decode(batch)
+        yield from (opened.result() for opened in waiting)
+
+    def _decode(self, batch: list[tuple[_Open, Utterance]]) -> None:
+        """Decode the utterances of a batch, and empty it."""
+        utterances = [utterance for _, utterance in batch]
+        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
+            found = decode_batch(self.model, self.template, utterances, self.max_new_tokens)
+        for (opened, _), answer in zip(batch, found, strict=True):
+            opened.decoded.append(answer)
+        batch.clear()
+
+    def request(
+        self, name: str, pieces: Iterable[np.ndarray], language: str | None = None
+    ) -> Request:
+        """Ask for the transcript of a recording in the words of the training prompt.
 
         language: language code for the prompt of a model trained with data.language_tag.
-        The audio is cut where it is quiet, into pieces of at most `longest_piece` seconds, of which
-        ENCODE_BATCH are in memory at a time.
         """
-        pieces = cut_at_quiet(blocks, self.longest_piece)
-        return join([text for text in self.texts_of(pieces, language) if text])
+        default = self.policy.prompts.get(DEFAULT_TASK, "")
+        prompt = self.policy.prompt(self.prompt or default, language or self.policy.language)
+        return Request(name, transcription(prompt, ""), ([piece] for piece in pieces))
+
+    def text_of(self, blocks: Iterable[np.ndarray], language: str | None = None) -> Transcript:
+        """Transcribe a recording of any length from blocks of (S,) fp32 mono at 16 kHz.
+
+        language: as in `request`. Raises AudioError where the blocks do.
+        """
+        pieces = cut_at_pauses(blocks, self.longest_piece)
+        [found] = self.answers([self.request("", pieces, language)])
+        if isinstance(found, ValueError):
+            raise found
+        return found
 
     @property
     def longest_piece(self) -> float:
         """Return the length in seconds of the longest piece to transcribe at a time."""
-        return max(self.longest_seconds, 2.0)
-
-    def texts_of(self, pieces: Iterable[np.ndarray], language: str | None = None) -> Iterator[str]:
-        """Transcribe pieces of (S,) fp32 mono at 16 kHz, ENCODE_BATCH of them at a time."""
-        default = self.policy.prompts.get(DEFAULT_TASK, "")
-        prompt = self.policy.prompt(self.prompt or default, language or self.policy.language)
-        pieces = iter(pieces)
-        while group := list(itertools.islice(pieces, ENCODE_BATCH)):
-            held = [
-                HeldUtterance(self.utterance([piece], transcription(prompt, ""), i), "", "", "")
-                for i, piece in enumerate(group)
-            ]
-            rows = sorted(self.write(held), key=lambda row: row["number"])
-            yield from (row["hypothesis"] for row in rows)
+        return longest_piece(self.longest_seconds)
 
     def check_language(self, language: str | None) -> None:
         """Raise ConfigError if `language` is not a language code, or if the model was trained
@@ -152,122 +231,17 @@ class Transcriber:
             raise ConfigError(f"--language: {error}") from None
 
 
-def cut_at_quiet(blocks: Iterable[np.ndarray], longest_seconds: float) -> Iterator[np.ndarray]:
-    """Cut audio where a 100 ms window is quietest, so that no piece exceeds `longest_seconds`."""
-    longest = round(longest_seconds * SAMPLING_RATE)
-    window = SAMPLING_RATE // 10
-    audio = np.zeros(0, dtype=np.float32)
-    for block in blocks:
-        audio = np.concatenate((audio, block))
-        while len(audio) > longest:
-            # Only the second half is searched, so that a cut piece is at least half the limit.
-            candidates = audio[longest // 2 : longest]
-            frames = candidates[: len(candidates) // window * window].reshape(-1, window)
-            quietest = int(np.square(frames).mean(axis=1).argmin())
-            cut = longest // 2 + quietest * window + window // 2
-            yield audio[:cut]
-            audio = audio[cut:]
-    if len(audio):
-        yield audio
-
-
-def evaluate(
-    transcriber: Transcriber,
-    manifest: str,
-    *,
-    allow_absolute: bool = False,
-    metrics: Sequence[TextMetric] = (),
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score a manifest, and return the summary and one transcript row per utterance.
-
-    Recordings that cannot be read are counted as rejects and left out of the error rates. Raises
-    ConfigError when the manifest cannot be used, RuntimeError when storage does not answer.
-    """
-    try:
-        index = build_index([manifest], prompt=transcriber.prompt, allow_absolute=allow_absolute)
-        index = apply_policy(index, transcriber.policy)
-    except ValueError as error:
-        raise ConfigError(f"--data: {error}") from None
-    except OSError as error:
-        # Storage may answer later, so the config is not to blame.
-        raise RuntimeError(f"--data: {reason_of(error)}") from error
-    rows: list[dict[str, Any]] = []
-    rejects = list(index.rejects)
-    for batch in index.table.to_batches(max_chunksize=ENCODE_BATCH):
-        held, bad = hold(transcriber, batch.to_pylist(), len(rows))
-        rejects += bad
-        rows += sorted(transcriber.write(held), key=lambda row: row["number"])
-    errors = summarize(rows)
-    counts: dict[str, int] = {}
-    for reject in rejects:
-        counts[reject.reason] = counts.get(reject.reason, 0) + 1
-    summary = {
-        "manifest": public_uri(manifest),
-        "utterances": len(rows),
-        "wer": errors["all"].wer,
-        "wer_short": errors["short"].wer,
-        "wer_long": errors["long"].wer,
-        "cer": errors["all"].cer,
-        "words": errors["all"].words,
-        "word_errors": errors["all"].word_errors,
-        **({"languages": languages} if (languages := by_language(rows)) else {}),
-        **({"metrics": score(rows, metrics)} if metrics else {}),
-        "rejects": counts,
-    }
-    return summary, [{k: v for k, v in r.items() if k not in ("errors", "number")} for r in rows]
-
-
-def hold(
-    transcriber: Transcriber, rows: list[IndexRow], first: int
-) -> tuple[list[HeldUtterance], list[Reject]]:
-    """Encode rows of an index, numbered from `first` on; return utterances and unreadable rows.
-
-    Raises RuntimeError when object storage stays unavailable.
-    """
-    held, bad = [], []
-    prompts = transcriber.policy.prompts
-    for number, row in enumerate(rows, start=first):
-        row["prompt"] = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
-        try:
-            spoken = [
-                fit(_decode_recording(r["uri"], span_of(r), r["samples"]), r["samples"])
-                for r in recordings(row)
-            ]
-        except AudioError as error:
-            bad.append(Reject(row["id"], row["uri"], error.reason, error.detail))
-            continue
-        try:
-            utterance = transcriber.utterance(spoken, messages_of(row), number)
-        except Exception as error:
-            raise located(error, f"{row['id']} ({row['uri']})") from error
-        held.append(
-            HeldUtterance(
-                utterance,
-                row["id"],
-                row["uri"],
-                row["text"],
-                row["language"] or "en",
-                span_of(row),
-            )
-        )
-    return held, bad
-
-
-def _decode_recording(uri: str, span: AudioSpan, samples: int) -> np.ndarray:
-    """Decode a recording; wait for object storage that is unavailable."""
-    read = decode_with_retry if "://" in uri else decode
-    try:
-        return read(uri, span, samples=samples)
-    except OSError as error:
-        raise RuntimeError(f"{uri}: {reason_of(error)}") from error
+def longest_piece(longest_seconds: float) -> float:
+    """Return the longest piece in seconds for a model that has learnt such utterances."""
+    return max(longest_seconds, 2.0)
 
 
 def transcribe_files(
     transcriber: Transcriber, files: Sequence[str], language: str | None = None
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     """Transcribe files: yield {"audio", "text"}, or {"audio", "error"} for an unreadable file.
 
-    Raises ConfigError as `Transcriber.check_language`.
+    A text that is incomplete has "cut". Raises ConfigError as `Transcriber.check_language`.
     """
     transcriber.check_language(language)
     for file in files:
@@ -275,10 +249,10 @@ def transcribe_files(
         try:
             if isinstance(path, Path) and not path.is_file():
                 raise AudioError("missing", f"no such file: {file}")
-            text = transcriber.text_of(decode_blocks(path), language)
+            found = transcriber.text_of(decode_blocks(path), language)
         except OSError as error:
             raise RuntimeError(f"{file}: {reason_of(error)}") from error
         except AudioError as error:
             yield {"audio": file, "error": str(error)}
             continue
-        yield {"audio": file, "text": text}
+        yield {"audio": file, **found.fields}

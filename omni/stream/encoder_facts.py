@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
+import torch
 
 from omni.audio.logmel import SAMPLING_RATE, Mode
 from omni.config import Config
@@ -18,6 +19,16 @@ from omni.model.encoder.whisper import WhisperEncoder
 from omni.stream.codec import DTYPES, FeatureCodec, Format
 
 _LONGEST_QUANTILE = 0.99
+
+
+class EncoderArguments(TypedDict):
+    """Arguments of `WhisperEncoder` that determine its features."""
+
+    hf_id: str
+    mode: Mode
+    margin_seconds: float
+    layers: Literal["last"] | Sequence[int]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,16 @@ class EncoderFacts:
     def cache_folder(self) -> str:
         """Name of the folder in `data.cache` that holds the features of this encoder."""
         return "-".join(self.identity)
+
+    @property
+    def arguments(self) -> EncoderArguments:
+        return {
+            "hf_id": self.source,
+            "mode": self.mode,
+            "margin_seconds": self.margin_seconds,
+            "layers": self.layers or "last",
+            "dtype": DTYPES[self.dtype],
+        }
 
     @property
     def codec(self) -> FeatureCodec:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
 
-import torch
-
-from omni.audio.logmel import Mode
 from omni.config import Config
 from omni.storage.path import join
-from omni.stream.codec import DTYPES, FeatureCodec
-from omni.stream.encoder_facts import EncoderFacts
+from omni.stream.codec import FeatureCodec
+from omni.stream.encoder_facts import EncoderArguments, EncoderFacts
 from omni.stream.feature_cache import FeatureCache
 
 
-class EncoderArguments(TypedDict):
+class StageEncoder(EncoderArguments):
     """Arguments of `WhisperEncoder`, except for the device."""
 
-    hf_id: str
-    mode: Mode
-    margin_seconds: float
-    layers: Literal["last", "all"] | Sequence[int]
-    dtype: torch.dtype
     frame_budget: int | None
 
 
@@ -36,7 +26,7 @@ class StreamSettings:
     codec: FeatureCodec
     cache: str | None
     """Location of this encoder's features; None: nothing is cached."""
-    encoder: EncoderArguments
+    encoder: StageEncoder
     keep_features: bool = True
     """False: features go to the cache only, and the rows of the stream have none."""
     bins_per_block: int = 1
@@ -52,20 +42,12 @@ class StreamSettings:
 
 def stream_settings(config: Config, facts: EncoderFacts) -> StreamSettings:
     """Combine the configuration with the facts about its encoder."""
-    encoder = config.encoder
     return StreamSettings(
         config=config,
         n_mels=facts.n_mels,
         codec=facts.codec,
         cache=None if config.cache is None else join(config.cache, facts.cache_folder),
-        encoder={
-            "hf_id": encoder.weights,
-            "mode": encoder.mode,
-            "margin_seconds": encoder.margin_seconds,
-            "layers": encoder.layers,
-            "dtype": DTYPES[encoder.dtype],
-            "frame_budget": encoder.frame_budget,
-        },
+        encoder={**facts.arguments, "frame_budget": config.encoder.frame_budget},
         bins_per_block=config.optim.bins_per_block,
         fingerprint=facts.fingerprint,
     )

@@ -21,7 +21,7 @@ from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
 from omni.config import Config, parse_config
 from omni.corpus.index import build_index
-from omni.inference.transcriber import Transcriber
+from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.model.chat_template import transcription
 from omni.model.lm.generate import generate
 from omni.model.lm.gpt_block import GPTConfig
@@ -31,6 +31,7 @@ from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.stream.encoder_facts import describe_encoder
 from tests.helpers.hf_folders import chat_tokenizer, save_folder
+from tests.helpers.long_recordings import write_long
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROWS = [json.loads(line) for line in (CORPUS / "dev.jsonl").read_text().splitlines()][:3]
@@ -86,10 +87,9 @@ def _transcripts(checkpoint: Path, files: list[Path]) -> list[str]:
         prompts,
         features,
         end=transcriber.template.end,
-        max_tokens=200,
-        tokens_per_second=1e9,
+        max_new_tokens=200,
     )
-    return [transcriber.template.tokenizer.decode(ids).strip() for ids in answers]
+    return [transcriber.template.tokenizer.decode(answer.ids).strip() for answer in answers]
 
 
 # --- transformers --------------------------------------------------------------------------------
@@ -127,6 +127,12 @@ def test_transformers_alone_writes_the_same_transcripts(
     assert "model.safetensors" in capsys.readouterr().out
     wanted = _transcripts(voxtral_like, speech)
     assert len(set(wanted)) > 1, "they hear their audio"
+    # A recording of three windows' length, which omni cuts at the same places.
+    long = tmp_path / "long.wav"
+    write_long(long, 0.25, pauses=(0.3,))
+    transcriber = Transcriber.load(voxtral_like, max_new_tokens=200)
+    [line] = transcribe_files(transcriber, [str(long)])
+    speech, wanted = [*speech, long], [*wanted, line["text"]]
     # A process that cannot import omni.
     script = out / "transcribe.py"
     guard = "import sys; sys.modules['omni'] = None; sys.argv = sys.argv[1:]; import runpy; "
@@ -140,6 +146,8 @@ def test_transformers_alone_writes_the_same_transcripts(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == " ".join(wanted).split()
+    assert "LONGEST_SECONDS" in script.read_text()
+    assert (f"{long}: " in done.stderr) == line.get("cut", False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""Transcribe the rows of an index, or of a manifest, and score them."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_with_retry, fit
+from omni.audio.logmel import SAMPLING_RATE
+from omni.corpus.index import build_index, read_index_folder
+from omni.corpus.index_row import DEFAULT_TASK, IndexRow, Recording, recordings
+from omni.corpus.lengths import span_of
+from omni.corpus.manifest import ManifestError, manifest_path
+from omni.corpus.messages import messages_of
+from omni.corpus.text import apply_policy
+from omni.errors import ConfigError
+from omni.inference.decode_batch import (
+    by_language,
+    count_cut,
+    location_of,
+    summarize,
+    transcript_row,
+)
+from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
+from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
+from omni.metrics.text_metric import TextMetric, score
+from omni.storage.uri import public_uri, reason_of
+
+
+def evaluate(
+    transcriber: Transcriber,
+    manifest: str,
+    *,
+    allow_absolute: bool = False,
+    metrics: Sequence[TextMetric] = (),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score a manifest, and return the summary and one transcript row per utterance.
+
+    Recordings that cannot be read are counted as rejects and left out of the error rates. Raises
+    ConfigError when the manifest cannot be used, RuntimeError when storage does not answer.
+    """
+    try:
+        index = build_index([manifest], prompt=transcriber.prompt, allow_absolute=allow_absolute)
+        index = apply_policy(index, transcriber.policy)
+    except ValueError as error:
+        raise ConfigError(f"--data: {error}") from None
+    except OSError as error:
+        # Storage may answer later, so the config is not to blame.
+        raise RuntimeError(f"--data: {reason_of(error)}") from error
+    rows: list[dict[str, Any]] = []
+    rejects = Counter(reject.reason for reject in index.rejects)
+    whole = 0  # long conversations
+    for row, found in transcribe_rows(transcriber, index.table):
+        if isinstance(found, ValueError):
+            rejects[found.reason if isinstance(found, AudioError) else str(found)] += 1
+            continue
+        language = row["language"] or "en"
+        location = location_of(row["uri"], span_of(row))
+        scored = transcript_row(row["id"], location, row["text"], language, found)
+        rows.append(scored | ({"pieces": found.pieces} if found.pieces > 1 else {}))
+        whole += row["messages"] is not None and _has_long(transcriber, row)
+    errors = summarize(rows)
+    summary = {
+        "manifest": public_uri(manifest),
+        "utterances": len(rows),
+        "wer": errors["all"].wer,
+        "wer_short": errors["short"].wer,
+        "wer_long": errors["long"].wer,
+        "cer": errors["all"].cer,
+        "words": errors["all"].words,
+        "word_errors": errors["all"].word_errors,
+        **({"languages": languages} if (languages := by_language(rows)) else {}),
+        **({"metrics": score(rows, metrics)} if metrics else {}),
+        "cut": count_cut(rows),
+        "in_pieces": sum("pieces" in row for row in rows),
+        **({"long_conversations": whole} if whole else {}),
+        "rejects": dict(rejects),
+    }
+    return summary, [{k: v for k, v in row.items() if k != "errors"} for row in rows]
+
+
+def transcribe_index(
+    transcriber: Transcriber, folder: str, language: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Transcribe each row of an index that jobs.index wrote, whether or not it has a text yet.
+
+    Yields the fields of a manifest line, with "cut" where the text is incomplete, and "error" in
+    place of "text" where the recording cannot be read. Raises ConfigError when the folder holds no
+    index.
+    """
+    transcriber.check_language(language)
+    try:
+        table, _ = read_index_folder(manifest_path(folder).parent, transcriber.prompt)
+    except ManifestError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise RuntimeError(f"{public_uri(folder)}: {reason_of(error)}") from error
+    policy = transcriber.policy
+
+    def tagged(row: IndexRow, prompt: str) -> str:
+        return policy.prompt(prompt, language or row["language"] or policy.language)
+
+    for row, found in transcribe_rows(transcriber, table, tagged):
+        result = {"error": str(found)} if isinstance(found, ValueError) else found.fields
+        yield {**_manifest_fields(row), **result}
+
+
+def transcribe_rows(
+    transcriber: Transcriber,
+    table: pa.Table,
+    change_prompt: Callable[[IndexRow, str], str] | None = None,
+) -> Iterator[tuple[IndexRow, Transcript | ValueError]]:
+    """Transcribe the rows of an index in order; yield each with its transcript, or its error.
+
+    A long recording is cut into pieces; those of a conversation are not, since its answer is about
+    the whole. change_prompt: returns the prompt of a row, and may raise ValueError.
+    Raises RuntimeError when storage stays unavailable.
+    """
+    waiting: deque[IndexRow] = deque()
+    prompts = transcriber.policy.prompts
+
+    def requests() -> Iterator[Request]:
+        for batch in table.to_batches(max_chunksize=ENCODE_BATCH):
+            rows: list[IndexRow] = batch.to_pylist()
+            for row in rows:
+                waiting.append(row)
+                prompt = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
+                try:
+                    row["prompt"] = change_prompt(row, prompt) if change_prompt else prompt
+                except ValueError as error:
+                    yield Request(row["id"], (), _failed(error))
+                    continue
+                name = f"{row['id']} ({row['uri']})"
+                yield Request(name, messages_of(row), _pieces(transcriber, row))
+
+    for found in transcriber.answers(requests()):
+        yield waiting.popleft(), found
+
+
+def _failed(error: ValueError) -> Iterator[list[np.ndarray]]:
+    raise error
+    yield []
+
+
+def _pieces(transcriber: Transcriber, row: IndexRow) -> Iterator[Sequence[np.ndarray]]:
+    """Decode the recordings of a row; one that is long in blocks."""
+    if row["messages"] is None and _has_long(transcriber, row):
+        blocks = fit_blocks(_decode_blocks(row), row["samples"])
+        yield from ([piece] for piece in cut_at_pauses(blocks, transcriber.longest_piece))
+        return
+    yield [fit(_decode(r["uri"], span_of(r), r["samples"]), r["samples"]) for r in recordings(row)]
+
+
+def _has_long(transcriber: Transcriber, row: IndexRow) -> bool:
+    return any(is_long(r["samples"], transcriber.longest_piece) for r in recordings(row))
+
+
+def _decode(uri: str, span: AudioSpan, samples: int) -> np.ndarray:
+    """Decode a recording; wait for object storage that is unavailable."""
+    read = decode_with_retry if "://" in uri else decode
+    try:
+        return read(uri, span, samples=samples)
+    except OSError as error:
+        raise RuntimeError(f"{uri}: {reason_of(error)}") from error
+
+
+def _decode_blocks(recording: Recording) -> Iterator[np.ndarray]:
+    uri = recording["uri"]
+    try:
+        yield from decode_blocks(uri, span=span_of(recording))
+    except OSError as error:
+        raise RuntimeError(f"{uri}: {reason_of(error)}") from error
+
+
+def _manifest_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest fields of an index row: id, audio, its span, language and speaker."""
+    fields = {"id": row["id"], "audio": row["uri"]}
+    if row["start"] or row["duration"] is not None:
+        duration = row["duration"]
+        fields["offset"] = row["start"]
+        fields["duration"] = row["samples"] / SAMPLING_RATE if duration is None else duration
+    return {**fields, **{k: row[k] for k in ("language", "speaker") if row[k] is not None}}
