@@ -19,7 +19,7 @@ from omni.stream.feature_cache import FeatureCache
 from omni.stream.settings import StreamSettings, stream_settings
 from omni.stream.stages import EncodeStage, load_bin
 
-STEPS, BINS = 12, 3
+STEPS, BINS = 12, 2
 
 
 @pytest.fixture(scope="module")
