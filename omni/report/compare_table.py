@@ -12,7 +12,9 @@ from omni.report.comparison import Comparison, Figure, Utterance, not_compared
 from omni.report.formats import percent
 from omni.report.word_marks import compare_words
 
-_STYLES = {"": "", "mark": "yellow", "ins": "green", "del": "red strike"}
+_STYLES = {"": "", "mark": "yellow", "ins": "green", "del": "red"}
+# Without colours, as wdiff writes them.
+_MARKS = {"": "{0}", "mark": "[-{1}-]{{+{0}+}}", "ins": "{{+{0}+}}", "del": "[-{0}-]"}
 
 
 def print_comparison(found: Comparison, console: Console, utterances: int) -> None:
@@ -43,6 +45,8 @@ def print_comparison(found: Comparison, console: Console, utterances: int) -> No
             console.print(f"  transcribed by one run only, not compared: {split.alone:,}")
         for note in split.notes:
             console.print(Text(f"  {note}"))
+    if found.utterances[:utterances]:
+        console.print(Text("largest differences; [-missing-] and {+inserted+} words", "dim"))
     for utterance in found.utterances[:utterances]:
         _print_utterance(console, found.names, utterance)
 
@@ -79,7 +83,8 @@ def _print_utterance(console: Console, names: Sequence[str], utterance: Utteranc
         text = Text()
         for word in compare_words(utterance.reference, transcript.hypothesis):
             apart = " " if word.kind == "del" and text.plain else ""
-            text.append(word.before + apart).append(word.text, _STYLES[word.kind])
+            shown = _MARKS[word.kind].format(word.text, word.reference)
+            text.append(word.before + apart).append(shown, _STYLES[word.kind])
         style = "bold green" if transcript.best else ""
         table.add_row(Text(name, "dim"), Text(rate, style), text)
     console.print(Text(f"{utterance.split} {utterance.id}", "dim"))

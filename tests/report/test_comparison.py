@@ -128,6 +128,7 @@ def test_settings_figures_and_transcripts_that_differ(
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("optim.lr", "0.0005", "25 % *", rows[3]["id"]))
     assert "50 % *" not in shown
+    assert "{+now+}" in shown and f"[-{rows[5]['reference'].split()[0]}-]" in shown
 
 
 def test_curves_lie_over_each_other(copy: Copy, tmp_path: Path) -> None:
