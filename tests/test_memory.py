@@ -131,7 +131,8 @@ def _peak(script: str, path: Path) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("minutes", [20, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.slow  # The encoder reads 25 minutes and more.
+@pytest.mark.parametrize("minutes", [20, 120])
 def test_a_long_recording_is_written_down_in_flat_memory(recording: Path, minutes: int) -> None:
     # Five minutes fill the groups of pieces that are in memory together.
     base = _peak(_TRANSCRIBE, _recording(recording, 5))

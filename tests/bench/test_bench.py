@@ -112,6 +112,7 @@ def test_a_step_that_blocks_do_not_divide_is_filled_up_as_in_training(tmp_path: 
     assert sum(trainer.step() for _ in range(2)) == sum(map(audio_seconds, sample.encoded))
 
 
+@pytest.mark.slow  # It encodes windows of 30 s in fp32.
 def test_the_peer_does_the_same_work(config: Config) -> None:
     """Same loss on the same utterances as omni in `full` mode, by weights that hear the audio."""
     peer = Peer(prepare(config))

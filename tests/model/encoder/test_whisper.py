@@ -38,7 +38,7 @@ def test_full_mode_equals_the_encoder_of_transformers(
     _, state = read_whisper_files(EMBEDDED_WHISPER)
     reference = Reference(WhisperConfig.from_pretrained(EMBEDDED_WHISPER)).eval()
     reference.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    for clip in clips[::6]:
+    for clip in clips[:2]:
         wanted = reference(full.preprocess([clip])).last_hidden_state[0]
         (features,) = full.encode([clip])
         assert features.shape == (1500, 384)
