@@ -48,7 +48,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 _LOAD = """
 import resource, sys
 from omni.config import load_config
-from omni.stream.settings import stream_settings
+from omni.stream.stream_settings import stream_settings
 from omni.run.prepare import prepare
 from omni.run.rates import loaded_blocks, without_cache
 overrides = ["--data.train", sys.argv[1] + ".jsonl", "--run.storage", sys.argv[1] + ".runs"]

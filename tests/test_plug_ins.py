@@ -33,8 +33,8 @@ from omni.model.projector import check_projector
 from omni.run.preflight import _look, _plug_ins
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import loaded_blocks
-from omni.stream.settings import stream_settings
 from omni.stream.stages import EncodeStage
+from omni.stream.stream_settings import stream_settings
 from omni.train.loop import TrainLoop
 from tests.helpers.whole_runs import ROOT, TINY, embedded, lines, write_manifest
 

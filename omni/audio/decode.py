@@ -12,7 +12,6 @@ import soxr
 
 from omni.audio.levels import Levels
 from omni.audio.link import MISSING
-from omni.audio.logmel import FRAME, SAMPLING_RATE
 from omni.audio.recording import (
     AudioError,
     AudioSpan,
@@ -21,6 +20,7 @@ from omni.audio.recording import (
     Stream,
     as_recording_path,
 )
+from omni.audio.windows import FRAME, SAMPLING_RATE
 from omni.storage.path import ObjectPath, StoragePath
 from omni.storage.retry import retry_storage
 

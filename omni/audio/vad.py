@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from omni.audio.decode import AudioSpan, RecordingData, decode_blocks
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 
 _CHUNK = 512  # samples per call of the model
 _WHOLE_FILE = AudioSpan()
@@ -81,6 +80,8 @@ def speech_probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], in
 
     The last chunk is padded with zeros.
     """
+    import torch  # It takes seconds to import, and indexing needs only `Segmenting`.
+
     model = _model()
     model.reset_states()
     probabilities, samples = array("f"), 0
@@ -101,6 +102,8 @@ def speech_probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], in
 
 @functools.cache
 def _model() -> Any:
+    import torch
+
     threads = torch.get_num_threads()
     from silero_vad import load_silero_vad
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omni.audio.logmel import HOP, SAMPLING_RATE, Window
+from omni.audio.windows import HOP, SAMPLING_RATE, Window
 from omni.augment import effects
 from omni.augment.noise import Clips
 from omni.augment.plug_in import apply_effect

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import soxr
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.augment.speed import changed_length
 
 TELEPHONE_HZ = (300.0, 3400.0)  # ITU-T G.712

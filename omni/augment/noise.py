@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from omni.audio.decode import AudioError, AudioSpan, decode_with_retry
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.audio_paths import recording_uri
 from omni.corpus.lengths import measure_all, span_of
 from omni.corpus.manifest import manifest_path, stated_duration

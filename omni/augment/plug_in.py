@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from omni.audio.decode import AudioError
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.config.plug_in import check_methods, make_plug_in
 from omni.errors import ConfigError, first_line
 

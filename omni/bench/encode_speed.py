@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from omni.audio.decode import AudioSpan, decode
-from omni.audio.logmel import SAMPLING_RATE, WINDOW_SAMPLES, clip_mel
+from omni.audio.logmel import clip_mel
+from omni.audio.windows import SAMPLING_RATE, WINDOW_SAMPLES
 from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.config import Config
 from omni.corpus.lengths import span_of

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from omni.audio.decode import AudioSpan, decode
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.bench.prepared_run import in_temporary_storage, progress
 from omni.bench.timing import Result, describe_machine, median
 from omni.bench.whole_run import JobRun, for_timing, run_job, steps_of_epochs

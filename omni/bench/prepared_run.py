@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.config import Config
 from omni.plan.plan import Split
 from omni.run.actor_count import assume_actors
@@ -19,8 +19,8 @@ from omni.run.prepare import Prepared, prepare
 from omni.run.rates import encoder_rate, first_rows, loaded_blocks, without_cache
 from omni.stream.collate import Utterance
 from omni.stream.schema import utterances
-from omni.stream.settings import StreamSettings, stream_settings
 from omni.stream.stages import EncodeStage
+from omni.stream.stream_settings import StreamSettings, stream_settings
 from omni.train.evaluation import Layout
 
 

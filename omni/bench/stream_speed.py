@@ -22,8 +22,8 @@ from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import Trainer, audio_seconds
 from omni.stream.pipeline import make_stream
 from omni.stream.schema import LOADED_SCHEMA
-from omni.stream.settings import StreamSettings, stream_settings
 from omni.stream.stages import EncodeStage, load_bin
+from omni.stream.stream_settings import StreamSettings, stream_settings
 
 _BINS = 16
 _ROUNDS = 2

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from filelock import FileLock
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import Task, finish
 from omni.corpus.manifest import INDEX_FILE

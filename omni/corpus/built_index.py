@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.build_part import about_part, part_name
 from omni.corpus.index import INDEX_VERSION, repeated_id
 from omni.corpus.languages import unknown_languages

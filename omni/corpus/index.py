@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from omni.audio.logmel import SAMPLES_PER_HOUR
+from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.corpus.lengths import DURATION_TOLERANCE, Reject, measure_all
 from omni.corpus.manifest import INDEX_FILE, absolute, manifest_path, read_manifest
 from omni.corpus.rejects import without_other_files

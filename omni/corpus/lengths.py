@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omni.audio.decode import AudioError, AudioSpan, measure
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.config.settings import DataConfig
 from omni.errors import located
 from omni.storage.atomic import write_atomic

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from omni.audio.decode import AudioError, measure
-from omni.audio.logmel import SAMPLING_RATE
 from omni.audio.vad import Segmenting, speech_spans
+from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.lengths import span_of
 from omni.corpus.sources.base import Row
 

@@ -12,7 +12,7 @@ from omni.corpus.languages import unknown_languages
 from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError, ManifestError
-from omni.storage.folder import open_folder
+from omni.storage.flat_folder import open_folder
 from omni.storage.path import join
 from omni.storage.uri import reason_of, redact, report_storage_errors
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from omni.audio import vad
-from omni.audio.logmel import SAMPLING_RATE, WINDOW_FRAMES, WINDOW_SAMPLES
+from omni.audio.windows import SAMPLING_RATE, WINDOW_FRAMES, WINDOW_SAMPLES
 from omni.corpus import text
 from omni.inference import pieces
 from omni.model.chat_template import AUDIO

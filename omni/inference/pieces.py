@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from omni.audio.decode import AudioError
-from omni.audio.logmel import FRAME, SAMPLING_RATE
 from omni.audio.vad import speech_probabilities
+from omni.audio.windows import FRAME, SAMPLING_RATE
 
 
 def is_long(samples: int, longest_seconds: float) -> bool:

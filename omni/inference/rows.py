@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_with_retry, fit
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.index import build_index, read_index_folder
 from omni.corpus.index_row import DEFAULT_TASK, IndexRow, Recording, recordings
 from omni.corpus.lengths import span_of

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.checkpoint.train_state import TrainState
 from omni.metrics.score import Errors
 from omni.metrics.sums import LossTotals, as_tasks

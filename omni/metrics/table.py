@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypedDict
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.metrics.metric import Metric, metric, metrics_of
 from omni.metrics.sums import LossTotals
 from omni.metrics.throughput import ADVICE

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from omni.audio.logmel import SAMPLING_RATE, encoder_frames
+from omni.audio.windows import SAMPLING_RATE, encoder_frames
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import DEFAULT_TASK, IndexRow, recordings, transcripts

@@ -13,7 +13,8 @@ import soundfile
 from PIL import Image
 
 from omni.audio.decode import AudioError, AudioSpan, decode
-from omni.audio.logmel import HOP, SAMPLING_RATE, log_mel
+from omni.audio.logmel import log_mel
+from omni.audio.windows import HOP, SAMPLING_RATE
 from omni.storage.path import literal_path
 
 _WHOLE = AudioSpan()

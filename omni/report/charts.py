@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from omni.report.formats import count, finite, short
+from omni.report.number_text import count, finite, short
 
 Row = dict[str, Any]
 Point = tuple[float, float]  # step, value

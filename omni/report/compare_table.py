@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omni.report.comparison import Comparison, Figure, Utterance, not_compared
-from omni.report.formats import percent
+from omni.report.number_text import percent
 from omni.report.word_marks import compare_words
 
 _STYLES = {"": "", "mark": "yellow", "ins": "green", "del": "red"}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from omni.errors import ConfigError
 from omni.metrics.score import normalize
-from omni.report.formats import clock, count, finite, percent, short
+from omni.report.number_text import clock, count, finite, percent, short
 from omni.report.run_record import Row, RunRecord, is_run, read_run
 from omni.storage.digest import digest
 from omni.storage.path import StoragePath

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omni.audio.decode import AudioError, decode, fit
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.index import Index, build_index
 from omni.corpus.index_row import IndexRow, Recording, recordings
 from omni.corpus.languages import language_code
@@ -20,7 +20,7 @@ from omni.errors import ConfigError
 from omni.model.tokenizer import SpeechTokenizer
 from omni.report.audio_embed import embed, mel_picture, waveform
 from omni.report.charts import histogram
-from omni.report.formats import count, percent, short
+from omni.report.number_text import count, percent, short
 from omni.report.plan_page import RunPlan, plan_section, read_run
 from omni.report.render import render
 from omni.storage.filesystem import StorageError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from omni.audio.logmel import SAMPLING_RATE, encoder_frames
+from omni.audio.windows import SAMPLING_RATE, encoder_frames
 from omni.config import Config, load_config
 from omni.corpus.index import Index
 from omni.corpus.index_row import recordings
@@ -21,7 +21,7 @@ from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import Plan
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
 from omni.report.charts import histogram
-from omni.report.formats import count, percent, short
+from omni.report.number_text import count, percent, short
 from omni.storage.path import StoragePath
 
 _BINS = 14  # in the picture

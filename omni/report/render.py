@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from omni.report.formats import clock, count, percent, short
+from omni.report.number_text import clock, count, percent, short
 
 _PAGES = Environment(
     loader=PackageLoader("omni.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True

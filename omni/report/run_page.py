@@ -18,7 +18,7 @@ from omni.report.charts import (
     Chart,
     Row,
 )
-from omni.report.formats import clock, count, finite, percent, short
+from omni.report.number_text import clock, count, finite, percent, short
 from omni.report.render import render
 from omni.report.run_record import read_rows, read_run
 from omni.report.word_marks import compare_words

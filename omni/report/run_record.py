@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from omni.metrics.run_files import read_lines
-from omni.report.formats import finite
+from omni.report.number_text import finite
 from omni.storage.path import StoragePath
 
 Row = dict[str, Any]

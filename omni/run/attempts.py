@@ -25,7 +25,7 @@ from omni.run.signals import Signals
 from omni.run.train_worker import FATAL_FAILURE_FILE
 from omni.run.worker_group import make_trainer
 from omni.storage.uri import reason_of
-from omni.stream.settings import stream_settings
+from omni.stream.stream_settings import stream_settings
 from omni.train.stop_request import StopRequest
 
 _POLL_SECONDS = 0.2

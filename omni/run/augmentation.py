@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from omni.audio.logmel import encoder_frames
+from omni.audio.windows import encoder_frames
 from omni.augment.augment import Augmentation
 from omni.augment.noise import Clips, read_clips
 from omni.augment.speed import Speeds, changed_length, names_of

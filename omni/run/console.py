@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omni.audio.logmel import SAMPLES_PER_HOUR
+from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.checkpoint.train_state import TrainState
 from omni.errors import counted, printable
 from omni.run.prepare import Prepared

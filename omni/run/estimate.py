@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.config import Config
 from omni.plan.plan import Plan, padded_step
 from omni.run.rates import Cost

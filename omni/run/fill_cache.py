@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from omni.audio.logmel import FRAME, SAMPLING_RATE
+from omni.audio.windows import FRAME, SAMPLING_RATE
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.corpus.index import Index
@@ -33,7 +33,7 @@ from omni.storage.path import join
 from omni.stream.encoder_facts import describe_encoder
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.pipeline import make_stream
-from omni.stream.settings import StreamSettings, stream_settings
+from omni.stream.stream_settings import StreamSettings, stream_settings
 
 _PROGRESS_SECONDS = 5.0
 

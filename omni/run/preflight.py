@@ -27,10 +27,10 @@ from omni.run.encoder_actors import resolve_encoder_actors
 from omni.run.estimate import Estimate, estimate
 from omni.run.prepare import Prepared
 from omni.run.trial import Trial, try_pipe
-from omni.storage.folder import open_folder
+from omni.storage.flat_folder import open_folder
 from omni.storage.path import StoragePath
 from omni.storage.uri import reason_of, redact
-from omni.stream.settings import stream_settings
+from omni.stream.stream_settings import stream_settings
 
 _SETTLE_SECONDS = 15.0  # Nodes of a new cluster may still be joining.
 _NODE_SECONDS = 60.0  # timeout of the check on a node

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import torch
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.config import Config, OptimConfig
 from omni.plan.plan import Plan, Split, padded_step
 from omni.stream.schema import LOADED_SCHEMA
-from omni.stream.settings import StreamSettings
 from omni.stream.stages import EncodeStage, load_bin
+from omni.stream.stream_settings import StreamSettings
 from omni.train.loop import TrainLoop
 from omni.train.worker_spec import WorkerSpec
 

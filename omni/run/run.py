@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from omni.audio.logmel import SAMPLES_PER_HOUR
+from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.checkpoint.resume import newest_step
 from omni.checkpoint.train_state import TrainState
 from omni.cluster.ray_init import start_ray

@@ -26,8 +26,8 @@ from omni.run.rates import (
     loaded_blocks,
     without_cache,
 )
-from omni.stream.settings import StreamSettings, stream_settings
 from omni.stream.stages import EncodeStage
+from omni.stream.stream_settings import StreamSettings, stream_settings
 from omni.train.worker_spec import WorkerSpec
 
 

@@ -18,7 +18,7 @@ from omni.plan.plan import Split
 from omni.run.train_worker import STREAM, run_worker
 from omni.storage.path import ObjectPath, StoragePath
 from omni.stream.pipeline import open_stream
-from omni.stream.settings import StreamSettings
+from omni.stream.stream_settings import StreamSettings
 from omni.train.worker_spec import WorkerSpec
 
 

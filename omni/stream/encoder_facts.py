@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 
-from omni.audio.logmel import SAMPLING_RATE, Mode
+from omni.audio.windows import SAMPLING_RATE, Mode
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.errors import ConfigError

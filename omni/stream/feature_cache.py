@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from omni.storage.folder import open_folder
+from omni.storage.flat_folder import open_folder
 from omni.storage.retry import NO_SPACE
 
 _SCHEMA = pa.schema(

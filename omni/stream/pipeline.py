@@ -23,8 +23,8 @@ from omni.cluster.watchdog import limited
 from omni.plan.plan import Split, held_bins
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import LOADED_SCHEMA
-from omni.stream.settings import StreamSettings
 from omni.stream.stages import EncodeStage, load_bin
+from omni.stream.stream_settings import StreamSettings
 
 _HISTOGRAM_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 # Ray's default: the load stage fuses with the read of the row numbers.

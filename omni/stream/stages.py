@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from omni.audio.decode import AudioError, decode_with_retry, fit
-from omni.audio.logmel import SAMPLING_RATE, clip_mel, plan_windows
+from omni.audio.logmel import clip_mel
+from omni.audio.windows import SAMPLING_RATE, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
 from omni.corpus.index_row import Recording, recordings
@@ -33,7 +34,7 @@ from omni.storage.retry import retry_storage
 from omni.stream.codec import tensor_bytes, tensor_from
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import ENCODED_SCHEMA, EncodedRow, LoadedRow, Span
-from omni.stream.settings import StreamSettings
+from omni.stream.stream_settings import StreamSettings
 
 
 def load_bin(

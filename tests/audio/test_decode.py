@@ -12,7 +12,7 @@ import soundfile
 
 import omni
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, fit, measure
-from omni.audio.logmel import FRAME
+from omni.audio.windows import FRAME
 
 Record = Callable[..., Path]
 CLIPS = sorted((Path(omni.__file__).parent / "assets" / "prompts-en" / "audio").glob("*.opus"))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from omni.audio.logmel import HOP, WINDOW_SAMPLES, log_mel
+from omni.audio.logmel import log_mel
+from omni.audio.windows import HOP, WINDOW_SAMPLES
 from omni.model.encoder.weights import EMBEDDED_WHISPER
 
 

@@ -13,7 +13,8 @@ import soundfile
 
 import omni
 from omni.audio.decode import AudioError, decode
-from omni.audio.logmel import HOP, SAMPLING_RATE, clip_mel, log_mel, plan_windows
+from omni.audio.logmel import clip_mel, log_mel
+from omni.audio.windows import HOP, SAMPLING_RATE, plan_windows
 from omni.augment import effects
 from omni.augment.augment import Augmentation, augment, mask_windows, spec_augment
 from omni.augment.noise import Clips, read_clips

@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import soundfile
 
 from omni.audio.decode import measure
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from tests.fuzz.mutate import mutate_bytes
 from tests.fuzz.targets import ASSETS, ROOT, TARGETS, answer
 from tests.fuzz.wrong_headers import disagreement, wrong_header

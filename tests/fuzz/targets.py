@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import omni
 from jobs import cli
 from omni.audio.decode import AudioError, decode, fit, measure
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.checkpoint.checkpoint import read_checkpoint
 from omni.checkpoint.resume import newest_checkpoint
 from omni.checkpoint.save import save_checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni.audio.logmel import encoder_frames
+from omni.audio.windows import encoder_frames
 from omni.corpus.index import build_index
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.sequences import sequence_positions

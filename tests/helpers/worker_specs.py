@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from omni.audio.logmel import encoder_frames
+from omni.audio.windows import encoder_frames
 from omni.config import parse_config
 from omni.plan.plan import Split
 from omni.run.prepare import Prepared, prepare

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from omni.audio.decode import decode, decode_blocks
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.build_part import write_part
 from omni.corpus.built_index import finish
 from omni.corpus.sources import Options, open_source

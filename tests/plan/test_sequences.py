@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import omni
-from omni.audio.logmel import encoder_frames
+from omni.audio.windows import encoder_frames
 from omni.config import Config, parse_config
 from omni.corpus.index import Index, build_index
 from omni.errors import ConfigError

@@ -32,8 +32,8 @@ from omni.run.rates import without_cache
 from omni.stream.collate import collate
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.schema import LOADED_SCHEMA, utterances
-from omni.stream.settings import StreamSettings, stream_settings
 from omni.stream.stages import EncodeStage, load_bin
+from omni.stream.stream_settings import StreamSettings, stream_settings
 from tests.helpers.whole_runs import ROOT, command, curve, embedded, ledger, run_job, write_manifest
 
 POSITIONS = 128

@@ -23,8 +23,8 @@ from omni.model.lm.lora import is_adapter
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
 from omni.stream.schema import utterances
-from omni.stream.settings import stream_settings
 from omni.stream.stages import EncodeStage
+from omni.stream.stream_settings import stream_settings
 from omni.train.evaluation import HeldOut, Layout
 from omni.train.model_state import ModelState
 from tests.helpers.hf_folders import save_folder

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 import omni
-from omni.audio.logmel import encoder_frames
+from omni.audio.windows import encoder_frames
 from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
 from omni.config import Config, parse_config

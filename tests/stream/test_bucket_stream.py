@@ -12,8 +12,8 @@ from omni.config import Config, parse_config
 from omni.run.prepare import Prepared, prepare
 from omni.storage import path as places
 from omni.storage.path import ObjectPath, as_path
-from omni.stream.settings import stream_settings
 from omni.stream.stages import load_bin
+from omni.stream.stream_settings import stream_settings
 from tests.helpers.loopback_s3 import s3_bucket
 from tests.helpers.whole_runs import embedded
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from omni.storage.folder import _OPEN_FILES
+from omni.storage.flat_folder import _OPEN_FILES
 from omni.stream.feature_cache import FeatureCache
 
 

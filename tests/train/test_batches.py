@@ -20,8 +20,8 @@ from omni.plan.plan import EMPTY
 from omni.report.audio_embed import embed_row
 from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import loaded_blocks
-from omni.stream.settings import stream_settings
 from omni.stream.stages import EncodeStage
+from omni.stream.stream_settings import stream_settings
 from omni.train.batches import BlockReader
 from tests.helpers.whole_runs import embedded, lines, write_manifest
 from tests.helpers.worker_specs import encoded_block, small_run

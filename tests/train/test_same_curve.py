@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from omni.audio.logmel import SAMPLING_RATE
+from omni.audio.windows import SAMPLING_RATE
 from omni.config import load_config
 from omni.metrics.rows import Window
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.settings import StreamSettings, stream_settings
 from omni.stream.stages import EncodeStage, load_bin
+from omni.stream.stream_settings import StreamSettings, stream_settings
 
 STEPS, BINS = 12, 2
 

@@ -22,16 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.audio.logmel import (
-    FRAME,
-    HOP,
-    SAMPLING_RATE,
-    WINDOW_SAMPLES,
-    Mode,
-    Window,
-    clip_mel,
-    plan_windows,
-)
+from omni.audio.logmel import clip_mel
+from omni.audio.windows import FRAME, HOP, SAMPLING_RATE, WINDOW_SAMPLES, Mode, Window, plan_windows
 from omni.model.encoder.transformer import WhisperTransformer, pad_features, pad_mels
 from omni.model.encoder.weights import (
     DEFAULT_HF_ID,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.audio.logmel import FRAMES_PER_SECOND
+from omni.audio.windows import FRAMES_PER_SECOND
 from omni.model.chat_template import AUDIO
 from omni.model.lm.gpt import GPT
 from omni.model.lm.gpt_block import SMEAR_GATE_CHANNELS, KVCache

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Reference
 
-from omni.audio.logmel import FRAME, SAMPLING_RATE, WINDOW_SAMPLES, encoder_frames, plan_windows
+from omni.audio.windows import FRAME, SAMPLING_RATE, WINDOW_SAMPLES, encoder_frames, plan_windows
 from omni.config import OptimConfig
 from omni.model.encoder.weights import EMBEDDED_WHISPER, read_whisper_files
 from omni.model.encoder.whisper import WhisperEncoder

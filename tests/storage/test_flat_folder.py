@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from omni.storage.folder import Folder, open_folder
+from omni.storage.flat_folder import Folder, open_folder
 from omni.storage.path import join
 from omni.stream.feature_cache import FeatureCache
 from tests.helpers.loopback_s3 import s3_bucket
@@ -71,7 +71,7 @@ def test_messages_name_the_place_and_no_credentials(bucket: str) -> None:
 
 
 def test_a_reader_finds_what_comes_later(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni.storage.folder._LIST_SECONDS", 0.0)
+    monkeypatch.setattr("omni.storage.flat_folder._LIST_SECONDS", 0.0)
     reader, writer = FeatureCache(location), FeatureCache(location)
     assert reader.get(["key"]) == {}
     writer.put({"key": b"features"})
