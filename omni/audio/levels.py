@@ -56,13 +56,18 @@ class Levels:
         usual = self._energies.mean() / len(self._energies)
         if self._mean_energy >= _CANCELLED * usual:
             return None
-        return int(self._energies.argmax())
+        return self._loudest
+
+    @property
+    def _loudest(self) -> int:
+        """The first channel that is as loud as any, but for rounding."""
+        return int((self._energies >= 0.99 * self._energies.max()).argmax())
 
     @property
     def choice(self) -> str:
         """Describe the choice of a channel, for a note: kind and detail, on a line each."""
         return (
-            f"{CHANNEL_CHOSEN}\nchannel {int(self._energies.argmax()) + 1} of "
+            f"{CHANNEL_CHOSEN}\nchannel {self._loudest + 1} of "
             f"{len(self._energies)}: their mean cancels out"
         )
 

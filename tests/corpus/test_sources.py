@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from omni.audio.decode import decode
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
 from omni.corpus.built_index import finish
 from omni.corpus.index import Index, build_index
-from omni.corpus.lengths import span_of
+from omni.corpus.lengths import measure_rows, span_of
 from omni.corpus.manifest import ManifestError
 from omni.corpus.sources import Options, Row, open_source
 from omni.storage.byte_range import ByteRange
@@ -688,3 +689,23 @@ def test_a_long_recording_in_an_archive_is_read_in_part(tmp_path: Path) -> None:
             tar.add(tmp_path / name, name)
     [audio] = audio_of(index(tmp_path / "out", str(tmp_path / "x.tar")))
     assert np.array_equal(audio, samples[2_400_000:2_432_000] / np.float32(32768))
+
+
+def test_streamed_wavs_in_an_ark_do_not_hold_their_neighbours(tmp_path: Path) -> None:
+    """Kaldi's programs write sizes of 0xFFFFFFFF where a WAV comes out of a pipe."""
+    ark, scp = b"", ""
+    for number in range(3):
+        file = io.BytesIO()
+        soundfile.write(file, np.linspace(-0.5, 0.5, 4_000 * (number + 1)), 16_000, format="WAV")
+        data = bytearray(file.getvalue())
+        data[4:8] = data[40:44] = b"\xff" * 4
+        ark += f"utt{number} ".encode()
+        scp += f"utt{number} wav.ark:{len(ark)}\n"
+        ark += data
+    (tmp_path / "wav.ark").write_bytes(ark)
+    (tmp_path / "wav.scp").write_text(scp)
+    (tmp_path / "text").write_text("".join(f"utt{number} hello\n" for number in range(3)))
+    source = open_source(f"kaldi:{tmp_path}", Options())
+    found = [row for part in source.parts() for row in source.read(part)]
+    measured = measure_rows([vars(row) for row in found])
+    assert [m["samples"] for m in measured if isinstance(m, dict)] == [4_000, 8_000, 12_000]
