@@ -463,7 +463,7 @@ class EvalConfig(Section):
     wer_utterances: Positive = 64
     """Utterances of dev that are transcribed at each evaluation; all of test at the end."""
     max_new_tokens: Positive | None = None
-    """Most tokens of a decoded answer; null: a quarter more than the longest one to learn."""
+    """Most tokens of a decoded answer; null: twice the longest one of training."""
     examples: NotNegative = 2
     """Number of transcripts to log at each evaluation."""
     metrics: PlugIns = []

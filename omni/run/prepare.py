@@ -51,8 +51,8 @@ from omni.storage.digest import digest
 from omni.stream.encoder_facts import EncoderFacts, describe_encoder
 from omni.train.worker_spec import WorkerSpec
 
-# A decoded answer may be this much longer than the longest one of training.
-_ANSWER_MARGIN = 1.25
+# A decoded answer may be this many times as long as the longest one of training.
+_ANSWER_MARGIN = 2.0
 _LEAST_NEW_TOKENS = 16
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -323,12 +322,12 @@ def test_a_template_without_a_system_role_names_the_row(
 # --- length of answers ---------------------------------------------------------------------------
 
 
-def test_answers_may_be_a_quarter_longer_than_those_of_training(tmp_path: Path) -> None:
+def test_answers_may_be_twice_as_long_as_those_of_training(tmp_path: Path) -> None:
     rows = _rows(text=[" ".join(["seven words are said in this one"] * 4)])
     prepared = prepare(_configure(tmp_path, rows))
     longest = max(len(prepared.tokenizer.encode(row["text"])) + 1 for row in rows)
-    assert prepared.config.eval.max_new_tokens == math.ceil(1.25 * longest) > 16
-    assert f"max_new_tokens: {math.ceil(1.25 * longest)}" in prepared.config.to_yaml()
+    assert prepared.config.eval.max_new_tokens == 2 * longest > 16
+    assert f"max_new_tokens: {2 * longest}" in prepared.config.to_yaml()
     brief = prepare(_configure(tmp_path, [{**row, "text": "a"} for row in rows]))
     assert brief.config.eval.max_new_tokens == 16
     given = prepare(_configure(tmp_path, rows, eval={"max_new_tokens": 7}))
