@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from omni.audio.windows import SAMPLES_PER_HOUR
+from omni.corpus.languages import unknown_languages
 from omni.corpus.lengths import DURATION_TOLERANCE, Reject, measure_all
 from omni.corpus.manifest import INDEX_FILE, absolute, manifest_path, read_manifest
 from omni.corpus.rejects import without_other_files
@@ -171,6 +172,12 @@ def _index_small(spec: str, cache_dir: StoragePath | None, allow_absolute: bool)
         folder = cache_dir / "indexes" / digest(f"{Path.cwd()} {spec} {allow_absolute}", size=8)
     index_few(spec, folder, Options(allow_absolute=allow_absolute))
     return folder
+
+
+def notes_of(index: Index) -> list[str]:
+    """Return an index's notes, with one on languages that nothing is known of."""
+    counts = pc.value_counts(index.table["language"].combine_chunks()).to_pylist()
+    return index.notes + unknown_languages({c["values"]: c["counts"] for c in counts})
 
 
 def repeated_id(ids: pa.ChunkedArray) -> str | None:

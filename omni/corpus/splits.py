@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pyarrow.compute as pc
-
 from omni.config import Config
-from omni.corpus.index import Index
-from omni.corpus.languages import unknown_languages
+from omni.corpus.index import Index, notes_of
 from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError, ManifestError
@@ -61,14 +58,9 @@ def build_indexes(config: Config) -> dict[str, Index]:
     except ValueError as error:
         raise ConfigError(f"data.language_tag: {error}") from None
     indexes = {
-        name: replace(index, notes=[f"data.{name}: {note}" for note in _notes(index)])
+        name: replace(index, notes=[f"data.{name}: {note}" for note in notes_of(index)])
         for name, index in indexes.items()
     }
     if without := [name for name, index in indexes.items() if not len(index)]:
         raise ConfigError(f"data.punctuation: no text is left of data.{without[0]}")
     return indexes
-
-
-def _notes(index: Index) -> list[str]:
-    counts = pc.value_counts(index.table["language"].combine_chunks()).to_pylist()
-    return index.notes + unknown_languages({c["values"]: c["counts"] for c in counts})

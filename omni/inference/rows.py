@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_with_retry, fit
 from omni.audio.windows import SAMPLING_RATE
-from omni.corpus.index import build_index, read_index_folder
+from omni.corpus.index import build_index, notes_of, read_index_folder
 from omni.corpus.index_row import DEFAULT_TASK, IndexRow, Recording, recordings
 from omni.corpus.lengths import span_of
 from omni.corpus.manifest import ManifestError, manifest_path
@@ -79,6 +79,7 @@ def evaluate(
         "in_pieces": sum("pieces" in row for row in rows),
         **({"long_conversations": whole} if whole else {}),
         "rejects": dict(rejects),
+        **({"notes": notes} if (notes := notes_of(index)) else {}),
     }
     return summary, [{k: v for k, v in row.items() if k != "errors"} for row in rows]
 
