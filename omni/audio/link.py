@@ -18,7 +18,7 @@ class Link:
     head: bytes = b""
     """Bytes to put before the range: a header with its sizes filled in."""
     samples: int | None = None
-    """Samples in it, where `head` is only needed if libsndfile's guess is less."""
+    """Samples in it by its frames; `head` is only needed if libsndfile's guess is less."""
 
 
 @dataclass(frozen=True)

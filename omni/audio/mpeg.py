@@ -75,9 +75,8 @@ def find_links(window: Window) -> Layout:
     parts, lost = _walk(window)
     if parts is None:
         return Layout(estimated=True)
-    whole = len(parts) == 1 and parts[0].said == parts[0].frames
-    if whole:
-        return Layout(estimated=lost > 0)
+    if not lost and len(parts) == 1 and parts[0].said == parts[0].frames:
+        return Layout()
     fault = ""
     links = []
     for part in parts:
@@ -90,7 +89,8 @@ def find_links(window: Window) -> Layout:
             samples = part.frames * part.samples
             link = Link(window.offset + part.start, length, _header(part), samples)
         else:
-            link = Link(window.offset + part.start, length)
+            samples = part.frames * part.samples
+            link = Link(window.offset + part.start, length, samples=samples)
         links.append(link)
     return Layout(tuple(links), estimated=lost > 0 or bool(fault), fault=fault)
 

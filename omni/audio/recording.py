@@ -169,12 +169,15 @@ class OpenRecording:
         return _SoundStream(open_file, estimated)
 
     def _link_stream(self, link: Link, estimated: bool) -> Stream:
-        if link.samples is not None:
+        stream: Stream
+        if link.head and link.samples is not None:
             bare = self._sound_stream(self._link_file(link, b""), estimated)
             if (bare.frames or 0) >= link.samples:
                 bare.frames = None  # More than there are, perhaps: decoding tells.
                 return bare
-        return self._sound_stream(self._link_file(link, link.head), estimated)
+        stream = self._sound_stream(self._link_file(link, link.head), estimated)
+        stream.stated = link.samples or 0
+        return stream
 
     def _link_file(self, link: Link, head: bytes) -> BinaryIO:
         ranged = HeadedRange(self._file, link.offset, link.length, head)

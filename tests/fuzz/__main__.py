@@ -48,7 +48,7 @@ def main() -> int:
             answers[kind][said] += 1
             if said in ("CRASH", "HANG"):
                 print(f"{kind} {number} (seed {arguments.seed}): {said}\n{detail}", flush=True)
-        answers["recording"] = _recordings(folder, recordings, arguments.seed)
+        answers["training"] = _recordings(folder, recordings, arguments.seed)
     columns = ("accepted", "rejected", "refused", "SILENT", "CRASH", "HANG")
     print(f"{'input':<12}" + "".join(f"{name:>10}" for name in columns))
     for kind, counts in answers.items():
