@@ -109,8 +109,11 @@ def _recordings(folder: Path, count: int, seed: int) -> Counter[str]:
         manifest.append({"id": str(number), "audio": name, "text": row["text"]})
     path = corpus / "manifest.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in manifest))
+    config = folder / "run.yaml"
+    config.write_text("{}\n")
     command = [
-        *(sys.executable, "-m", "jobs.train", "--run.storage", str(folder / "runs")),
+        *(sys.executable, "-m", "jobs.train", "--config", str(config)),
+        *("--run.storage", str(folder / "runs")),
         *("--data.train", str(path), "--data.max_rejects", "1", "--tokenizer.vocab_size", "300"),
         *("--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32"),
         *("--optim.bin_positions", "256", "--optim.bins_per_step", "8"),
