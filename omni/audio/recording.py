@@ -128,7 +128,7 @@ class OpenRecording:
         """Return the evidence that the file is not whole: reason and detail, on a line each."""
         for stream in self.streams:
             frames = self.frames(stream)
-            if stream.stated * (1 - _STATED_SLACK) - stream.rate // 2 > frames:
+            if stream.stated * (1 - _STATED_SLACK) - max(stream.rate // 5, 2_500) > frames:
                 return f"{SHORTER}\n{frames} of {stream.stated} samples are there"
         return self.layout.fault
 
