@@ -14,9 +14,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from omni.storage.digest import digest
 from omni.storage.flat_folder import open_folder
 from omni.storage.retry import NO_SPACE
 
@@ -28,6 +30,8 @@ _SCHEMA = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
+_DIGEST = b"digest"
+"""Metadata of a table: hash of its rows. Tables of 0.1 have none."""
 # While storage is unavailable, so many times `flush_bytes` of features wait in memory.
 _MOST_WAITING = 8
 
@@ -167,9 +171,10 @@ class FeatureCache:
             {"key": key, "offset": e.offset, "length": e.length, "crc32": e.crc32}
             for key, e in entries.items()
         ]
+        table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_DIGEST: _digest(rows)}))
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, _SCHEMA) as writer:
-            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
         try:
             self._folder.write(f"{shard}.bin", b"".join(pending.values()))
             self._folder.write(f"{shard}.arrow", sink.getvalue().to_pybytes())
@@ -209,9 +214,13 @@ class FeatureCache:
         """Read the keys and entries of a shard of `size` bytes; none from a damaged table."""
         try:
             raw = self._folder.read(f"{shard}.arrow")
-            table = pa.ipc.open_file(pa.py_buffer(raw)).read_all().cast(_SCHEMA)
+            table = pa.ipc.open_file(pa.py_buffer(raw)).read_all()
+            wanted = (table.schema.metadata or {}).get(_DIGEST)
+            table = table.cast(_SCHEMA)
             table.validate(full=True)  # Without it a flipped offset is read as a memory address.
             rows = table.to_pylist()
+            if wanted is not None and _digest(rows) != wanted:
+                return []  # A damaged row could name the features of another recording.
             entries = [
                 (r["key"], _Entry(shard, r["offset"], r["length"], r["crc32"])) for r in rows
             ]
@@ -220,6 +229,11 @@ class FeatureCache:
             ]
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
             return []
+
+
+def _digest(rows: list[dict[str, Any]]) -> bytes:
+    values = [(r["key"], r["offset"], r["length"], r["crc32"]) for r in rows]
+    return digest(repr(values), size=16).encode()
 
 
 def advice_when_full(format: str) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from omni.storage.flat_folder import _OPEN_FILES
@@ -309,3 +310,20 @@ def test_a_disk_that_takes_no_more_is_a_full_cache(tmp_path: Path) -> None:
     assert str(tmp_path) in done.stdout and "File too large" in done.stdout
     assert len(FeatureCache(tmp_path)) == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".arrow"}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a digest", "of version 0.1"])
+def test_a_table_whose_keys_are_mixed_up_gives_nobody_anothers_features(
+    tmp_path: Path, known: bool
+) -> None:
+    """A damaged key may be that of another recording; old tables have no digest."""
+    items = _items(0, 2)
+    path = _written(tmp_path, items).with_suffix(".arrow")
+    table = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all()
+    assert table.schema.metadata
+    mixed = table.set_column(0, "key", pa.array(table["key"].to_pylist()[::-1]))
+    mixed = mixed.replace_schema_metadata(table.schema.metadata if known else None)
+    with pa.ipc.new_file(str(path), mixed.schema) as writer:
+        writer.write_table(mixed)
+    found = FeatureCache(tmp_path).get(items)
+    assert found == ({} if known else dict(zip(items, list(items.values())[::-1], strict=True)))
