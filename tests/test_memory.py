@@ -139,7 +139,8 @@ def test_a_long_recording_is_written_down_in_flat_memory(recording: Path, minute
     assert _peak(_TRANSCRIBE, _recording(recording, minutes)) < base + SLACK[minutes]
 
 
-@pytest.mark.parametrize("minutes", [20, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("minutes", [20, 120])
 def test_spans_of_a_long_recording_are_loaded_in_flat_memory(recording: Path, minutes: int) -> None:
     base = _peak(_LOAD, _recording(recording, 5))
     assert _peak(_LOAD, _recording(recording, minutes)) < base + SLACK[minutes]

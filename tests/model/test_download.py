@@ -200,7 +200,10 @@ def test_when_every_hub_is_down_one_error_names_each_with_its_reason(tmp_path: P
         assert "refused" in line
 
 
-@pytest.mark.parametrize("setting", ["encoder.weights hub", "model.lm hf:someone/lm"])
+@pytest.mark.parametrize(
+    "setting",
+    ["encoder.weights hub", pytest.param("model.lm hf:someone/lm", marks=pytest.mark.slow)],
+)
 def test_a_run_without_its_weights_fails_in_one_error_and_leaves_nothing(
     setting: str, tmp_path: Path
 ) -> None:
@@ -254,6 +257,7 @@ def by_modelscope(url: str) -> dict[str, str]:
 
 
 HUBS = [by_hugging_face, by_modelscope]
+HUBS_IN_TURN = [by_hugging_face, pytest.param(by_modelscope, marks=pytest.mark.slow)]
 Environment = Callable[[str], dict[str, str]]
 
 
@@ -266,7 +270,7 @@ def test_without_a_network_the_cache_serves(
     assert load_elsewhere(tmp_path, **environment(closed_port())) == f"loaded {embedded}"
 
 
-@pytest.mark.parametrize("environment", HUBS)
+@pytest.mark.parametrize("environment", HUBS_IN_TURN)
 def test_an_interrupted_download_goes_on_where_it_was(
     environment: Environment, repository: Path, embedded: str, tmp_path: Path
 ) -> None:
@@ -276,7 +280,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
     assert any(not given.startswith("bytes=0-") for given in hub.ranges), hub.ranges
 
 
-@pytest.mark.parametrize("environment", HUBS)
+@pytest.mark.parametrize("environment", HUBS_IN_TURN)
 def test_weights_with_another_hash_than_the_hub_names_are_refused(
     environment: Environment, repository: Path, embedded: str, tmp_path: Path
 ) -> None:
@@ -322,7 +326,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_folder(tmp_path_factory.mktemp("lm"))
 
 
-@pytest.mark.parametrize("hub_kind", ["hf", "ms"])
+@pytest.mark.parametrize("hub_kind", ["hf", pytest.param("ms", marks=pytest.mark.slow)])
 def test_a_language_model_comes_from_either_hub(
     hub_kind: str, language_model: Path, tmp_path: Path
 ) -> None:
