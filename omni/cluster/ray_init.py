@@ -31,15 +31,15 @@ def start_ray(config: Config) -> None:
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-        "runtime_env": runtime_environment(),
-    }
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    environment = runtime_environment()
     if address := os.environ.get("RAY_ADDRESS"):
         _check_address(address)
+        options["runtime_env"] = environment
     else:
         _check_temporary_folder()
+        # Workers inherit them. A runtime environment would make Ray start all workers anew.
+        os.environ.update(environment["env_vars"])
         # Stages share cores: Ray need not warn about the number of processes.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         t, e, d = config.train, config.encoder, config.data

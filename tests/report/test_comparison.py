@@ -207,10 +207,11 @@ def test_transcripts_of_other_utterances_are_counted_not_compared(copy: Copy) ->
 def test_worst_differences_come_first_and_no_more_than_asked_for(
     copy: Copy, tmp_path: Path
 ) -> None:
-    a = copy("a")
-    rows = lines(a / "transcripts-dev.jsonl")
-    texts = {n: " ".join(["x"] * n * len(rows[n]["reference"].split())) for n in (1, 2, 4)}
-    b = copy("b", hypotheses=texts)
+    rows = lines(copy("c") / "transcripts-dev.jsonl")
+    words = [len(row["reference"].split()) for row in rows]
+    wrong = {n: " ".join(["y"] * count) for n, count in enumerate(words)}
+    a = copy("a", hypotheses=wrong)
+    b = copy("b", hypotheses=wrong | {n: " ".join(["x"] * n * words[n]) for n in (1, 2, 4)})
     found = compare_runs([a, b])
     assert [u.id for u in found.utterances] == [rows[n]["id"] for n in (4, 2, 1)]
     assert found.agreements[0].lowest == [2, 0]

@@ -232,7 +232,10 @@ def _bad_recordings(folder: Path) -> dict[str, tuple[dict[str, Any], str | None]
         rows[name] = ({"id": name, "audio": str(path), "text": text}, reason)
         return path
 
-    for name, share, reason in (("truncated", 2, "unreadable"), ("stump", 500, "unreadable")):
+    for name, share, reason in (
+        ("truncated", 2, "shorter than its header says"),
+        ("stump", 500, "unreadable"),
+    ):
         flac = add(name, reason, file=f"{name}.flac")
         soundfile.write(flac, clip, rate)
         whole = flac.read_bytes()
