@@ -12,6 +12,7 @@ import omni
 WITH_RAY = {
     "omni.bench.stream_speed",
     "omni.cluster.job_client",
+    "omni.cluster.ray_errors",
     "omni.cluster.ray_init",
     "omni.cluster.ray_internals",
     "omni.metrics.prometheus",

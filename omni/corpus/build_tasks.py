@@ -62,6 +62,7 @@ def _make_parts(
     """Make the parts `todo` in one task each, and report progress. Starts Ray."""
     import ray
 
+    from omni.cluster.ray_errors import ray_reason
     from omni.cluster.ray_init import start_ray
 
     start_ray(Config())
@@ -86,4 +87,4 @@ def _make_parts(
                 shown = now
                 say(progress(total, len(todo), now - began))
     except ray.exceptions.RayError as error:
-        raise RuntimeError(f"indexing stopped: {str(error).strip().splitlines()[-1]}") from error
+        raise RuntimeError(f"indexing stopped: {ray_reason(error)}") from error

@@ -19,6 +19,7 @@ import ray
 import torch
 
 from omni.audio.windows import FRAME, SAMPLING_RATE
+from omni.cluster.ray_errors import ray_reason
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.corpus.index import Index
@@ -143,9 +144,7 @@ def _add_up(
         try:
             rows = ray.get(reference)
         except ray.exceptions.RayError as error:
-            raise RuntimeError(
-                f"encoding stopped: {str(error).strip().splitlines()[-1]}"
-            ) from error
+            raise RuntimeError(f"encoding stopped: {ray_reason(error)}") from error
         for row in rows:
             done += len(row["frames"])
             result["encoded"] += sum(map(bool, row["frames"]))
