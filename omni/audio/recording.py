@@ -27,6 +27,7 @@ _BLOCK_VALUES = 1 << 20  # samples of all channels that are decoded at a time: 4
 _RATES = (1_000, 384_000)  # Hz
 _MAX_VALUES = 8 * 192_000  # samples of all channels per second
 _STATED_SLACK = 0.02  # share by which containers may be wrong
+_MP3_TRIM = 2_304  # samples of delay and padding that MP3 decoders cut below 12 kHz
 _UNKNOWN = 1 << 40  # libsndfile's frames from here on mean that it does not know
 RecordingData: TypeAlias = bytes | str | StoragePath
 
@@ -128,7 +129,7 @@ class OpenRecording:
         """Return the evidence that the file is not whole: reason and detail, on a line each."""
         for stream in self.streams:
             frames = self.frames(stream)
-            if stream.stated * (1 - _STATED_SLACK) - max(stream.rate // 5, 2_500) > frames:
+            if stream.stated * (1 - _STATED_SLACK) - max(stream.rate // 5, _MP3_TRIM) > frames:
                 return f"{SHORTER}\n{frames} of {stream.stated} samples are there"
         return self.layout.fault
 

@@ -137,7 +137,8 @@ def cache(folder: Path, rng: random.Random) -> str:
             store = FeatureCache(location)
             store.put({f"{shard}-{n}": _feature(shard, n) for n in range(8)})
             store.flush()
-    path = rng.choice(sorted(location.iterdir()))
+    first = sorted(location.iterdir())
+    path = rng.choice(first)
     whole = path.read_bytes()
     path.write_bytes(mutate_bytes(whole, rng))
     try:
@@ -151,9 +152,8 @@ def cache(folder: Path, rng: random.Random) -> str:
         assert FeatureCache(location).get(["new"]) == {"new": b"new"}
         return "rejected" if len(found) < 24 else "accepted"
     finally:
-        for extra in location.iterdir():
-            if extra != path and extra.stat().st_size < 1000 and b"new" in extra.read_bytes():
-                extra.unlink()
+        for extra in set(location.iterdir()) - set(first):
+            extra.unlink()
         path.write_bytes(whole)
 
 
