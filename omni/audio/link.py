@@ -31,6 +31,8 @@ class Layout:
     """The number of samples in the header is a guess: only decoding tells the length."""
     fault: str = ""
     """Evidence that the file is not whole: reason and detail, on a line each."""
+    samples: int = 0
+    """Samples of all frames of a file without links; 0: not counted."""
 
 
 class Window:

@@ -76,7 +76,7 @@ def find_links(window: Window) -> Layout:
     if parts is None:
         return Layout(estimated=True)
     if not lost and len(parts) == 1 and parts[0].said == parts[0].frames:
-        return Layout()
+        return Layout(samples=parts[0].frames * parts[0].samples)
     fault = ""
     links = []
     for part in parts:

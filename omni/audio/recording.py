@@ -129,8 +129,9 @@ class OpenRecording:
         """Return the evidence that the file is not whole: reason and detail, on a line each."""
         for stream in self.streams:
             frames = self.frames(stream)
-            if stream.stated * (1 - _STATED_SLACK) - max(stream.rate // 5, _MP3_TRIM) > frames:
-                return f"{SHORTER}\n{frames} of {stream.stated} samples are there"
+            stated = stream.stated or self.layout.samples
+            if stated * (1 - _STATED_SLACK) - max(stream.rate // 5, _MP3_TRIM) > frames:
+                return f"{SHORTER}\n{frames} of {stated} samples are there"
         return self.layout.fault
 
     def _raw_file(self) -> BinaryIO:
