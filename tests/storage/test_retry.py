@@ -61,7 +61,7 @@ def test_recordings_whose_storage_is_away_are_not_rejected(tmp_path: Path) -> No
     """A link to storage that is taken away and given back, as a lost mount."""
     real, link = tmp_path / "real", tmp_path / "link"
     real.mkdir()
-    soundfile.write(real / "a.wav", np.full(1600, 0.1, dtype="float32"), 16_000)
+    soundfile.write(real / "a.wav", np.linspace(-0.5, 0.5, 1600, dtype="float32"), 16_000)
     thread = _later(0.5, lambda: link.symlink_to(real))
     assert len(decode_with_retry(link / "a.wav")) == 1600
     thread.join()
