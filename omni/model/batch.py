@@ -15,7 +15,7 @@ IGNORED = -1  # target of a position that is not supervised
 
 @dataclass(frozen=True)
 class CTCLabels:
-    """What is said in U recordings of a batch, with all lengths known before they are on a GPU."""
+    """CTC labels of U recordings of a batch; lengths are on the host, so no GPU is waited for."""
 
     rows_N: Tensor | None
     """Numbers of the soft tokens of these recordings, int64; None: all of the batch."""

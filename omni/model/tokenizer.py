@@ -40,7 +40,7 @@ SPLIT = (
 
 @dataclass(frozen=True)
 class Rendering:
-    """What a chat template is given besides messages; saved with the tokenizer of a run."""
+    """Variables of a chat template besides its messages, saved with the tokenizer of a run."""
 
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     """Special tokens by the names that templates call them by: bos_token, eos_token, …"""

@@ -79,7 +79,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What one run wrote for an utterance. wer: None where it was not recorded."""
+    """Hypothesis of one run for an utterance. wer: None where it was not recorded."""
 
     hypothesis: str
     wer: float | None
