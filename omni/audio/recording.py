@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Protocol, TypeAlias, cast
@@ -107,9 +107,21 @@ class OpenRecording:
     ) -> None:
         self._closing.close()
 
-    def reading(self) -> _Reading:
+    @contextmanager
+    def reading(self) -> Iterator[None]:
         """Turn errors of decoding into AudioError, and of object storage into OSError."""
-        return _Reading(self)
+        try:
+            yield
+        except Exception as error:
+            _raise_storage_error(self)
+            if isinstance(error, (AudioError, MemoryError, ConnectionError)):
+                raise
+            # Whatever a decoder raises for a damaged file: the recording is named and left out.
+            known = (OSError, EOFError, soundfile.LibsndfileError, *av_stream.errors())
+            kind = "" if isinstance(error, known) else f"{type(error).__name__}: "
+            detail = f"{self.name}: {kind}{first_line(error)}"
+            raise AudioError("unreadable", detail) from None
+        _raise_storage_error(self)
 
     @property
     def storage_error(self) -> OSError | None:
@@ -199,35 +211,6 @@ class OpenRecording:
             raise AudioError("unreadable", detail) from None
         self._closing.callback(stream.close)
         return stream
-
-
-class _Reading:
-    """Context manager of `OpenRecording.reading`."""
-
-    def __init__(self, recording: OpenRecording) -> None:
-        self._recording = recording
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None or isinstance(error, Exception):
-            _raise_storage_error(self._recording)
-        if error is None or isinstance(error, (AudioError, MemoryError, ConnectionError)):
-            return
-        if isinstance(error, Exception):
-            # Whatever a decoder raises for a damaged file: the recording is named and left out.
-            known = isinstance(
-                error, (OSError, EOFError, soundfile.LibsndfileError, *av_stream.errors())
-            )
-            kind_of = "" if known else f"{type(error).__name__}: "
-            detail = f"{self._recording.name}: {kind_of}{first_line(error)}"
-            raise AudioError("unreadable", detail) from None
 
 
 def _raise_storage_error(recording: OpenRecording) -> None:
