@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 from filelock import Timeout
 
 from omni.config import Config
 from omni.corpus.build import add_part, alone, index_sources, make_part, progress
 from omni.corpus.built_index import Task
 from omni.corpus.other_files import utf8_name
-from omni.corpus.sources import Options
+from omni.corpus.sources import Options, source_of_part
 from omni.errors import ConfigError, ManifestError
 from omni.model.download import HubError
 from omni.storage.filesystem import StorageError
@@ -70,13 +71,15 @@ def _make_parts(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    held = {"tasks": ray.put(tasks)}  # Ray resolves a bare reference before every task.
 
-    def make(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        [number] = batch["id"].tolist()
-        return make_part(ray.get(held["tasks"])[todo[number]], options, out)
+    def make(batch: pa.Table) -> dict[str, Any]:
+        [task] = batch["task"].to_pylist()
+        return make_part(pickle.loads(task), options, out)
 
-    made = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(make, batch_size=1)
+    items = [{"task": pickled(tasks[number])} for number in todo]
+    made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        make, batch_size=1, batch_format="pyarrow"
+    )
     began = shown = time.monotonic()
     total: Counter[str] = Counter()
     try:
@@ -88,3 +91,12 @@ def _make_parts(
                 say(progress(total, len(todo), now - began))
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"indexing stopped: {ray_reason(error)}") from error
+
+
+def pickled(task: Task) -> bytes:
+    """Pickle what one task needs: a list of all parts would be read again for each of them."""
+    from ray import cloudpickle
+
+    source, part = task
+    data: bytes = cloudpickle.dumps((source_of_part(source, part), part))
+    return data

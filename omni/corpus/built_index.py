@@ -65,7 +65,11 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
         for reject in about["rejects"] if about else []:
             reasons.append(reject["reason"])
             rejects.append(json.dumps(reject, ensure_ascii=False) + "\n")
-    every = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
+    # Parts of older versions have offsets of 32 bits.
+    every = pa.chunked_array(
+        [chunk for column in ids for chunk in column.cast(pa.large_string()).chunks],
+        pa.large_string(),
+    )
     if (repeated := repeated_id(every)) is not None:
         raise ManifestError(_twice(repeated, ids, tasks))
     if not len(every):

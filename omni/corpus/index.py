@@ -35,36 +35,37 @@ from omni.storage.uri import public_uri
 
 INDEX_VERSION = 1
 _BATCH = 65_536  # rows converted to Python objects at a time
+# Large types: 30 million rows have more than 2 GiB of paths, which overflow offsets of 32 bits.
 _LOCATION = [
-    ("uri", pa.string()),
+    ("uri", pa.large_string()),
     ("offset", pa.int64()),  # bytes into an archive; null: the file is the recording
     ("length", pa.int64()),
     ("start", pa.float64()),  # seconds into the recording
     ("duration", pa.float64()),  # seconds; null: to the end
     ("samples", pa.int64()),  # at 16 kHz
-    ("key", pa.string()),  # content hash, the name in the feature cache
+    ("key", pa.large_string()),  # content hash, the name in the feature cache
 ]
 
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),
+        ("id", pa.large_string()),
         *_LOCATION,
-        ("text", pa.string()),
-        ("prompt", pa.string()),
-        ("language", pa.string()),
-        ("speaker", pa.string()),
-        ("task", pa.string()),
+        ("text", pa.large_string()),
+        ("prompt", pa.large_string()),
+        ("language", pa.large_string()),
+        ("speaker", pa.large_string()),
+        ("task", pa.large_string()),
         # Conversations only. `samples` is then the sum over `audios`, `key` one key for all of
         # them, `text` the last answer.
-        ("messages", pa.string()),  # JSON, see omni.corpus.messages
-        ("audios", pa.list_(pa.struct([*_LOCATION, ("text", pa.string())]))),
+        ("messages", pa.large_string()),  # JSON, see omni.corpus.messages
+        ("audios", pa.large_list(pa.struct([*_LOCATION, ("text", pa.large_string())]))),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Index:
-    table: pa.Table  # of SCHEMA
+    table: pa.Table  # of SCHEMA, in one chunk
     rejects: list[Reject] = field(default_factory=list)
     weights: np.ndarray | None = None  # (n,) occurrences in an epoch; None: one each
     notes: list[str] = field(default_factory=list)  # what a user should know of it
@@ -130,7 +131,8 @@ def build_index(
         good, bad = measure_all(rows, path, cache_dir, threads, duration_tolerance)
         tables.append(pa.Table.from_pylist(good, SCHEMA))
         rejects += unusable + bad
-    table = pa.concat_tables(tables)
+    # Each bin takes rows of the table, and of many chunks each `take` would copy whole columns.
+    table = pa.concat_tables(tables).combine_chunks()
     rejects, notes = without_other_files(rejects)
     if not len(table) and not rejects:
         raise ManifestError(f"{names}: there are no utterances; {'; '.join(notes)}")
@@ -222,7 +224,7 @@ def read_index_folder(folder: StoragePath, prompt: str = "") -> tuple[pa.Table, 
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ManifestError(f"{folder}: the index is damaged: {reason}") from None
     uris, prompts = table["uri"], table["prompt"]
-    inside = pc.binary_join_element_wise(str(folder), uris, "/")
+    inside = pc.binary_join_element_wise(_large(str(folder)), uris, _large("/"))
     for name, values in (
         ("uri", pc.if_else(pc.match_substring_regex(uris, "^/|://"), uris, inside)),
         ("prompt", pc.if_else(pc.equal(prompts, ""), prompt, prompts)),
@@ -230,6 +232,11 @@ def read_index_folder(folder: StoragePath, prompt: str = "") -> tuple[pa.Table, 
         column = SCHEMA.get_field_index(name)
         table = table.set_column(column, SCHEMA.field(name), values)
     return table, rejects
+
+
+def _large(text: str) -> pa.Scalar:
+    """Make a scalar of the type of the table's texts: joining does not convert it."""
+    return pa.scalar(text, pa.large_string())
 
 
 def _part(file: StoragePath) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from omni.config import SourceConfig
-from omni.corpus.index import Index, build_index
+from omni.corpus.index import Index, build_index, repeated_id
 from omni.corpus.lengths import DURATION_TOLERANCE
 from omni.errors import ManifestError
 from omni.storage.path import StoragePath
@@ -50,15 +49,14 @@ def build_mixture(
         )
         parts.append(_in_language(part, entry.language))
         weights.append(np.full(len(part), entry.weight))
-    counts = Counter(name for part in parts for name in part.table["id"].to_pylist())
-    twice = next((name for name, count in counts.items() if count > 1), None)
-    if twice is not None:
+    table = pa.concat_tables([part.table for part in parts]).combine_chunks()
+    if (twice := repeated_id(table["id"])) is not None:
         raise ManifestError(
             f"{', '.join(map(public_uri, names_of(sources)))}: the id {twice!r} occurs twice"
         )
     joined = np.concatenate(weights)
     return Index(
-        pa.concat_tables([part.table for part in parts]),
+        table,
         [reject for part in parts for reject in part.rejects],
         None if (joined == 1).all() else joined,
         [note for part in parts for note in part.notes],

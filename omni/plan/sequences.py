@@ -22,9 +22,9 @@ from omni.storage.digest import digest
 _BATCH = 65_536
 _TOKENS = pa.schema(
     [
-        ("tokens", pa.list_(pa.int32())),
-        ("supervised", pa.list_(pa.bool_())),
-        ("transcript_tokens", pa.list_(pa.list_(pa.int32()))),
+        ("tokens", pa.large_list(pa.int32())),
+        ("supervised", pa.large_list(pa.bool_())),
+        ("transcript_tokens", pa.large_list(pa.large_list(pa.int32()))),
         ("task_number", pa.int32()),
     ]
 )

@@ -95,7 +95,7 @@ def _distinct_recordings(indexes: dict[str, Index]) -> pa.Table:
     table = table.take(pa.array(np.sort(first)))
     for name in ("tokens", "supervised", "transcript_tokens", "task_number"):
         table = table.append_column(name, pa.nulls(len(table)))
-    return table
+    return table.combine_chunks()
 
 
 def _missing_split(table: pa.Table, missing: np.ndarray, frames: int) -> Split:

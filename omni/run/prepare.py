@@ -31,7 +31,7 @@ from omni.metrics.text_metric import load_metrics
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
-from omni.plan.plan import Split, held_bins, make_plan
+from omni.plan.plan import Split, make_plan
 from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import (
     answer_lengths,
@@ -212,10 +212,8 @@ def make_worker_spec(
         template=prepared.template,
         tasks=prepared.tasks,
         fingerprints=prepared.fingerprints,
-        held_rows={
-            name: len(held_bins(split, workers, prepared.config.optim.bins_per_block))
-            for name, split in prepared.splits.items()
-            if name != "train"
+        held_bins={
+            name: split.plan.bins for name, split in prepared.splits.items() if name != "train"
         },
         train_rows=train.table.num_rows,
         epoch_ends=train.plan.epoch_ends.tolist(),

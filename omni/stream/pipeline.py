@@ -54,11 +54,7 @@ def make_stream(
 
     Each array's length must be a multiple of bins_per_block, so that no block mixes splits.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    if SchedulerWorkarounds not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(SchedulerWorkarounds)
+    set_context()
     config, per_block = settings.config, settings.bins_per_block
     numbers = np.concatenate([np.full(len(bins), split) for split, bins in rows])
     bins = np.concatenate([bins for _, bins in rows])
@@ -89,6 +85,17 @@ def make_stream(
             num_gpus=config.encoder.gpus,
         )
     )
+
+
+def set_context() -> None:
+    """Set up Ray Data in this process: one block stays one block, and nothing is printed."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Ray Data cuts blocks of 192 MiB or more into several, which would reach other ranks.
+    context.target_max_block_size = None
+    if SchedulerWorkarounds not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(SchedulerWorkarounds)
 
 
 def _cpus_unlike_loader(cpus: float) -> float:

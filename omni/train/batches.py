@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import pyarrow as pa
 import torch
@@ -74,17 +75,19 @@ class BlockReader:
             block = number * self._world + self._rank
             yield self._microbatch(self._next(), step, block)
 
-    def hold(self, name: str, rows: int) -> HeldOut:
-        """Read a held-out split of `rows` bins over all ranks into memory."""
+    def hold(self, name: str) -> HeldOut:
+        """Read this rank's share of a held-out split into memory."""
         held = []
-        for _ in range(rows // (self._world * self._spec.config.optim.bins_per_block)):
+        size = self._spec.config.optim.bins_per_block
+        bins = self._spec.held_bins[name]
+        for first in range(
+            self._rank * size, padded_step(bins, self._world, size), self._world * size
+        ):
             block: list[EncodedRow] = self._next().to_pylist()
+            planned = [number if number < bins else EMPTY for number in range(first, first + size)]
+            self._compare(block, name, planned, name)
             self.rejects.add(block, step=0)
             for row in block:
-                if row["split"] != name:
-                    raise RuntimeError(
-                        f"the stream sent a bin of {row['split']}, expected one of {name}"
-                    )
                 held += [
                     HeldUtterance(
                         utterance,
@@ -110,7 +113,7 @@ class BlockReader:
 
     def _microbatch(self, table: pa.Table, step: int, block: int) -> Microbatch:
         rows: list[EncodedRow] = table.to_pylist()
-        self._check(rows[0], step, block)
+        self._check(rows, step, block)
         self.rejects.add(rows, step + 1)
         batch = self._layout.batch([self._utterances(row) for row in rows])
         with self._watch.phase("copy"):
@@ -133,13 +136,22 @@ class BlockReader:
     def _utterances(self, row: EncodedRow) -> list[Utterance]:
         return utterances(row, self._codec)
 
-    def _check(self, row: EncodedRow, step: int, block: int) -> None:
-        """Raise RuntimeError for a block of another bin than the plan says."""
+    def _check(self, rows: Sequence[EncodedRow], step: int, block: int) -> None:
+        """Raise RuntimeError for a block of other bins than the plan says."""
         optim = self._spec.config.optim
-        offset = block * optim.bins_per_block
-        expected = step * optim.bins_per_step + offset if offset < optim.bins_per_step else EMPTY
-        if row["split"] != "train" or row["bin"] != expected:
-            raise RuntimeError(
-                f"step {step + 1}: the stream sent bin {row['bin']} of {row['split']}, expected "
-                f"bin {expected} of train"
-            )
+        first = block * optim.bins_per_block
+        places = range(first, first + optim.bins_per_block)
+        planned = [
+            step * optim.bins_per_step + n if n < optim.bins_per_step else EMPTY for n in places
+        ]
+        self._compare(rows, "train", planned, f"step {step + 1}")
+
+    @staticmethod
+    def _compare(rows: Sequence[EncodedRow], split: str, planned: Sequence[int], when: str) -> None:
+        """Raise RuntimeError if the rows of a block are not the planned bins of a split."""
+        found = [(row["split"], row["bin"]) for row in rows]
+        for number, place in zip_longest(planned, found):
+            if place != (split, number):
+                sent = "no more bins" if place is None else f"bin {place[1]} of {place[0]}"
+                expected = "no more" if number is None else f"bin {number} of {split}"
+                raise RuntimeError(f"{when}: the stream sent {sent}, expected {expected}")

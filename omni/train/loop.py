@@ -110,7 +110,7 @@ class TrainLoop:
     def _run(self) -> dict[str, Any] | None:
         config = self.config
         self._watchdog.beat("waiting for the first block", _FIRST_BLOCK_TIMEOUT_FACTOR)
-        held = {name: self.reader.hold(name, rows) for name, rows in self.spec.held_rows.items()}
+        held = {name: self.reader.hold(name) for name in self.spec.held_bins}
         dev = held["dev"]
         self.reader.rejects.share()
         evaluated = -1

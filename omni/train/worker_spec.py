@@ -21,8 +21,8 @@ class WorkerSpec:
     tasks: list[str]
     """Names of the tasks; batches refer to them by position."""
     fingerprints: dict[str, str]
-    held_rows: dict[str, int]
-    """Bins of each held-out split, which lead the stream, over all ranks."""
+    held_bins: dict[str, int]
+    """Bins of each held-out split, which lead the stream, over all ranks and without padding."""
     train_rows: int
     """Utterances of the training index."""
     epoch_ends: list[int]

@@ -198,6 +198,6 @@ def test_patterns_and_folders_find_their_files(there: ObjectPath) -> None:
         (f"{there}/a/2.tar", ["2.tar"]),
     ):
         source = open_source(spec, Options())
-        assert [path.name for path in source.paths] == wanted  # type: ignore[attr-defined]
+        assert [path.name for path in source.paths.values()] == wanted  # type: ignore[attr-defined]
     with pytest.raises(ManifestError, match=r"/c/\*\.tar"):
         open_source(f"wds:{there}/c/*.tar", Options())

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import soundfile
 import omni
 from omni.audio.decode import decode
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
+from omni.corpus.build_tasks import pickled
 from omni.corpus.built_index import finish
 from omni.corpus.index import Index, build_index
 from omni.corpus.lengths import measure_rows, span_of
@@ -324,6 +326,37 @@ def read_all(spec: str, **options: Any) -> list[Row]:
     return [row for part in source.parts() for row in source.read(part)]
 
 
+def test_a_task_gets_what_its_own_part_needs(tmp_path: Path) -> None:
+    """Tasks for all parts of 300 shards and tables are as small as those of 3, and read alike."""
+    flac = make_corpus(tmp_path, 1)[0]["audio"]
+    table = pa.table({"id": ["x"], "audio": [(tmp_path / flac).read_bytes()], "text": ["hi"]})
+    (tmp_path / "0.txt").write_text("said")
+    for kind in ("tar", "parquet"):
+        (tmp_path / kind).mkdir()
+        sizes = {}
+        for count in (3, 300):
+            for number in range(count):
+                path = tmp_path / kind / f"{number:03}.{kind}"
+                if number % 100:
+                    path.hardlink_to(path.with_name(f"{number // 100 * 100:03}.{kind}"))
+                elif kind == "parquet":
+                    pq.write_table(table, path)
+                elif not path.exists():
+                    with tarfile.open(path, "w") as tar:
+                        tar.add(tmp_path / flac, "0.flac")
+                        tar.add(tmp_path / "0.txt", "0.txt")
+            source = open_source(str(tmp_path / kind), Options())
+            parts = source.parts()
+            assert len(parts) == count
+            tasks = [pickled((source, part)) for part in parts]
+            sizes[count] = max(map(len, tasks))
+            its_source, its_part = pickle.loads(tasks[2])
+            assert list(its_source.read(its_part)) == list(source.read(parts[2]))
+            for path in (tmp_path / kind).iterdir():
+                path.unlink()
+        assert sizes[300] <= sizes[3] + 16, kind
+
+
 def test_columns_may_have_any_name(folder: Path, rows: Rows, tmp_path: Path) -> None:
     shutil.copytree(folder / "clips", tmp_path / "clips")
     lines = ["recording,gesprochen,wer,client_id"]
@@ -615,6 +648,19 @@ def test_an_index_moves_with_its_recordings(built: Path, expected: Expected) -> 
     audio = audio_of(build_index([str(moved)]))
     for one, other in zip(audio, expected.audio, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_parts_of_an_older_version_stand_beside_new_ones(built: Path, expected: Expected) -> None:
+    """Offsets of strings had 32 bits before."""
+    first = next((built / "parts").iterdir())
+    table = pq.read_table(first)
+    old = pa.schema(
+        [f.with_type(pa.string()) if pa.types.is_large_string(f.type) else f for f in table.schema],
+        table.schema.metadata,
+    )
+    assert old != table.schema
+    pq.write_table(table.cast(old), first)
+    same(build_index([str(built)]), expected.index, True, True)
 
 
 def test_an_index_stands_beside_manifests(built: Path, folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,36 @@ def test_a_run_is_decided_before_it_starts(configure: Configure) -> None:
     prompt, text = prepared.tokenizer.encode_batch(["Write:", row["text"]])
     assert row["tokens"] == [AUDIO, prepared.tokenizer.bos, *prompt, *text, prepared.tokenizer.end]
     assert row["supervised"] == [False] * (2 + len(prompt)) + [True] * (len(text) + 1)
-    assert train.table.schema.field("tokens").type == pa.list_(pa.int32())
+    assert train.table.schema.field("tokens").type == pa.large_list(pa.int32())
     assert prepared.tasks == ["transcribe"] and row["task_number"] == 0
     assert prepared.model.lm.vocab_size == prepared.tokenizer.vocab_size <= 300
     assert prepared.model.feature_dim == prepared.encoder.d_model == 384
     assert prepared.encoder.longest_seconds == pytest.approx(2.0, abs=0.5)
+
+
+def _types(found: pa.DataType) -> Iterator[pa.DataType]:
+    yield found
+    for number in range(found.num_fields):
+        yield from _types(found.field(number).type)
+
+
+def test_tables_of_a_run_have_one_chunk_and_offsets_of_64_bits(
+    configure: Configure, tmp_path: Path
+) -> None:
+    """30 million rows overflow 32 bits; of many chunks, each bin would copy whole columns."""
+    other = _write(tmp_path / "other.jsonl", SHORT[4:8])
+    single = _write(tmp_path / "single.jsonl", SHORT[:4])
+    for train in (
+        [single, other],
+        [{"source": single, "weight": 2.0}, {"source": other, "language": "en"}],
+    ):
+        prepared = prepare(configure(data={"train": train, "case": "lower"}))
+        for split in prepared.splits.values():
+            for field in split.table.schema:
+                assert split.table[field.name].num_chunks == 1, field.name
+                for part in _types(field.type):
+                    small = pa.types.is_string(part) or pa.types.is_list(part)
+                    assert not small and not pa.types.is_binary(part), field
 
 
 def _needs(prepared: Prepared) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from omni.audio.decode import decode, decode_with_retry
 from omni.config import parse_config
 from omni.metrics.throughput import Stopwatch
-from omni.plan.plan import EMPTY
+from omni.plan.plan import EMPTY, held_bins
 from omni.report.audio_embed import embed_row
 from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import loaded_blocks
@@ -81,12 +81,22 @@ def test_ranks_take_turns_and_padding_is_nobodys_work(tmp_path: Path) -> None:
     assert not second.batch.segments_BT[1].any()
 
 
-@pytest.mark.parametrize("changes", [{"bin": 6}, {"split": "dev"}])
+@pytest.mark.parametrize(
+    ("bins", "changes", "sent"),
+    [
+        ((4, 5), {"bin": 6}, "bin 6 of train, expected bin 4 of train"),
+        ((4, 5), {"split": "dev"}, "bin 4 of dev, expected bin 4 of train"),
+        ((4, 6), {}, "bin 6 of train, expected bin 5 of train"),
+        ((4,), {}, "no more bins, expected bin 5 of train"),
+        ((4, 5, 6), {}, "bin 6 of train, expected no more"),
+    ],
+)
 def test_a_block_that_the_plan_does_not_name_is_an_error(
-    tmp_path: Path, changes: dict[str, Any]
+    tmp_path: Path, bins: tuple[int, ...], changes: dict[str, Any], sent: str
 ) -> None:
-    reader = _reader(tmp_path / "run", [_block(4, 5, **changes)])
-    with pytest.raises(RuntimeError, match=r"step 2\b.*\bbin 4 of train"):
+    """Also one whose first bin alone is right: it may have been cut or joined on the way."""
+    reader = _reader(tmp_path / "run", [_block(*bins, **changes)])
+    with pytest.raises(RuntimeError, match=rf"^step 2: .*{sent}"):
         next(reader.microbatches(1))
 
 
@@ -116,12 +126,19 @@ def test_a_rejected_utterance_is_padding_counted_and_not_in_the_ledger(tmp_path:
 def test_held_out_bins_stay_in_memory(tmp_path: Path) -> None:
     prepared = small_run()
     dev = prepared.splits["dev"]
-    blocks = [encoded_block(prepared, dev, (n, n + 1)) for n in range(0, 4, 2)]
-    held = _reader(tmp_path / "run", blocks).hold("dev", 4)
-    members = [int(n) for bin_ in range(4) for n in dev.plan.bin(bin_)]
-    assert [h.utterance.number for h in held.held] == members
-    with pytest.raises(RuntimeError, match=r"\btrain\b.*\bdev\b"):
-        _reader(tmp_path / "run", [_block(0, 1)]).hold("dev", 2)
+    bins = held_bins(dev, 2, 2).reshape(-1, 2).tolist()
+    blocks = [encoded_block(prepared, dev, block) for block in bins]
+    held = [
+        _reader(tmp_path / f"run{rank}", blocks[rank::2], rank, 2).hold("dev").held
+        for rank in range(2)
+    ]
+    for rank in range(2):
+        members = [int(n) for block in bins[rank::2] for bin_ in block for n in dev.plan.bin(bin_)]
+        assert [h.utterance.number for h in held[rank]] == members
+    with pytest.raises(RuntimeError, match=r"\bbin 0 of train\b.*\bbin 0 of dev\b"):
+        _reader(tmp_path / "run", [_block(0, 1)]).hold("dev")
+    with pytest.raises(RuntimeError, match=r"\bbin 2 of dev\b.*\bbin 0 of dev\b"):
+        _reader(tmp_path / "run", blocks[1::2]).hold("dev")
 
 
 def test_transcripts_say_where_their_recording_is(tmp_path: Path) -> None:
@@ -138,11 +155,11 @@ def test_transcripts_say_where_their_recording_is(tmp_path: Path) -> None:
     prepared = prepare(parse_config(values))
     settings = stream_settings(prepared.config, prepared.encoder)
     split = prepared.splits["dev"]
-    loaded, _ = loaded_blocks(split, range(split.plan.bins), settings)
-    block = pa.concat_tables(map(EncodeStage(settings), loaded))
+    bins = held_bins(split, 1, settings.bins_per_block).tolist()
+    loaded, _ = loaded_blocks(split, bins, settings)
     spec = make_worker_spec(prepared)
-    reader = BlockReader(spec, iter([block]), 0, 1, CPU, Stopwatch(CPU))
-    held = reader.hold("dev", prepared.config.optim.bins_per_block).held
+    reader = BlockReader(spec, map(EncodeStage(settings), loaded), 0, 1, CPU, Stopwatch(CPU))
+    held = reader.hold("dev").held
     found = {h.text: h for h in held}
     assert found[first["text"]].location == {
         "audio": first["audio"], "start": 0.25, "duration": 0.5

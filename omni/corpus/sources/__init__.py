@@ -9,7 +9,15 @@ from pathlib import Path
 
 from omni.audio.formats import AUDIO_ENDINGS
 from omni.corpus.manifest import absolute, manifest_path
-from omni.corpus.sources.base import COLUMNS, Options, Part, Row, Source, files_of
+from omni.corpus.sources.base import (
+    COLUMNS,
+    Options,
+    Part,
+    Row,
+    Source,
+    files_of,
+    source_of_part,
+)
 from omni.corpus.sources.folder import FolderSource
 from omni.corpus.sources.hub import HubSource, SavedSource, is_saved, split_spec
 from omni.corpus.sources.jsonl_csv import LineSource
@@ -23,7 +31,7 @@ from omni.errors import ManifestError
 from omni.storage.path import StoragePath
 from omni.storage.uri import public_uri
 
-__all__ = ["COLUMNS", "Options", "Part", "Row", "Source", "open_source"]
+__all__ = ["COLUMNS", "Options", "Part", "Row", "Source", "open_source", "source_of_part"]
 
 _DEFAULT = Options()
 KINDS = ("jsonl", "csv", "tsv", "parquet", "hf", "ms", "wds", "shar", "cuts", "kaldi", "folder")

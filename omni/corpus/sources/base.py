@@ -120,6 +120,16 @@ class Source(Protocol):
         ...
 
 
+def source_of_part(source: Source, part: Part) -> Source:
+    """Return a source that reads `part` alike, without what only its other parts need.
+
+    A source that lists its files has a method `narrowed`: the list is as long as the corpus, and
+    would travel to every task.
+    """
+    narrowed = getattr(source, "narrowed", None)
+    return source if narrowed is None else narrowed(part)
+
+
 def manifest_fields(row: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """Rename a row's fields to those of a manifest."""
     found: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -44,13 +45,21 @@ class ParquetSource:
     """Parquet files; a part is some row groups of one of them."""
 
     def __init__(self, spec: str, paths: list[StoragePath], options: Options) -> None:
-        self.spec, self.paths, self.options = spec, paths, options
+        self.spec, self.options = spec, options
+        self.paths = dict(enumerate(paths))
+
+    def narrowed(self, part: Part) -> ParquetSource:
+        """See `source_of_part`."""
+        narrow = copy.copy(self)
+        narrow.paths = {part.where[0]: self.paths[part.where[0]]}
+        return narrow
 
     def parts(self) -> list[Part]:
         parts = []
-        common = os.path.commonpath([str(path.parent) for path in self.paths])
+        paths = list(self.paths.values())
+        common = os.path.commonpath([str(path.parent) for path in paths])
         for number, (path, (mark, sizes)) in enumerate(
-            zip(self.paths, parallel_map(_groups, self.paths), strict=True)
+            zip(paths, parallel_map(_groups, paths), strict=True)
         ):
             first = 0
             for groups in _gather(sizes, self.options.rows_per_part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tarfile
 import tempfile
@@ -33,13 +34,21 @@ class TarSource:
     """WebDataset tars; a part is one of them. `0001.flac` with `0001.txt` or `0001.json`."""
 
     def __init__(self, spec: str, paths: list[StoragePath], options: Options) -> None:
-        self.spec, self.paths, self.options = spec, paths, options
+        self.spec, self.options = spec, options
+        self.paths = dict(enumerate(paths))
+
+    def narrowed(self, part: Part) -> TarSource:
+        """See `source_of_part`."""
+        narrow = copy.copy(self)
+        narrow.paths = {part.where[0]: self.paths[part.where[0]]}
+        return narrow
 
     def parts(self) -> list[Part]:
+        paths = list(self.paths.values())
         return [
             Part(f"{path.name}-{n:05}", mark, (n,))
             for n, (path, mark) in enumerate(
-                zip(self.paths, parallel_map(file_fingerprint, self.paths), strict=True)
+                zip(paths, parallel_map(file_fingerprint, paths), strict=True)
             )
         ]
 
@@ -62,13 +71,13 @@ def rows_of_tar(url: str, options: Options) -> Iterator[Row]:
         for found in tar_rows(Path(url), lambda row: member_fields(row, options)):
             yield Row.of_reject(found) if isinstance(found, Reject) else Row(**found)
         return
-    with tempfile.TemporaryFile(prefix="omni-tar-") as copy:
+    with tempfile.TemporaryFile(prefix="omni-tar-") as local:
         with fsspec.open(url, "rb", compression="infer") as file:
-            shutil.copyfileobj(file, copy, 8 << 20)
-        copy.seek(0)
+            shutil.copyfileobj(file, local, 8 << 20)
+        local.seek(0)
         name = redact(url)
         try:
-            members = read_members(name, copy, lambda row: member_fields(row, options))
+            members = read_members(name, local, lambda row: member_fields(row, options))
             for member in members:
                 found = member
                 if not isinstance(member, Reject):
@@ -76,8 +85,8 @@ def rows_of_tar(url: str, options: Options) -> Iterator[Row]:
                 if isinstance(found, Reject):
                     yield Row.of_reject(found)
                     continue
-                copy.seek(found["offset"])
-                data = copy.read(found["length"])
+                local.seek(found["offset"])
+                data = local.read(found["length"])
                 yield Row(**{**found, "uri": "", "offset": None, "length": None}, data=data)
         except TarError as error:
             raise ManifestError(str(error)) from None
