@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from omni.config import Config, load_config, shipped_configs
 from omni.errors import ConfigError, printable
 from omni.storage.path import StoragePath, as_path
+
+if TYPE_CHECKING:
+    from omni.storage.http import DownloadLimits
 
 CHECKPOINT = "run directory (its best checkpoint), or one of its checkpoints"
 
@@ -71,6 +74,42 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
+
+
+def add_corpus_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what the rows of a corpus may name (see `download_limits`)."""
+    from omni.storage.http import DEFAULT_LIMITS as usual
+
+    add = parser.add_argument
+    add("--allow_absolute", action="store_true", help="let corpora name files anywhere")
+    add(
+        "--allow_private_hosts",
+        action="store_true",
+        help="let rows name recordings on web servers of private and local networks",
+    )
+    add(
+        "--download_mb",
+        metavar="N",
+        type=positive,
+        default=usual.megabytes,
+        help=f"largest recording fetched from a server, in MiB (default {usual.megabytes})",
+    )
+    add(
+        "--download_seconds",
+        metavar="S",
+        type=positive,
+        default=int(usual.seconds),
+        help=f"longest time that fetching one may take (default {usual.seconds:g})",
+    )
+
+
+def download_limits(arguments: argparse.Namespace) -> DownloadLimits:
+    """Return the limits that the arguments of `add_corpus_limits` give."""
+    from omni.storage.http import DownloadLimits
+
+    return DownloadLimits(
+        arguments.download_mb, float(arguments.download_seconds), arguments.allow_private_hosts
+    )
 
 
 def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> JobParser:

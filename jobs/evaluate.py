@@ -7,7 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, positive, run_job
+from jobs.cli import (
+    CHECKPOINT,
+    add_corpus_limits,
+    checkpoint_path,
+    download_limits,
+    job_parser,
+    positive,
+    run_job,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
     add("--data", required=True, help="corpus (any SPEC of omni index), or embedded:test")
-    add("--allow_absolute", action="store_true", help="let the manifest name files anywhere")
+    add_corpus_limits(parser)
     add(
         "--metric",
         metavar="MODULE:CLASS",
@@ -43,7 +51,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     metrics = load_metrics(arguments.metric, "--metric")
     transcriber = Transcriber.load(arguments.checkpoint, arguments.device, arguments.max_new_tokens)
     summary, rows = evaluate(
-        transcriber, arguments.data, allow_absolute=arguments.allow_absolute, metrics=metrics
+        transcriber,
+        arguments.data,
+        allow_absolute=arguments.allow_absolute,
+        downloads=download_limits(arguments),
+        metrics=metrics,
     )
     if arguments.out is not None:
         arguments.out.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from jobs.cli import job_parser, run_job
+from jobs.cli import add_corpus_limits, download_limits, job_parser, run_job
 from omni.errors import ConfigError, counted
 from omni.storage.path import as_path
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--language", metavar="CODE", help="language of utterances that name none")
     add("--audio_folder", metavar="DIR", default="", help="prefix of the paths of recordings")
     add("--number_ids", action="store_true", help="make ids from positions in the source")
-    add("--allow_absolute", action="store_true", help="let corpora name files anywhere")
+    add_corpus_limits(parser)
     add(
         "--rows_per_part",
         metavar="N",
@@ -89,6 +89,7 @@ def _index(arguments: argparse.Namespace) -> None:
         number_ids=arguments.number_ids,
         rows_per_part=rows_per_part,
         allow_absolute=arguments.allow_absolute,
+        downloads=download_limits(arguments),
         segment=_segmenting(arguments),
         duration_tolerance=arguments.duration_tolerance,
     )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.cli import job_parser, run_job
+from jobs.cli import add_corpus_limits, download_limits, job_parser, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--utterances", type=_number, default=12, help="number to listen to (default 12)")
     add("--seed", type=_number, default=0, help="seed of their choice (default 0)")
     add("--tokenizer", type=Path, help="tokenizer.json to count tokens with")
-    add("--allow_absolute", action="store_true", help="let the manifest name files anywhere")
+    add_corpus_limits(parser)
     arguments = parser.parse_args(argv)
     return run_job(lambda: _inspect(arguments))
 
@@ -38,6 +38,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         tokenizer=arguments.tokenizer,
         allow_absolute=arguments.allow_absolute,
+        downloads=download_limits(arguments),
     )
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

@@ -137,6 +137,12 @@ class DataConfig(Section):
     """Layout of a sequence; auto: the chat template of a chat model of hf: or ms:, else plain."""
     allow_absolute: bool = False
     """Let manifests name audio files outside their own folder."""
+    allow_private_hosts: bool = False
+    """Let rows name recordings on web servers of private and local networks."""
+    download_mb: Positive = 1024
+    """Largest recording that is fetched from a server that a row names, in MiB."""
+    download_seconds: PositiveFloat = 300
+    """Longest time that fetching such a recording may take, in seconds."""
     max_rejects: Share = 0.05
     """Largest share of the utterances seen that may be rejected before the run stops."""
     duration_tolerance: Share = 0.1

@@ -7,17 +7,23 @@ import posixpath
 from pathlib import Path
 
 from omni.storage.path import ObjectPath, StoragePath
-from omni.storage.uri import public_bucket, public_uri
+from omni.storage.uri import public_bucket, public_uri, redact
 
 _STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "oss")
+_SHOWN = 200  # characters of an address in a message
+
+
+class AddressError(ValueError):
+    """A row's address is of a kind that omni does not open, whatever the settings."""
 
 
 def recording_uri(folder: StoragePath, name: str, allow_absolute: bool) -> str:
     """Resolve the recording `name` of a manifest in `folder` to a path or the URI of an object.
 
-    Raises ValueError where it may not lie there: outside the folder unless `allow_absolute`, on
-    this machine while the manifest is in a bucket, or with credentials and options of its own,
-    which would hold for everything else in that bucket.
+    Raises AddressError for another scheme than those of files and stores, and ValueError where it
+    may not lie there: outside the folder unless `allow_absolute`, on this machine while the
+    manifest is in a bucket, or with credentials and options of its own, which would hold for
+    everything else in that bucket.
     """
     scheme, mark, rest = name.partition("://")
     if mark and scheme != "file":
@@ -48,11 +54,21 @@ def recording_uri(folder: StoragePath, name: str, allow_absolute: bool) -> str:
     return uri
 
 
+def shown(address: str) -> str:
+    """Quote an address of a row for a message, without credentials."""
+    return repr(redact(address[:_SHOWN]))
+
+
 def _object(folder: StoragePath, scheme: str, rest: str, name: str) -> str:
     own = str(folder).partition("://")[0] if isinstance(folder, ObjectPath) else None
     if scheme not in (*_STORES, own):
-        raise ValueError(f"{public_uri(name)!r}: expected a path, or a URI of {', '.join(_STORES)}")
+        raise AddressError(
+            f"{shown(name)}: rows do not open {shown(scheme)}: expected a path, or a URI of "
+            f"{', '.join(_STORES)}"
+        )
     bucket, _, key = rest.partition("/")
+    if "::" in bucket:  # fsspec would open what follows.
+        raise AddressError(f"{shown(name)}: expected the name of a bucket without ::")
     if "?" in rest or public_bucket(scheme, bucket) != bucket:
         raise ValueError(
             f"{scheme}://{public_bucket(scheme, bucket)}/{key.partition('?')[0]}: its credentials "

@@ -26,9 +26,10 @@ from omni.corpus.languages import unknown_languages
 from omni.corpus.lengths import DURATION_TOLERANCE, Reject, measure_all
 from omni.corpus.manifest import INDEX_FILE, absolute, manifest_path, read_manifest
 from omni.corpus.rejects import without_other_files
-from omni.corpus.sources import format_of
+from omni.corpus.sources import Options, format_of
 from omni.errors import ManifestError
 from omni.storage.digest import digest
+from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
 from omni.storage.uri import public_uri
@@ -101,13 +102,14 @@ def build_index(
     threads: int = 8,
     allow_absolute: bool = False,
     duration_tolerance: float = DURATION_TOLERANCE,
+    downloads: DownloadLimits = DEFAULT_LIMITS,
 ) -> Index:
     """Index manifests, tar shards, index folders and small corpora of any shape, in order.
 
     Rows with bad audio or without text become rejects; so do recordings that lack more than the
     share `duration_tolerance` of the duration in the manifest. A manifest may name files in its own
     folder only, unless `allow_absolute`: its author may not be allowed to read all files of this
-    machine.
+    machine. downloads: limits for recordings that rows name on web servers.
     Raises ManifestError for a missing manifest, a malformed row, a repeated id, or no usable row.
     """
     tables: list[pa.Table] = []
@@ -116,7 +118,8 @@ def build_index(
     for spec in specs:
         path = _find_manifest(spec)
         if path is None:
-            path = _index_small(spec, cache_dir, allow_absolute) / INDEX_FILE
+            options = Options(allow_absolute=allow_absolute, downloads=downloads)
+            path = _index_small(spec, cache_dir, options) / INDEX_FILE
         if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
             table, bad = read_index_folder(path.parent, prompt)
             spoken = pc.not_equal(table["text"], "")
@@ -158,21 +161,21 @@ def _find_manifest(spec: str) -> StoragePath | None:
     return None if path.name.endswith((".gz", ".csv", ".tsv", ".parquet")) else path
 
 
-def _index_small(spec: str, cache_dir: StoragePath | None, allow_absolute: bool) -> StoragePath:
+def _index_small(spec: str, cache_dir: StoragePath | None, options: Options) -> StoragePath:
     """Index a small corpus of any shape beside the cache, or for this process alone without one.
 
     Returns the index folder. Raises ManifestError.
     """
     from omni.corpus.build import index_few
-    from omni.corpus.sources import Options
 
     if cache_dir is None:
         name = tempfile.mkdtemp(prefix="omni-index-")
         atexit.register(shutil.rmtree, name, ignore_errors=True)
         folder: StoragePath = Path(name)
     else:
-        folder = cache_dir / "indexes" / digest(f"{Path.cwd()} {spec} {allow_absolute}", size=8)
-    index_few(spec, folder, Options(allow_absolute=allow_absolute))
+        identity = f"{Path.cwd()} {spec} {options.allow_absolute}"
+        folder = cache_dir / "indexes" / digest(identity, size=8)
+    index_few(spec, folder, options)
     return folder
 
 

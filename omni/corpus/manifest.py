@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from omni.corpus.audio_paths import recording_uri
+from omni.corpus.audio_paths import AddressError, recording_uri
 from omni.corpus.lengths import Reject
 from omni.corpus.messages import answer_of, messages_json, parse_messages
 from omni.corpus.other_files import utf8_name
@@ -88,7 +88,10 @@ def read_manifest(
                     f"{position}: field 'audio' is missing, found {', '.join(row)}; `omni index` "
                     "reads cuts of lhotse and other names of fields"
                 )
-            yield checked_row(path, position, row, prompt=prompt, allow_absolute=allow_absolute)
+            try:
+                yield checked_row(path, position, row, prompt=prompt, allow_absolute=allow_absolute)
+            except AddressError as error:
+                yield Reject(id_of(path, position, row), "", "address", str(error))
 
 
 def tar_rows(
@@ -123,7 +126,8 @@ def checked_row(
     """Turn a row of the manifest at `path` into one of the index, without measurements.
 
     row: where it has `bytes` (offset, length), its recording is that range of the manifest itself.
-    position: file and line (or member), for messages. Raises ManifestError.
+    position: file and line (or member), for messages. Raises ManifestError, and AddressError for a
+    row to be left out.
     """
     in_tar = isinstance(row.get("bytes"), tuple)  # no JSON value is a tuple
     conversation = _conversation(position, row) if "messages" in row and not in_tar else None
@@ -135,13 +139,12 @@ def checked_row(
         check_row(position, {**recording, "text": recording.get("text") or ""})
     try:
         locations = [_location(path, item, in_tar, allow_absolute) for item in recordings]
+    except AddressError as error:
+        raise AddressError(f"{position}: field 'audio': {error}") from None
     except ValueError as error:
         raise ManifestError(f"{position}: field 'audio': {error}") from None
-    identity = row.get("id")
     return {
-        "id": position.replace(str(path), f"{path.parent.name}/{path.stem}")
-        if identity is None
-        else str(identity),
+        "id": id_of(path, position, row),
         **locations[0],
         "text": row["text"].strip(),
         "prompt": row.get("prompt") or prompt,
@@ -156,6 +159,13 @@ def checked_row(
             for location, item in zip(locations, recordings, strict=True)
         ],
     }
+
+
+def id_of(path: StoragePath, position: str, row: dict[str, Any]) -> str:
+    """Return the id of a row of the manifest at `path`: its own, or one from its position."""
+    if row.get("id") is not None:
+        return str(row["id"])
+    return position.replace(str(path), f"{path.parent.name}/{path.stem}")
 
 
 def check_row(position: str, row: dict[str, Any]) -> None:

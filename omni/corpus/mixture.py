@@ -12,6 +12,7 @@ from omni.config import SourceConfig
 from omni.corpus.index import Index, build_index, repeated_id
 from omni.corpus.lengths import DURATION_TOLERANCE
 from omni.errors import ManifestError
+from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.path import StoragePath
 from omni.storage.uri import public_uri
 
@@ -23,6 +24,7 @@ def build_mixture(
     cache_dir: StoragePath | None = None,
     allow_absolute: bool = False,
     duration_tolerance: float = DURATION_TOLERANCE,
+    downloads: DownloadLimits = DEFAULT_LIMITS,
 ) -> Index:
     """Index the sources in order; plain paths alone give what `build_index` gives.
 
@@ -36,6 +38,7 @@ def build_mixture(
             cache_dir=cache_dir,
             allow_absolute=allow_absolute,
             duration_tolerance=duration_tolerance,
+            downloads=downloads,
         )
     parts, weights = [], []
     for source in sources:
@@ -46,6 +49,7 @@ def build_mixture(
             cache_dir=cache_dir,
             allow_absolute=allow_absolute,
             duration_tolerance=duration_tolerance,
+            downloads=downloads,
         )
         parts.append(_in_language(part, entry.language))
         weights.append(np.full(len(part), entry.weight))

@@ -10,6 +10,7 @@ from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError, ManifestError
 from omni.storage.flat_folder import open_folder
+from omni.storage.http import DownloadLimits
 from omni.storage.path import join
 from omni.storage.uri import reason_of, redact, report_storage_errors
 
@@ -43,6 +44,11 @@ def build_indexes(config: Config) -> dict[str, Index]:
                     cache_dir=config.cache_dir,
                     allow_absolute=config.data.allow_absolute,
                     duration_tolerance=config.data.duration_tolerance,
+                    downloads=DownloadLimits(
+                        config.data.download_mb,
+                        config.data.download_seconds,
+                        config.data.allow_private_hosts,
+                    ),
                 )
                 for name, specs in (
                     ("train", config.data.train),

@@ -28,6 +28,7 @@ from omni.inference.decode_batch import (
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
 from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
 from omni.metrics.text_metric import TextMetric, score
+from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.uri import public_uri, reason_of
 
 
@@ -36,6 +37,7 @@ def evaluate(
     manifest: str,
     *,
     allow_absolute: bool = False,
+    downloads: DownloadLimits = DEFAULT_LIMITS,
     metrics: Sequence[TextMetric] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a manifest, and return the summary and one transcript row per utterance.
@@ -44,7 +46,12 @@ def evaluate(
     ConfigError when the manifest cannot be used, RuntimeError when storage does not answer.
     """
     try:
-        index = build_index([manifest], prompt=transcriber.prompt, allow_absolute=allow_absolute)
+        index = build_index(
+            [manifest],
+            prompt=transcriber.prompt,
+            allow_absolute=allow_absolute,
+            downloads=downloads,
+        )
         index = apply_policy(index, transcriber.policy)
     except ValueError as error:
         raise ConfigError(f"--data: {error}") from None

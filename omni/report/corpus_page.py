@@ -24,6 +24,7 @@ from omni.report.number_text import count, percent, short
 from omni.report.plan_page import RunPlan, plan_section, read_run
 from omni.report.render import render
 from omni.storage.filesystem import StorageError
+from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.path import StoragePath, as_path
 from omni.storage.uri import public_uri, reason_of, report_storage_errors
 
@@ -44,6 +45,7 @@ def write_page(
     seed: int = 0,
     tokenizer: Path | None = None,
     allow_absolute: bool = False,
+    downloads: DownloadLimits = DEFAULT_LIMITS,
 ) -> StoragePath:
     """Write the page of a manifest (or tar, or embedded:train), or of a run's directory.
 
@@ -64,7 +66,7 @@ def write_page(
         made, note = None, ""
         try:
             with report_storage_errors(public_uri(target)):
-                index = build_index([target], allow_absolute=allow_absolute)
+                index = build_index([target], allow_absolute=allow_absolute, downloads=downloads)
         except ManifestError as error:
             raise ConfigError(str(error)) from None
         tokens = None

@@ -307,14 +307,6 @@ def test_parquet_rows_name_objects_in_place(bucket: str, tmp_path: Path) -> None
     assert len(decode(outside)) == 16_000
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "simplecache::file:///etc/hostname"])
-def test_a_table_cannot_fetch_files_of_this_machine(url: str, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"audio": [url], "text": ["a"]}), tmp_path / "m.parquet")
-    source = open_source(str(tmp_path / "m.parquet"), Options())
-    with pytest.raises(ManifestError, match="m.parquet:1: "):
-        list(source.read(source.parts()[0]))
-
-
 AWAY = "s3://key:secret@gone/x.jsonl?endpoint_override=127.0.0.1:9&scheme=http&region=r"
 
 

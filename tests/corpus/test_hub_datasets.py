@@ -149,7 +149,7 @@ def test_a_zip_of_recordings_with_their_texts(folder: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "name",
-    ["file:///etc/passwd::https://example.org/a", "zip://a::/etc/a.zip", "zip://a::../a.zip"],
+    ["zip://a::/etc/a.zip", "zip://a::../a.zip", "zip://a::file:///etc/a.zip"],
 )
 def test_archives_lead_nowhere_else(name: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"audio": [name], "text": ["a"]}), tmp_path / "x.parquet")

@@ -40,6 +40,7 @@ from omni.model.lm.pretrained import find_pretrained
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.run.prepare import prepare
 from omni.stream.feature_cache import FeatureCache
+from tests.fuzz.addresses import addresses
 from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
 from tests.fuzz.shapes import corpus
 from tests.fuzz.wrong_headers import disagreement, wrong_header
@@ -269,6 +270,7 @@ TARGETS: dict[str, Target] = {
     "nanochat": nanochat,
     "corpus": corpus,
     "recording": recording,
+    "addresses": addresses,
 }
 
 

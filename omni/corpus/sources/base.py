@@ -10,12 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from omni.audio.vad import Segmenting
-from omni.corpus.audio_paths import recording_uri
+from omni.corpus.audio_paths import AddressError, recording_uri
 from omni.corpus.lengths import DURATION_TOLERANCE, Reject
 from omni.corpus.manifest import absolute
 from omni.corpus.other_files import utf8_name
 from omni.errors import ManifestError
 from omni.storage.digest import digest
+from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
 from omni.storage.uri import public_uri
 
@@ -45,6 +46,7 @@ class Options:
     allow_absolute: bool = False  # corpora may name files outside their own folder
     segment: Segmenting | None = None  # Rows may lack text; their long recordings are cut.
     duration_tolerance: float = DURATION_TOLERANCE  # share of a stated duration that may be missing
+    downloads: DownloadLimits = DEFAULT_LIMITS
 
     @property
     def fingerprint(self) -> str:
@@ -56,6 +58,8 @@ class Options:
             settings = (*settings, self.segment)
         if self.duration_tolerance != DURATION_TOLERANCE:
             settings = (*settings, self.duration_tolerance)
+        if self.downloads != DEFAULT_LIMITS:
+            settings = (*settings, self.downloads)
         return repr(settings)
 
 
@@ -160,9 +164,14 @@ def explain_missing(name: str, columns: list[str], options: Options) -> str:
 
 
 def resolve_audio(position: str, folder: StoragePath, name: str, options: Options) -> str:
-    """Resolve an audio path of a corpus in `folder`. Raises ManifestError if it is not allowed."""
+    """Resolve an audio path of a corpus in `folder`.
+
+    Raises ManifestError for one that the settings do not admit, and AddressError.
+    """
     try:
         return recording_uri(folder, name, options.allow_absolute)
+    except AddressError:
+        raise
     except ValueError as error:
         raise ManifestError(f"{position}: {error}") from None
 

@@ -17,6 +17,7 @@ from omni.corpus.sources.parquet import BATCH, Labels, label_names, rows_of, wan
 from omni.corpus.sources.webdataset import rows_of_tar
 from omni.errors import ManifestError, first_line
 from omni.model.download import HubError, once_per_node
+from omni.storage.path import ObjectPath, StoragePath
 
 
 def is_saved(folder: Path) -> bool:
@@ -80,7 +81,10 @@ class HubSource:
             stream = _stream(folder, config, split, revision).shard(count, number)
             tables = stream.with_format("arrow").iter(batch_size=BATCH)
             labels = _labels(stream.features)
-            yield from self._rows(tables, folder, f"{split}-{number:05}", labels)
+            home: StoragePath = ObjectPath(f"hf://datasets/{folder}@{revision}")
+            if Path(folder).is_dir():
+                home = Path(folder).absolute()
+            yield from self._rows(tables, home, f"{split}-{number:05}", labels)
         except (ManifestError, OSError):
             raise
         except Exception as error:
@@ -88,15 +92,14 @@ class HubSource:
             kind = HubError if _may_pass(error) else ManifestError
             raise kind(f"{self.spec}: {part.name}: cannot be read: {what}") from None
 
-    def _rows(self, tables: Any, folder: str, name: str, labels: Labels) -> Iterator[Row]:
+    def _rows(self, tables: Any, home: StoragePath, name: str, labels: Labels) -> Iterator[Row]:
         first = 0
-        within = Path(folder).absolute() if Path(folder).is_dir() else None
         for table in tables:
             columns = table.column_names
             wanted = wanted_columns(self.options)
             yield from rows_of(
                 table.select([c for c in columns if c in wanted]),
-                f"{self.spec}: {name}", f"{Path(self.name).name}/{name}", first, within,
+                f"{self.spec}: {name}", f"{Path(self.name).name}/{name}", first, home,
                 self.options, columns, {**label_names(table.schema.metadata), **labels},
             )  # fmt: skip
             first += len(table)

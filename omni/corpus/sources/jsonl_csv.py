@@ -8,7 +8,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from omni.corpus.manifest import checked_row
+from omni.corpus.audio_paths import AddressError
+from omni.corpus.manifest import checked_row, id_of
 from omni.corpus.sources.base import Options, Part, Row, explain_missing, manifest_fields
 from omni.corpus.text_file import decode_text, json_lines, open_lines
 from omni.errors import ManifestError
@@ -113,9 +114,14 @@ class LineSource:
                     if name not in row:
                         missing = explain_missing(name, list(fields), self.options)
                         raise ManifestError(f"{position}: {missing}")
-            checked = checked_row(
-                self.path, position, row, allow_absolute=self.options.allow_absolute
-            )
+            try:
+                checked = checked_row(
+                    self.path, position, row, allow_absolute=self.options.allow_absolute
+                )
+            except AddressError as error:
+                identity = id_of(self.path, position, row)
+                yield Row(id=identity, error=("address", str(error)))
+                continue
             yield Row(**checked)
 
     def _csv(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:

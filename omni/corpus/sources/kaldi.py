@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from omni.audio.container import streamed_wav_length
+from omni.corpus.audio_paths import AddressError
 from omni.corpus.manifest import check_row
 from omni.corpus.sources.base import (
     Options,
@@ -117,7 +118,10 @@ class KaldiSource:
         name, offset = (ark[1], int(ark[2])) if ark else (recording, None)
         if self.options.audio_folder:
             name = f"{self.options.audio_folder}/{name}"
-        path = resolve_audio(position, self.folder, name, self.options)
+        try:
+            path = resolve_audio(position, self.folder, name, self.options)
+        except AddressError as error:
+            return replace(row, error=("address", f"{position}: {error}"))
         if offset is None:
             return replace(row, uri=path)
         ark_file = literal_path(path)

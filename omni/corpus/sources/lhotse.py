@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from omni.corpus.audio_paths import AddressError, shown
 from omni.corpus.manifest import check_row
 from omni.corpus.sources.base import Options, Part, Row, fingerprint_of, resolve_audio
 from omni.corpus.sources.jsonl_csv import cut as cut_lines
@@ -53,11 +54,14 @@ class CutsSource:
             raise ManifestError(f"{position}: field 'recording.sources': expected a path, {name!r}")
         if "://" in name and name.partition(":")[0] in ("http", "https"):
             return Row(
-                id=_name(position, cut), error=("no audio file", f"{position}: fetch {name!r}")
+                id=_name(position, cut), error=("no audio file", f"{position}: fetch {shown(name)}")
             )
         if self.options.audio_folder:
             name = f"{self.options.audio_folder}/{name}"
-        path = resolve_audio(position, self.path.parent, name, self.options)
+        try:
+            path = resolve_audio(position, self.path.parent, name, self.options)
+        except AddressError as error:
+            return Row(id=_name(position, cut), error=("address", f"{position}: {error}"))
         return row_of_cut(position, cut, self.options, (path, None, None))
 
 

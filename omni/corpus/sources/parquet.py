@@ -7,10 +7,8 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,19 +24,14 @@ from omni.corpus.sources.base import (
     file_fingerprint,
     fingerprint_of,
     manifest_fields,
-    resolve_audio,
 )
+from omni.corpus.sources.row_audio import Recording, find_recording
 from omni.errors import ManifestError
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import StoragePath, open_ranges, raise_if_unreachable
-from omni.storage.retry import retry_storage
-from omni.storage.uri import redact
 
 Labels = Mapping[str, list[str]]
-_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd")  # members of which are fetched from inside
-_SERVERS = ("http", "https", "hf")  # schemes whose recordings are downloaded once
 BATCH = 32  # rows with audio in memory at a time
-_PATIENCE_SECONDS = 60.0  # Retry a server for this long.
 
 
 class ParquetSource:
@@ -170,8 +163,8 @@ def rows_of(
 ) -> Iterator[Row]:
     """Yield the utterances of a table. position, name: prefix of messages, prefix of ids.
 
-    first: the number of its first row, from 0. folder: what paths are relative to; None: there are
-    none. columns: all that the corpus has, for messages. labels: names of labels, by column.
+    first: the number of its first row, from 0. folder: what paths are relative to, or a hub's
+    dataset. columns: all that the corpus has, for messages. labels: names of labels, by column.
 
     Raises ManifestError.
     """
@@ -200,7 +193,10 @@ def rows_of(
             yield Row(**row, data=held)
             continue
         path = audio["path"] if isinstance(audio, dict) else audio
-        yield _elsewhere(row, f"{position}:{number}", path, folder, options)
+        found = Recording(error=("missing", f"{position}:{number}: neither bytes nor a path"))
+        if path:
+            found = find_recording(f"{position}:{number}", path, folder, options)
+        yield Row(**row, **vars(found))
 
 
 def _held(position: str, audio: Any) -> bytes | None:
@@ -217,37 +213,3 @@ def _held(position: str, audio: Any) -> bytes | None:
         f"{position}: field 'audio': expected an encoded audio file, its path, or both, "
         f"got {type(audio).__name__}"
     )
-
-
-def _elsewhere(
-    row: dict[str, Any],
-    position: str,
-    path: str | None,
-    folder: StoragePath | None,
-    options: Options,
-) -> Row:
-    """Complete a row whose audio is a file, local or on a server."""
-    if not path:
-        return Row(**row, error=("missing", f"{position}: neither bytes nor a path"))
-    *links, last = path.split("::")  # such as zip://a.flac::https://server/clips.zip
-    if not all(link.partition("://")[0] in _ARCHIVES for link in links):
-        expected = ", ".join(_ARCHIVES)
-        raise ManifestError(f"{position}: {redact(path)!r}: expected members of {expected}")
-    server, mark, _ = last.partition("://")
-    if not mark or server not in _SERVERS:
-        if folder is None and not options.allow_absolute:
-            raise ManifestError(f"{position}: {redact(path)!r} is no file of the dataset")
-        uri = resolve_audio(position, folder or Path("/"), last, options)
-        if not links:
-            return Row(**row, uri=uri)
-        path = "::".join([*links, uri])
-    try:
-        return Row(**row, data=retry_storage(lambda: _fetch(path), seconds=_PATIENCE_SECONDS))
-    except (OSError, ValueError, ImportError) as error:
-        return Row(**row, error=("missing", redact(f"{path}: {error}")))
-
-
-def _fetch(url: str) -> bytes:
-    with fsspec.open(url, "rb") as file:
-        data: bytes = file.read()
-    return data
