@@ -55,7 +55,8 @@ def _help() -> str:
         "  omni inspect embedded:train              write a page about that corpus",
         "  omni train --help                        the arguments and settings of a job",
         "",
-        "Exit codes: 0 done, 1 failed, 2 a wrong setting or input, 130 Ctrl-C, 143 SIGTERM.",
+        "Exit codes: 0 done, 1 failed, 2 a wrong setting or input, 3 another driver has the run,",
+        "130 Ctrl-C, 143 SIGTERM.",
     ]
     return "\n".join(lines)
 

@@ -29,6 +29,9 @@ def _audit(run_dir: StoragePath) -> None:
         print(f"  repeated after failures, and counted once: {counted(found.redone, 'step')}")
     if found.later:
         print(f"  to repeat, after the newest checkpoint: {counted(found.later, 'step')}")
+    if found.fenced:
+        rows = counted(found.fenced, "ledger row")
+        print(f"  written after another driver had taken over, and not counted: {rows}")
     if found.rejected:
         rejected = counted(found.rejected, "utterance")
         print(f"  rejected and left out: {rejected}; rejects.jsonl names them")

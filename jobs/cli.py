@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omni.config import Config, load_config, shipped_configs
 from omni.errors import ConfigError, printable
+from omni.storage.fence import LeaseError
 from omni.storage.path import StoragePath, as_path
 
 if TYPE_CHECKING:
@@ -173,7 +174,9 @@ def checkpoint_path(text: str) -> StoragePath:
 
 
 def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run a job and return its exit code: 2 for a wrong setting or input, 1 for a failure.
+    """Run a job and return its exit code.
+
+    2 for a wrong setting or input, 3 if another driver trains the run, 1 for another failure.
 
     ConfigError and RuntimeError end in one line on stderr; anything else is a bug and keeps its
     traceback. interrupted: the line after Ctrl-C, unless the job has a better one.
@@ -196,6 +199,9 @@ def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> 
     except ConfigError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except LeaseError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return LeaseError.EXIT_CODE
     except RuntimeError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omni.checkpoint.checkpoint import FORMAT, STATE_FILE, document_digest
-from omni.checkpoint.retention import checkpoint_path, set_link
+from omni.checkpoint.retention import checkpoint_path, set_link, staging_path
 from omni.checkpoint.train_state import TrainState
 from omni.model.speech_lm import OmniConfig
 from omni.storage.digest import file_digest
+from omni.storage.fence import check_fence, lease_number
 from omni.storage.path import ObjectPath, StoragePath
 
 
@@ -42,7 +43,8 @@ def save_checkpoint(
 ) -> StoragePath:
     """Write folder/step-NNNNNN, then move the link `last` to it; return its path.
 
-    Raises OSError, and leaves nothing behind that could be taken for a checkpoint.
+    Raises OSError, and leaves nothing behind that could be taken for a checkpoint. Raises LeaseLost
+    and publishes nothing if another driver has taken the run over.
     """
     final = checkpoint_path(folder, state.step)
     with _staging_folder(final) as staging:
@@ -59,6 +61,8 @@ def save_checkpoint(
             "files": {path.name: file_digest(path, size=16) for path in paths},
             "sizes": {path.name: path.stat().st_size for path in paths},
         }
+        if (number := lease_number(final)) is not None:
+            document["lease"] = number
         document["checksum"] = document_digest(document)
         (staging / STATE_FILE).write_text(json.dumps(document, indent=1))
     set_link(folder / "last", final)
@@ -71,17 +75,21 @@ def _staging_folder(final: StoragePath) -> Iterator[Path]:
     if isinstance(final, ObjectPath):
         with tempfile.TemporaryDirectory(prefix="omni-checkpoint-") as name:
             yield Path(name)
+            check_fence(final, fresh=True)
             (final / STATE_FILE).unlink(missing_ok=True)
             paths = sorted(Path(name).iterdir(), key=lambda path: path.name == STATE_FILE)
             for path in paths:
+                check_fence(final, fresh=True)
                 (final / path.name).upload(path)
         return
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = staging_path(final)
+    assert isinstance(temporary, Path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
     for path in temporary.iterdir():
         _sync(path)
+    check_fence(final, fresh=True)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     _sync(final.parent)

@@ -67,6 +67,8 @@ class RunConfig(Section):
     """Parts that may differ from the run being continued; any other difference is refused."""
     grace_seconds: PositiveFloat = 25
     """Seconds after SIGTERM or Ctrl-C in which the run finishes its step and saves a checkpoint."""
+    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
+    """Seconds without a heartbeat of its driver after which another may take over the run."""
     trackers: Trackers = []
     """Experiment trackers to report to besides TensorBoard, with keys from the environment."""
 

@@ -15,8 +15,15 @@ from typing import Any
 
 from omni.storage import append as growing
 from omni.storage.atomic import write_atomic
+from omni.storage.fence import check_fence, lease_number
 from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
+
+
+def lease_of(path: StoragePath) -> dict[str, int]:
+    """Return {"lease": its number} for rows that this process writes under one, else nothing."""
+    number = lease_number(path)
+    return {} if number is None else {"lease": number}
 
 
 def append_json(path: StoragePath, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -34,6 +41,7 @@ def _append(path: StoragePath, data: bytes) -> None:
     if not isinstance(path, Path):
         growing.append(path, data)
         return
+    check_fence(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -83,6 +91,7 @@ def keep_lines(path: StoragePath, keep: Callable[[dict[str, Any]], bool]) -> Non
 def remove_lines(path: StoragePath) -> None:
     """Remove a file that grows, if it exists."""
     if isinstance(path, Path):
+        check_fence(path)
         path.unlink(missing_ok=True)
     else:
         growing.remove(path)
@@ -115,6 +124,7 @@ def write_event(
     for the driver.
     """
     source = {"time": round(time.time(), 3), "run": run_dir.name, "rank": rank}
+    source |= lease_of(run_dir)
     row = {**source, "event": event, "step": step, **facts}
     shared = isinstance(run_dir, Path) or rank is None
     name = EVENTS if shared else _EVENTS_OF_RANKS.replace("*", f"{rank:04d}")

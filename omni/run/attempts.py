@@ -17,6 +17,7 @@ import ray.exceptions
 
 from omni.checkpoint.checkpoint import CheckpointError
 from omni.checkpoint.resume import ResumePoint, find_resume_point, newest_step
+from omni.checkpoint.retention import remove_staging
 from omni.cluster.capacity import Demand, cluster_nodes, workers_that_fit
 from omni.metrics.run_files import count_events, read_events, write_event
 from omni.run.failures import is_cluster_lost, root_cause
@@ -24,6 +25,8 @@ from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.signals import Signals
 from omni.run.train_worker import FATAL_FAILURE_FILE
 from omni.run.worker_group import make_trainer
+from omni.storage.fence import check_fence
+from omni.storage.lease import Lease
 from omni.storage.uri import reason_of
 from omni.stream.stream_settings import stream_settings
 from omni.train.stop_request import StopRequest
@@ -41,8 +44,9 @@ class TrainingError(RuntimeError):
 class Attempts:
     """Run attempts until the plan is trained, a signal comes, or failures repeat."""
 
-    def __init__(self, prepared: Prepared, signals: Signals) -> None:
+    def __init__(self, prepared: Prepared, signals: Signals, lease: Lease) -> None:
         self._prepared, self._config, self._signals = prepared, prepared.config, signals
+        self._lease = lease
         self._run_dir = prepared.config.run_dir
         self._stop = StopRequest(self._run_dir)
         # The stages read indexes and plans from the object store. The references travel in lists:
@@ -64,15 +68,23 @@ class Attempts:
     def run(self) -> bool:
         """Return True when the plan is trained, False when a signal ended it before.
 
-        Raises TrainingError.
+        Raises TrainingError; LeaseLost if another driver took over.
         """
         failures, reached = 0, self._step()
         failure_file = self._run_dir / FATAL_FAILURE_FILE
+        first = True
         while True:
+            # A number of its own fences the ranks of the attempt before, which may still run on a
+            # node that lost its connection to the head.
+            if not first:
+                self._lease.advance()
+            first = False
+            check_fence(failure_file, fresh=True)
             failure_file.unlink(missing_ok=True)
             self._stop.clear()
             seen = count_events(self._run_dir)
             error = self._attempt(self._choose_workers(), seen)
+            self._lease.raise_if_lost()
             if self._has_event(seen, "finished"):
                 return True
             if self._signals.received:
@@ -109,7 +121,7 @@ class Attempts:
             # storage, and a signal must be answered meanwhile.
             try:
                 resume, nodes = self._choose_resume_point(), len(cluster_nodes())
-                spec = make_worker_spec(self._prepared, workers, resume, nodes)
+                spec = make_worker_spec(self._prepared, workers, resume, nodes, self._lease.number)
                 make_trainer(spec, workers, self._splits, self._settings).fit()
             except BaseException as error:  # A lost connection raises SystemExit.
                 outcome.append(error)
@@ -120,6 +132,7 @@ class Attempts:
         deadline: float | None = None
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
+            self._lease.raise_if_lost()
             if deadline is not None:
                 stopped = self._has_event(seen, "stopped", "finished")
                 if time.monotonic() > deadline or self._signals.repeated or stopped:
@@ -140,6 +153,7 @@ class Attempts:
         where storage fails.
         """
         try:
+            remove_staging(self._run_dir / "checkpoints")
             resume, damaged = self._verified or find_resume_point(self._run_dir)
             self._verified = None
             step = 0 if resume is None else resume.step

@@ -42,6 +42,8 @@ class Audit:
     """Steps repeated after faults."""
     later: int = 0
     """Steps in the ledger after the newest checkpoint."""
+    fenced: int = 0
+    """Rows of the ledger that an attempt wrote after another had taken over; they count nowhere."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Reasons of steps without an update."""
     rejected: int = 0
@@ -58,10 +60,11 @@ def audit(run_dir: StoragePath) -> Audit:
     state = newest.state
     found = Audit(steps=state.step)
     events = read_events(run_dir)
-    attempts = [row for row in events if row["event"] == "attempt"]
+    # In the order of their leases: the clocks of two drivers may differ.
+    attempts = sorted((row for row in events if row["event"] == "attempt"), key=_lease)
     found.attempts = len(attempts)
     found.redone = sum(int(row.get("redone") or 0) for row in attempts)
-    ledger = _ledger(run_dir, found)
+    ledger = _without_fenced(_ledger(run_dir, found), attempts, found)
     rejected = {r["id"] for r in read_json_lines(run_dir / "rejects.jsonl") if "step" in r}
     trained: Counter[int] = Counter()
     for first, last, fingerprint in _segments(attempts, state.step):
@@ -84,8 +87,35 @@ def audit(run_dir: StoragePath) -> Audit:
         _check_counts(trained, found)
     found.later = sum(step > state.step for step in ledger)
     found.utterances = trained.total()
-    _check_metrics(run_dir, state.step, found)
+    _check_metrics(run_dir, state.step, attempts, found)
     return found
+
+
+def _lease(row: dict[str, Any]) -> int:
+    """Return the lease that a row was written under; 0 for rows of older versions."""
+    return int(row.get("lease") or 0)
+
+
+def _valid_lease(attempts: Sequence[dict[str, Any]], step: int) -> int:
+    """Return the smallest lease whose rows of a step count: that of the last attempt to reach it.
+
+    Rows before the step at which an attempt began are of the attempts before it.
+    """
+    return max((_lease(row) for row in attempts if int(row["step"]) < step), default=0)
+
+
+def _without_fenced(
+    ledger: dict[int, list[dict[str, Any]]], attempts: Sequence[dict[str, Any]], found: Audit
+) -> dict[int, list[dict[str, Any]]]:
+    """Leave out rows that a process wrote after it had lost the run, and count them."""
+    kept: dict[int, list[dict[str, Any]]] = {}
+    for step, rows in ledger.items():
+        least = _valid_lease(attempts, step)
+        valid = [row for row in rows if _lease(row) >= least]
+        found.fenced += len(rows) - len(valid)
+        if valid:
+            kept[step] = valid
+    return kept
 
 
 def _segments(attempts: Sequence[dict[str, Any]], steps: int) -> list[tuple[int, int, str]]:
@@ -198,11 +228,15 @@ def _check_counts(trained: Counter[int], found: Audit) -> None:
             found.problems.append(f"some utterances were trained {least} times, others {most}")
 
 
-def _check_metrics(run_dir: StoragePath, steps: int, found: Audit) -> None:
+def _check_metrics(
+    run_dir: StoragePath, steps: int, attempts: Sequence[dict[str, Any]], found: Audit
+) -> None:
     logged = Counter(
         row["step"]
         for row in read_json_lines(run_dir / "metrics.jsonl")
-        if row.get("kind") == "train" and isinstance(row.get("step"), int)
+        if row.get("kind") == "train"
+        and isinstance(row.get("step"), int)
+        and _lease(row) >= _valid_lease(attempts, row["step"])
     )
     if twice := sorted(step for step, count in logged.items() if count > 1 and step <= steps):
         found.problems.append(f"metrics.jsonl: steps {_some(twice)} are logged twice")

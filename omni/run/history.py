@@ -14,6 +14,8 @@ from omni.storage.path import StoragePath
 
 STARTED = "started"
 """Event of a driver that starts or continues the run."""
+TAKEOVER = "takeover"
+"""Event of a driver that continues the run of one that did not end by itself."""
 
 
 def changed_settings(config: Config) -> dict[str, tuple[Any, Any]]:

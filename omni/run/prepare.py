@@ -197,11 +197,15 @@ def prepare(config: Config) -> Prepared:
 
 
 def make_worker_spec(
-    prepared: Prepared, workers: int = 1, resume: ResumePoint | None = None, nodes: int = 1
+    prepared: Prepared,
+    workers: int = 1,
+    resume: ResumePoint | None = None,
+    nodes: int = 1,
+    lease: int | None = None,
 ) -> WorkerSpec:
     """Collect what every rank of a group of `workers` needs.
 
-    resume: checkpoint that they start from. nodes: of the cluster.
+    resume: checkpoint that they start from. nodes: of the cluster. lease: its number.
     """
     train = prepared.splits["train"]
     return WorkerSpec(
@@ -219,6 +223,7 @@ def make_worker_spec(
         epoch_ends=train.plan.epoch_ends.tolist(),
         nodes=nodes,
         resume=resume,
+        lease=lease,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow.compute as pc
@@ -34,6 +35,7 @@ from omni.run.console import LiveView
 from omni.run.fingerprints import check_fingerprints
 from omni.run.history import (
     STARTED,
+    TAKEOVER,
     changed_settings,
     describe_change,
     earlier_wall_seconds,
@@ -41,6 +43,8 @@ from omni.run.history import (
 from omni.run.preflight import preflight
 from omni.run.prepare import Prepared, prepare
 from omni.run.signals import Signals
+from omni.storage.lease import LEASE_FILE, Lease
+from omni.storage.owner import this_process
 from omni.storage.path import ObjectPath, remove_tree
 from omni.storage.uri import reason_of
 
@@ -53,14 +57,45 @@ _WORKING_DIR_COPIES = "working_dir_files"
 def train(config: Config) -> dict[str, Any]:
     """Start or continue the run that `config` describes; return its summary.
 
-    Raises ConfigError before Ray starts for wrong input, TrainingError if the run fails for good,
-    and, after writing a checkpoint, SystemExit(143) on SIGTERM and KeyboardInterrupt on Ctrl-C.
+    Raises ConfigError before Ray starts for wrong input, LeaseError if another driver trains the
+    run, TrainingError if the run fails for good, and, after writing a checkpoint, SystemExit(143)
+    on SIGTERM and KeyboardInterrupt on Ctrl-C.
     """
     began = time.monotonic()
     view = LiveView()
     check_trackers(config)
     _check_storage(config)
-    prepared = prepare(config)
+    prepared, lease = _prepare_alone(config, view)
+    try:
+        return _train(prepared, lease, view, began)
+    finally:
+        lease.release()
+
+
+def _prepare_alone(config: Config, view: LiveView) -> tuple[Prepared, Lease]:
+    """Take the lease of the run, and prepare it as it is from then on.
+
+    A run that is new gets its folder, and its lease, once the config has been found to be right.
+    """
+    new = not config.run_dir.exists()
+    prepared = prepare(config) if new else None
+    if new:
+        _make_folder(config)
+    try:
+        lease = Lease.take(config.run_dir, config.run.lease_seconds, view.show)
+    except OSError as error:
+        reason = f"{LEASE_FILE} cannot be written: {reason_of(error)}"
+        raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
+    try:
+        # Another driver may have trained meanwhile.
+        return prepared if prepared and lease.number == 1 else prepare(config), lease
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _train(prepared: Prepared, lease: Lease, view: LiveView, began: float) -> dict[str, Any]:
+    """Train what is left of the run. began: time.monotonic() of this driver's start."""
     config = prepared.config
     state, overridden = _saved_state(prepared)
     step = 0 if state is None else state.step
@@ -68,6 +103,9 @@ def train(config: Config) -> dict[str, Any]:
     earlier = 0.0 if state is None else earlier_wall_seconds(config.run_dir, state.seconds)
     _write_run_files(prepared)
     view.header(prepared, state)
+    if lease.note is not None:
+        view.warn(lease.note)
+    _write_takeover(lease, view, config, step)
     for name, change in changed.items():
         view.changed(describe_change(name, change))
         write_event(config.run_dir, "setting", step, name=name, before=change[0], after=change[1])
@@ -80,7 +118,8 @@ def train(config: Config) -> dict[str, Any]:
         view.complete(config.run_dir)
         view.footer(done, write_report(config.run_dir))
         return done
-    write_event(config.run_dir, STARTED, step, wall_seconds=round(earlier, 1))
+    owner = asdict(this_process())
+    write_event(config.run_dir, STARTED, step, wall_seconds=round(earlier, 1), owner=owner)
     # A local cluster gets CPUs for as many actors as may be chosen.
     start_ray(assume_actors(config, os.cpu_count() or 1))
     signals = Signals(config.run.grace_seconds)
@@ -90,13 +129,25 @@ def train(config: Config) -> dict[str, Any]:
         with Follower(config.run_dir, [view, trackers.tensorboard], view.warn):
             prepared = preflight(prepared, view.show, trial=state is None)
             with signals:
-                finished = Attempts(prepared, signals).run()
+                finished = Attempts(prepared, signals, lease).run()
         if not finished:
             _exit_stopped(view, config, signals)
         summary = _complete_summary(prepared, earlier + time.monotonic() - began)
         view.footer(summary, write_report(config.run_dir))
         trackers.complete(summary)
     return summary
+
+
+def _write_takeover(lease: Lease, view: LiveView, config: Config, step: int) -> None:
+    """Report that the driver before this one did not end by itself."""
+    before = lease.previous
+    if before is None or before.released:
+        return
+    owner = asdict(before.owner)
+    write_event(
+        config.run_dir, TAKEOVER, step, reason=f"from {before}", owner=owner, taken=before.number
+    )
+    view.show(f"  taking over from {before}")
 
 
 def dry_run(config: Config) -> None:

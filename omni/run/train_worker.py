@@ -10,6 +10,7 @@ import ray
 import ray.train
 
 from omni.metrics.run_files import write_text
+from omni.storage.lease import follow_lease, heartbeat_interval
 
 if TYPE_CHECKING:
     from omni.train.worker_spec import WorkerSpec
@@ -32,6 +33,9 @@ def run_worker(arguments: dict[str, Any]) -> None:
     from omni.train.reject_log import TooManyRejects
 
     spec: WorkerSpec = ray.get(arguments["spec"][0])
+    if spec.lease is not None:
+        interval = heartbeat_interval(spec.config.run.lease_seconds)
+        follow_lease(spec.config.run_dir, spec.lease, interval)
     torch.set_num_threads(spec.config.train.threads)
     context = ray.train.get_context()
     rank, node = context.get_world_rank(), ray.get_runtime_context().get_node_id()

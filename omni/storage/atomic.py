@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from omni.storage.fence import check_fence
 from omni.storage.path import ObjectPath, StoragePath
 from omni.storage.retry import retry_storage
 
@@ -34,6 +35,7 @@ def open_atomic(path: StoragePath) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        check_fence(path)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
+from omni.storage.fence import check_fence
 from omni.storage.filesystem import StorageError, open_filesystem
 from omni.storage.uri import public_bucket
 
@@ -80,8 +81,7 @@ class ObjectPath:
             self._bucket, self._options = _known.get(name, (self._bucket, ""))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        root = f"{self._scheme}://{self._bucket}{self._options}"
-        return _restored, (root, self._path)
+        return _restored, (self.root, self._path)
 
     def __str__(self) -> str:
         return f"{self._scheme}://{public_bucket(self._scheme, self._bucket)}{self._path}".rstrip(
@@ -106,6 +106,15 @@ class ObjectPath:
     @property
     def uri(self) -> str:
         return f"{self._scheme}://{self._bucket}{self._path}".rstrip("/") + self._options
+
+    @property
+    def scheme(self) -> str:
+        return self._scheme
+
+    @property
+    def root(self) -> str:
+        """URI of the bucket, with credentials and options."""
+        return f"{self._scheme}://{self._bucket}{self._options}"
 
     @property
     def path(self) -> PurePosixPath:
@@ -238,12 +247,14 @@ class ObjectPath:
             filesystem.create_dir(key, recursive=True)
 
     def unlink(self, missing_ok: bool = False) -> None:
+        check_fence(self)
         filesystem, key = self.filesystem
         if missing_ok and not self.exists():  # Some stores raise for a missing object, some do not.
             return
         filesystem.delete_file(key)
 
     def rmtree(self) -> None:
+        check_fence(self, fresh=True)
         filesystem, key = self.filesystem
         if self.exists():
             filesystem.delete_dir(key)
@@ -253,7 +264,7 @@ class ObjectPath:
     @property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """Return the pyarrow file system and the path in it."""
-        filesystem, root = open_filesystem(f"{self._scheme}://{self._bucket}{self._options}")
+        filesystem, root = open_filesystem(self.root)
         return filesystem, (root.rstrip("/") + str(self._path)).rstrip("/")
 
     def _at(self, path: PurePosixPath) -> ObjectPath:
@@ -263,6 +274,7 @@ class ObjectPath:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[Any]:
+        check_fence(self)
         filesystem, key = self.filesystem
         if filesystem.type_name not in _WITH_FOLDERS:
             with filesystem.open_output_stream(key, compression=None) as stream:
@@ -303,6 +315,7 @@ def open_ranges(path: StoragePath) -> Any:
 def remove_tree(folder: StoragePath) -> None:
     """Remove a folder and all in it, ignoring what cannot be removed."""
     if isinstance(folder, Path):
+        check_fence(folder, fresh=True)
         shutil.rmtree(folder, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

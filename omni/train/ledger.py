@@ -1,10 +1,15 @@
-"""Ledger of one rank: bins and utterances of every step, in ledger/rank-NNNN.jsonl."""
+"""Ledger of one rank: bins and utterances of every step.
+
+    ledger/rank-0000.lease-000003.jsonl
+
+A file has one writer: the rank of one attempt. Older versions wrote ledger/rank-0000.jsonl.
+"""
 
 from __future__ import annotations
 
 from typing import TypedDict
 
-from omni.metrics.run_files import append_json, keep_lines, read_json_lines
+from omni.metrics.run_files import append_json, keep_lines, lease_of, read_json_lines
 from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
 from omni.train.distributed import all_gather
@@ -25,6 +30,8 @@ class LedgerRow(_TrainedBin, total=False):
 
     skipped: str
     """Reason why the step made no update."""
+    lease: int
+    """Lease of the attempt; none in rows of older versions."""
 
 
 class BinIds(TypedDict):
@@ -45,7 +52,9 @@ class CurrentWork(TypedDict):
 class Ledger:
     def __init__(self, run_dir: StoragePath, rank: int) -> None:
         self._folder = run_dir / FOLDER
-        self._path = self._folder / f"rank-{rank:04d}.jsonl"
+        self._lease = lease_of(run_dir)
+        mark = "".join(f".lease-{number:06d}" for number in self._lease.values())
+        self._path = self._folder / f"rank-{rank:04d}{mark}.jsonl"
         self._pending: list[LedgerRow] = []
         self._step = 0
         self._ids: dict[int, list[str]] = {}
@@ -78,7 +87,7 @@ class Ledger:
     def write(self) -> None:
         """Append the recorded rows to the rank's file."""
         retry_storage(lambda: self._folder.mkdir(exist_ok=True))
-        append_json(self._path, self._pending)
+        append_json(self._path, [{**row, **self._lease} for row in self._pending])
         self._pending = []
 
 

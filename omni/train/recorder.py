@@ -14,7 +14,14 @@ import torch
 
 from omni.checkpoint.train_state import TrainState
 from omni.metrics.rows import Measured, Pools, Window, summarize, train_row
-from omni.metrics.run_files import append_json, last_line, read_json_lines, write_event, write_json
+from omni.metrics.run_files import (
+    append_json,
+    last_line,
+    lease_of,
+    read_json_lines,
+    write_event,
+    write_json,
+)
 from omni.metrics.table import EvalRow, TrainRow, to_json
 from omni.metrics.throughput import FirstSteps, Stopwatch, peak_flops, training_flops
 from omni.stream.feature_cache import advice_when_full
@@ -108,14 +115,14 @@ class Recorder:
                 self._publisher.gpu_memory(torch.cuda.max_memory_allocated(self._device))
         # Without tokens every step of the window was skipped.
         if self._rank == 0 and self.window.sums.tokens:
-            append_json(self._metrics, [to_json(row)])
+            append_json(self._metrics, [{**to_json(row), **lease_of(self._run_dir)}])
         if reader.cache_full is not None:
             self._log_full_cache(reader.cache_full, state.step)
         self.window = Window()
 
     def log_evaluation(self, row: EvalRow) -> None:
         if self._rank == 0:
-            append_json(self._metrics, [to_json(row)])
+            append_json(self._metrics, [{**to_json(row), **lease_of(self._run_dir)}])
             if self._publisher is not None:
                 self._publisher.eval_row(row)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from omni.metrics.run_files import write_text
+from omni.storage.fence import check_fence
 from omni.storage.path import ObjectPath, StoragePath
 
 _POLL_SECONDS = 0.5
@@ -28,6 +29,7 @@ class StopRequest:
         return self._path.exists()
 
     def clear(self) -> None:
+        check_fence(self._path)
         self._path.unlink(missing_ok=True)
 
     def received(self) -> bool:

@@ -31,3 +31,5 @@ class WorkerSpec:
     """Nodes of the cluster at the start of the attempt."""
     resume: ResumePoint | None = None
     """Checkpoint that all ranks start from, verified by the driver; None starts at step 0."""
+    lease: int | None = None
+    """Number of the lease under which the ranks write; None: the run has no driver."""

@@ -256,7 +256,7 @@ def copied(undisturbed: Path, tmp_path: Path) -> Path:
 
 
 def _rewrite(run: Path, change: Callable[[list[dict]], list[dict]]) -> None:  # type: ignore[type-arg]
-    path = run / "ledger" / "rank-0000.jsonl"
+    [path] = (run / "ledger").glob("rank-*.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in change(lines(path))))
 
 
@@ -282,7 +282,7 @@ def test_a_clean_run_is_proved_clean(copied: Path, capsys: pytest.CaptureFixture
             r"step 1: bin 0\b.*\butterances 3\b",
         ),
         (lambda rows: [*rows[4:8], *rows[:4], *rows[8:]], r"step 1\b.*\bstep 2\b"),
-        (lambda rows: [{"step": 1}, *rows], r"rank-0000\.jsonl: \{'step': 1\}"),
+        (lambda rows: [{"step": 1}, *rows], r"rank-0000\.lease-000001\.jsonl: \{'step': 1\}"),
         (lambda rows: rows[:-4], r"step 50: bins 196, 197, 198, 199\b.*\bnot\b"),
     ],
 )
@@ -303,6 +303,35 @@ def test_steps_without_an_update_are_told(copied: Path, capsys: pytest.CaptureFi
     _rewrite(copied, lambda rows: [{**rows[0], "skipped": "the loss is nan"}, *rows[1:]])
     assert audit.main([str(copied)]) == 0
     assert re.search(r"\bstep 1\b.*the loss is nan", capsys.readouterr().out)
+
+
+def test_rows_of_a_process_that_lost_the_run_are_counted_and_ignored(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = copied / "events.jsonl"
+    [attempt] = [row for row in lines(events) if row["event"] == "attempt"]
+    taken = {**attempt, "lease": 2, "step": 40}
+    events.write_text(events.read_text() + json.dumps(taken) + "\n")
+    [ledger] = (copied / "ledger").glob("rank-*.jsonl")
+    metrics = copied / "metrics.jsonl"
+    late = [row for row in lines(ledger) if row["step"] > 40]
+    second = ledger.with_name("rank-0000.lease-000002.jsonl")
+    second.write_text("".join(json.dumps({**row, "lease": 2}) + "\n" for row in late))
+    again = [{**row, "lease": 2} for row in lines(metrics) if row["step"] > 40]
+    metrics.write_text(metrics.read_text() + "".join(json.dumps(row) + "\n" for row in again))
+    assert audit.main([str(copied)]) == 0
+    assert f"not counted: {len(late)} ledger rows" in capsys.readouterr().out
+    events.write_text(events.read_text().replace('"lease": 2', '"lease": 1'))
+    assert audit.main([str(copied)]) == 1, "without a takeover they are trained twice"
+
+
+def test_a_run_of_an_older_version_is_audited(copied: Path) -> None:
+    [ledger] = (copied / "ledger").glob("rank-*.jsonl")
+    for path in (ledger, copied / "events.jsonl", copied / "metrics.jsonl"):
+        rows = [{k: v for k, v in row.items() if k != "lease"} for row in lines(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ledger.rename(ledger.with_name("rank-0000.jsonl"))
+    assert audit.main([str(copied)]) == 0
 
 
 @pytest.mark.parametrize("missing", ["checkpoints", "events.jsonl", "plan"])

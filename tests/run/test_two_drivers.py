@@ -1,0 +1,102 @@
+"""Two drivers on one run: one trains, and one that was away finds out and writes nothing more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import audit
+from omni.storage.digest import file_digest
+from tests.helpers.whole_runs import ROOT, command, curve, lines
+
+FAST = ("--run.lease_seconds", "4")
+
+
+def _start(config: Path, storage: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(config, storage, *FAST),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _wait(until: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _contents(run: Path) -> dict[str, str]:
+    """Checksums of all files of a run but those of Ray."""
+    paths = [path for path in run.rglob("*") if path.is_file() and ".ray" not in path.parts]
+    return {str(path.relative_to(run)): file_digest(path, size=16) for path in paths}
+
+
+def _checkpoint_after(run: Path, step: int) -> bool:
+    names = [path.name for path in (run / "checkpoints").glob("step-*")]
+    return any(int(name.removeprefix("step-")) >= step for name in names)
+
+
+@pytest.mark.slow
+def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
+    tiny: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    first = _start(tiny, tmp_path)
+    tree: list[psutil.Process] = []
+    try:
+        _wait((run / "lease.json").is_file, first)
+        refused = _start(tiny, tmp_path)
+        said, _ = refused.communicate(timeout=120)
+        assert refused.returncode == 3
+        assert f"pid {first.pid}" in said.splitlines()[-1], said
+        _wait(lambda: _checkpoint_after(run, 7), first)
+        tree = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        second = _start(tiny, tmp_path)
+        said, _ = second.communicate(timeout=300)
+        assert second.returncode == 0, said
+        assert f"pid {first.pid}" in said and "taking over" in said
+        after_second = _contents(run)
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+        said, _ = first.communicate(timeout=120)
+        assert first.returncode == 3, said
+        assert f"pid {second.pid}" in said.splitlines()[-1], said
+        time.sleep(3)
+        changed = {
+            name
+            for name, content in _contents(run).items()
+            if after_second.get(name) != content and not name.startswith("tensorboard/")
+        }
+        assert changed == set()
+    finally:
+        for process in reversed(tree):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        first.kill()
+    assert audit.main([str(run)]) == 0
+    assert "clean" in capsys.readouterr().out
+    assert curve(run) == curve(undisturbed)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        last = Path("checkpoints") / "last" / name
+        assert (run / last).read_bytes() == (undisturbed / last).read_bytes()
+    state = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
+    attempts = [row["lease"] for row in lines(run / "events.jsonl") if row["event"] == "attempt"]
+    assert attempts == [1, 2] and state["lease"] == 2
+    [takeover] = [row for row in lines(run / "events.jsonl") if row["event"] == "takeover"]
+    assert takeover["owner"]["pid"] == first.pid
