@@ -83,23 +83,29 @@ class Verdict:
 
     network: blocks travel between nodes; stream: the same on one node; start: the first blocks of
     an attempt are still being made. share: the busy share of that stage, for these three the share
-    of the time that trainers wait. busy: the busy share of each stage.
+    of the time that trainers wait. busy: the busy share of each stage. encoders: their number; 0:
+    all features are cached.
     """
 
     limit: str
     share: float
     busy: dict[str, float]
+    encoders: int = 1
 
     def __str__(self) -> str:
+        cached = "" if self.encoders else "; no encoders: all features are cached"
+        return self._limit + cached
+
+    @property
+    def _limit(self) -> str:
         trainer = self.busy["trainer"]
         waits = f"trainers wait {1 - trainer:.0%}"
         if self.limit == "trainer":
             return f"trainer-bound: trainers are busy {trainer:.0%} of the time"
         if self.limit in ("network", "stream"):
-            return (
-                f"{self.limit}-bound: {waits} of the time, encoders are busy "
-                f"{self.busy['encoder']:.0%}, loaders {self.busy['decode']:.0%}"
-            )
+            encoders = f"encoders are busy {self.busy['encoder']:.0%}, " if self.encoders else ""
+            loaders = f"loaders {'' if encoders else 'are busy '}{self.busy['decode']:.0%}"
+            return f"{self.limit}-bound: {waits} of the time, {encoders}{loaders}"
         if self.limit == "start":
             return f"waiting for the first blocks: {waits} of the time"
         stage = {"encoder": "encoders", "decode": "loaders"}[self.limit]
@@ -139,7 +145,7 @@ def judge(
         limit, share = busiest, stages[busiest]
     else:
         limit, share = "network" if nodes > 1 else "stream", 1 - trainer
-    return Verdict(limit, share, {"trainer": trainer, **stages})
+    return Verdict(limit, share, {"trainer": trainer, **stages}, encoders)
 
 
 class FirstSteps:

@@ -233,7 +233,8 @@ def _workers(event: Row) -> str:
         "worker" if workers == 1 else "workers": workers,
         "steps done again": event.get("redone"),
     }
-    return ", ".join(f"{value} {what}" for what, value in found.items() if value)
+    texts = [f"{value} {what}" for what, value in found.items() if value]
+    return ", ".join([*texts, *["no encoders"] * (event.get("encoders") == 0)])
 
 
 def _reject_counts(rows: list[Row], counted: object) -> list[tuple[str, str]]:

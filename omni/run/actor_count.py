@@ -51,7 +51,9 @@ def choose_actors(
     share = min(each, spare) if 0 < spare < each else each
     demand = workers * trainer_rate
     if missing <= 0:
-        return ActorChoice(1, share, "1 encoder actor: the cache holds every utterance")
+        return ActorChoice(
+            1, share, "1 encoder actor, which is not started: the cache holds every feature"
+        )
     needed = max(1, math.ceil(HEADROOM * demand / encoder_rate))
     actors = min(needed, fit)
     reason = (

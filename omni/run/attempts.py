@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import ray
 import ray.exceptions
@@ -20,6 +21,7 @@ from omni.checkpoint.resume import ResumePoint, find_resume_point, newest_step
 from omni.checkpoint.retention import remove_staging
 from omni.cluster.capacity import Demand, cluster_nodes, workers_that_fit
 from omni.metrics.run_files import count_events, read_events, write_event
+from omni.run.encoder_need import needs_encoder
 from omni.run.failures import is_cluster_lost, root_cause
 from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.signals import Signals
@@ -121,8 +123,13 @@ class Attempts:
             # storage, and a signal must be answered meanwhile.
             try:
                 resume, nodes = self._choose_resume_point(), len(cluster_nodes())
-                spec = make_worker_spec(self._prepared, workers, resume, nodes, self._lease.number)
-                make_trainer(spec, workers, self._splits, self._settings).fit()
+                first = 0 if resume is None else resume.step
+                encode = needs_encoder(self._prepared.splits, self._settings, first)
+                spec = make_worker_spec(
+                    self._prepared, workers, resume, nodes, self._lease.number, encode
+                )
+                settings = replace(self._settings, encode=encode)
+                make_trainer(spec, workers, self._splits, settings).fit()
             except BaseException as error:  # A lost connection raises SystemExit.
                 outcome.append(error)
 

@@ -170,7 +170,8 @@ def describe_event(event: dict[str, Any]) -> str | None:
     if kind == "attempt":
         workers = int(event.get("workers") or 0)
         start = f"continuing from step {event['step']}" if event.get("step") else "starting"
-        return f"{start} with {counted(workers, 'worker')}"
+        cached = "; no encoders: the cache holds all features" if event.get("encoders") == 0 else ""
+        return f"{start} with {counted(workers, 'worker')}{cached}"
     titles = {
         "failure": "an attempt failed",
         "stalled": "no progress",

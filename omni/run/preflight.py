@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -24,6 +25,7 @@ from omni.corpus.index_row import recordings
 from omni.errors import ConfigError, first_line
 from omni.run.actor_count import assume_actors, is_auto
 from omni.run.encoder_actors import resolve_encoder_actors
+from omni.run.encoder_need import missing_share
 from omni.run.estimate import Estimate, estimate
 from omni.run.prepare import Prepared
 from omni.run.trial import Trial, try_pipe
@@ -208,12 +210,13 @@ def _not_shared(mark: StoragePath, word: str, config: Config) -> str | None:
 
 def _missing(prepared: Prepared) -> float:
     """Return the share of the training audio that will be encoded."""
-    keys = prepared.splits["train"].table["key"].to_pylist()
-    cache = stream_settings(prepared.config, prepared.encoder).open_cache()
+    settings = stream_settings(prepared.config, prepared.encoder)
+    cache = settings.open_cache()
     if cache is None:
         return 1.0
-    absent = sum(key not in cache for key in keys) / len(keys)
-    return 1 - (1 - absent) * prepared.config.augment.clean_share
+    split = prepared.splits["train"]
+    share = missing_share(split, np.unique(split.plan.members), settings, cache)
+    return 1 - (1 - share) * prepared.config.augment.clean_share
 
 
 def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | None:

@@ -202,10 +202,12 @@ def make_worker_spec(
     resume: ResumePoint | None = None,
     nodes: int = 1,
     lease: int | None = None,
+    encode: bool = True,
 ) -> WorkerSpec:
     """Collect what every rank of a group of `workers` needs.
 
-    resume: checkpoint that they start from. nodes: of the cluster. lease: its number.
+    resume: checkpoint that they start from. nodes: of the cluster. lease: its number. encode: the
+    stream has encoders.
     """
     train = prepared.splits["train"]
     return WorkerSpec(
@@ -222,6 +224,7 @@ def make_worker_spec(
         train_rows=train.table.num_rows,
         epoch_ends=train.plan.epoch_ends.tolist(),
         nodes=nodes,
+        encoders=prepared.config.encoder.actor_count if encode else 0,
         resume=resume,
         lease=lease,
     )

@@ -1,6 +1,7 @@
 """Ray Data pipeline: plan rows in, blocks of Whisper features out.
 
     bin numbers -> load (tasks: cache lookup, decode, log-mel) -> encode (actors: frozen Whisper)
+    bin numbers -> read (tasks: cache lookup), where the cache holds all features
 
 One row is one bin and one block is one microbatch of one rank. Order is kept from end to end, so
 block k reaches rank k mod W, and the plan's integer says exactly what has been consumed.
@@ -9,7 +10,7 @@ block k reaches rank k mod W, and the plan's integer says exactly what has been 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,9 @@ from ray.util.metrics import Histogram
 from omni.cluster.ray_internals import SchedulerWorkarounds
 from omni.cluster.watchdog import limited
 from omni.plan.plan import Split, held_bins
+from omni.stream.encoded_block import encoded_block
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.schema import LOADED_SCHEMA
+from omni.stream.schema import LOADED_SCHEMA, LoadedRow
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings
 
@@ -61,29 +63,27 @@ def make_stream(
     if any(len(b) % per_block for _, b in rows):
         raise ValueError("rows of a split must fill whole blocks")
     order = ray.put((numbers.astype(np.int32), bins.astype(np.int64)))
-    load = _LoadStage({"order": order, "splits": list(splits)}, settings)
-    return (
-        ray.data.range(len(bins), override_num_blocks=len(bins) // per_block)
-        .map_batches(
-            load,
-            batch_size=per_block,
-            batch_format="numpy",
-            compute=TaskPoolStrategy(size=config.data.loaders),
-            num_cpus=_LOADER_CPUS,
-        )
-        .map_batches(
-            _EncodeActor,
-            fn_constructor_kwargs={"settings": settings},
-            batch_size=per_block,
-            batch_format="pyarrow",
-            # Ray Data restarts a dead actor without limit.
-            compute=ActorPoolStrategy(
-                size=config.encoder.actor_count, max_tasks_in_flight_per_actor=2
-            ),
-            num_cpus=_cpus_unlike_loader(config.encoder.cpus),
-            label_selector=config.encoder.labels,
-            num_gpus=config.encoder.gpus,
-        )
+    references: _References = {"order": order, "splits": list(splits)}
+    stage = _LoadStage if settings.encode else _ReadStage
+    loaded = ray.data.range(len(bins), override_num_blocks=len(bins) // per_block).map_batches(
+        stage(references, settings),
+        batch_size=per_block,
+        batch_format="numpy",
+        compute=TaskPoolStrategy(size=config.data.loaders),
+        num_cpus=_LOADER_CPUS,
+    )
+    if not settings.encode:
+        return loaded
+    return loaded.map_batches(
+        _EncodeActor,
+        fn_constructor_kwargs={"settings": settings},
+        batch_size=per_block,
+        batch_format="pyarrow",
+        # Ray Data restarts a dead actor without limit.
+        compute=ActorPoolStrategy(size=config.encoder.actor_count, max_tasks_in_flight_per_actor=2),
+        num_cpus=_cpus_unlike_loader(config.encoder.cpus),
+        label_selector=config.encoder.labels,
+        num_gpus=config.encoder.gpus,
     )
 
 
@@ -121,15 +121,47 @@ class _LoadStage:
         self._settings = settings
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        with limited(_block_timeout(self._settings)):
+            return pa.Table.from_pylist(self._load(batch), LOADED_SCHEMA)
+
+    def _load(self, batch: dict[str, np.ndarray]) -> list[LoadedRow]:
         torch.set_num_threads(1)
         split_of, bin_of = ray.get(self._references["order"])
+        cache = _shared_cache(self._settings)
         rows = []
+        for number in batch["id"].tolist():
+            split: Split = ray.get(self._references["splits"][split_of[number]])
+            rows.append(load_bin(split, int(bin_of[number]), self._settings, cache))
+        return rows
+
+
+class _ReadStage(_LoadStage):
+    """Turn row numbers into encoded bins, all of whose features the cache held at the start.
+
+    Features that have been damaged or removed since are encoded again, in a task that asks for the
+    resources of an encoder.
+    """
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         with limited(_block_timeout(self._settings)):
-            cache = _shared_cache(self._settings)
-            for number in batch["id"].tolist():
-                split: Split = ray.get(self._references["splits"][split_of[number]])
-                rows.append(load_bin(split, int(bin_of[number]), self._settings, cache))
-        return pa.Table.from_pylist(rows, LOADED_SCHEMA)
+            rows = self._load(batch)
+            if not any(mel is not None for row in rows for mels in row["mels"] for mel in mels):
+                return encoded_block(rows, self._settings, {})
+            encoder = self._settings.config.encoder
+            encode: Any = ray.remote(_encode).options(
+                num_cpus=encoder.cpus,
+                num_gpus=encoder.gpus,
+                label_selector=encoder.labels,
+                max_retries=2,
+            )
+            block: pa.Table = ray.get(
+                encode.remote(pa.Table.from_pylist(rows, LOADED_SCHEMA), self._settings)
+            )
+            return block
+
+
+def _encode(table: pa.Table, settings: StreamSettings) -> pa.Table:
+    return EncodeStage(settings)(table)
 
 
 class _EncodeActor(EncodeStage):

@@ -32,8 +32,9 @@ from omni.plan.sequences import PlannedRow
 from omni.storage.path import register_credentials
 from omni.storage.retry import retry_storage
 from omni.stream.codec import tensor_bytes, tensor_from
+from omni.stream.encoded_block import Name, encoded_block, recording_names
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.schema import ENCODED_SCHEMA, EncodedRow, LoadedRow, Span
+from omni.stream.schema import LoadedRow, Span
 from omni.stream.stream_settings import StreamSettings
 
 
@@ -186,20 +187,7 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-# Name of a recording inside a block: a content key, or its row, utterance and recording numbers
-# where the audio is augmented.
-_Name = str | tuple[int, int, int]
-
-
-def _names(number: int, row: LoadedRow) -> list[list[_Name]]:
-    """Name each recording of row `number` of a block."""
-    return [
-        [(number, i, part) if key is None else key for part, key in enumerate(keys)]
-        for i, keys in enumerate(row["keys"])
-    ]
-
-
-def _cache_keys(names: Iterable[_Name]) -> list[str]:
+def _cache_keys(names: Iterable[Name]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
@@ -236,21 +224,8 @@ class EncodeStage:
             bins = ", ".join(str(row["bin"]) for row in rows)
             raise located(error, f"bins {bins}, utterances {_listed(missing)}") from error
         seconds = time.perf_counter() - began if samples else 0.0
-        done: list[EncodedRow] = []
-        for number, row in enumerate(rows):
-            parts = [
-                [
-                    cached if cached is not None else encoded.get(name)
-                    for cached, name in zip(features, names, strict=True)
-                ]
-                for features, names in zip(row["features"], _names(number, row), strict=True)
-            ]
-            # An utterance that lacks a recording is left out as a whole.
-            complete = [
-                [p for p in of_row if p is not None and None not in of_row] for of_row in parts
-            ]
-            done.append(self._encoded_row(row, complete, seconds / len(rows), samples // len(rows)))
-        return pa.Table.from_pylist(done, ENCODED_SCHEMA)
+        full = None if self._cache is None else self._cache.full
+        return encoded_block(rows, self._settings, encoded, seconds, samples, full)
 
     def __del__(self) -> None:
         # Ray drops the actor when the stream ends: write what is still pending.
@@ -258,47 +233,19 @@ class EncodeStage:
         if cache is not None:
             cache.flush()
 
-    def _encoded_row(
-        self, row: LoadedRow, features: list[list[bytes]], seconds: float, samples: int
-    ) -> EncodedRow:
-        codec = self._settings.codec
-        return {
-            "split": row["split"],
-            "bin": row["bin"],
-            "numbers": row["numbers"],
-            "ids": row["ids"],
-            "uris": row["uris"],
-            "spans": row["spans"],
-            "texts": row["texts"],
-            "languages": row["languages"],
-            "samples": row["samples"],
-            "tokens": row["tokens"],
-            "supervised": row["supervised"],
-            "transcript_tokens": row["transcript_tokens"],
-            "tasks": row["tasks"],
-            "load_seconds": row["load_seconds"],
-            "errors": row["errors"],
-            "notes": row["notes"],
-            "frames": [[codec.frames(part) for part in of_row] for of_row in features],
-            "features": b"".join(chain(*features)) if self._settings.keep_features else b"",
-            "encode_seconds": seconds,
-            "encoded_samples": samples,
-            "cache_full": None if self._cache is None else self._cache.full,
-        }
-
-    def _encode(self, rows: Sequence[LoadedRow]) -> tuple[dict[_Name, bytes], int]:
+    def _encode(self, rows: Sequence[LoadedRow]) -> tuple[dict[Name, bytes], int]:
         """Encode what the rows lack; returns features by name, and the samples of that audio."""
-        missing: dict[_Name, tuple[bytes, int]] = {}
+        missing: dict[Name, tuple[bytes, int]] = {}
         for number, row in enumerate(rows):
-            names, mels, lengths = _names(number, row), row["mels"], row["lengths"]
+            mels, lengths = row["mels"], row["lengths"]
             for name, mel, samples in zip(
-                chain(*names), chain(*mels), chain(*lengths), strict=True
+                chain(*recording_names(number, row)), chain(*mels), chain(*lengths), strict=True
             ):
                 if mel is not None:
                     missing[name] = (mel, samples)
         if not missing:
             return {}, 0
-        found: dict[_Name, bytes] = {}
+        found: dict[Name, bytes] = {}
         if self._cache is not None:
             # An earlier block may have added some since the load stage looked them up.
             found.update(self._cache.get(_cache_keys(missing)))

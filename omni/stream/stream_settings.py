@@ -29,6 +29,8 @@ class StreamSettings:
     encoder: StageEncoder
     keep_features: bool = True
     """False: features go to the cache only, and the rows of the stream have none."""
+    encode: bool = True
+    """False: the cache holds all features that are left to read, and the stream has no encoders."""
     bins_per_block: int = 1
     fingerprint: str = ""
     """Hash of the encoder's weights, compared on each node; empty: not compared."""

@@ -285,7 +285,13 @@ class TrainLoop:
         plan = self.spec.fingerprints.get("plan")
         groups = describe_groups(self.model_state.optimizers)
         self._log_event(
-            "attempt", workers=self.world, nodes=nodes, plan=plan, redone=redone, groups=groups
+            "attempt",
+            workers=self.world,
+            encoders=self.spec.encoders,
+            nodes=nodes,
+            plan=plan,
+            redone=redone,
+            groups=groups,
         )
         barrier()
         self.reader.rejects.restore(self.state.rejects)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -61,10 +62,11 @@ class Recorder:
         self._run_dir = spec.config.run_dir
         self._metrics = self._run_dir / "metrics.jsonl"
         config = spec.config
-        self._pools = Pools(config.encoder.actor_count, config.data.loaders, spec.nodes)
+        self._pools = Pools(spec.encoders, config.data.loaders, spec.nodes)
         self._first_steps = FirstSteps()
         self._peak_flops = peak_flops(device)
         self._cache_reported = False
+        self._loss_reported = False
         self._last_loss: float | None = None
         self.totals = Window()
         """Sums over all attempts."""
@@ -118,6 +120,8 @@ class Recorder:
             append_json(self._metrics, [{**to_json(row), **lease_of(self._run_dir)}])
         if reader.cache_full is not None:
             self._log_full_cache(reader.cache_full, state.step)
+        if not self._spec.encoders and self.window.sums.encoded_samples:
+            self._log_lost_features(state.step)
         self.window = Window()
 
     def log_evaluation(self, row: EvalRow) -> None:
@@ -131,7 +135,10 @@ class Recorder:
     ) -> dict[str, Any]:
         """Write summary.json and return it."""
         results = {"train_loss": self._last_loss, **results}
-        summary = summarize(state, self.totals, self._pools, results, facts)
+        pools = self._pools
+        if self.totals.sums.encode_seconds:  # Earlier attempts may have had encoders.
+            pools = replace(pools, encoders=self._spec.config.encoder.actor_count)
+        summary = summarize(state, self.totals, pools, results, facts)
         if self._rank == 0:
             write_json(self._run_dir / "summary.json", summary)
         return summary
@@ -154,6 +161,17 @@ class Recorder:
         text = (
             f"the feature cache is full ({reason}): features that it lacks are encoded again in "
             f"every epoch; {advice_when_full(self._spec.config.encoder.format)}"
+        )
+        append_json(self._metrics, [{"kind": "note", "step": step, "text": text}])
+
+    def _log_lost_features(self, step: int) -> None:
+        """Log once that an attempt without encoders met features that are gone."""
+        if self._loss_reported or self._rank:
+            return
+        self._loss_reported = True
+        text = (
+            "features that the cache held at the start are damaged or gone: a task encodes them "
+            "again, block by block; the run has encoders again once it is stopped and continued"
         )
         append_json(self._metrics, [{"kind": "note", "step": step, "text": text}])
 

@@ -29,6 +29,8 @@ class WorkerSpec:
     """Bins up to the end of each epoch."""
     nodes: int = 1
     """Nodes of the cluster at the start of the attempt."""
+    encoders: int = 1
+    """Encoder actors of the stream; 0: the cache holds all features that are left to read."""
     resume: ResumePoint | None = None
     """Checkpoint that all ranks start from, verified by the driver; None starts at step 0."""
     lease: int | None = None

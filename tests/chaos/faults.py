@@ -41,9 +41,14 @@ def _one(found: list[psutil.Process], rng: random.Random, what: str) -> psutil.P
     return rng.choice(sorted(found, key=lambda process: process.pid))
 
 
+def _encoder(world: World, rng: random.Random) -> psutil.Process:
+    """An encoder; a train worker in an attempt whose features are all cached, without encoders."""
+    return _one(world.encoders() or world.trainers(), rng, "encoder or train worker")
+
+
 @_fault("encoder actor killed")
 def _encoder_killed(world: World, rng: random.Random) -> None:
-    _one(world.encoders(), rng, "encoder").send_signal(signal.SIGKILL)
+    _encoder(world, rng).send_signal(signal.SIGKILL)
 
 
 @_fault("train worker killed")
@@ -78,12 +83,12 @@ def _head_killed(world: World, rng: random.Random) -> None:
 
 @_fault("encoder stopped (SIGSTOP)")
 def _encoder_stopped(world: World, rng: random.Random) -> None:
-    _one(world.encoders(), rng, "encoder").send_signal(signal.SIGSTOP)
+    _encoder(world, rng).send_signal(signal.SIGSTOP)
 
 
 @_fault("encoder hangs in a call")
 def _encoder_hangs(world: World, rng: random.Random) -> None:
-    world.order("hang", _one(world.encoders(), rng, "encoder"))
+    world.order("hang", _encoder(world, rng))
 
 
 @_fault("train worker stopped (SIGSTOP)")

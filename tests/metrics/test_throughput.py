@@ -119,6 +119,18 @@ def test_the_stage_that_the_others_wait_for(
     told = dict(re.findall(r"(trainers|encoders|loaders)\b[^%,]*?(\d+%)", str(verdict)))
     assert told.items() >= shares.items()
     assert ADVICE[limit]
+    assert "no encoders" not in str(verdict)
+
+
+@pytest.mark.parametrize("waited, load_seconds", [(0.5, 5.0), (7.0, 19.6), (5.0, 2.0)])
+def test_a_stream_without_encoders_is_not_judged_by_them(
+    waited: float, load_seconds: float
+) -> None:
+    verdict = judge(
+        10.0, waited=waited, encode_seconds=0.0, encoders=0, load_seconds=load_seconds, loaders=2
+    )
+    assert str(verdict).endswith("no encoders: all features are cached")
+    assert "encoders are busy" not in str(verdict) and verdict.busy["encoder"] == 0
 
 
 def test_blocks_travel_only_between_nodes() -> None:

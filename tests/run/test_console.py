@@ -85,6 +85,7 @@ def test_a_note_is_shown_as_it_was_written(capsys: pytest.CaptureFixture[str]) -
     [
         ({"event": "attempt", "step": 0, "workers": 1}, ["1 worker"]),
         ({"event": "attempt", "step": 7, "workers": 2}, ["step 7", "2 workers"]),
+        ({"event": "attempt", "step": 7, "workers": 2, "encoders": 0}, ["no encoders", "cache"]),
         ({"event": "failure", "step": 7, "reason": "rank 1: OSError"}, ["rank 1: OSError"]),
         ({"event": "override", "step": 7, "fields": ["plan"]}, ["plan"]),
         ({"event": "damaged checkpoint", "step": 7, "reason": "step-000008"}, ["step-000008"]),

@@ -19,6 +19,7 @@ import soundfile
 import omni
 from omni.stream.codec import FeatureCodec
 from omni.stream.feature_cache import FeatureCache
+from tests.helpers.whole_runs import lines
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROOT = Path(omni.__file__).parents[1]
@@ -92,6 +93,9 @@ def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_pat
     summary = json.loads((tmp_path / "after" / "summary.json").read_text())
     assert summary["cached_fraction"] == 1.0
     assert summary["encoder_audio_seconds_per_second"] is None
+    assert "no encoders" in summary["throughput_verdict"]
+    [attempt] = [e for e in lines(tmp_path / "after" / "events.jsonl") if e["event"] == "attempt"]
+    assert attempt["encoders"] == 0, "the recording that is no sound asks for none"
     assert len(FeatureCache(folder)) == kept
 
 
