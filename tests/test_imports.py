@@ -15,6 +15,9 @@ WITH_RAY = {
     "omni.cluster.ray_errors",
     "omni.cluster.ray_init",
     "omni.cluster.ray_internals",
+    "omni.cluster.ray_internals.core",
+    "omni.cluster.ray_internals.data",
+    "omni.cluster.ray_internals.train",
     "omni.metrics.prometheus",
     "omni.run.attempts",
     "omni.run.encoder_actors",
@@ -39,6 +42,13 @@ def test_modules_outside_the_ray_rooms_import_without_ray() -> None:
     names = {module.name for module in pkgutil.walk_packages(omni.__path__, "omni.")}
     assert names >= WITH_RAY
     assert _imports_without_ray(", ".join(sorted(names - WITH_RAY)))
+
+
+def test_processes_that_only_coordinate_do_not_import_torch() -> None:
+    code = (
+        "import sys, omni.stream.pipeline, omni.run.train_worker; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_importing_the_pipeline_without_ray_fails() -> None:

@@ -20,7 +20,7 @@ from omni.config import Config
 from omni.plan.plan import Split
 from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import Trainer, audio_seconds
-from omni.stream.pipeline import make_stream
+from omni.stream.pipeline import SharedSettings, make_stream
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings, stream_settings
@@ -144,7 +144,7 @@ def _measure_stream(config: Config, ends: Sequence[int], result: Result) -> None
 def _drain(splits: list[ray.ObjectRef[Any]], settings: StreamSettings, bins: int) -> list[Any]:
     """Read the stream to its end, and note time, audio seconds and utterances of each block."""
     torch.set_num_threads(1)
-    stream = make_stream(splits, [(0, np.arange(bins))], settings)
+    stream = make_stream(splits, [(0, np.arange(bins))], SharedSettings.put(settings))
     stream.context.execution_options.preserve_order = True
     taken = []
     for block in stream.iter_batches(batch_size=settings.bins_per_block, batch_format="pyarrow"):

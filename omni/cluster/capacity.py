@@ -30,7 +30,7 @@ def cluster_nodes() -> list[Node]:
     """List the living nodes of the cluster that this process is connected to."""
     import ray
 
-    from omni.cluster.ray_internals import draining_node_ids
+    from omni.cluster.ray_internals.core import draining_node_ids
 
     leaving = draining_node_ids()
     return [

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import ray
 
-from omni.cluster.ray_internals import can_reach, longest_socket_name
+from omni.cluster.ray_internals.core import can_reach, longest_socket_name
 from omni.cluster.versions import forwarded_variables
 from omni.config import Config
 from omni.errors import ConfigError, first_line
 
 _ADDRESS_SECONDS = 15.0  # A cluster that starts just now gets this long to answer.
+_own_nodes: set[str] = set()
+"""Ids of the nodes of local clusters that this process has started."""
 _LONGEST_SOCKET = 107  # bytes of the name of a socket, on Linux
 
 
@@ -24,8 +26,7 @@ def start_ray(config: Config) -> None:
     A local one gets at least as many logical CPUs as the stages ask for. They are shares of the
     real ones, and a stage without any would never run.
     """
-    # Workers log through the run directory; Ray's copies would print each line twice.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    _set_train_variables(config)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A submitted job may have set the same variables; Ray would refuse to merge them.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
@@ -42,6 +43,8 @@ def start_ray(config: Config) -> None:
         os.environ.update(environment["env_vars"])
         # Stages share cores: Ray need not warn about the number of processes.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        # Ray would end an idle process for each that it starts, and start another in its place.
+        os.environ.setdefault("RAY_num_workers_soft_limit", "16")
         t, e, d = config.train, config.encoder, config.data
         need = t.most * t.cpus + e.actor_count * e.cpus + d.loaders + 1
         options |= {
@@ -53,6 +56,26 @@ def start_ray(config: Config) -> None:
         ray.init(**options)
     except ConnectionError as error:
         raise RuntimeError(f"RAY_ADDRESS: {first_line(error)}") from error
+    if "address" in options:
+        _own_nodes.add(ray.get_runtime_context().get_node_id())
+
+
+def owns_cluster() -> bool:
+    """Tell whether `start_ray` of this process started the cluster that it is connected to."""
+    return ray.get_runtime_context().get_node_id() in _own_nodes
+
+
+def _set_train_variables(config: Config) -> None:
+    """Set the variables by which Ray Train is configured; its processes get them from here."""
+    timeout = max(1, round(config.train.timeout_seconds))
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Attempts watches for nodes that are about to leave.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Workers log through the run directory; Ray's copies would print each line twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # Its controller calls ray.get in a coroutine, of which Ray would warn.
+    os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
 
 
 def _check_address(address: str) -> None:

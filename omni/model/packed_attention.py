@@ -12,12 +12,15 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+# On CPU nothing of it is used, and its import takes a second.
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Kernel = Literal["groups", "flex"]
 GROUP_FILL = 0.7  # minimum ratio of the shortest to the longest segment of a group
@@ -174,6 +177,8 @@ def _visible(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _block_mask(segments_BT: Tensor, window: int) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
     rows, length = segments_BT.shape
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -193,6 +198,8 @@ def _flex_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, mask: BlockM
 @functools.lru_cache(maxsize=2)
 def _flex_kernel(device: str) -> Callable[..., Any]:
     """Return `flex_attention`, compiled to a fused kernel on CUDA; uncompiled it runs anywhere."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     kernel: Any = flex_attention
     return torch.compile(kernel, dynamic=False) if device == "cuda" else kernel
 

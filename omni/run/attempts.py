@@ -30,6 +30,7 @@ from omni.run.worker_group import make_trainer
 from omni.storage.fence import check_fence
 from omni.storage.lease import Lease
 from omni.storage.uri import reason_of
+from omni.stream.pipeline import SharedSettings
 from omni.stream.stream_settings import stream_settings
 from omni.train.stop_request import StopRequest
 
@@ -128,7 +129,7 @@ class Attempts:
                 spec = make_worker_spec(
                     self._prepared, workers, resume, nodes, self._lease.number, encode
                 )
-                settings = replace(self._settings, encode=encode)
+                settings = SharedSettings.put(replace(self._settings, encode=encode))
                 make_trainer(spec, workers, self._splits, settings).fit()
             except BaseException as error:  # A lost connection raises SystemExit.
                 outcome.append(error)

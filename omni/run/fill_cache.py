@@ -33,7 +33,7 @@ from omni.run.actor_count import assume_actors
 from omni.storage.path import join
 from omni.stream.encoder_facts import describe_encoder
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.pipeline import make_stream
+from omni.stream.pipeline import SharedSettings, make_stream
 from omni.stream.stream_settings import StreamSettings, stream_settings
 
 _PROGRESS_SECONDS = 5.0
@@ -119,7 +119,7 @@ def _drain(
     """Read the stream to its end in a process of its own, as training does; yield its counts."""
     torch.set_num_threads(1)
     bins = np.arange(ray.get(splits[0]).plan.bins)
-    stream = make_stream(splits, [(0, bins)], settings)
+    stream = make_stream(splits, [(0, bins)], SharedSettings.put(settings))
     for block in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield pa.table(block).select(_COUNTS).to_pylist()
 

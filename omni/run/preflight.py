@@ -18,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from omni.cluster.capacity import Demand, cluster_nodes, shortage, workers_that_fit
-from omni.cluster.ray_internals import autoscaler_limits
+from omni.cluster.ray_internals.core import autoscaler_limits
 from omni.config import Config
 from omni.config.plug_in import is_plug_in, load_plug_in
 from omni.corpus.index_row import recordings

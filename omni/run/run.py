@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +32,6 @@ from omni.metrics.tracker_process import Trackers
 from omni.metrics.trackers import check_trackers
 from omni.report.run_page import write_report
 from omni.run.actor_count import assume_actors
-from omni.run.attempts import Attempts
 from omni.run.console import LiveView
 from omni.run.fingerprints import check_fingerprints
 from omni.run.history import (
@@ -40,7 +41,6 @@ from omni.run.history import (
     describe_change,
     earlier_wall_seconds,
 )
-from omni.run.preflight import preflight
 from omni.run.prepare import Prepared, prepare
 from omni.run.signals import Signals
 from omni.storage.lease import LEASE_FILE, Lease
@@ -120,8 +120,10 @@ def _train(prepared: Prepared, lease: Lease, view: LiveView, began: float) -> di
         return done
     owner = asdict(this_process())
     write_event(config.run_dir, STARTED, step, wall_seconds=round(earlier, 1), owner=owner)
-    # A local cluster gets CPUs for as many actors as may be chosen.
-    start_ray(assume_actors(config, os.cpu_count() or 1))
+    _start_cluster(config)
+    from omni.run.attempts import Attempts
+    from omni.run.preflight import preflight
+
     signals = Signals(config.run.grace_seconds)
     # Steps that a killed driver showed and that are redone now are shown once.
     keep_lines(config.run_dir / METRICS, lambda row: row.get("step", 0) <= step)
@@ -161,14 +163,24 @@ def dry_run(config: Config) -> None:
     view = LiveView()
     view.header(prepared, state)
     _warn_of_damage(view, prepared)
-    # A local cluster gets CPUs for as many actors as may be chosen.
-    start_ray(assume_actors(config, os.cpu_count() or 1))
+    _start_cluster(config)
+    from omni.run.preflight import preflight
+
     try:
         preflight(prepared, view.show, trial=True)
     finally:
         if not existed:
             remove_tree(config.run_dir)
     view.show("  dry run: nothing was trained")
+
+
+def _start_cluster(config: Config) -> None:
+    """Start Ray or connect to it, and import what uses it while its processes start."""
+    modules = threading.Thread(target=importlib.import_module, args=("omni.run.attempts",))
+    modules.start()
+    # A local cluster gets CPUs for as many actors as may be chosen.
+    start_ray(assume_actors(config, os.cpu_count() or 1))
+    modules.join()
 
 
 def _warn_of_damage(view: LiveView, prepared: Prepared) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,16 +13,17 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from omni.cluster.capacity import bundle
+from omni.cluster.ray_init import owns_cluster
+from omni.cluster.ray_internals.train import LocalTrainer
 from omni.plan.plan import Split
 from omni.run.train_worker import STREAM, run_worker
 from omni.storage.path import ObjectPath, StoragePath
-from omni.stream.pipeline import open_stream
-from omni.stream.stream_settings import StreamSettings
+from omni.stream.pipeline import SharedSettings, open_stream
 from omni.train.worker_spec import WorkerSpec
 
 
 def make_trainer(
-    spec: WorkerSpec, workers: int, splits: list[ray.ObjectRef[Split]], settings: StreamSettings
+    spec: WorkerSpec, workers: int, splits: list[ray.ObjectRef[Split]], settings: SharedSettings
 ) -> TorchTrainer:
     """Build the trainer of one attempt. splits: references to `Split`s in the object store."""
     config = spec.config
@@ -32,17 +32,13 @@ def make_trainer(
         options.resource_limits = ExecutionResources.for_limits(
             object_store_memory=config.data.buffer_mb << 20
         )
-    timeout = max(1, round(config.train.timeout_seconds))
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Attempts watches for nodes that are about to leave.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     first_step = 0 if spec.resume is None else spec.resume.step
-    return TorchTrainer(
+    trainer = LocalTrainer if owns_cluster() else TorchTrainer
+    return trainer(
         run_worker,
         # By reference: the controller would import the model to read it.
         train_loop_config={"spec": [ray.put(spec)]},
-        torch_config=TorchConfig(timeout_s=timeout),
+        torch_config=TorchConfig(timeout_s=max(1, round(config.train.timeout_seconds))),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees V1's
             num_workers=workers,
             use_gpu=config.train.gpus > 0,

@@ -9,34 +9,55 @@ block k reaches rank k mod W, and the plan's integer says exactly what has been 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.util.metrics import Histogram
 
-from omni.cluster.ray_internals import SchedulerWorkarounds
+from omni.cluster.ray_internals.data import SchedulerWorkarounds
 from omni.cluster.watchdog import limited
-from omni.plan.plan import Split, held_bins
-from omni.stream.encoded_block import encoded_block
-from omni.stream.feature_cache import FeatureCache
-from omni.stream.schema import LOADED_SCHEMA, LoadedRow
-from omni.stream.stages import EncodeStage, load_bin
-from omni.stream.stream_settings import StreamSettings
+from omni.config import Config
+
+# Ray's coordinators import this module. What only the stages need is imported where they run: torch
+# alone takes seconds.
+if TYPE_CHECKING:
+    from omni.plan.plan import Split
+    from omni.stream.feature_cache import FeatureCache
+    from omni.stream.schema import LoadedRow
+    from omni.stream.stream_settings import StreamSettings
 
 _HISTOGRAM_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 # Ray's default: the load stage fuses with the read of the row numbers.
 _LOADER_CPUS = 1.0
 
 
+@dataclass(frozen=True)
+class SharedSettings:
+    """Settings of a stream, with those that only its stages read by reference."""
+
+    config: Config
+    bins_per_block: int
+    encode: bool
+    reference: ray.ObjectRef[StreamSettings]
+
+    @classmethod
+    def put(cls, settings: StreamSettings) -> SharedSettings:
+        """Put settings into the object store, where they stay while this process lives."""
+        return cls(settings.config, settings.bins_per_block, settings.encode, ray.put(settings))
+
+
 def open_stream(
-    references: list[ray.ObjectRef[Split]], settings: StreamSettings, workers: int, first_step: int
+    references: list[ray.ObjectRef[Split]], settings: SharedSettings, workers: int, first_step: int
 ) -> Dataset:
     """Open the stream: held-out bins once, then the bins of the plan from `first_step` on."""
+    from omni.plan.plan import held_bins
+
     optim = settings.config.optim
     splits: list[Split] = ray.get(references)
     held = [(i, split) for i, split in enumerate(splits) if split.name != "train"]
@@ -50,7 +71,7 @@ def open_stream(
 def make_stream(
     splits: Sequence[ray.ObjectRef[Split]],
     rows: Sequence[tuple[int, np.ndarray]],
-    settings: StreamSettings,
+    settings: SharedSettings,
 ) -> Dataset:
     """Build a dataset whose row k is the k-th bin of `rows`: pairs of (split number, its bins).
 
@@ -63,11 +84,21 @@ def make_stream(
     if any(len(b) % per_block for _, b in rows):
         raise ValueError("rows of a split must fill whole blocks")
     order = ray.put((numbers.astype(np.int32), bins.astype(np.int64)))
-    references: _References = {"order": order, "splits": list(splits)}
+    references: _References = {
+        "order": order,
+        "splits": list(splits),
+        "settings": settings.reference,
+    }
+    timeout = _block_timeout(config)
     stage = _LoadStage if settings.encode else _ReadStage
-    loaded = ray.data.range(len(bins), override_num_blocks=len(bins) // per_block).map_batches(
-        stage(references, settings),
-        batch_size=per_block,
+    # Ray fuses the read with the load stage where both have the same number of tasks, and where the
+    # load stage takes blocks as they are. A block of row numbers is a block of bins.
+    blocks = ray.data.range(
+        len(bins), override_num_blocks=len(bins) // per_block, concurrency=config.data.loaders
+    )
+    loaded = blocks.map_batches(
+        stage(references, timeout),
+        batch_size=None,
         batch_format="numpy",
         compute=TaskPoolStrategy(size=config.data.loaders),
         num_cpus=_LOADER_CPUS,
@@ -76,7 +107,8 @@ def make_stream(
         return loaded
     return loaded.map_batches(
         _EncodeActor,
-        fn_constructor_kwargs={"settings": settings},
+        # In a list: Ray would resolve a reference that is an argument itself.
+        fn_constructor_kwargs={"settings": [settings.reference], "timeout": timeout},
         batch_size=per_block,
         batch_format="pyarrow",
         # Ray Data restarts a dead actor without limit.
@@ -111,20 +143,31 @@ class _References(TypedDict):
 
     order: ray.ObjectRef[tuple[np.ndarray, np.ndarray]]
     splits: list[ray.ObjectRef[Split]]
+    settings: ray.ObjectRef[StreamSettings]
 
 
 class _LoadStage:
     """Turn row numbers into bins with cached features, or log-mels where the cache has none."""
 
-    def __init__(self, references: _References, settings: StreamSettings) -> None:
+    def __init__(self, references: _References, timeout: float) -> None:
         self._references = references
-        self._settings = settings
+        self._timeout = timeout
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        with limited(_block_timeout(self._settings)):
+        from omni.stream.schema import LOADED_SCHEMA
+
+        with limited(self._timeout):
             return pa.Table.from_pylist(self._load(batch), LOADED_SCHEMA)
 
+    @property
+    def _settings(self) -> StreamSettings:
+        return _settings(self._references["settings"])
+
     def _load(self, batch: dict[str, np.ndarray]) -> list[LoadedRow]:
+        import torch
+
+        from omni.stream.stages import load_bin
+
         torch.set_num_threads(1)
         split_of, bin_of = ray.get(self._references["order"])
         cache = _shared_cache(self._settings)
@@ -143,7 +186,10 @@ class _ReadStage(_LoadStage):
     """
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        with limited(_block_timeout(self._settings)):
+        from omni.stream.encoded_block import encoded_block
+        from omni.stream.schema import LOADED_SCHEMA
+
+        with limited(self._timeout):
             rows = self._load(batch)
             if not any(mel is not None for row in rows for mels in row["mels"] for mel in mels):
                 return encoded_block(rows, self._settings, {})
@@ -161,37 +207,48 @@ class _ReadStage(_LoadStage):
 
 
 def _encode(table: pa.Table, settings: StreamSettings) -> pa.Table:
+    from omni.stream.stages import EncodeStage
+
     return EncodeStage(settings)(table)
 
 
-class _EncodeActor(EncodeStage):
+class _EncodeActor:
     """Run the encode stage; end a hanging process, so that another actor takes the block."""
 
-    def __init__(self, settings: StreamSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: list[ray.ObjectRef[StreamSettings]], timeout: float) -> None:
+        from omni.stream.stages import EncodeStage
+
+        shared = _settings(settings[0])
+        self._encode, self._timeout = EncodeStage(shared), timeout
         self._histogram = Histogram(
             "omni_encoder_batch_seconds",
             "Seconds that an encoder actor takes for one block.",
             _HISTOGRAM_SECONDS,
             ("run",),
         )
-        self._histogram.set_default_tags({"run": settings.config.run.name})
+        self._histogram.set_default_tags({"run": shared.config.run.name})
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        with limited(_block_timeout(self._settings)):
-            out = super().__call__(table)
+        with limited(self._timeout):
+            out = self._encode(table)
         seconds = sum(out["encode_seconds"].to_pylist())
         if seconds:
             self._histogram.observe(seconds)
         return out
 
 
-def _block_timeout(settings: StreamSettings) -> float:
+def _block_timeout(config: Config) -> float:
     """Return the seconds allowed for one block.
 
     Less than a rank waits: otherwise the whole worker group would restart instead of one stage.
     """
-    return settings.config.train.timeout_seconds / 2
+    return config.train.timeout_seconds / 2
+
+
+@functools.lru_cache(maxsize=4)
+def _settings(reference: ray.ObjectRef[StreamSettings]) -> StreamSettings:
+    """Read the settings of a stream once per process."""
+    return ray.get(reference)
 
 
 _CACHES: dict[str, FeatureCache] = {}

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import sys
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor (a collective call); return any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Any = tensor
+    full: Tensor = gathered.full_tensor()
+    return full
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether this rank holds a part of the tensor only (a DTensor)."""
+    # Where nothing is sharded, the module is not imported: it takes a second of each process.
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Move a full tensor to the device of `parameter`, and into its shards where it has any."""
     value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(
-            value, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
+    if is_sharded(parameter) and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
     return value
 
 

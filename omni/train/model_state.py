@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError
 from omni.config import Config
@@ -63,6 +61,9 @@ class ModelState:
         self.model.to(device)
         self.sharded = config.train.strategy == "fsdp" and world > 1
         if self.sharded:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
             mesh = init_device_mesh(device.type, (world,))
             for part in self.model.lm.shards():
                 fully_shard(part, mesh=mesh)

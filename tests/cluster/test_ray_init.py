@@ -16,7 +16,7 @@ import ray
 
 from omni.cluster import ray_init
 from omni.cluster.ray_init import start_ray
-from omni.cluster.ray_internals import longest_socket_name
+from omni.cluster.ray_internals.core import longest_socket_name
 from omni.config import Config
 from omni.errors import ConfigError
 

@@ -1,24 +1,36 @@
-"""All uses of Ray's private APIs are in one module, which names the release that has them."""
+"""All uses of Ray's private APIs are in one package, which names the release that has them."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_PRIVATE = re.compile(r"^\s*(from|import) ray[\w.]*\._|\bray\._\w+", re.M)
+_PRIVATE = re.compile(r"^\s*(from|import) ray[\w.]*\._|\bray\._(?!_)\w+", re.M)
 
 
-def test_private_apis_of_ray_are_in_one_module() -> None:
+def test_private_apis_of_ray_are_in_one_package() -> None:
     users = {
-        str(path.relative_to(ROOT))
+        str(path.parent.relative_to(ROOT))
         for folder in ("omni", "jobs")
         for path in (ROOT / folder).rglob("*.py")
         if _PRIVATE.search(path.read_text())
     }
-    assert users == {"omni/cluster/ray_internals.py"}
+    assert users == {"omni/cluster/ray_internals"}
+
+
+def test_the_local_trainer_replaces_a_method_that_ray_train_calls() -> None:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from omni.cluster.ray_internals.train import LocalTrainer
+
+    (name,) = (name for name in vars(LocalTrainer) if name.startswith("_initialize"))
+    assert callable(getattr(TorchTrainer, name))
+    assert f"self.{name}(" in inspect.getsource(DataParallelTrainer.fit)
 
 
 def test_another_release_of_ray_is_refused() -> None:

@@ -18,7 +18,7 @@ from ray.data import ExecutionOptions, TaskPoolStrategy
 from omni.plan.plan import held_bins
 from omni.stream.encoded_block import encoded_block
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.pipeline import make_stream, set_context
+from omni.stream.pipeline import SharedSettings, make_stream, set_context
 from omni.stream.schema import ENCODED_SCHEMA, LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings, stream_settings
@@ -100,11 +100,13 @@ def _encoder_actors() -> int:
 def _streamed(settings: StreamSettings) -> list[dict[str, Any]]:
     split = small_run().splits["dev"]
     bins = held_bins(split, 1, settings.bins_per_block)
-    stream = make_stream([ray.put(split)], [(0, bins)], settings)
+    stream = make_stream([ray.put(split)], [(0, bins)], SharedSettings.put(settings))
     stream.context.execution_options.preserve_order = True
     blocks = stream.iter_batches(batch_size=settings.bins_per_block, batch_format="pyarrow")
     tables = [pa.table(block) for block in blocks]
     assert all(table.schema.equals(ENCODED_SCHEMA) for table in tables)
+    stage = "_LoadStage" if settings.encode else "_ReadStage"
+    assert f"ReadRange->MapBatches({stage})" in stream.stats(), "one task reads and loads a block"
     return [row for table in tables for row in table.to_pylist()]
 
 

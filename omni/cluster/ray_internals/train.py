@@ -1,0 +1,26 @@
+"""Private APIs of Ray Train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.controller import TrainController
+
+
+class LocalTrainer(TorchTrainer):
+    """Start the controller in an idle process of a cluster that this process has started.
+
+    Ray Train would give the controller, and with it every process of the run, a runtime environment
+    of environment variables. Each process would then start an interpreter twice, and none could be
+    one that the cluster has started in advance. Here the variables must be set before Ray starts.
+    """
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        controller = ray.remote(num_cpus=0, label_selector=here)(TrainController)
+        actor: Any = controller.remote(**arguments)
+        ray.get(actor.run.remote())
+        return ray.get(actor.get_result.remote())
