@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from jobs.cli import job_parser, run_job
+from jobs.cli import job_parser, location, run_job
 from omni.errors import counted
-from omni.storage.path import StoragePath, as_path
+from omni.storage.path import StoragePath
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("audit", __doc__)
-    parser.add_argument("run", type=as_path, metavar="RUN", help="run directory: runs/NAME")
+    parser.add_argument("run", type=location, metavar="RUN", help="run directory: runs/NAME")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _audit(arguments.run))
 

@@ -15,6 +15,7 @@ from omni.config import Config, load_config, shipped_configs
 from omni.errors import ConfigError, printable
 from omni.storage.fence import LeaseError
 from omni.storage.path import StoragePath, as_path
+from omni.storage.uri import CREDENTIALS, has_credentials, redact
 
 if TYPE_CHECKING:
     from omni.storage.http import DownloadLimits
@@ -30,14 +31,16 @@ class JobParser(argparse.ArgumentParser):
         return super().parse_known_args([_with_underscores(text) for text in given], namespace)
 
     def error(self, message: str) -> NoReturn:
-        head, _, names = message.partition("unrecognized arguments: ")
+        head, _, names = redact(message).partition("unrecognized arguments: ")
         self.exit(2, f"error: {message if head or not names else self.unknown(names.split()[0])}\n")
 
     def unknown(self, argument: str) -> str:
         """Describe an argument that the job does not have."""
         options = list(self._option_string_actions)
         close = difflib.get_close_matches(_with_underscores(argument), options, n=1)
-        return f"{argument}: unknown argument" + (f" (did you mean {close[0]}?)" if close else "")
+        return f"{redact(argument)}: unknown argument" + (
+            f" (did you mean {close[0]}?)" if close else ""
+        )
 
 
 def _with_underscores(text: str) -> str:
@@ -163,9 +166,25 @@ def parse_settings(parser: JobParser, argv: list[str] | None) -> tuple[argparse.
     return known, config
 
 
+def location(text: str) -> StoragePath:
+    """Parse an argument that is a path or a URI."""
+    try:
+        return as_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def corpus_spec(text: str) -> str:
+    """Parse an argument that names a corpus, in any form."""
+    if has_credentials(text):
+        scheme = text.partition("://")[0].rpartition(":")[2]
+        raise argparse.ArgumentTypeError(CREDENTIALS.format(scheme=scheme))
+    return text
+
+
 def checkpoint_path(text: str) -> StoragePath:
     """Return the checkpoint that --checkpoint names; of a run's folder, its best one."""
-    path = as_path(text)
+    path = location(text)
     best = path / "checkpoints" / "best"
     try:
         return best if best.is_dir() else path
@@ -197,13 +216,13 @@ def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ConfigError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
         return 2
     except LeaseError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return LeaseError.EXIT_CODE
     except RuntimeError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs.cli import job_parser, run_job
-from omni.storage.path import as_path
+from jobs.cli import job_parser, location, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("compare", __doc__)
     add = parser.add_argument
-    add("runs", nargs="*", type=as_path, metavar="RUN", help="run directories: runs/A runs/B")
-    add("--out", type=as_path, default="compare.html", metavar="FILE", help="page to write")
+    add("runs", nargs="*", type=location, metavar="RUN", help="run directories: runs/A runs/B")
+    add("--out", type=location, default="compare.html", metavar="FILE", help="page to write")
     add("--utterances", type=_number, default=20, help="on the page that differ (default 20)")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _compare(arguments))

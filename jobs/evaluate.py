@@ -11,6 +11,7 @@ from jobs.cli import (
     CHECKPOINT,
     add_corpus_limits,
     checkpoint_path,
+    corpus_spec,
     download_limits,
     job_parser,
     positive,
@@ -22,7 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = job_parser("evaluate", __doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
-    add("--data", required=True, help="corpus (any SPEC of omni index), or embedded:test")
+    add(
+        "--data",
+        type=corpus_spec,
+        required=True,
+        help="corpus (any SPEC of omni index), or embedded:test",
+    )
     add_corpus_limits(parser)
     add(
         "--metric",

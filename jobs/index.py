@@ -9,9 +9,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from jobs.cli import add_corpus_limits, download_limits, job_parser, run_job
+from jobs.cli import add_corpus_limits, corpus_spec, download_limits, job_parser, location, run_job
 from omni.errors import ConfigError, counted
-from omni.storage.path import as_path
 
 if TYPE_CHECKING:
     from omni.audio.vad import Segmenting
@@ -31,8 +30,15 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = job_parser("index", __doc__)
     add = parser.add_argument
-    add("--source", metavar="SPEC", action="append", required=True, help="corpus; may be repeated")
-    add("--out", metavar="DIR", type=as_path, required=True, help="folder or URI of the index")
+    add(
+        "--source",
+        metavar="SPEC",
+        type=corpus_spec,
+        action="append",
+        required=True,
+        help="corpus; may be repeated",
+    )
+    add("--out", metavar="DIR", type=location, required=True, help="folder or URI of the index")
     add("--language", metavar="CODE", help="language of utterances that name none")
     add("--audio_folder", metavar="DIR", default="", help="prefix of the paths of recordings")
     add("--number_ids", action="store_true", help="make ids from positions in the source")

@@ -6,13 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.cli import add_corpus_limits, download_limits, job_parser, run_job
+from jobs.cli import add_corpus_limits, corpus_spec, download_limits, job_parser, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("inspect", __doc__)
     add = parser.add_argument
-    add("target", metavar="CORPUS|RUN", help="corpus (any SPEC of omni index), or runs/NAME")
+    add(
+        "target",
+        type=corpus_spec,
+        metavar="CORPUS|RUN",
+        help="corpus (any SPEC of omni index), or runs/NAME",
+    )
     add("--out", type=Path, help="page (default: inspect.html in the run directory, or here)")
     add("--utterances", type=_number, default=12, help="number to listen to (default 12)")
     add("--seed", type=_number, default=0, help="seed of their choice (default 0)")

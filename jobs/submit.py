@@ -1,7 +1,8 @@
 """Run a job on a Ray cluster, follow its output, and end with its exit code.
 
-It takes the working directory to the cluster, without what git ignores, run directories,
-environments and files that look like secrets; omni's own code is added where it is missing.
+It takes along the files of the working directory that git tracks (without a repository, all), but
+nothing hidden, no run directories, environments and files that look like secrets; omni's own code
+is added where it is missing.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 
-from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, positive, run_job
+from jobs.cli import CHECKPOINT, checkpoint_path, corpus_spec, job_parser, positive, run_job
 from omni.errors import ConfigError, counted
 from omni.storage.filesystem import StorageError
 from omni.storage.path import as_path
@@ -24,7 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = job_parser("transcribe", __doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
-    add("files", nargs="+", metavar="FILE|DIR", help="recording that libsndfile reads, or index")
+    add(
+        "files",
+        nargs="+",
+        type=corpus_spec,
+        metavar="FILE|DIR",
+        help="recording that libsndfile reads, or index",
+    )
     add("--segment", choices=["vad"], help="write a line for each span of speech, with its times")
     add("--language", metavar="CODE", help="language, for a model trained with data.language_tag")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")

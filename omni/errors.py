@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from omni.storage.uri import redact
+
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message names each field and what was expected."""
@@ -12,8 +14,9 @@ class ManifestError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text that is not empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    """Return the first line of an error's text that is not empty, without credentials."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return redact(next((line for line in lines if line), "no message"))
 
 
 class LocatedError(RuntimeError):

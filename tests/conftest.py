@@ -8,6 +8,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Ray runs its workers at niceness 15: beside a second test process on two cores they would starve.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
+# For buckets on loopback; Ray's workers inherit them.
+os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+
 import pytest
 import torch
 

@@ -27,13 +27,14 @@ from omni.cluster.versions import (
     forwarded_variables,
     installed_versions,
 )
-from omni.cluster.working_dir import Packed, pack, readable
+from omni.cluster.working_dir import SECRET, Packed, pack, readable
 from omni.config import Config
 from omni.errors import ConfigError, counted, first_line
 from omni.storage.uri import redact
 
 SETTINGS = "omni-job.yaml"  # file of the resolved settings in the job's working directory
 _SERVER_TIMEOUT = 60.0  # seconds
+_MOST_NAMED = 8  # paths that are left out of the upload
 _FINAL_SAVE_TIMEOUT = 60  # seconds after run.grace_seconds, for a checkpoint to reach storage
 
 
@@ -135,10 +136,10 @@ def _start_when_ready(start: Callable[[], str]) -> str:
 
 def check_settings(config: Config) -> None:
     """Refuse URIs with credentials, which all on the cluster could read. Raises ConfigError."""
-    if "://***@" in config.to_yaml():
+    if names := config.with_credentials:
         raise ConfigError(
-            "a URI with credentials would be readable by everyone on the cluster: set them in the "
-            "environment of its nodes (AWS_ACCESS_KEY_ID and so on) and leave them out of the URI"
+            f"{', '.join(names)}: credentials would be readable by everyone on the cluster: set "
+            "them in the environment of its nodes (AWS_ACCESS_KEY_ID and so on) and leave them out"
         )
 
 
@@ -156,10 +157,16 @@ def environment(config: Config) -> dict[str, str]:
 
 def describe(packed: Packed, say: Callable[[str], None]) -> None:
     say(f"working directory: {counted(packed.files, 'file')}, {readable(packed.size)}")
-    for item in packed.left_out[:8]:
+    secrets = [item for item in packed.left_out if item.reason == SECRET]
+    if secrets:
+        named = ", ".join(item.path for item in secrets[:_MOST_NAMED])
+        more = f" and {len(secrets) - _MOST_NAMED} more" * (len(secrets) > _MOST_NAMED)
+        say(f"  without {counted(len(secrets), 'path')} that {SECRET}: {named}{more}")
+    others = packed.left_out[len(secrets) :]
+    for item in others[:_MOST_NAMED]:
         say(f"  without {item}")
-    if len(packed.left_out) > 8:
-        say(f"  and without {len(packed.left_out) - 8} smaller ones")
+    if len(others) > _MOST_NAMED:
+        say(f"  and without {len(others) - _MOST_NAMED} smaller ones")
 
 
 class Follower:

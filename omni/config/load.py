@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from omni.config.settings import Config, SourceConfig
 from omni.errors import ConfigError
 from omni.storage.path import StoragePath, as_path
-from omni.storage.uri import reason_of
+from omni.storage.uri import CREDENTIALS, has_credentials, reason_of, redact, redacted
 
 RENAMED = {"optim.listen_steps": "optim.ctc_only_steps"}
 """Settings of earlier versions, by their names today."""
@@ -54,6 +54,7 @@ def load_config(
             raise ConfigError(f"--config {path}: expected sections, found {type(loaded).__name__}")
         values = loaded or {}
     if of_run:
+        values = redacted(values)
         _rename(values)
     for key, value in _parse_overrides(overrides).items():
         _set(values, key, value)
@@ -62,10 +63,30 @@ def load_config(
 
 def parse_config(values: dict[str, Any]) -> Config:
     """Validate plain values. Raises ConfigError with one line per wrong field."""
+    if found := [line for name, text in _texts("", values) if (line := _refused(name, text))]:
+        raise ConfigError("\n".join(found))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_error_text(item) for item in error.errors())) from None
+        lines = (_error_text(item) for item in error.errors())
+        raise ConfigError(redact("\n".join(lines))) from None
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the texts within a value, with their dotted names."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _texts(f"{name}.{key}" if name else str(key), inner)
+
+
+def _refused(name: str, text: str) -> str | None:
+    if not has_credentials(text):
+        return None
+    scheme = text.partition("://")[0].rpartition(":")[2]
+    return f"{name}: {CREDENTIALS.format(scheme=scheme)}"
 
 
 def _rename(values: dict[str, Any]) -> None:

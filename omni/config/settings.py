@@ -43,7 +43,7 @@ from omni.config.field_types import (
     absolute,
 )
 from omni.storage.path import StoragePath, as_path, join
-from omni.storage.uri import redact
+from omni.storage.uri import redacted
 
 _GPT_SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len", "window_pattern")
 
@@ -524,5 +524,16 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Write all settings as YAML without credentials, for run directories and checkpoints."""
-        values: dict[str, Any] = self.model_dump(mode="json")
-        return redact(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        values = redacted(self.model_dump(mode="json"))
+        return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    @property
+    def with_credentials(self) -> list[str]:
+        """Names of settings whose values `to_yaml` does not write as they are."""
+        values = self.model_dump(mode="json")
+        return [
+            f"{section}.{name}"
+            for section, fields in values.items()
+            for name, value in fields.items()
+            if redacted(value) != value
+        ]

@@ -7,7 +7,7 @@ import posixpath
 from pathlib import Path
 
 from omni.storage.path import ObjectPath, StoragePath
-from omni.storage.uri import public_bucket, public_uri, redact
+from omni.storage.uri import public_bucket, public_uri, redact, split_credentials
 
 _STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "oss")
 _SHOWN = 200  # characters of an address in a message
@@ -66,7 +66,9 @@ def _object(folder: StoragePath, scheme: str, rest: str, name: str) -> str:
             f"{shown(name)}: rows do not open {shown(scheme)}: expected a path, or a URI of "
             f"{', '.join(_STORES)}"
         )
-    bucket, _, key = rest.partition("/")
+    user, location = split_credentials(scheme, rest)
+    bucket, _, key = location.partition("/")
+    bucket = user + bucket
     if "::" in bucket:  # fsspec would open what follows.
         raise AddressError(f"{shown(name)}: expected the name of a bucket without ::")
     if "?" in rest or public_bucket(scheme, bucket) != bucket:

@@ -18,6 +18,7 @@ from omni.storage.atomic import write_atomic
 from omni.storage.fence import check_fence, lease_number
 from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
+from omni.storage.uri import redact, redacted
 
 
 def lease_of(path: StoragePath) -> dict[str, int]:
@@ -125,7 +126,7 @@ def write_event(
     """
     source = {"time": round(time.time(), 3), "run": run_dir.name, "rank": rank}
     source |= lease_of(run_dir)
-    row = {**source, "event": event, "step": step, **facts}
+    row = {**source, "event": event, "step": step, **redacted(facts)}
     shared = isinstance(run_dir, Path) or rank is None
     name = EVENTS if shared else _EVENTS_OF_RANKS.replace("*", f"{rank:04d}")
     append_json(run_dir / name, [row])
@@ -160,4 +161,4 @@ def _time(row: dict[str, Any]) -> float:
 def last_line(error: BaseException) -> str:
     """Return the last line of a message, which may hold the traceback of another process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+    return redact(lines[-1]) if lines else "no message"

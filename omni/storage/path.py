@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
+from omni.errors import ConfigError
 from omni.storage.fence import check_fence
 from omni.storage.filesystem import StorageError, open_filesystem
-from omni.storage.uri import public_bucket
+from omni.storage.uri import CREDENTIALS, has_credentials, public_bucket, split_credentials
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,18 +63,26 @@ class ObjectStat:
 class ObjectPath:
     """Path of an object. Failures are OSError; a missing object is FileNotFoundError.
 
+    Raises ConfigError for a bucket's URI that holds credentials.
+
     `str()` leaves out credentials and options, for messages and tables; `uri` includes them. Plain
     URIs use the credentials and options last given for their bucket in this process (see
     `register_credentials`).
     """
 
     def __init__(self, uri: str) -> None:
+        if has_credentials(uri):
+            scheme = uri.partition(":")[0]
+            raise ConfigError(f"{scheme}://***: {CREDENTIALS.format(scheme=scheme)}")
         self._scheme, _, rest = uri.partition("://")
-        path, question, options = rest.partition("?")
-        bucket, _, key = path.partition("/")  # with credentials, or host and port
-        self._bucket = bucket.removeprefix("***@")  # `redact` writes ***.
+        user, location = split_credentials(self._scheme, rest)
+        path, _, options = location.partition("?")
+        bucket, _, key = path.partition("/")  # with a port
+        # `redact` writes ***: credentials and options that this process has to know, or needs not.
+        self._bucket = user.removeprefix("***@").replace(":***@", "@") + bucket
         self._path = PurePosixPath("/") / key
-        self._options = question + options
+        kept = [option for option in options.split("&") if option and not option.endswith("=***")]
+        self._options = "?" * bool(kept) + "&".join(kept)
         name = self._scheme, public_bucket(self._scheme, self._bucket)
         if self._options or name[1] != self._bucket:
             _known[name] = self._bucket, self._options

@@ -328,6 +328,6 @@ def test_what_a_bucket_lost_is_noticed(
 
 
 def test_a_bucket_that_is_away_is_not_an_empty_one() -> None:
-    away = as_path("s3://key:secret@runs?endpoint_override=127.0.0.1:9&scheme=http&region=r")
+    away = as_path("s3://runs?endpoint_override=127.0.0.1:9&scheme=http&region=r")
     with pytest.raises(OSError):
         newest_checkpoint(away / "checkpoints")

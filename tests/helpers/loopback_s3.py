@@ -11,13 +11,13 @@ from moto.server import ThreadedMotoServer
 
 @contextlib.contextmanager
 def s3_bucket(name: str) -> Iterator[str]:
-    """URI of a new bucket, credentials and server included, as a user would name it."""
+    """URI of a new bucket, server included, as a user would name it; tests/conftest.py has keys."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()
         options = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
-        uri = f"s3://key:secret@{name}?{options}"
+        uri = f"s3://{name}?{options}"
         filesystem, _ = pafs.FileSystem.from_uri(uri)
         filesystem.create_dir(name)
         yield uri

@@ -249,7 +249,7 @@ def test_a_run_in_a_bucket_is_killed_and_continued_bit_for_bit(
     [
         ("nowhere://key:secret@bucket/runs", "nowhere"),
         (
-            "s3://key:secret@b/runs?endpoint_override=127.0.0.1:9&scheme=http&region=r",
+            "s3://b/runs?endpoint_override=127.0.0.1:9&scheme=http&region=r",
             "s3://b/runs",
         ),
     ],
