@@ -116,6 +116,29 @@ def download_limits(arguments: argparse.Namespace) -> DownloadLimits:
     )
 
 
+def positive_float(text: str) -> float:
+    """Parse an argument that is a finite number over 0."""
+    if not 0 < (number := float(text)) < float("inf"):
+        raise ValueError
+    return number
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that replace the training's `eval.decode` and `eval.ctc_weight`."""
+    add = parser.add_argument
+    add(
+        "--decode",
+        choices=["lm", "ctc", "joint"],
+        help="decoder of what is said: language model, CTC head, or both (default eval.decode)",
+    )
+    add(
+        "--ctc_weight",
+        type=positive_float,
+        metavar="W",
+        help="weight of CTC in decoding by both (default eval.ctc_weight)",
+    )
+
+
 def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> JobParser:
     """Make the parser of a job; the first paragraph of `doc` describes it, the rest comes last."""
     about, *rest = (doc or "").strip().split("\n\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from jobs.cli import (
     CHECKPOINT,
     add_corpus_limits,
+    add_decoding,
     checkpoint_path,
     corpus_spec,
     download_limits,
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, help="write one JSON line per utterance here")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
     add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
+    add_decoding(parser)
     add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _evaluate(arguments))
@@ -55,7 +57,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     metrics = load_metrics(arguments.metric, "--metric")
-    transcriber = Transcriber.load(arguments.checkpoint, arguments.device, arguments.max_new_tokens)
+    transcriber = Transcriber.load(
+        arguments.checkpoint,
+        arguments.device,
+        arguments.max_new_tokens,
+        arguments.decode,
+        arguments.ctc_weight,
+    )
     summary, rows = evaluate(
         transcriber,
         arguments.data,

@@ -19,8 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         from omni.inference.export import export
 
-        for path in export(arguments.checkpoint, arguments.to, arguments.out):
+        exported = export(arguments.checkpoint, arguments.to, arguments.out)
+        for path in exported.files:
             print(path)
+        for note in exported.notes:
+            print(f"note: {note}", file=sys.stderr)
 
     return run_job(job)
 

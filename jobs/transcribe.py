@@ -13,7 +13,15 @@ import argparse
 import json
 import sys
 
-from jobs.cli import CHECKPOINT, checkpoint_path, corpus_spec, job_parser, positive, run_job
+from jobs.cli import (
+    CHECKPOINT,
+    add_decoding,
+    checkpoint_path,
+    corpus_spec,
+    job_parser,
+    positive,
+    run_job,
+)
 from omni.errors import ConfigError, counted
 from omni.storage.filesystem import StorageError
 from omni.storage.path import as_path
@@ -35,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--language", metavar="CODE", help="language, for a model trained with data.language_tag")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
     add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
+    add_decoding(parser)
     add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _transcribe(arguments))
@@ -48,7 +57,13 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     from omni.inference.transcriber import Transcriber, transcribe_files
 
     torch.set_num_threads(arguments.threads)
-    transcriber = Transcriber.load(arguments.checkpoint, arguments.device, arguments.max_new_tokens)
+    transcriber = Transcriber.load(
+        arguments.checkpoint,
+        arguments.device,
+        arguments.max_new_tokens,
+        arguments.decode,
+        arguments.ctc_weight,
+    )
     unread = cut = 0
     for name in arguments.files:
         if _is_folder(name):

@@ -17,6 +17,9 @@ class TrainState:
     """Seconds of training steps, over all attempts."""
     best_value: float | None = None
     """Best value of `eval.best` so far; lower is better."""
+    best_metric: str = ""
+    """What `best_value` measures; empty in checkpoints of versions that decoded by the language
+    model alone."""
     best_step: int | None = None
     evaluations_since_best: int = 0
     mean_norm: float = 0.0
@@ -32,3 +35,15 @@ class TrainState:
     """Rejected recordings by reason."""
     totals: dict[str, Any] = field(default_factory=dict)
     """Sums over all steps, of `omni.metrics.rows.Window`; empty in checkpoints of 0.1."""
+
+    def measure_best(self, metric: str, before: str) -> str | None:
+        """Let `best_value` measure `metric` from now on.
+
+        before: what it measures in checkpoints that do not say. If that is another thing, the value
+        is forgotten, and what it measured is returned.
+        """
+        measured, self.best_metric = self.best_metric or before, metric
+        if self.best_value is None or measured == metric:
+            return None
+        self.best_value, self.evaluations_since_best = None, 0
+        return measured

@@ -472,6 +472,10 @@ class EvalConfig(Section):
     """Utterances of dev that are transcribed at each evaluation; all of test at the end."""
     max_new_tokens: Positive | None = None
     """Most tokens of a decoded answer; null: twice the longest one of training."""
+    decode: Literal["auto", "lm", "ctc", "joint"] = "auto"
+    """Decoder of what is said: language model, CTC head or both; auto: joint if there is a head."""
+    ctc_weight: PositiveFloat = 0.5
+    """Weight of CTC's log-probability beside the language model's, in decoding by both."""
     examples: NotNegative = 2
     """Number of transcripts to log at each evaluation."""
     metrics: PlugIns = []

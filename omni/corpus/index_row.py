@@ -54,6 +54,11 @@ def recordings(row: IndexRow) -> Sequence[Recording]:
     return row["audios"] or [row]
 
 
+def is_transcription(row: IndexRow) -> bool:
+    """Tell whether the answer of an index row is what is said in its one recording."""
+    return row["messages"] is None and row["task"] in (None, DEFAULT_TASK)
+
+
 def transcripts(row: IndexRow) -> list[str | None]:
     """Return what is said in each recording of an index row; None where it is not known.
 
@@ -61,4 +66,4 @@ def transcripts(row: IndexRow) -> list[str | None]:
     """
     if row["audios"]:
         return [part["text"] for part in row["audios"]]
-    return [row["text"] if row["task"] in (None, DEFAULT_TASK) else None]
+    return [row["text"] if is_transcription(row) else None]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from omni.audio.decode import AudioSpan
 from omni.corpus.languages import language_code
 from omni.metrics.score import Errors, by_characters, count_errors, total, units
 from omni.model.chat_template import Template
-from omni.model.lm.generate import generate
+from omni.model.decode import Decoder, Decoding, decode
 from omni.model.speech_lm import OmniModel
 from omni.stream.collate import Utterance
 
@@ -47,36 +48,45 @@ def location_of(uri: str, span: AudioSpan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An answer as text. cut: it ends where decoding was stopped, at `eval.max_new_tokens`."""
+    """An answer as text. cut: it ends where decoding was stopped, at `eval.max_new_tokens`.
+
+    alone: texts of the other decoders, see `omni.model.decode.Choice`.
+    """
 
     text: str
     cut: bool
+    decoder: Decoder = "lm"
+    alone: Mapping[Decoder, str] = field(default_factory=dict)
 
 
 def decode_batch(
     model: OmniModel,
     template: Template,
     utterances: Sequence[Utterance],
-    max_new_tokens: int | None,
+    decoding: Decoding,
 ) -> list[Decoded]:
-    """Decode utterances that have features, in batches of similar length.
+    """Decode utterances that have features, in batches of similar length."""
 
-    max_new_tokens: see `generate`.
-    """
+    def text(ids: list[int]) -> str:
+        return template.tokenizer.decode(ids).strip()
+
     order = sorted(range(len(utterances)), key=lambda i: _length(utterances[i]))
     decoded: dict[int, Decoded] = {}
     for first in range(0, len(order), _DECODE_BATCH):
         chosen = order[first : first + _DECODE_BATCH]
         group = [utterances[i] for i in chosen]
-        answers = generate(
+        choices = decode(
             model,
             [utterance.prompt for utterance in group],
             [utterance.features or () for utterance in group],
+            [utterance.transcription for utterance in group],
             end=template.end,
-            max_new_tokens=max_new_tokens,
+            settings=decoding,
         )
-        for i, answer in zip(chosen, answers, strict=True):
-            decoded[i] = Decoded(template.tokenizer.decode(answer.ids).strip(), answer.cut)
+        for i, choice in zip(chosen, choices, strict=True):
+            alone: dict[Decoder, str] = {d: text(a.ids) for d, a in choice.alone.items()}
+            answer = choice.answer
+            decoded[i] = Decoded(text(answer.ids), answer.cut, choice.decoder, alone)
     return [decoded[i] for i in range(len(utterances))]
 
 
@@ -88,11 +98,11 @@ def transcribe(
     model: OmniModel,
     template: Template,
     held: Sequence[HeldUtterance],
-    max_new_tokens: int | None,
+    decoding: Decoding,
 ) -> list[dict[str, Any]]:
     """Decode utterances, and return their transcript rows; one without features has none."""
     usable = [h for h in held if h.utterance.features is not None]
-    answers = decode_batch(model, template, [h.utterance for h in usable], max_new_tokens)
+    answers = decode_batch(model, template, [h.utterance for h in usable], decoding)
     return [
         {
             "number": h.utterance.number,
@@ -107,9 +117,10 @@ def transcript_row(
 ) -> dict[str, Any]:
     """Score an answer; the row has the field "cut" if it was cut.
 
-    location: see `location_of`.
+    location: see `location_of`. "alone" holds the texts of the other decoders, if there are any.
     """
     errors = count_errors(reference, answer.text, language)
+    alone = {d: count_errors(reference, text, language) for d, text in answer.alone.items()}
     return {
         "id": name,
         **location,
@@ -118,13 +129,40 @@ def transcript_row(
         "hypothesis": answer.text,
         "wer": errors.wer,
         **({"cut": True} if answer.cut else {}),
+        "decoder": answer.decoder,
+        **({"alone": dict(answer.alone)} if answer.alone else {}),
         "errors": errors,
+        "errors_alone": alone,
     }
+
+
+def without_counts(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a transcript row as a file holds it: without the counts of edits."""
+    return {k: v for k, v in row.items() if k not in ("errors", "errors_alone")}
 
 
 def count_cut(rows: Sequence[dict[str, Any]]) -> int:
     """Count the transcript rows whose answer was cut."""
     return sum("cut" in row for row in rows)
+
+
+def count_decoders(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Count the transcript rows of each decoder."""
+    return dict(sorted(Counter(row["decoder"] for row in rows).items()))
+
+
+def wer_alone(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Compute the WER of the language model alone, and of the CTC head alone.
+
+    Both are about the rows that the CTC head can decode: those whose answer is what is said. Empty
+    without such rows; a decoder that was not run has none.
+    """
+    counts: dict[str, list[Errors]] = {}
+    for row in rows:
+        if row["errors_alone"] or row["decoder"] == "ctc":
+            for decoder, errors in {row["decoder"]: row["errors"], **row["errors_alone"]}.items():
+                counts.setdefault(decoder, []).append(errors)
+    return {name: total(counts[name]).wer for name in ("lm", "ctc") if name in counts}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Errors]:

@@ -1,15 +1,16 @@
 """Export a trained model to the formats of other projects.
 
-nanochat: a nanochat checkpoint folder (language model and tokenizer), with the audio weights in
-files of their own, since nanochat has none for them. hf: the Voxtral format of transformers, which
-takes a Whisper encoder on whole 30 s windows, the mlp projector, and a language model that does
-not scale or cap its logits.
+nanochat: a nanochat checkpoint folder (language model and tokenizer), with the audio weights and
+the CTC head in files of their own, since nanochat has none for them. hf: the Voxtral format of
+transformers, which takes a Whisper encoder on whole 30 s windows, the mlp projector, and a language
+model that does not scale or cap its logits; it has no place for a CTC head.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from omni.errors import ConfigError
 from omni.inference.export_script import transcribe_script
 from omni.inference.transcriber import longest_piece
 from omni.model.chat_template import PLACEHOLDER, Template, make_template, transcription
+from omni.model.decode import Decoding
 from omni.model.download import SourceError
 from omni.model.encoder.weights import read_whisper_files, whisper_folder
 from omni.model.lm.gpt import GPT
@@ -38,8 +40,16 @@ _MAX_NEW_TOKENS = 200  # of checkpoints of older versions
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
-def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
-    """Write the model in the format `to` into the folder `out`, and return the files written.
+@dataclass(frozen=True)
+class Exported:
+    """Files that were written, and what the format lacks of the model."""
+
+    files: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+def export(checkpoint: StoragePath, to: Format, out: Path) -> Exported:
+    """Write the model in the format `to` into the folder `out`.
 
     Raises ConfigError when the checkpoint cannot be used, `out` is not empty, or the format cannot
     represent the model.
@@ -60,12 +70,28 @@ def export(checkpoint: StoragePath, to: Format, out: Path) -> list[Path]:
             f"--to {to}: {found.path} was trained without what this format needs: "
             f"{', '.join(missing)}"
         )
-    limit = config.get("eval", {}).get("max_new_tokens")
+    try:
+        decoding = Decoding.of_config(config, head=model.ctc_head is not None)
+    except ValueError as error:
+        raise ConfigError(f"--checkpoint: {checkpoint}: eval.decode: {error}") from None
     if to == "nanochat":
-        _export_nanochat(found, model, template, limit, out)
+        _export_nanochat(found, model, template, decoding, out)
     else:
+        limit = decoding.max_new_tokens
         _export_voxtral(found, model, template, config["data"]["prompt"], limit, out)
-    return sorted(path for path in out.rglob("*") if path.is_file())
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    if decoding.decoder == "lm":
+        return Exported(files)
+    where = (
+        "is left out" if to == "hf" else "is in ctc_head.safetensors, which nanochat does not read"
+    )
+    return Exported(
+        files,
+        [
+            f"{to} decodes by the language model alone: the CTC head, with which omni decodes this "
+            f"model (eval.decode {decoding.decoder}), {where}"
+        ],
+    )
 
 
 def _read_config(found: Checkpoint) -> dict[str, Any]:
@@ -79,7 +105,7 @@ def _export_nanochat(
     found: Checkpoint,
     model: OmniModel,
     template: Template,
-    max_new_tokens: int | None,
+    decoding: Decoding,
     out: Path,
 ) -> None:
     assert isinstance(model.lm, GPT)
@@ -93,6 +119,9 @@ def _export_nanochat(
         if not name.startswith(("lm.", "ctc_head."))
     }
     save_file(audio, out / "audio.safetensors")
+    if model.ctc_head is not None:
+        head = {name: tensor.contiguous() for name, tensor in model.ctc_head.state_dict().items()}
+        save_file(head, out / "ctc_head.safetensors")
     shape = {k: v for k, v in model.config.to_dict().items() if k not in ("lm", "source", "lora")}
     encoder = {k: v for k, v in found.encoder.items() if k != "longest_seconds"}
     facts = {
@@ -100,7 +129,9 @@ def _export_nanochat(
         "encoder": encoder,
         "template": template.kind,
         "longest_piece_seconds": longest_piece(found.encoder["longest_seconds"]),
-        "max_new_tokens": max_new_tokens or _MAX_NEW_TOKENS,
+        "max_new_tokens": decoding.max_new_tokens or _MAX_NEW_TOKENS,
+        "decode": decoding.decoder,
+        "ctc_weight": decoding.ctc_weight,
     }
     (out / "audio.json").write_text(json.dumps(facts, indent=1))
 

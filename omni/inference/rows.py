@@ -12,7 +12,13 @@ import pyarrow as pa
 from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_with_retry, fit
 from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.index import build_index, notes_of, read_index_folder
-from omni.corpus.index_row import DEFAULT_TASK, IndexRow, Recording, recordings
+from omni.corpus.index_row import (
+    DEFAULT_TASK,
+    IndexRow,
+    Recording,
+    is_transcription,
+    recordings,
+)
 from omni.corpus.lengths import span_of
 from omni.corpus.manifest import ManifestError, manifest_path
 from omni.corpus.messages import messages_of
@@ -21,9 +27,12 @@ from omni.errors import ConfigError
 from omni.inference.decode_batch import (
     by_language,
     count_cut,
+    count_decoders,
     location_of,
     summarize,
     transcript_row,
+    wer_alone,
+    without_counts,
 )
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
 from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
@@ -80,6 +89,8 @@ def evaluate(
         "cer": errors["all"].cer,
         "words": errors["all"].words,
         "word_errors": errors["all"].word_errors,
+        **{f"{decoder}_wer": wer for decoder, wer in wer_alone(rows).items()},
+        "decoders": count_decoders(rows),
         **({"languages": languages} if (languages := by_language(rows)) else {}),
         **({"metrics": score(rows, metrics)} if metrics else {}),
         "cut": count_cut(rows),
@@ -88,7 +99,7 @@ def evaluate(
         "rejects": dict(rejects),
         **({"notes": notes} if (notes := notes_of(index)) else {}),
     }
-    return summary, [{k: v for k, v in row.items() if k != "errors"} for row in rows]
+    return summary, [without_counts(row) for row in rows]
 
 
 def transcribe_index(
@@ -143,7 +154,8 @@ def transcribe_rows(
                     yield Request(row["id"], (), _failed(error))
                     continue
                 name = f"{row['id']} ({row['uri']})"
-                yield Request(name, messages_of(row), _pieces(transcriber, row))
+                pieces = _pieces(transcriber, row)
+                yield Request(name, messages_of(row), pieces, is_transcription(row))
 
     for found in transcriber.answers(requests()):
         yield waiting.popleft(), found

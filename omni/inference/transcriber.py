@@ -21,6 +21,7 @@ from omni.errors import ConfigError, located
 from omni.inference.decode_batch import Decoded, decode_batch
 from omni.inference.pieces import cut_at_pauses
 from omni.model.chat_template import Message, RefusedRow, Template, make_template, transcription
+from omni.model.decode import Decoding
 from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
@@ -47,6 +48,8 @@ class Request:
     name: str
     messages: Sequence[Message]
     pieces: Iterable[Sequence[np.ndarray]]
+    transcription: bool = True
+    """True where the answer is what is said in the only recording."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Transcript(Decoded):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of a JSON line: the text, and "cut" where it is incomplete."""
-        return {"text": self.text, **({"cut": True} if self.cut else {})}
+        """Fields of a JSON line: the text, its decoder, and "cut" where it is incomplete."""
+        cut = {"cut": True} if self.cut else {}
+        return {"text": self.text, **cut, "decoder": self.decoder}
 
 
 @dataclass
@@ -87,8 +91,19 @@ class _Open:
     def result(self) -> Transcript | ValueError:
         if self.error is not None:
             return self.error
-        text = join([answer.text for answer in self.decoded if answer.text])
-        return Transcript(text, any(answer.cut for answer in self.decoded), self.pieces)
+        first = self.decoded[0] if self.decoded else Decoded("", False)
+        return Transcript(
+            _join(answer.text for answer in self.decoded),
+            any(answer.cut for answer in self.decoded),
+            first.decoder,
+            {d: _join(answer.alone[d] for answer in self.decoded) for d in first.alone},
+            self.pieces,
+        )
+
+
+def _join(texts: Iterable[str]) -> str:
+    """Join the texts of the pieces of a recording."""
+    return join([text for text in texts if text])
 
 
 @dataclass(frozen=True)
@@ -104,17 +119,23 @@ class Transcriber:
     longest_seconds: float
     """Seconds that nearly all training utterances stay under."""
     policy: TextPolicy = TextPolicy()
-    max_new_tokens: int | None = None
-    """Most tokens of an answer; None for checkpoints of older versions, see `generate`."""
+    decoding: Decoding = Decoding()
+    """Its max_new_tokens is None for checkpoints of older versions, see `generate`."""
 
     @classmethod
     def load(
-        cls, checkpoint: StoragePath, device: str = "cpu", max_new_tokens: int | None = None
+        cls,
+        checkpoint: StoragePath,
+        device: str = "cpu",
+        max_new_tokens: int | None = None,
+        decode: str | None = None,
+        ctc_weight: float | None = None,
     ) -> Transcriber:
         """Load the encoder, model and tokenizer of a checkpoint.
 
-        max_new_tokens: None for that of the training. Raises ConfigError when the checkpoint or its
-        encoder cannot be used.
+        max_new_tokens, decode, ctc_weight: settings of `eval`; None for those of the training, or
+        of checkpoints of older versions the defaults. Raises ConfigError when the checkpoint or its
+        encoder cannot be used, or for a decoder that needs a CTC head where there is none.
         """
         try:
             found = read_checkpoint(checkpoint, verify=True)
@@ -132,6 +153,15 @@ class Transcriber:
             template = make_template(found.tokenizer(), config["data"].get("template", "auto"))
         except (CheckpointError, SourceError, ValueError) as error:
             raise ConfigError(f"--checkpoint: {error}") from None
+        given = {
+            "decode": decode,
+            "ctc_weight": ctc_weight,
+            "max_new_tokens": max_new_tokens,
+        }
+        try:
+            decoding = Decoding.of_config(config, head=model.ctc_head is not None, **given)
+        except ValueError as error:
+            raise ConfigError(f"--decode: {error}; {checkpoint} has none") from None
         return cls(
             encoder,
             facts.codec,
@@ -141,7 +171,7 @@ class Transcriber:
             bf16,
             facts.longest_seconds,
             TextPolicy.of(config["data"]),
-            max_new_tokens or config.get("eval", {}).get("max_new_tokens"),
+            decoding,
         )
 
     def features_of(self, audio: np.ndarray) -> Tensor:
@@ -149,12 +179,17 @@ class Transcriber:
         return self.codec.roundtrip(self.encoder.encode([audio])[0])
 
     def utterance(
-        self, spoken: Sequence[np.ndarray], messages: Sequence[Message], number: int = 0
+        self,
+        spoken: Sequence[np.ndarray],
+        messages: Sequence[Message],
+        number: int = 0,
+        transcription: bool = True,
     ) -> Utterance:
         """Build the model's input: the conversation before its last answer, and its recordings."""
         features = [self.features_of(audio) for audio in spoken]
         prompt = self.template.prompt(messages)
-        return Utterance(features, prompt, [False] * len(prompt), number)
+        given = [False] * len(prompt)
+        return Utterance(features, prompt, given, number, transcription=transcription)
 
     def answers(self, requests: Iterable[Request]) -> Iterator[Transcript | ValueError]:
         """Answer requests in order, or return the error of a recording that cannot be read.
@@ -169,7 +204,9 @@ class Transcriber:
             waiting.append(opened)
             while (spoken := opened.read(pieces)) is not None:
                 try:
-                    made = self.utterance(spoken, request.messages, len(batch))
+                    made = self.utterance(
+                        spoken, request.messages, len(batch), request.transcription
+                    )
                 except RefusedRow as error:
                     raise ConfigError(f"{request.name}: {error}") from None
                 except Exception as error:
@@ -186,7 +223,7 @@ class Transcriber:
         """Decode the utterances of a batch, and empty it."""
         utterances = [utterance for _, utterance in batch]
         with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
-            found = decode_batch(self.model, self.template, utterances, self.max_new_tokens)
+            found = decode_batch(self.model, self.template, utterances, self.decoding)
         for (opened, _), answer in zip(batch, found, strict=True):
             opened.decoded.append(answer)
         batch.clear()

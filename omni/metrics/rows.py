@@ -177,10 +177,12 @@ def eval_row(
     layers: dict[str, float] | None = None,
     languages: dict[str, Any] | None = None,
     metrics: dict[str, float | None] | None = None,
+    alone: Mapping[str, float | None] | None = None,
+    decoders: Mapping[str, int] | None = None,
 ) -> EvalRow:
     """cut: transcripts cut at the limit. names: of the tasks. layers: weights of the encoder's
     layers. languages: error rates of each language, where there are several. metrics: rates of
-    `eval.metrics`.
+    `eval.metrics`. alone: WER of each decoder alone. decoders: transcripts by decoder.
     """
     return EvalRow(
         kind="eval",
@@ -196,6 +198,9 @@ def eval_row(
         layers=layers or None,
         dev_wer=errors.wer,
         dev_cer=errors.cer,
+        dev_lm_wer=(alone or {}).get("lm"),
+        dev_ctc_wer=(alone or {}).get("ctc"),
+        dev_decoders=dict(decoders or {}),
         dev_cut=cut,
         dev_languages=languages or None,
         dev_metrics=metrics or None,

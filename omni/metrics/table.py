@@ -194,8 +194,23 @@ class EvalRow:
     layers: dict[str, float] | None = metric(
         "of 1", "weights of the layers (`encoder.layers`)", group="layers", optional=True
     )
-    dev_wer: float | None = metric("of 1", "word error rate", prometheus="omni_dev_wer")
+    dev_wer: float | None = metric(
+        "of 1", "word error rate of the decoder (`eval.decode`)", prometheus="omni_dev_wer"
+    )
     dev_cer: float | None = metric("of 1", "character error rate", prometheus="omni_dev_cer")
+    dev_lm_wer: float | None = metric(
+        "of 1",
+        "word error rate of the language model alone, where the answer is what is said",
+        prometheus="omni_dev_lm_wer",
+        optional=True,
+    )
+    dev_ctc_wer: float | None = metric(
+        "of 1",
+        "word error rate of the CTC head alone, of the same utterances",
+        prometheus="omni_dev_ctc_wer",
+        optional=True,
+    )
+    dev_decoders: dict[str, int] = no_curve("utterances", "transcripts by decoder (`eval.decode`)")
     dev_cut: int = metric(
         "answers", "transcripts cut at `eval.max_new_tokens`", prometheus="omni_dev_cut"
     )

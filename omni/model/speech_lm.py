@@ -107,8 +107,8 @@ class OmniModel(nn.Module):
     """Projector, language model and optional CTC head.
 
     The CTC head predicts the transcript from the soft tokens alone (see `omni.model.ctc`). It
-    trains the projector directly, before the language model attends to the audio, and is not used
-    for decoding.
+    trains the projector directly, before the language model attends to the audio, and decodes
+    beside the language model (see `omni.model.decode`).
 
     lm: the pretrained language model, see `omni.model.lm.pretrained`; None builds its shape.
     The training loop sets `task_weights`, (tasks,) fp32, and `distillation`.

@@ -142,6 +142,12 @@ LEARNING_SMALL = [
 ]
 # For runs that log them:
 CTC = Chart("CTC loss", "nats per token", [("train", "ctc"), ("dev", "dev_ctc")])
+DECODERS = Chart(
+    "Dev word error rate by decoder",
+    "percent",
+    [("eval.decode", "dev_wer"), ("language model", "dev_lm_wer"), ("CTC", "dev_ctc_wer")],
+    100,
+)
 KL = Chart("Divergence from the teacher", "nats per token", [("train", "kl"), ("dev", "dev_kl")])
 SPEED = [
     Chart("Trainer, audio", "audio s/s", [("", "audio_seconds_per_second")]),

@@ -43,6 +43,8 @@ _FINAL = [
     _Metric("Test CER", "test_cer", percent, "low", _TEST),
     _Metric("Dev WER", "dev_wer", percent, "low", _DEV),
     _Metric("Dev CER", "dev_cer", percent, "low", _DEV),
+    _Metric("Dev WER, language model alone", "dev_lm_wer", percent, "low", _DEV),
+    _Metric("Dev WER, CTC alone", "dev_ctc_wer", percent, "low", _DEV),
     _Metric("Dev loss, nats per token", "dev_loss", short, "low", _DEV + _LOSS),
     _Metric("Dev accuracy", "dev_accuracy", percent, "high", _DEV + _LOSS),
     _Metric("Shuffled-audio gap", "shuffled_audio_gap", short, "high", _DEV + _LOSS),

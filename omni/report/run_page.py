@@ -6,11 +6,13 @@ from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
+from omni.metrics.listening import listening_note
 from omni.metrics.run_files import read_events
 from omni.metrics.throughput import ADVICE
 from omni.report.audio_embed import Audio, embed_row
 from omni.report.charts import (
     CTC,
+    DECODERS,
     KL,
     LEARNING_SMALL,
     LEARNING_WIDE,
@@ -41,7 +43,7 @@ def write_report(run: StoragePath) -> StoragePath:
     train, evals, figures = record.train, record.evals, record.figures
     small = LEARNING_SMALL + [CTC] * any(row.get("ctc") for row in train)
     small += [KL] * any(row.get("kl") for row in train) + _by_task(evals) + _by_language(evals)
-    small += _by_metric(evals)
+    small += _by_metric(evals) + [DECODERS] * any(row.get("dev_ctc_wer") for row in evals)
     drawn = {
         name: [chart.draw(train + evals, figures.get("best_step")) for chart in charts]
         for name, charts in (
@@ -68,6 +70,7 @@ def write_report(run: StoragePath) -> StoragePath:
         verdict=limit in ADVICE
         and figures.get("throughput_verdict", f"{limit}-bound at the last log line"),
         advice=ADVICE.get(limit),
+        listening=listening_note(figures),
         notes=record.notes,
         changes=_changed_settings(events),
         events=_faults(events),
@@ -99,10 +102,17 @@ def _facts(s: Row) -> list[str]:
         "parameters": count(s.get("parameters")),
         "worker" if s.get("workers") == 1 else "workers": count(s.get("workers")),
         "of features from the cache": percent(s.get("cached_fraction")),
+        "dev transcripts by decoder": _decoders(s.get("dev_decoders")),
         "dev transcripts cut at eval.max_new_tokens": count(s.get("dev_cut") or None),
         "test transcripts cut at eval.max_new_tokens": count(s.get("test_cut") or None),
     }
     return [f"{value} {what}" for what, value in facts.items() if value != "–"]
+
+
+def _decoders(counts: object) -> str:
+    """Write how many transcripts each decoder wrote, e.g. `50 joint, 5 lm`."""
+    given = counts if isinstance(counts, dict) else {}
+    return ", ".join(f"{count(n)} {name}" for name, n in given.items()) or "–"
 
 
 def _tiles(s: Row) -> list[tuple[str, str, str]]:
@@ -110,10 +120,11 @@ def _tiles(s: Row) -> list[tuple[str, str, str]]:
     wer = f"CER {percent(s.get('dev_cer'))}"
     if {wer_short, wer_long} != {"–"}:
         wer = f"1–2 words {wer_short}, 3 or more {wer_long}"
+    test = f"CER {percent(s.get('test_cer'))}"
     gap = "dev loss with another utterance’s audio, minus dev loss; near 0, audio is ignored"
     tiles = [
-        ("Dev WER", percent(s.get("dev_wer")), wer),
-        ("Test WER", percent(s.get("test_wer")), f"CER {percent(s.get('test_cer'))}"),
+        ("Dev WER", percent(s.get("dev_wer")), _known(wer, *_alone(s, "dev"))),
+        ("Test WER", percent(s.get("test_wer")), _known(test, *_alone(s, "test"))),
         (
             "Dev loss",
             short(s.get("dev_loss")),
@@ -125,6 +136,17 @@ def _tiles(s: Row) -> list[tuple[str, str, str]]:
         ("Steps", count(s.get("steps")), f"best {count(s.get('best_step'))}"),
     ]
     return [(label, value, "" if note.endswith("–") else note) for label, value, note in tiles]
+
+
+def _alone(s: Row, split: str) -> list[str]:
+    """Write the WER of each decoder alone, of a run with a CTC head."""
+    names = {"language model alone": f"{split}_lm_wer", "CTC alone": f"{split}_ctc_wer"}
+    return [f"{what} {percent(s.get(key))}" for what, key in names.items()]
+
+
+def _known(*texts: str) -> str:
+    """Join the texts that have a value."""
+    return "; ".join(text for text in texts if not text.endswith("–"))
 
 
 def _by_task(evals: list[Row]) -> list[Chart]:

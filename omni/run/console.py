@@ -14,6 +14,7 @@ from rich.text import Text
 from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.checkpoint.train_state import TrainState
 from omni.errors import counted, printable
+from omni.metrics.listening import listening_note
 from omni.run.prepare import Prepared
 from omni.storage.path import StoragePath
 
@@ -80,12 +81,18 @@ class LiveView:
             "dev_loss",
             "shuffled_audio_gap",
             "dev_wer",
+            "dev_lm_wer",
+            "dev_ctc_wer",
             "test_wer",
+            "test_lm_wer",
+            "test_ctc_wer",
             "audio_seconds_per_second",
             "data_wait_fraction",
             "wall_seconds",
             "rejects",
         ):
+            if name not in summary and name.endswith(("_lm_wer", "_ctc_wer")):
+                continue  # The run has no CTC head.
             value = summary.get(name)
             table.add_row(name, _text(f"{value:.4g}" if isinstance(value, float) else str(value)))
         for name in ("dev_cut", "test_cut"):
@@ -94,6 +101,8 @@ class LiveView:
         for split, rates in summary.get("languages", {}).items():
             table.add_row(f"{split} by language", _text(_by_language(rates).strip(" ()")))
         self._console.print(table)
+        if (note := listening_note(summary)) is not None:
+            self.warn(note)
         self.show(f"report: {report}")
 
     def rewound(self, rows: int, step: int) -> None:
@@ -147,6 +156,7 @@ def _row(row: dict[str, Any], resumed_step: int, resumed_seconds: float) -> list
             f" dev loss {row['dev_loss']:.3f}  {ctc}next token {row['dev_accuracy']:.1%}  "
             f"shuffled-audio gap {row['shuffled_audio_gap']:.2f}  ",
             (f"WER {wer}", "bold"),
+            _alone(row),
             # Rows of older versions do not count cut transcripts.
             f" ({cut} cut)" if (cut := row.get("dev_cut")) else "",
             _by_language(row.get("dev_languages", {})),
@@ -180,6 +190,7 @@ def describe_event(event: dict[str, Any]) -> str | None:
         "skipped": "no update in this step",
         "checkpoint failed": "checkpoint not written, training continues",
         "damaged checkpoint": "skipping a damaged checkpoint",
+        "best": "the best checkpoint is chosen anew",
         "override": "continuing with other fingerprints",
     }
     return f"{titles[kind]}: {reason or event.get('fields')}" if kind in titles else None
@@ -197,6 +208,16 @@ def describe_groups(event: dict[str, Any]) -> list[str]:
         + (f", from step {group['first_step'] + 1}" if group["first_step"] else "")
         for group in event.get("groups", [])
     ]
+
+
+def _alone(row: dict[str, Any]) -> str:
+    """Format the WER of each decoder alone, e.g. ` (LM 66.5%, CTC 52.6%)`."""
+    shown = [
+        f"{name.upper()} {wer:.1%}"
+        for name in ("lm", "ctc")
+        if (wer := row.get(f"dev_{name}_wer")) is not None
+    ]
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _by_language(rates: dict[str, dict[str, Any]]) -> str:

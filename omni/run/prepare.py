@@ -28,6 +28,7 @@ from omni.errors import ConfigError
 from omni.inference.export import FORMATS, missing_for
 from omni.metrics.score import normalize
 from omni.metrics.text_metric import load_metrics
+from omni.model.decode import Decoding
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
@@ -59,7 +60,7 @@ _LEAST_NEW_TOKENS = 16
 @dataclass(frozen=True)
 class Prepared:
     config: Config
-    """With `eval.max_new_tokens` as a number."""
+    """With `eval.max_new_tokens` as a number, and `eval.decode` resolved."""
     splits: dict[str, Split]
     """train, dev and, if configured, test."""
     rejects: list[Reject]
@@ -116,6 +117,7 @@ def prepare(config: Config) -> Prepared:
         config, None if resume is None else resume.path, indexes["train"], lm
     )
     model = model_config(config, tokenizer, encoder, lm)
+    config = _with_decoder(config, model)
     template = choose_template(config, tokenizer)
     tasks = task_names(config, indexes)
     splits: dict[str, Split] = {}
@@ -255,6 +257,17 @@ def _ctc_notes(table: pa.Table, lengths: np.ndarray, sped: bool) -> list[str]:
             "(model.stack)"
         )
     return notes
+
+
+def _with_decoder(config: Config, model: OmniConfig) -> Config:
+    """Resolve `eval.decode`. Raises ConfigError for a decoder that the model does not have."""
+    wanted = config.eval
+    try:
+        decoding = Decoding.of(wanted.decode, wanted.ctc_weight, None, head=model.ctc)
+    except ValueError as error:
+        raise ConfigError(f"eval.decode: {error}; it is 0") from None
+    evaluation = wanted.model_copy(update={"decode": decoding.decoder})
+    return config.model_copy(update={"eval": evaluation})
 
 
 def _with_answer_limit(config: Config, answers: np.ndarray) -> Config:

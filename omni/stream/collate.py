@@ -33,6 +33,8 @@ class Utterance:
     number: int = -1
     """Row of the index."""
     task: int = 0
+    transcription: bool = False
+    """True where the answer is what is said in the only recording."""
     transcript_tokens: Sequence[Sequence[int] | None] | None = None
 
     @property

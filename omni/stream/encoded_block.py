@@ -63,6 +63,7 @@ def encoded_block(
                 "supervised": row["supervised"],
                 "transcript_tokens": row["transcript_tokens"],
                 "tasks": row["tasks"],
+                "transcriptions": row["transcriptions"],
                 "load_seconds": row["load_seconds"],
                 "errors": row["errors"],
                 "notes": row["notes"],

@@ -37,6 +37,7 @@ _COMMON = [
     ("supervised", pa.list_(pa.list_(pa.bool_()))),
     ("transcript_tokens", pa.list_(pa.list_(pa.list_(pa.int32())))),
     ("tasks", pa.list_(pa.int32())),
+    ("transcriptions", pa.list_(pa.bool_())),
     ("load_seconds", pa.float64()),
     ("errors", pa.list_(pa.string())),
     ("notes", pa.list_(pa.string())),
@@ -91,6 +92,8 @@ class BinRow(TypedDict):
     transcript_tokens: list[list[list[int] | None] | None]
     """Token ids of what is said in each recording, where it is known; None if no loss needs it."""
     tasks: list[int | None]
+    transcriptions: list[bool]
+    """True where the answer is what is said in the only recording."""
     load_seconds: float
     """Seconds of reading, decoding and log-mels."""
     errors: list[str | None]
@@ -137,6 +140,7 @@ def utterances(row: EncodedRow, codec: FeatureCodec) -> list[Utterance]:
             supervised=row["supervised"][i],
             number=row["numbers"][i],
             task=row["tasks"][i] or 0,
+            transcription=row["transcriptions"][i],
             transcript_tokens=row["transcript_tokens"][i],
         )
         for i, of_utterance in enumerate(row["frames"])

@@ -23,7 +23,7 @@ from omni.audio.logmel import clip_mel
 from omni.audio.windows import SAMPLING_RATE, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
-from omni.corpus.index_row import Recording, recordings
+from omni.corpus.index_row import Recording, is_transcription, recordings
 from omni.corpus.lengths import span_of
 from omni.errors import located
 from omni.model.encoder.whisper import WhisperEncoder
@@ -93,6 +93,7 @@ def load_bin(
         "supervised": [row["supervised"] for row in rows],
         "transcript_tokens": [row["transcript_tokens"] for row in rows],
         "tasks": [row["task_number"] for row in rows],
+        "transcriptions": [is_transcription(row) for row in rows],
         "samples": [sum(of_row) for of_row in lengths],
         "keys": keys,
         "lengths": lengths,

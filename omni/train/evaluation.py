@@ -1,4 +1,4 @@
-"""Evaluate during training: loss, accuracy, shuffled-audio gap and greedy WER, over all ranks.
+"""Evaluate during training: loss, accuracy, shuffled-audio gap and WER, over all ranks.
 
 Each rank keeps its share of the dev and test utterances in memory, so that an evaluation reads and
 encodes nothing.
@@ -20,6 +20,7 @@ from omni.metrics.score import Errors
 from omni.metrics.sums import LossTotals, pack_losses, zero_losses
 from omni.model.batch import Batch
 from omni.model.chat_template import Template
+from omni.model.decode import Decoding
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.plan.packing import pack
 from omni.plan.sequences import sequence_positions
@@ -97,16 +98,16 @@ class HeldOut:
         self,
         model: OmniModel,
         template: Template,
-        max_new_tokens: int | None,
+        decoding: Decoding,
         limit: int | None = None,
     ) -> tuple[dict[str, Errors], list[dict[str, Any]]]:
-        """Transcribe the index rows below `limit` greedily. A collective call.
+        """Transcribe the index rows below `limit`. A collective call.
 
         Returns edit counts over all, short and long references, and the transcripts of all ranks
         in the order of the index.
         """
         chosen = [h for h in self.held if limit is None or h.utterance.number < limit]
-        rows = transcribe(model, template, chosen, max_new_tokens)
+        rows = transcribe(model, template, chosen, decoding)
         rows = sorted(all_gather(rows), key=lambda row: row["number"])
         return summarize(rows), rows
 

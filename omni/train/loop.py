@@ -24,11 +24,18 @@ from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
 from omni.checkpoint.writer import CheckpointWriter
 from omni.cluster.watchdog import Watchdog
-from omni.inference.decode_batch import by_language, count_cut
+from omni.inference.decode_batch import (
+    by_language,
+    count_cut,
+    count_decoders,
+    wer_alone,
+    without_counts,
+)
 from omni.metrics.rows import eval_row
 from omni.metrics.run_files import append_json, keep_lines, remove_lines
 from omni.metrics.text_metric import load_metrics, score
 from omni.model.chat_template import Template
+from omni.model.decode import Decoding
 from omni.model.speech_lm import OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import epochs_done
@@ -74,6 +81,10 @@ class TrainLoop:
         self.state = TrainState(fingerprints=spec.fingerprints)
         self.last_norm = 0.0
         self._metrics = load_metrics(spec.config.eval.metrics, "eval.metrics")
+        settings = spec.config.eval
+        self._decoding = Decoding.of(
+            settings.decode, settings.ctc_weight, settings.max_new_tokens, head=spec.model.ctc
+        )
         self._stop = StopRequest(self.run_dir)
         self._stopping = False
         self.steps = StepRunner(
@@ -165,7 +176,7 @@ class TrainLoop:
         ):
             losses = dev.loss(model)
             errors, rows = dev.transcribe(
-                model, self.template, settings.max_new_tokens, settings.wer_utterances
+                model, self.template, self._decoding, settings.wer_utterances
             )
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
@@ -179,6 +190,8 @@ class TrainLoop:
             layers,
             by_language(rows),
             score(rows, self._metrics),
+            wer_alone(rows),
+            count_decoders(rows),
         )
         self.recorder.log_evaluation(row)
         value: float | None = getattr(row, settings.best)
@@ -272,6 +285,7 @@ class TrainLoop:
             self.state = found.state
             self.state.fingerprints = self.spec.fingerprints
             self.model_state.load(found)
+        self._name_best_metric()
         step, redone = self.state.step, 0
         if self.rank == 0:
             keep_lines(self.run_dir / "metrics.jsonl", lambda row: row.get("step", 0) <= step)
@@ -297,6 +311,17 @@ class TrainLoop:
         self.reader.rejects.restore(self.state.rejects)
         self.recorder.restore(self.state)
 
+    def _name_best_metric(self) -> None:
+        """Say what chooses the best checkpoint: an error rate depends on the decoder."""
+        name: str = self.config.eval.best
+        if name == "dev_loss":
+            metric = before = name
+        else:
+            metric, before = f"{name} by {self._decoding}", f"{name} by lm"
+        if (measured := self.state.measure_best(metric, before)) is not None:
+            reason = f"the one so far has the best {measured}; chosen from now on by {metric}"
+            self._log_event("best", reason=reason)
+
     def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""
         self._finish_saving()
@@ -307,21 +332,22 @@ class TrainLoop:
         with self.model_state.evaluating() as model:
             losses = held["dev"].loss(model)
             for name, split in held.items():
-                limit = self.config.eval.max_new_tokens
-                errors, rows = split.transcribe(model, self.template, limit)
+                errors, rows = split.transcribe(model, self.template, self._decoding)
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer
                 results[f"{name}_cer"] = errors["all"].cer
+                for decoder, wer in wer_alone(rows).items():
+                    results[f"{name}_{decoder}_wer"] = wer
+                results[f"{name}_decoders"] = count_decoders(rows)
                 results[f"{name}_cut"] = count_cut(rows)
                 if rates := by_language(rows):
                     languages[name] = rates
                 if self._metrics:
                     results[f"{name}_metrics"] = score(rows, self._metrics)
                 if self.rank == 0:
-                    lines = [{k: v for k, v in row.items() if k != "errors"} for row in rows]
                     path = self.run_dir / f"transcripts-{name}.jsonl"
                     remove_lines(path)
-                    append_json(path, lines)
+                    append_json(path, [without_counts(row) for row in rows])
         summary = self.recorder.summarize(
             self.state,
             {

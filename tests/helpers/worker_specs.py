@@ -68,6 +68,7 @@ def encoded_block(
                 "supervised": table["supervised"].to_pylist(),
                 "transcript_tokens": nothing,
                 "tasks": table["task_number"].to_pylist(),
+                "transcriptions": [True] * len(frames),
                 "errors": nothing,
                 "load_seconds": 0.25,
                 "frames": frames,

@@ -13,23 +13,22 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import omni
 from jobs import export
-from omni.checkpoint.save import save_checkpoint
-from omni.checkpoint.train_state import TrainState
-from omni.config import Config, parse_config
-from omni.corpus.index import build_index
+from omni.config import parse_config
 from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.model.chat_template import transcription
+from omni.model.decode import Decoding
 from omni.model.lm.generate import generate
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import find_pretrained, load_lm
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
-from omni.stream.encoder_facts import describe_encoder
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.hf_folders import chat_tokenizer, save_folder
 from tests.helpers.long_recordings import write_long
 
@@ -43,23 +42,6 @@ def _awaken(module: nn.Module, but: str = "") -> None:
         for name, parameter in module.named_parameters():
             if not but or not name.startswith(but):
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-
-
-def _checkpoint(
-    folder: Path, config: Config, shape: OmniConfig, model: OmniModel, tokenizer: SpeechTokenizer
-) -> Path:
-    index = build_index(["embedded:dev"])
-    weights = {n: p for n, p in model.named_parameters() if not model.kept_by_reference(n)}
-    return save_checkpoint(
-        folder,
-        state=TrainState(step=7),
-        model=shape,
-        encoder=describe_encoder(config, index).to_dict(),
-        weights=weights,
-        optimizer={},
-        config_yaml=config.to_yaml(),
-        tokenizer_json=tokenizer.to_json(),
-    )
 
 
 @pytest.fixture
@@ -115,7 +97,7 @@ def voxtral_like(tmp_path: Path) -> Path:
             "train": {"precision": "fp32"},
         }
     )
-    return _checkpoint(tmp_path / "checkpoints", config, shape, model, chat_tokenizer())
+    return write_checkpoint(tmp_path / "checkpoints", config, shape, model, chat_tokenizer())
 
 
 def test_transformers_alone_writes_the_same_transcripts(
@@ -172,7 +154,7 @@ def test_what_voxtral_has_no_place_for_is_named(
     config = parse_config(
         {"model": {"lm": f"hf:{lm}", "train": ["projector"]}, "encoder": {"layers": layers}}
     )
-    path = _checkpoint(tmp_path / "checkpoints", config, shape, model, chat_tokenizer())
+    path = write_checkpoint(tmp_path / "checkpoints", config, shape, model, chat_tokenizer())
     arguments = ["--checkpoint", str(path), "--to", "hf", "--out", str(tmp_path / "out")]
     assert export.main(arguments) == 2
     error = capsys.readouterr().err
@@ -226,15 +208,22 @@ def test_a_nanochat_folder_writes_the_same_transcripts(
     model = OmniModel(shape)
     _awaken(model)
     config = parse_config({"encoder": {"dtype": "fp32"}, "train": {"precision": "fp32"}})
-    path = _checkpoint(tmp_path / "checkpoints", config, shape, model, tokenizer)
+    path = write_checkpoint(tmp_path / "checkpoints", config, shape, model, tokenizer)
     out = tmp_path / "exported"
     arguments = ["--checkpoint", str(path), "--to", "nanochat", "--out", str(out)]
     assert export.main(arguments) == 0
-    assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == {
+    written = capsys.readouterr()
+    assert written.err.count("eval.decode joint") == 1, "nanochat decodes without the head"
+    facts = json.loads((out / "audio.json").read_text())
+    assert (facts["decode"], facts["ctc_weight"]) == ("joint", Decoding.ctc_weight)
+    head = load_file(out / "ctc_head.safetensors")
+    assert torch.equal(head["weight"], model.ctc_head.weight)
+    assert {Path(line).name for line in written.out.splitlines()} == {
         "model_000007.pt",
         "meta_000007.json",
         "tokenizer.pkl",
         "audio.safetensors",
+        "ctc_head.safetensors",
         "audio.json",
     }
     done = subprocess.run(

@@ -20,6 +20,7 @@ from omni.inference.pieces import cut_at_pauses
 from omni.inference.rows import evaluate, transcribe_index
 from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.model.chat_template import Template, transcription
+from omni.model.decode import Decoding
 from omni.model.lm.generate import generate
 from omni.stream.collate import Utterance
 from tests.helpers.chat_families import FAMILIES, speech_tokenizer
@@ -84,14 +85,14 @@ def test_answers_that_reach_the_limit_say_so_and_are_counted(
 ) -> None:
     manifest = _manifest(tmp_path, *map(_spoken, SHORT))
     for limit in (2, 5):
-        short = dataclasses.replace(speech, max_new_tokens=limit)
+        short = dataclasses.replace(speech, decoding=Decoding(max_new_tokens=limit))
         summary, rows = evaluate(short, manifest, allow_absolute=True)
         assert summary["cut"] == 3 and all(row["cut"] is True for row in rows)
         [line] = transcribe_files(short, [str(minute)])
         assert line["cut"] is True
     # A model that ends each answer at once: no answer is cut.
     template = Template(speech.template.tokenizer)
-    silent = dataclasses.replace(speech, max_new_tokens=2, template=template)
+    silent = dataclasses.replace(speech, decoding=Decoding(max_new_tokens=2), template=template)
     features = [silent.utterance([decode(_spoken(SHORT[0])["audio"])], transcription("", ""))]
     template.end = _first_token(silent, features)
     summary, [row] = evaluate(silent, _manifest(tmp_path, _spoken(SHORT[0])), allow_absolute=True)

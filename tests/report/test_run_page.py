@@ -151,6 +151,22 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
+def test_the_wer_of_each_decoder_alone_stands_beside_that_of_both(run: Path) -> None:
+    assert "alone" not in Page(write_report(run)).root.text
+    alone = {"dev_lm_wer": 0.665, "dev_ctc_wer": 0.5, "test_lm_wer": 0.7, "test_ctc_wer": 0.65}
+    decoders = {"dev_decoders": {"joint": 50, "lm": 5}}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | alone | decoders))
+    evals = [eval_row(step, 0.5) | alone for step in (50, 100)]
+    write_rows(run / "metrics.jsonl", evals)
+    page = Page(write_report(run))
+    assert "50 joint, 5 lm dev transcripts by decoder" in page.root.text
+    assert page.root.text.count("language model alone 66.5 %; CTC alone 50 %") == 1
+    assert page.root.text.count("language model alone 70 %; CTC alone 65 %") == 1
+    [notice] = [p.text for p in page.all("p") if "does not use all that it hears" in p.text]
+    assert "66.5%" in notice and "50.0%" in notice
+    assert "Dev word error rate by decoder" in page.root.text
+
+
 def test_page_is_one_well_formed_file_without_outside_references(run: Path) -> None:
     path = write_report(run)
     page = Page(path)

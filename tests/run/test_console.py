@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from omni.errors import printable
+from omni.metrics.listening import listening_note
 from omni.run.console import LiveView, describe_event
 
 TRAIN: dict[str, Any] = {
@@ -48,6 +49,28 @@ def test_a_step_shows_loss_rates_limit_and_the_time_left(
         assert figure in line
     assert "encoder" in line
     assert line.endswith("2:40"), "80 steps of 2 s"
+
+
+def test_an_evaluation_shows_the_wer_of_each_decoder_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    [line, *_] = _shown(capsys, {**EVAL, "dev_lm_wer": 0.665, "dev_ctc_wer": 0.5})
+    assert "WER 12.3% (LM 66.5%, CTC 50.0%)" in line
+    [line, *_] = _shown(capsys, EVAL)
+    assert "LM" not in line and "CTC" not in line
+
+
+@pytest.mark.parametrize(
+    ("lm", "ctc", "noted"),
+    [(0.665, 0.526, True), (0.665, 0.54, False), (0.3, 0.47, False), (None, 0.4, False)],
+)
+def test_a_language_model_that_does_not_listen_is_noted(
+    lm: float | None, ctc: float, noted: bool
+) -> None:
+    note = listening_note({"dev_lm_wer": lm, "dev_ctc_wer": ctc})
+    assert (note is not None) == noted
+    assert note is None or ("52.6%" in note and "66.5%" in note)
+    assert listening_note({}) is None
 
 
 def test_a_step_of_ctc_alone_shows_its_loss(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,11 @@ def test_a_run_leaves_what_a_person_reads(undisturbed: Path) -> None:
     assert promised <= summary.keys()
     assert summary["steps"] == 50
     assert summary["rejects"] == {}
+    assert summary["dev_decoders"] == {"joint": 8}
+    assert min(summary["dev_lm_wer"], summary["dev_ctc_wer"]) > 0
+    evaluations = [r for r in lines(undisturbed / "metrics.jsonl") if r["kind"] == "eval"]
+    assert all(row["dev_decoders"] == {"joint": 2} for row in evaluations)
+    assert all({"dev_lm_wer", "dev_ctc_wer"} <= row.keys() for row in evaluations)
     losses = curve(undisturbed)
     assert sorted(losses) == list(range(1, 51))
     assert losses[50] < losses[1] - 1
@@ -155,6 +160,12 @@ def test_the_finished_run_scores_and_transcribes(
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert scored["wer"] == summary["dev_wer"]
     assert scored["cer"] == summary["dev_cer"]
+    for decoder in ("lm", "ctc"):
+        assert evaluate.main([*arguments, "--allow_absolute", "--decode", decoder]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        assert alone["wer"] == scored[f"{decoder}_wer"] == summary[f"dev_{decoder}_wer"]
+    assert evaluate.main([*arguments, "--allow_absolute"]) == 0
+    capsys.readouterr()
     assert [row["id"] for row in lines(out)] == [row["id"] for row in lines(manifest)]
 
     stereo = tmp_path / "stereo-96k.wav"

@@ -43,6 +43,7 @@ def _row(features: list[Tensor | None], **changes: Any) -> dict[str, Any]:
         "supervised": [[False, False, True] for _ in numbers],
         "transcript_tokens": [None for _ in numbers],
         "tasks": [n % 2 for n in numbers],
+        "transcriptions": [n % 3 == 0 for n in numbers],
         "errors": [None if f is not None else "missing\nno such file" for f in features],
         "frames": [[] if f is None else [len(f)] for f in features],
         "features": b"".join(CODEC.encode(f) for f in features if f is not None),
@@ -63,6 +64,7 @@ def test_a_row_gives_back_its_utterances(dtype: torch.dtype) -> None:
     assert [list(m.ids) for m in members] == [[AUDIO, 1, 100], [AUDIO, 1, 101], [AUDIO, 1, 102]]
     assert [list(m.supervised) for m in members] == [[False, False, True]] * 3
     assert [m.task for m in members] == [0, 1, 0]
+    assert [m.transcription for m in members] == [False, False, True]
     for member, expected in zip(members, features, strict=True):
         assert member.features is not None and expected is not None
         assert [_bits(part) for part in member.features] == [_bits(expected)]

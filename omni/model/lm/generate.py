@@ -28,6 +28,23 @@ class Answer:
     cut: bool
 
 
+@dataclass(frozen=True)
+class EmbeddedPrompt:
+    """A prompt as the language model reads it."""
+
+    x_TC: Tensor
+    """Embeddings, with soft tokens."""
+    ids_T: Tensor
+    """Token ids; AUDIO for soft tokens."""
+    seconds: float
+    """Audio in it."""
+
+    @property
+    def soft_NC(self) -> Tensor:
+        """Return the soft tokens of its recordings, one after another."""
+        return self.x_TC[self.ids_T == AUDIO]
+
+
 @torch.inference_mode()
 def generate(
     model: OmniModel,
@@ -44,20 +61,37 @@ def generate(
     that a model that loops is stopped. None, for models of older versions, whose training said
     nothing about it: 12 tokens per second of audio, between 16 and 200, and the end token.
     """
+    embedded = embed_prompts(model, prompts, features)
+    return continue_prompts(model, embedded, end, max_new_tokens)
+
+
+def embed_prompts(
+    model: OmniModel, prompts: Sequence[Sequence[int]], features: Sequence[Sequence[Tensor]]
+) -> list[EmbeddedPrompt]:
+    """Embed prompts; see `generate`."""
+    return [
+        EmbeddedPrompt(
+            *_embed_prompt(model, prompt, recordings), sum(map(len, recordings)) / FRAMES_PER_SECOND
+        )
+        for prompt, recordings in zip(prompts, features, strict=True)
+    ]
+
+
+def answer_limit(prompt: EmbeddedPrompt, max_new_tokens: int | None) -> int:
+    """Return the most tokens of an answer, its end token included; see `generate`."""
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return min(_MOST, max(_LEAST, int(prompt.seconds * _TOKENS_PER_SECOND))) + 1
+
+
+def continue_prompts(
+    model: OmniModel, prompts: Sequence[EmbeddedPrompt], end: int, max_new_tokens: int | None
+) -> list[Answer]:
+    """Generate the answers to embedded prompts; see `generate`."""
     if not prompts:
         return []
-    rows, ids = [], []
-    for prompt, recordings in zip(prompts, features, strict=True):
-        row, row_ids = _embed_prompt(model, prompt, recordings)
-        rows.append(row)
-        ids.append(row_ids)
-    seconds = [sum(map(len, recordings)) / FRAMES_PER_SECOND for recordings in features]
-    limits = [
-        min(_MOST, max(_LEAST, int(s * _TOKENS_PER_SECOND))) + 1
-        if max_new_tokens is None
-        else max_new_tokens
-        for s in seconds
-    ]
+    rows, ids = [prompt.x_TC for prompt in prompts], [prompt.ids_T for prompt in prompts]
+    limits = [answer_limit(prompt, max_new_tokens) for prompt in prompts]
     if isinstance(model.lm, GPT):
         answers = _generate_gpt(model.lm, rows, ids, limits, end)
     else:

@@ -236,7 +236,7 @@ class HFLanguageModel(nn.Module):
         from transformers import GenerationConfig
 
         longest = max(map(len, rows))
-        positions = self._learnt_positions()
+        positions = self.learnt_positions()
         if positions is not None:
             limits = [max(1, min(limit, positions - longest)) for limit in limits]
         # transformers decodes rows that end at the same position, so pad on the left.
@@ -258,7 +258,7 @@ class HFLanguageModel(nn.Module):
             answers.append((within if cut else within[: within.index(end)], cut))
         return answers
 
-    def _learnt_positions(self) -> int | None:
+    def learnt_positions(self) -> int | None:
         """Return the number of position embeddings; None for a model that computes positions."""
         words = self.model.get_input_embeddings()
         found = [
