@@ -113,7 +113,7 @@ def write_json(path: StoragePath, value: Any) -> None:
 
 
 EVENTS = "events.jsonl"
-_EVENTS_OF_RANKS = "events.rank-*.jsonl"  # Objects have one writer.
+_EVENTS_OF_RANKS = "events.rank-*.jsonl"
 
 
 def write_event(
@@ -122,13 +122,13 @@ def write_event(
     """Append an event of the run: an attempt, a fault, a skipped step, its end.
 
     Events are never removed, so that those of steps that are trained again show twice. rank: None
-    for the driver.
+    for the driver. Each process has a file of its own: objects cannot be appended to, and appends
+    of two clients of a network file system overwrite each other. Older versions wrote one file.
     """
     source = {"time": round(time.time(), 3), "run": run_dir.name, "rank": rank}
     source |= lease_of(run_dir)
     row = {**source, "event": event, "step": step, **redacted(facts)}
-    shared = isinstance(run_dir, Path) or rank is None
-    name = EVENTS if shared else _EVENTS_OF_RANKS.replace("*", f"{rank:04d}")
+    name = EVENTS if rank is None else _EVENTS_OF_RANKS.replace("*", f"{rank:04d}")
     append_json(run_dir / name, [row])
 
 
@@ -148,9 +148,9 @@ def count_events(run_dir: StoragePath) -> dict[str, int]:
 
 
 def event_files(run_dir: StoragePath) -> list[StoragePath]:
-    if isinstance(run_dir, Path):
-        return [run_dir / EVENTS]
-    return [run_dir / EVENTS, *run_dir.glob(_EVENTS_OF_RANKS)]
+    """List the files of events: the driver's, and those of ranks."""
+    of_ranks: list[StoragePath] = [*run_dir.glob(_EVENTS_OF_RANKS)]
+    return [run_dir / EVENTS, *sorted(of_ranks, key=str)]
 
 
 def _time(row: dict[str, Any]) -> float:

@@ -1,7 +1,7 @@
 """Read and write a folder of small immutable files, on disk or in object storage.
 
-A file appears whole or not at all: on disk it is renamed once written, and object stores show an
-upload once it is complete.
+A file appears whole or not at all: on disk it is renamed once written, and so is a large object
+(omni/storage/publish.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 
 from omni.storage.atomic import write_atomic
 from omni.storage.path import as_path
+from omni.storage.publish import write_object
 
 _OPEN_FILES = 32
 _LIST_SECONDS = 10.0  # between two listings of a bucket
@@ -128,5 +129,4 @@ class ObjectFolder:
         return bytes(file.read_at(file.size() - offset if length is None else length, offset))
 
     def write(self, name: str, data: bytes) -> None:
-        with self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
-            stream.write(data)
+        write_object(self._filesystem, f"{self._path}/{name}", data)

@@ -12,7 +12,6 @@ import errno
 import fnmatch
 import io
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,12 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 from omni.errors import ConfigError
 from omni.storage.fence import check_fence
 from omni.storage.filesystem import StorageError, open_filesystem
+from omni.storage.publish import (
+    LARGEST_COPY_BYTES,
+    SINGLE_REQUEST_BYTES,
+    publish,
+    write_object,
+)
 from omni.storage.uri import CREDENTIALS, has_credentials, public_bucket, split_credentials
 
 if TYPE_CHECKING:
@@ -234,17 +239,32 @@ class ObjectPath:
 
     def write_bytes(self, data: bytes) -> int:
         """Write the object as a whole: an old one is replaced once all bytes are written."""
-        with self._written() as stream:
-            stream.write(data)
+        filesystem, key = self.filesystem
+        if filesystem.type_name in _WITH_FOLDERS:
+            self.parent.mkdir()
+        check_fence(self)
+        write_object(filesystem, key, data)
         return len(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> int:
         return self.write_bytes(text.encode(encoding))
 
     def upload(self, source: Path) -> None:
-        """Copy a local file of any size, as a whole."""
-        with source.open("rb") as file, self._written() as stream:
-            shutil.copyfileobj(file, stream, 8 << 20)
+        """Copy a local file of any size, as a whole; an old object stays until that is done."""
+        size = source.stat().st_size
+        if size <= SINGLE_REQUEST_BYTES:
+            self.write_bytes(source.read_bytes())
+            return
+        filesystem, key = self.filesystem
+        if filesystem.type_name in _WITH_FOLDERS:
+            self.parent.mkdir()
+        if filesystem.type_name == "s3" and size > LARGEST_COPY_BYTES:
+            from omni.storage.s3_client import upload_large
+
+            upload_large(self, source)
+            return
+        with source.open("rb") as file:
+            publish(filesystem, key, file, size, lambda: check_fence(self, fresh=True))
 
     def touch(self) -> None:
         self.write_bytes(b"")
@@ -280,20 +300,6 @@ class ObjectPath:
         other = ObjectPath.__new__(ObjectPath)  # The constructor would read ? in a name as options.
         other.__dict__ = {**self.__dict__, "_path": path}
         return other
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[Any]:
-        check_fence(self)
-        filesystem, key = self.filesystem
-        if filesystem.type_name not in _WITH_FOLDERS:
-            with filesystem.open_output_stream(key, compression=None) as stream:
-                yield stream
-            return
-        self.parent.mkdir()
-        temporary = f"{key}.{uuid.uuid4().hex}.tmp"
-        with filesystem.open_output_stream(temporary, compression=None) as stream:
-            yield stream
-        filesystem.move(temporary, key)
 
 
 StoragePath: TypeAlias = Path | ObjectPath

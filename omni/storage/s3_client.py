@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from omni.storage.fence import check_fence
 from omni.storage.path import ObjectPath
 from omni.storage.uri import redact
 
@@ -59,3 +63,33 @@ def s3_errors_as_oserror(path: ObjectPath) -> Iterator[None]:
         yield
     except (BotoCoreError, ClientError) as error:
         raise OSError(errno.EIO, redact(str(error).strip().partition("\n")[0]), str(path)) from None
+
+
+def upload_large(path: ObjectPath, source: Path) -> None:
+    """Upload a file that is too large to be copied within S3, and abort if that fails.
+
+    Without boto3 nothing can abort pyarrow's upload: the object is then removed if it fails.
+    """
+    found = s3_client(path)
+    if found is not None:
+        from boto3.exceptions import Boto3Error
+
+        client, bucket, key = found
+        check_fence(path, fresh=True)
+        with s3_errors_as_oserror(path):
+            try:
+                client.upload_file(str(source), bucket, key)
+            except Boto3Error as error:
+                raise OSError(errno.EIO, redact(str(error)), str(path)) from None
+        return
+    filesystem, location = path.filesystem
+    check_fence(path, fresh=True)
+    try:
+        with source.open("rb") as file, filesystem.open_output_stream(location) as stream:
+            shutil.copyfileobj(file, stream, 8 << 20)
+        if path.stat().st_size != source.stat().st_size:
+            raise OSError(errno.EIO, "a part of the file did not arrive", str(path))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise

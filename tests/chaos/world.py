@@ -18,6 +18,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 import omni
+from omni.metrics.run_files import read_events
 
 ROOT = Path(omni.__file__).parents[1]
 ASSETS = ROOT / "omni" / "assets" / "prompts-en"
@@ -191,10 +192,9 @@ class World:
 
     def events(self) -> list[dict[str, Any]]:
         try:
-            lines = (self.run_dir / "events.jsonl").read_text().splitlines()
+            return read_events(self.run_dir)
         except OSError:
             return []
-        return [json.loads(line) for line in lines if line]
 
     def finished(self) -> bool:
         return (self.run_dir / "summary.json").exists()

@@ -20,6 +20,7 @@ from ray.job_submission import JobStatus
 
 from omni.checkpoint.checkpoint import read_checkpoint
 from omni.cluster.job_client import connect
+from omni.metrics.run_files import read_events
 from tests.helpers.clusters import ROOT, RunningCluster, running_cluster
 from tests.helpers.prometheus_server import ALERTS, Prometheus, running_prometheus
 
@@ -116,8 +117,7 @@ def test_a_run_from_another_directory_ends_well(sent: Sent) -> None:
 
 def test_each_pool_does_its_own_work(cluster: RunningCluster, sent: Sent) -> None:
     """Trainers by the run's own books, encoders by Ray's."""
-    events = [json.loads(line) for line in (sent.folder / "events.jsonl").read_text().splitlines()]
-    (attempt,) = [event for event in events if event["event"] == "attempt"]
+    (attempt,) = [row for row in read_events(sent.folder) if row["event"] == "attempt"]
     assert attempt["nodes"] == [cluster.nodes["trainer"]]
     ran = [(actor["class_name"], actor["node_id"]) for actor in cluster.state("actors")]
     encoders = {node for name, node in ran if "_EncodeActor" in name}

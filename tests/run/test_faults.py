@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from jobs import audit, train
+from omni.metrics.run_files import read_events
 from tests.helpers.whole_runs import ROOT, command, curve, ledger, lines, run_job
 
 
@@ -39,8 +40,7 @@ def _step(run: Path) -> int:
 
 
 def _events(run: Path) -> list[dict[str, object]]:
-    path = run / "events.jsonl"
-    return lines(path) if path.exists() else []
+    return read_events(run)
 
 
 def _same_weights(one: Path, other: Path) -> bool:
@@ -308,7 +308,7 @@ def test_steps_without_an_update_are_told(copied: Path, capsys: pytest.CaptureFi
 def test_rows_of_a_process_that_lost_the_run_are_counted_and_ignored(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events = copied / "events.jsonl"
+    events = copied / "events.rank-0000.jsonl"
     [attempt] = [row for row in lines(events) if row["event"] == "attempt"]
     taken = {**attempt, "lease": 2, "step": 40}
     events.write_text(events.read_text() + json.dumps(taken) + "\n")
@@ -327,6 +327,7 @@ def test_rows_of_a_process_that_lost_the_run_are_counted_and_ignored(
 
 def test_a_run_of_an_older_version_is_audited(copied: Path) -> None:
     [ledger] = (copied / "ledger").glob("rank-*.jsonl")
+    (copied / "events.rank-0000.jsonl").rename(copied / "events.jsonl")
     for path in (ledger, copied / "events.jsonl", copied / "metrics.jsonl"):
         rows = [{k: v for k, v in row.items() if k != "lease"} for row in lines(path)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -334,14 +335,14 @@ def test_a_run_of_an_older_version_is_audited(copied: Path) -> None:
     assert audit.main([str(copied)]) == 0
 
 
-@pytest.mark.parametrize("missing", ["checkpoints", "events.jsonl", "plan"])
+@pytest.mark.parametrize("missing", ["checkpoints", "events.rank-0000.jsonl", "plan"])
 def test_a_run_without_its_books_is_an_error(
     copied: Path, missing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = copied / missing
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     assert audit.main([str(copied)]) == 1
-    assert missing.rstrip("s") in capsys.readouterr().err
+    assert missing.partition(".")[0].rstrip("s") in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from jobs import audit
+from omni.metrics.run_files import read_events
 from omni.storage.digest import file_digest
-from tests.helpers.whole_runs import ROOT, command, curve, lines
+from tests.helpers.whole_runs import ROOT, command, curve
 
 FAST = ("--run.lease_seconds", "4")
 
@@ -96,7 +97,7 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
         last = Path("checkpoints") / "last" / name
         assert (run / last).read_bytes() == (undisturbed / last).read_bytes()
     state = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
-    attempts = [row["lease"] for row in lines(run / "events.jsonl") if row["event"] == "attempt"]
+    attempts = [row["lease"] for row in read_events(run) if row["event"] == "attempt"]
     assert attempts == [1, 2] and state["lease"] == 2
-    [takeover] = [row for row in lines(run / "events.jsonl") if row["event"] == "takeover"]
+    [takeover] = [row for row in read_events(run) if row["event"] == "takeover"]
     assert takeover["owner"]["pid"] == first.pid

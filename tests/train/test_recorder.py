@@ -139,7 +139,8 @@ def test_events_of_all_ranks_are_written_by_rank_0_and_failures_by_each(
         recorder.log_event("attempt", 0, workers=2)
         recorder.log_stall("training step 3", 60.0, WORK)
         recorder.log_failure(ValueError("one\nthe last line"), WORK)
-    rows = lines(tmp_path / "run" / "events.jsonl")
+    first, second = (lines(tmp_path / "run" / f"events.rank-{rank:04d}.jsonl") for rank in (0, 1))
+    rows = first + second
     assert [(row["rank"], row["event"]) for row in rows] == [
         (0, "attempt"),
         (0, "stalled"),
@@ -156,9 +157,9 @@ def test_a_failing_rank_does_not_wait_for_storage_that_hangs(
     spec: WorkerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening a pipe that nobody reads blocks, as a lost mount does."""
-    os.mkfifo(tmp_path / "run" / "events.jsonl")
+    os.mkfifo(tmp_path / "run" / "events.rank-0000.jsonl")
     monkeypatch.setattr(module, "_FAILURE_LOG_TIMEOUT", 0.2)
     began = time.monotonic()
     Recorder(spec, 0, 1, CPU, None).log_failure(OSError("gone"), WORK)
     assert time.monotonic() - began < 60
-    (tmp_path / "run" / "events.jsonl").open("rb").close()
+    (tmp_path / "run" / "events.rank-0000.jsonl").open("rb").close()
