@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from omni.metrics.run_files import read_events
 from omni.storage.digest import file_digest
 from tests.helpers.whole_runs import ROOT, command, curve
 
-FAST = ("--run.lease_seconds", "4")
+FAST = ("--run.lease_seconds", "8")
 
 
 def _start(config: Path, storage: Path) -> subprocess.Popen[str]:
@@ -33,7 +34,8 @@ def _start(config: Path, storage: Path) -> subprocess.Popen[str]:
 def _wait(until: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 150) -> None:
     deadline = time.monotonic() + seconds
     while not until():
-        assert process.poll() is None, process.communicate()[0]
+        if process.poll() is not None:
+            pytest.fail(f"it ended with {process.returncode}: {process.communicate()[0]}")
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -55,19 +57,21 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
 ) -> None:
     run = tmp_path / "run"
     first = _start(tiny, tmp_path)
+    others: list[subprocess.Popen[str]] = []
     tree: list[psutil.Process] = []
     try:
         _wait((run / "lease.json").is_file, first)
-        refused = _start(tiny, tmp_path)
-        said, _ = refused.communicate(timeout=120)
-        assert refused.returncode == 3
+        others.append(refused := _start(tiny, tmp_path))
+        _wait(lambda: refused.poll() is not None, first)
+        said, _ = refused.communicate()
+        assert refused.returncode == 3, said
         assert f"pid {first.pid}" in said.splitlines()[-1], said
         _wait(lambda: _checkpoint_after(run, 7), first)
         tree = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
         for process in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
-        second = _start(tiny, tmp_path)
+        others.append(second := _start(tiny, tmp_path))
         said, _ = second.communicate(timeout=300)
         assert second.returncode == 0, said
         assert f"pid {first.pid}" in said and "taking over" in said
@@ -89,7 +93,10 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
         for process in reversed(tree):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        first.kill()
+        for driver in (first, *others):
+            if driver.poll() is None:
+                driver.send_signal(signal.SIGINT if driver in others else signal.SIGKILL)
+                driver.wait(60)
     assert audit.main([str(run)]) == 0
     assert "clean" in capsys.readouterr().out
     assert curve(run) == curve(undisturbed)
