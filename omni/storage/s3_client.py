@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs
 
 from omni.storage.fence import check_fence
 from omni.storage.path import ObjectPath
@@ -29,15 +29,18 @@ def s3_client(path: ObjectPath) -> tuple[Any, str, str] | None:
 
 @functools.lru_cache(maxsize=16)
 def _client(root: str, region: str) -> Any:
-    """Make a client with the credentials, endpoint and options of a bucket's URI."""
+    """Make a client with the endpoint and options of a bucket's URI.
+
+    Credentials are those of the environment, as for pyarrow; `anonymous@` asks for none.
+    """
     try:
         import boto3
+        from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError:
         return None
     location, _, query = root.partition("://")[2].partition("?")
     options = {name: values[-1] for name, values in parse_qs(query).items()}
-    key, _, secret = location.rpartition("@")[0].partition(":")
     endpoint = options.get("endpoint_override")
     if endpoint is not None and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
@@ -47,10 +50,12 @@ def _client(root: str, region: str) -> Any:
         "s3",
         region_name=region or None,
         endpoint_url=endpoint,
-        aws_access_key_id=unquote(key) or None,
-        aws_secret_access_key=unquote(secret) or None,
         verify=options.get("tls_ca_file_path"),
-        config=Config(s3={"addressing_style": style}, retries={"max_attempts": 3}),
+        config=Config(
+            s3={"addressing_style": style},
+            retries={"max_attempts": 3},
+            signature_version=UNSIGNED if location.startswith("anonymous@") else None,
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,13 +150,13 @@ def test_the_folder_is_handed_over_when_it_is_released(folder: StoragePath) -> N
 
 
 def test_the_owner_that_lives_is_named(folder: StoragePath) -> None:
-    held = Lease.take(folder, 1)
+    held = Lease.take(folder, 6)
     try:
         with pytest.raises(LeaseHeld) as refused:
             Lease.take(folder, 60)
         mine = this_process()
         assert f"host {mine.host}, pid {mine.pid}" in str(refused.value)
-        assert "heartbeat 0 s ago" in str(refused.value)
+        assert re.search(r"\(lease 1, heartbeat \d+ s ago\)", str(refused.value))
         state = read_lease(folder)
         assert state is not None and state.number == 1
     finally:
@@ -265,7 +266,7 @@ def test_a_bucket_without_conditions_is_said(bucket: str, monkeypatch: pytest.Mo
     home = as_path(bucket) / uuid.uuid4().hex
     monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(exclusive, "s3_client", lambda path: None)
-    held = Lease.take(home, 1)
+    held = Lease.take(home, 6)
     assert held.number == 1 and held.note is not None and "boto3" in held.note
     with pytest.raises(LeaseHeld):
         Lease.take(home, 1)
@@ -296,13 +297,13 @@ def test_a_claim_that_cannot_be_read_expires(tmp_path: Path) -> None:
     taken.release()
 
 
-def test_credentials_and_endpoint_of_the_uri_reach_the_client(bucket: str) -> None:
+def test_credentials_and_endpoint_reach_the_client(bucket: str) -> None:
     path = as_path(bucket)
     assert isinstance(path, ObjectPath)
     found = exclusive.s3_client(path / "a" / "b")
     assert found is not None
     client, name, key = found
     credentials = client._request_signer._credentials
-    assert (credentials.access_key, credentials.secret_key) == ("key", "secret")
+    assert credentials.access_key == os.environ["AWS_ACCESS_KEY_ID"]
     assert (name, key) == ("leases", "a/b")
     assert client.meta.endpoint_url.startswith("http://127.0.0.1:")
