@@ -127,7 +127,7 @@ def _transformers_job(
 
     folder = whisper_folder(source)
     _, state = read_whisper_files(folder)
-    model = Reference(WhisperConfig.from_pretrained(folder)).eval()
+    model = Reference(WhisperConfig.from_pretrained(folder, trust_remote_code=False)).eval()
     model.load_state_dict(state)
     model.to(device, dtype)
     windows = torch.stack([part for mel in mels for part in mel.split(3000, dim=1)])

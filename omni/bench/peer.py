@@ -93,7 +93,9 @@ class Peer:
         encoder = self._config.encoder
         folder = whisper_folder(encoder.weights)
         _, state = read_whisper_files(folder)
-        self._encoder = Reference(WhisperConfig.from_pretrained(folder)).eval()
+        self._encoder = Reference(
+            WhisperConfig.from_pretrained(folder, trust_remote_code=False)
+        ).eval()
         self._encoder.load_state_dict(state)
         self._encoder.to(DTYPES[encoder.dtype])
         self._model = OmniModel(prepared.model)

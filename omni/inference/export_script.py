@@ -41,9 +41,11 @@ HERE = Path(__file__).parent
 '''
 _BODY = '''
 def main(files: Sequence[str]) -> None:
-    model = VoxtralForConditionalGeneration.from_pretrained(HERE, dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE)
-    extract = AutoFeatureExtractor.from_pretrained(HERE)
+    model = VoxtralForConditionalGeneration.from_pretrained(
+        HERE, dtype=torch.float32, trust_remote_code=False
+    ).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE, trust_remote_code=False)
+    extract = AutoFeatureExtractor.from_pretrained(HERE, trust_remote_code=False)
     end = model.generation_config.eos_token_id
 
     def transcribe(audio: np.ndarray) -> tuple[str, bool]:

@@ -97,7 +97,34 @@ def test_links_to_a_folder_above_are_not_followed(folder: Path, target: str) -> 
     os.symlink(target, folder / "above")
     os.symlink("missing.wav", folder / "dangling.wav")
     os.symlink("loop.wav", folder / "loop.wav")
-    assert [row.id for row in _rows(folder)] == ["good"]
+    assert _reasons(folder) == {
+        "links to nothing": NOT_A_RECORDING, "links to folders read once": NOT_A_RECORDING
+    }  # fmt: skip
+    assert [row.id for row in _rows(folder) if row.error is None] == ["good"]
+
+
+def test_folders_that_link_to_each_other_are_read_once(folder: Path, tmp_path: Path) -> None:
+    """Followed without end, two folders of this kind alone have 2^40 names."""
+    for name, other in (("a", "b"), ("b", "a")):
+        _sound(folder / name / f"{name}.wav")
+        (folder / name / f"{name}.txt").write_text(name)
+        for number in range(3):
+            os.symlink(f"../{other}", folder / name / f"l{number}")
+    outside = tmp_path / "outside"
+    _sound(outside / "inner" / "c.wav")
+    (outside / "inner" / "c.txt").write_text("c")
+    os.symlink(folder, outside / "back")
+    os.symlink("back/nothing", outside / "gone")
+    os.symlink(outside, folder / "out")
+    os.symlink(outside / "inner", folder / "into")
+    rows = _rows(folder)
+    assert sorted(row.text for row in rows if row.error is None) == ["a", "a", "b", "c"]
+    assert {row.id for row in rows if row.error is None} >= {"good", "a/a", "b/b"}
+    said = {row.id: row.error[1] for row in rows if row.error}
+    assert said == {
+        "links to nothing": "1, such as out/gone",
+        "links to folders read once": "7, such as a/l0",
+    }
 
 
 def test_a_link_to_another_folder_is_followed(folder: Path, tmp_path: Path) -> None:

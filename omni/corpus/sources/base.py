@@ -208,42 +208,68 @@ def files_of(spec: str, suffixes: tuple[str, ...]) -> list[StoragePath]:
     return found
 
 
-def names_within(folder: StoragePath) -> dict[str, str]:
-    """Map the relative name of each file in a folder, at any depth, to its size and time."""
+@dataclass
+class Links:
+    """Links in a folder that are not followed."""
+
+    dangling: list[str] = field(default_factory=list)
+    """To nothing, or to themselves."""
+    repeated: list[str] = field(default_factory=list)
+    """To a folder that is read already, or that they lie in."""
+
+
+def names_within(folder: StoragePath, links: Links | None = None) -> dict[str, str]:
+    """Map the relative name of each file in a folder, at any depth, to its size and time.
+
+    Links to other folders are followed, and every folder is read once. links: gets those that are
+    not followed. Raises ManifestError for a folder that cannot be listed.
+    """
     if isinstance(folder, ObjectPath):
         found = folder.files_within()
         return {name: repr((info.size, info.mtime_ns)) for name, info in found.items()}
     names: dict[str, str] = {}
-    for base, _, files in _walk(folder):
+    links = Links() if links is None else links
+    for base, files in _walk(folder, links):
         for file in files:
             path = os.path.join(base, file)
+            name = os.path.relpath(path, folder)
             try:
                 status = os.stat(path)
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
-                    continue
-                raise ManifestError(f"{utf8_name(path)}: {error.strerror}") from None
-            names[os.path.relpath(path, folder)] = repr((status.st_size, status.st_mtime_ns))
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise ManifestError(f"{utf8_name(path)}: {error.strerror}") from None
+                links.dangling.append(name)
+            else:
+                names[name] = repr((status.st_size, status.st_mtime_ns))
     return names
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk a folder and what its links point to, but not links to a folder that they lie in.
-
-    Raises ManifestError for a folder that cannot be listed.
-    """
+def _walk(folder: Path, links: Links) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below `folder`, and its files; those that links lead to come last."""
 
     def fail(error: OSError) -> None:
         raise ManifestError(f"{utf8_name(str(error.filename))}: {error.strerror}")
 
-    for base, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        linked = [name for name in folders if os.path.islink(os.path.join(base, name))]
-        within = os.path.realpath(base) + os.sep
-        for name in linked:
-            target = os.path.realpath(os.path.join(base, name)).rstrip(os.sep)
-            if within.startswith(target + os.sep):
-                folders.remove(name)
-        yield base, folders, files
+    seen: set[str] = set()
+    pending = [str(folder)]
+    while pending:
+        top = pending.pop(0)
+        target = os.path.realpath(top)
+        around = os.path.realpath(os.path.dirname(top)) + os.sep
+        if top != str(folder) and (
+            target in seen or around.startswith(target.rstrip(os.sep) + os.sep)
+        ):
+            links.repeated.append(os.path.relpath(top, folder))
+            continue
+        for base, folders, files in os.walk(top, onerror=fail):
+            real = os.path.realpath(base)
+            if real in seen:  # A link led to it before one led to the folder around it.
+                folders.clear()
+                continue
+            seen.add(real)
+            linked = [n for n in sorted(folders) if os.path.islink(os.path.join(base, n))]
+            pending += [os.path.join(base, name) for name in linked]
+            yield base, files
 
 
 def _matching(path: StoragePath) -> list[StoragePath]:

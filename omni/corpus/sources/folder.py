@@ -6,9 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from omni.audio.formats import is_audio
+from omni.corpus.lengths import Reject
 from omni.corpus.manifest import check_row
-from omni.corpus.other_files import OtherFiles, is_document, is_system_file, utf8_name
-from omni.corpus.sources.base import Options, Part, Row, fingerprint_of, names_within
+from omni.corpus.other_files import (
+    NOT_A_RECORDING,
+    OtherFiles,
+    is_document,
+    is_system_file,
+    utf8_name,
+)
+from omni.corpus.sources.base import Links, Options, Part, Row, fingerprint_of, names_within
 from omni.corpus.text_file import decode_text
 from omni.errors import ManifestError
 from omni.storage.parallel_reads import parallel_map
@@ -29,7 +36,8 @@ class FolderSource:
         self.spec, self.folder, self.options = spec, folder, options
 
     def parts(self) -> list[Part]:
-        marks = names_within(self.folder)
+        links = Links()
+        marks = names_within(self.folder, links)
         rows, others = _sort(marks)
         if not any(not _is_text(name) for name in rows):
             raise ManifestError(f"{self.spec}: no recordings with a .txt of the same name")
@@ -40,7 +48,8 @@ class FolderSource:
             share = found[first : first + step]
             names = tuple(name for name, _ in share)
             parts.append(Part(f"files-{first:09}", fingerprint_of(share), names))
-        if rejects := others.rejects(str(self.folder)):
+        rejects = [*others.rejects(str(self.folder)), *_of_links(str(self.folder), links)]
+        if rejects:
             parts.append(Part(_OTHERS, fingerprint_of(rejects), tuple(rejects)))
         return parts
 
@@ -82,6 +91,16 @@ class FolderSource:
             except FileNotFoundError:
                 continue
         return None
+
+
+def _of_links(uri: str, links: Links) -> list[Reject]:
+    """Return an entry for each kind of links that are not followed; uri: the folder."""
+    kinds = (("links to nothing", links.dangling), ("links to folders read once", links.repeated))
+    return [
+        Reject(kind, uri, NOT_A_RECORDING, f"{len(names):,}, such as {utf8_name(min(names))}")
+        for kind, names in kinds
+        if names
+    ]
 
 
 def _sort(names: Iterable[str]) -> tuple[list[str], OtherFiles]:

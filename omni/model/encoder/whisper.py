@@ -201,7 +201,9 @@ def _feature_extractor(folder: Path, n_mels: int) -> WhisperFeatureExtractor:
     from transformers import WhisperFeatureExtractor
 
     if (folder / "preprocessor_config.json").is_file():
-        found: WhisperFeatureExtractor = WhisperFeatureExtractor.from_pretrained(folder)
+        found: WhisperFeatureExtractor = WhisperFeatureExtractor.from_pretrained(
+            folder, trust_remote_code=False
+        )
         return found
     return WhisperFeatureExtractor(feature_size=n_mels)
 

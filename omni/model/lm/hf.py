@@ -50,14 +50,22 @@ class HFConfig:
         return found if isinstance(found, int) else None
 
 
+def source_error(folder: Path, what: str, error: Exception) -> SourceError:
+    """Make the error of a folder that transformers cannot load, in one line."""
+    reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        reason = "it has code of its own (auto_map), and omni runs no code of a model's folder"
+    return SourceError(f"{folder}: {what}: {reason}")
+
+
 def read_config(folder: Path) -> HFConfig:
     """Read the configuration in a model's folder. Raises SourceError."""
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(folder, **gguf_argument(folder))
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False, **gguf_argument(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: expected a language model: {first_line(error)}") from None
+        raise source_error(folder, "expected a language model", error) from None
     text = found.get_text_config()
     values: dict[str, Any] = json.loads(json.dumps(text.to_dict(), default=str))
     for name in ("quantization_config", "id2label", "label2id"):
@@ -86,9 +94,11 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
 
             extra["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, **extra
+        )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SourceError(f"{folder}: cannot be loaded: {first_line(error)}") from None
+        raise source_error(folder, "cannot be loaded", error) from None
     model.config.quantization_config = None  # type: ignore[union-attr]
     return model
 
@@ -111,7 +121,9 @@ class HFLanguageModel(nn.Module):
         if model is None:
             values = dict(config.architecture)
             found = AutoConfig.for_model(values.pop("model_type"), **values)
-            model = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                found, dtype=torch.float32, trust_remote_code=False
+            )
         self.model = model
         self.model.set_attn_implementation(_ATTENTION)
         if self.model.config._attn_implementation != _ATTENTION:

@@ -14,11 +14,17 @@ from pathlib import Path
 
 import torch
 
-from omni.errors import first_line
 from omni.model.download import HubModel, SourceError, fetch
 from omni.model.lm.gpt import GPT
 from omni.model.lm.gpt_block import GPTConfig
-from omni.model.lm.hf import HFConfig, HFLanguageModel, gguf_argument, load_pretrained, read_config
+from omni.model.lm.hf import (
+    HFConfig,
+    HFLanguageModel,
+    gguf_argument,
+    load_pretrained,
+    read_config,
+    source_error,
+)
 from omni.model.lm.nanochat import find_nanochat, find_tokenizer, load_nanochat
 from omni.model.speech_lm import LMSource, OmniConfig
 from omni.model.tokenizer import Rendering, SpeechTokenizer
@@ -80,10 +86,12 @@ def hf_tokenizer(folder: Path) -> SpeechTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, **gguf_argument(folder))
+        found = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **gguf_argument(folder)
+        )
         inner = found.backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
-        raise SourceError(f"{folder}: expected a fast tokenizer: {first_line(error)}") from None
+        raise source_error(folder, "expected a fast tokenizer", error) from None
     if found.eos_token is None:
         raise SourceError(f"{folder}: the tokenizer has no end-of-sequence token")
     adds_bos = found("x").input_ids[:1] == [found.bos_token_id]
