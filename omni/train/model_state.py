@@ -1,13 +1,17 @@
 """Hold the model, optimizers and averaged weights of one rank, replicated or sharded.
 
 With `ddp` every rank holds everything; with `fsdp` (torch's fully_shard) parameters, gradients,
-optimizer state and averages are split over the ranks. Checkpoints hold full tensors either way.
+optimizer state and averages are split over the ranks, and a device holds its shards and the layer
+that is at work. Checkpoints hold full tensors either way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +32,9 @@ from omni.train.optim import (
     set_rates,
     trainable,
 )
+
+_LITTLE = 0.1
+"""Share of the weights that are trained, below which their whole gradients cost little memory."""
 
 
 class ModelState:
@@ -58,20 +65,13 @@ class ModelState:
             self.model.distillation = Distillation(optim.kl_temperature, end, optim.kl_end_weight)
         if config.train.recompute:
             self.model.lm.recompute()
-        self.model.to(device)
         self.sharded = config.train.strategy == "fsdp" and world > 1
         if self.sharded:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh(device.type, (world,))
-            for part in self.model.lm.shards():
-                fully_shard(part, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+            self._shard()
+        else:
+            self.model.to(device)
         self.optimizers = make_optimizers(self.model, config.optim)
         self.average = WeightAverage(self.model, config.optim.ema) if config.optim.ema else None
-        self._evaluated: OmniModel | None = None
-        """Full copy of a sharded model, for evaluation."""
         self._unreduced = False
         """Tell whether the gradients are still those of this rank."""
         self.wrapped: nn.Module = self.model
@@ -79,6 +79,24 @@ class ModelState:
             self.wrapped = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    def _shard(self) -> None:
+        """Split the model over the ranks; the parts move to the device one at a time.
+
+        Layers compute in weights that are gathered in the dtype of autocast: it would otherwise
+        keep a copy of every layer until the end of a step. Their inputs stay as they are, so that
+        the residual stream has the dtype that it has without sharding.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if self._dtype != torch.float32:
+            policy = replace(policy, param_dtype=self._dtype, reduce_dtype=torch.float32)
+        for part in self.model.lm.shards():
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(self.model, mesh=mesh)
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -92,10 +110,23 @@ class ModelState:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Wrap the backward pass of a microbatch: DDP reduces gradients after the last one only."""
+        """Wrap the backward pass of a microbatch; gradients are reduced after the last one only.
+
+        With FSDP this is so where few weights are trained. Others are reduced each time, since
+        their gradients would be as large as the model until then.
+        """
+        if self.sharded and self._trains_little:
+            sharded: Any = self.model
+            sharded.set_requires_gradient_sync(last)
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
+
+    @functools.cached_property
+    def _trains_little(self) -> bool:
+        every = list(self.model.parameters())
+        trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+        return trained < _LITTLE * sum(parameter.numel() for parameter in every)
 
     def losses(self, batch: Batch, ctc_only: bool = False) -> LossSums:
         """Run the forward pass.
@@ -166,21 +197,20 @@ class ModelState:
                 self.average.swap(self.model)
 
     def _gathered(self) -> OmniModel:
-        """Gather a full copy of the model.
+        """Gather a full copy of the model, which lives as long as the evaluation.
 
         Ranks decode different numbers of utterances; sharded layers would wait in collectives for
         ranks that have finished.
         """
-        if self._evaluated is None:
-            self._evaluated = OmniModel(self.model.config).to(self.device)
-            self._evaluated.task_weights = self.model.task_weights
-            self._evaluated.distillation = self.model.distillation
+        gathered = OmniModel(self.model.config).to(self.device)
+        gathered.task_weights = self.model.task_weights
+        gathered.distillation = self.model.distillation
         averaged = {} if self.average is None else self.average.weights
         with torch.no_grad():
-            target = dict(self._evaluated.named_parameters())
+            target = dict(gathered.named_parameters())
             for name, parameter in self.model.named_parameters():
                 target[name].copy_(full_tensor(averaged.get(name, parameter.detach())))
-        return self._evaluated
+        return gathered
 
     def snapshot(self, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy weights (averaged ones) and optimizer state to CPU, for a checkpoint.
