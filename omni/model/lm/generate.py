@@ -36,13 +36,10 @@ class EmbeddedPrompt:
     """Embeddings, with soft tokens."""
     ids_T: Tensor
     """Token ids; AUDIO for soft tokens."""
+    soft_NC: Tensor
+    """Soft tokens of its recordings, one after another."""
     seconds: float
     """Audio in it."""
-
-    @property
-    def soft_NC(self) -> Tensor:
-        """Return the soft tokens of its recordings, one after another."""
-        return self.x_TC[self.ids_T == AUDIO]
 
 
 @torch.inference_mode()
@@ -70,9 +67,7 @@ def embed_prompts(
 ) -> list[EmbeddedPrompt]:
     """Embed prompts; see `generate`."""
     return [
-        EmbeddedPrompt(
-            *_embed_prompt(model, prompt, recordings), sum(map(len, recordings)) / FRAMES_PER_SECOND
-        )
+        _embed_prompt(model, prompt, recordings)
         for prompt, recordings in zip(prompts, features, strict=True)
     ]
 
@@ -104,11 +99,11 @@ def continue_prompts(
 
 def _embed_prompt(
     model: OmniModel, prompt: Sequence[int], features: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Embed a prompt: (T, C) embeddings with soft tokens, and (T,) ids, AUDIO for those."""
+) -> EmbeddedPrompt:
     device = next(model.projector.parameters()).device
     recordings = iter(features)
     parts: list[Tensor] = []
+    heard: list[Tensor] = []
     ids: list[Tensor] = []
     text: list[int] = []
 
@@ -126,19 +121,29 @@ def _embed_prompt(
         flush()
         soft = model.project(stack_frames(next(recordings).to(device), model.config.stack))
         parts.append(soft)
+        heard.append(soft)
         ids.append(torch.full((len(soft),), AUDIO, device=device))
     flush()
     like = model.lm.embed(torch.zeros(1, 1, dtype=torch.long, device=device))
-    return torch.cat([part.to(like.dtype) for part in parts]), torch.cat(ids)
+    return EmbeddedPrompt(
+        torch.cat([part.to(like.dtype) for part in parts]),
+        torch.cat(ids),
+        torch.cat(heard) if heard else like[0, :0],
+        sum(map(len, features)) / FRAMES_PER_SECOND,
+    )
 
 
 def _generate_gpt(
     lm: GPT, embedded: list[Tensor], ids: list[Tensor], limits: list[int], end: int
 ) -> list[Answer]:
-    """Continue rows greedily with a KV cache, until the last one ends."""
+    """Continue rows greedily with a KV cache, until the last one ends.
+
+    The host waits for the device once per token. Rows that have ended leave the batch when they are
+    half of it.
+    """
     device = embedded[0].device
+    rows, longest = len(embedded), max(map(len, embedded))
     lengths = torch.tensor([len(row) for row in embedded], device=device)
-    rows, longest = len(embedded), int(lengths.max())
     x = torch.nn.utils.rnn.pad_sequence(embedded, batch_first=True)
     ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     has_id = ids_BT != AUDIO
@@ -148,10 +153,11 @@ def _generate_gpt(
     layout = SegmentLayout.plain((rows, longest), device, lengths_B=lengths)
     hidden = layout.last(lm.trunk(x, ids_BT.clamp(min=0), layout, has_id, cache))
     answers: list[list[int]] = [[] for _ in range(rows)]
-    open_rows, ended = set(range(rows)), set[int]()
+    in_batch = list(range(rows))
+    open_rows, ended = set(in_batch), set[int]()
     while open_rows:
         chosen = lm.logits(hidden).argmax(-1)
-        for row, token in enumerate(chosen.tolist()):
+        for row, token in zip(in_batch, chosen.tolist(), strict=True):
             if row not in open_rows:
                 continue
             if token == end:
@@ -162,7 +168,13 @@ def _generate_gpt(
             if len(answers[row]) >= limits[row]:
                 open_rows.discard(row)
         if open_rows:
+            if 2 * len(open_rows) <= len(in_batch):
+                kept = [place for place, row in enumerate(in_batch) if row in open_rows]
+                in_batch = [in_batch[place] for place in kept]
+                places = torch.tensor(kept, device=device)
+                chosen = chosen.index_select(0, places)
+                cache.keep(places)
             step = chosen[:, None]
-            layout = SegmentLayout.plain((rows, 1), device, cache.lengths_B)
+            layout = SegmentLayout.plain((len(in_batch), 1), device, cache.lengths_B)
             hidden = lm.trunk(lm.embed(step), step, layout, None, cache)[:, 0]
     return [Answer(ids, row not in ended) for row, ids in enumerate(answers)]

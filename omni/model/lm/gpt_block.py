@@ -96,6 +96,13 @@ class KVCache:
         self.k[layer][rows, positions_BT] = k_BTGD.to(self.k.dtype)
         self.v[layer][rows, positions_BT] = v_BTGD.to(self.v.dtype)
 
+    def keep(self, rows_K: Tensor) -> None:
+        """Keep some of the sequences, in the order given."""
+        self.k, self.v = self.k.index_select(1, rows_K), self.v.index_select(1, rows_K)
+        self.lengths_B = self.lengths_B.index_select(0, rows_K)
+        if self.last_embedding_BC is not None:
+            self.last_embedding_BC = self.last_embedding_BC.index_select(0, rows_K)
+
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, has_value_embedding: bool) -> None:
