@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omni.config import Config
 
@@ -44,6 +44,21 @@ def cluster_nodes() -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def free_nodes() -> list[Node]:
+    """List the living nodes with what other jobs leave of their resources."""
+    from omni.cluster.ray_internals.core import used_by_other_jobs
+
+    used = used_by_other_jobs()
+    return [
+        replace(node, resources=_minus(node.resources, used.get(node.id, {})))
+        for node in cluster_nodes()
+    ]
+
+
+def _minus(resources: Bundle, used: Bundle) -> dict[str, float]:
+    return {name: max(0.0, n - used.get(name, 0.0)) for name, n in resources.items()}
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ def shortage(nodes: Sequence[Node], demand: Demand, least: int, most: int) -> st
     """
     if demand.fits(nodes, least, demand.encoders, 1):
         return None
-    cluster = f"the cluster has {_resources_text(nodes)}"
+    cluster = f"the cluster has {describe_resources(nodes)}"
     for setting, need, labels in (
         ("train", demand.worker, demand.worker_labels),
         ("encoder", demand.encoder, demand.encoder_labels),
@@ -126,7 +141,8 @@ def _staying(nodes: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if not node.leaving]
 
 
-def _resources_text(nodes: Sequence[Node]) -> str:
+def describe_resources(nodes: Sequence[Node]) -> str:
+    """Return the sum of the nodes' GPUs and CPUs in words."""
     total = {name: sum(n.resources.get(name, 0) for n in nodes) for name in ("GPU", "CPU")}
     return f"{_bundle_text(total)} on {len(nodes)} node{'' if len(nodes) == 1 else 's'}"
 

@@ -427,6 +427,8 @@ class TrainConfig(Section):
 
     workers: Workers = 1
     """Number of training workers, or [min, max] to follow the capacity of the cluster."""
+    resize_seconds: NotNegativeFloat = 120
+    """Seconds without further change before [min, max] workers become more on a growing cluster."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every worker holds the whole model; fsdp: parameters and optimizer are sharded."""
     gpus: Share = 0

@@ -19,11 +19,24 @@ import ray.exceptions
 from omni.checkpoint.checkpoint import CheckpointError
 from omni.checkpoint.resume import ResumePoint, find_resume_point, newest_step
 from omni.checkpoint.retention import remove_staging
-from omni.cluster.capacity import Demand, cluster_nodes, workers_that_fit
+from omni.cluster.capacity import (
+    Demand,
+    cluster_nodes,
+    describe_resources,
+    free_nodes,
+    workers_that_fit,
+)
+from omni.errors import counted
 from omni.metrics.run_files import count_events, read_events, write_event
 from omni.run.encoder_need import needs_encoder
-from omni.run.failures import is_cluster_lost, root_cause
+from omni.run.failures import (
+    is_cluster_lost,
+    is_preempted,
+    is_without_room,
+    root_cause,
+)
 from omni.run.prepare import Prepared, make_worker_spec
+from omni.run.resize import ResizePolicy
 from omni.run.signals import Signals
 from omni.run.train_worker import FATAL_FAILURE_FILE
 from omni.run.worker_group import make_trainer
@@ -36,8 +49,6 @@ from omni.train.stop_request import StopRequest
 
 _POLL_SECONDS = 0.2
 _CLUSTER_POLL_SECONDS = 2.0
-_POLLS_BEFORE_RESIZE = 3
-"""Consecutive polls of the cluster that must report another capacity."""
 
 
 class TrainingError(RuntimeError):
@@ -65,8 +76,8 @@ class Attempts:
         """Damaged checkpoints that the previous attempt met."""
         self._polled = 0.0
         """time.monotonic() of the last poll of the cluster."""
-        self._other_capacity = 0
-        """Consecutive polls that reported another capacity than the group has."""
+        train = self._config.train
+        self._resize = ResizePolicy(train.most, train.resize_seconds)
 
     def run(self) -> bool:
         """Return True when the plan is trained, False when a signal ended it before.
@@ -86,7 +97,8 @@ class Attempts:
             failure_file.unlink(missing_ok=True)
             self._stop.clear()
             seen = count_events(self._run_dir)
-            error = self._attempt(self._choose_workers(), seen)
+            workers = self._choose_workers()
+            error = self._attempt(workers, seen)
             self._lease.raise_if_lost()
             if self._has_event(seen, "finished"):
                 return True
@@ -96,10 +108,16 @@ class Attempts:
                 raise TrainingError(failure_file.read_text())
             if error is None:
                 continue  # The group was stopped, to continue elsewhere or with another size.
+            if is_without_room(error):
+                self._report_no_room(workers)
+                continue  # Choose again: another job, or a node, may have come or gone.
             reason = root_cause(error, read_events(self._run_dir, seen))
             write_event(self._run_dir, "failure", self._step(), reason=reason)
-            failures = 1 if self._step() > reached else failures + 1
+            if self._step() > reached:
+                failures = 0
             reached = self._step()
+            # A node that was taken away says nothing about the run: it does not count.
+            failures += not is_preempted(error)
             if not ray.is_initialized() or is_cluster_lost(error):
                 raise TrainingError(f"the Ray cluster is gone ({reason})") from error
             if 0 <= self._config.train.max_failures < failures:
@@ -151,7 +169,8 @@ class Attempts:
             elif time.monotonic() - self._polled > _CLUSTER_POLL_SECONDS:
                 self._polled = time.monotonic()
                 self._poll_cluster(workers, seen)
-        self._polled, self._other_capacity = 0.0, 0
+        self._polled = 0.0
+        self._resize.restart()
         return outcome[0] if outcome else None
 
     def _choose_resume_point(self) -> ResumePoint | None:
@@ -184,10 +203,16 @@ class Attempts:
             return train.most
         return max(train.least, self._capacity())
 
+    def _report_no_room(self, workers: int) -> None:
+        """Log that a group of `workers` could not start in time; another try follows."""
+        free = describe_resources(free_nodes())
+        reason = f"no room for {counted(workers, 'worker')}; other jobs leave {free}"
+        write_event(self._run_dir, "no room", self._step(), reason=reason, workers=workers)
+
     def _capacity(self) -> int:
-        """Return the number of workers that fit into the cluster."""
+        """Return the number of workers that fit into what other jobs leave of the cluster."""
         train = self._config.train
-        return workers_that_fit(cluster_nodes(), Demand.of(self._config), train.least, train.most)
+        return workers_that_fit(free_nodes(), Demand.of(self._config), train.least, train.most)
 
     def _poll_cluster(self, workers: int, seen: Mapping[str, int]) -> None:
         """Ask the group to stop if it should continue elsewhere or with another size."""
@@ -208,7 +233,6 @@ class Attempts:
         train = self._config.train
         if train.least < train.most:
             capacity = max(self._capacity(), train.least)
-            self._other_capacity = self._other_capacity + 1 if capacity != workers else 0
-            if self._other_capacity >= _POLLS_BEFORE_RESIZE:
+            if self._resize.poll(capacity, workers, time.monotonic()):
                 return f"the cluster has room for {capacity} workers"
         return None

@@ -185,6 +185,7 @@ def describe_event(event: dict[str, Any]) -> str | None:
     titles = {
         "failure": "an attempt failed",
         "stalled": "no progress",
+        "no room": "the workers did not start, trying again",
         "moving": "stopping the workers, to continue elsewhere",
         "recomputed": "recomputing the step",
         "skipped": "no update in this step",

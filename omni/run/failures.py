@@ -18,6 +18,20 @@ def is_cluster_lost(error: BaseException) -> bool:
     return isinstance(error, (SystemExit, ConnectionError, ray.exceptions.RaySystemError))
 
 
+def is_without_room(error: BaseException) -> bool:
+    """Tell whether the workers of a group could not be placed within Ray Train's start timeout."""
+    from omni.cluster.ray_internals.train import is_start_timeout
+
+    return is_start_timeout(getattr(error, "controller_failure", None))
+
+
+def is_preempted(error: BaseException) -> bool:
+    """Tell whether a worker ended because its node was taken away."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    causes = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
+    return any(isinstance(c, ray.exceptions.RayActorError) and c.preempted for c in causes)
+
+
 def root_cause(error: BaseException, events: Sequence[Mapping[str, Any]]) -> str:
     """Describe the first failure of a worker: rank, error, step, bins and utterances.
 

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from omni.cluster.capacity import Demand, cluster_nodes, shortage, workers_that_fit
+from omni.cluster.capacity import Demand, cluster_nodes, free_nodes, shortage, workers_that_fit
 from omni.cluster.ray_internals.core import autoscaler_limits
 from omni.config import Config
 from omni.config.plug_in import is_plug_in, load_plug_in
@@ -224,7 +224,7 @@ def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | No
         return None
     config, split = prepared.config, prepared.splits["train"]
     train = config.train
-    found = cluster_nodes()
+    found = free_nodes()
     alone = len(found) == 1 and not (train.gpus or config.encoder.gpus)
     return estimate(
         config,

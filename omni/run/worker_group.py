@@ -48,7 +48,11 @@ def make_trainer(
         run_config=RunConfig(
             name=f"attempt-{datetime.now(timezone.utc):%Y%m%dT%H%M%S%f}",
             **_ray_storage(config.run_dir / ".ray"),
-            failure_config=FailureConfig(max_failures=0),
+            # `Attempts` decides what comes next. Ray Train would start a group of the same size
+            # again, without limit, where there is no room for it or a node was preempted.
+            failure_config=FailureConfig(  # type: ignore[call-arg]  # mypy sees V1's
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
         ),
         datasets={STREAM: functools.partial(open_stream, splits, settings, workers, first_step)},
         dataset_config=DataConfig(execution_options=options),

@@ -7,7 +7,13 @@ from typing import Any
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
+
+
+def is_start_timeout(error: object) -> bool:
+    """Tell whether a worker group was not placed in time."""
+    return isinstance(error, WorkerGroupStartupTimeoutError)
 
 
 class LocalTrainer(TorchTrainer):
