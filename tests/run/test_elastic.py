@@ -42,8 +42,8 @@ time.sleep(600)
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head with room for one worker of 3 CPUs beside an encoder and a loader."""
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 5})
+    """A head with room for one worker of 3.5 CPUs beside an encoder and two loaders."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 6})
     monkeypatch.setenv("RAY_ADDRESS", found.address)
     yield found
     ray.shutdown()
@@ -53,7 +53,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def test_room_that_is_lost_between_choosing_and_starting_costs_one_timeout(
     tiny: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    doomed = [cluster.add_node(num_cpus=3)]
+    doomed = [cluster.add_node(num_cpus=4)]
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     make, asked = attempts.make_trainer, []
 
@@ -64,7 +64,7 @@ def test_room_that_is_lost_between_choosing_and_starting_costs_one_timeout(
         return make(spec, workers, *more)
 
     monkeypatch.setattr(attempts, "make_trainer", make_late)
-    overrides = ["--run.storage", str(tmp_path), "--run.name", "run", "--train.cpus", "3"]
+    overrides = ["--run.storage", str(tmp_path), "--run.name", "run", "--train.cpus", "3.5"]
     overrides += ["--train.workers", "[1,2]", "--encoder.cpus", "0.5"]
     train(load_config(str(tiny), overrides))
     run = tmp_path / "run"
@@ -81,14 +81,14 @@ def test_what_another_job_holds_is_no_room(cluster: Cluster) -> None:
     mine = ray.util.placement_group([{"CPU": 1}])
     ray.get(mine.ready())
     [node] = free_nodes()
-    assert node.resources["CPU"] == 5, "the own job's share can be used again"
+    assert node.resources["CPU"] == 6, "the own job's share can be used again"
     other = subprocess.Popen(
         [sys.executable, "-c", OTHER_JOB], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     try:
         assert other.stdout is not None and other.stdout.readline() == "holds\n"
-        assert [n.resources["CPU"] for n in free_nodes()] == [1.5]
-        assert [n.resources["CPU"] for n in cluster_nodes()] == [5]
+        assert [n.resources["CPU"] for n in free_nodes()] == [2.5]
+        assert [n.resources["CPU"] for n in cluster_nodes()] == [6]
     finally:
         other.kill()
         other.wait()
