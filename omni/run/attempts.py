@@ -71,7 +71,9 @@ class Attempts:
             None if prepared.resume is None else ResumePoint.of(prepared.resume, self._run_dir),
             prepared.damaged,
         )
-        """Resume point of the first attempt, which `prepare` has verified already."""
+        """Resume point of the next attempt, where it has been verified already."""
+        self._chosen = self._verified
+        """Resume point of the last attempt, and damaged checkpoints that are newer."""
         self._damaged: list[str] = []
         """Damaged checkpoints that the previous attempt met."""
         self._polled = 0.0
@@ -110,6 +112,7 @@ class Attempts:
                 continue  # The group was stopped, to continue elsewhere or with another size.
             if is_without_room(error):
                 self._report_no_room(workers)
+                self._verified = self._chosen  # No rank has run since.
                 continue  # Choose again: another job, or a node, may have come or gone.
             reason = root_cause(error, read_events(self._run_dir, seen))
             write_event(self._run_dir, "failure", self._step(), reason=reason)
@@ -182,7 +185,7 @@ class Attempts:
         try:
             remove_staging(self._run_dir / "checkpoints")
             resume, damaged = self._verified or find_resume_point(self._run_dir)
-            self._verified = None
+            self._chosen, self._verified = (resume, damaged), None
             step = 0 if resume is None else resume.step
             for reason in damaged:
                 if reason not in self._damaged:
