@@ -1,4 +1,4 @@
-"""Fill the feature cache ahead of training, or continue to fill it."""
+"""Fill the feature cache ahead of training, or continue to fill it; --compact joins its files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from omni.errors import counted
 def main(argv: list[str] | None = None) -> int:
     parser = settings_parser("encode", __doc__, "run", "data", "augment", "encoder")
 
+    parser.add_argument(
+        "--compact",
+        action="store_true",
+        help="encode nothing: join small shards and tables of keys, also of version 0.1",
+    )
+
     def job() -> None:
-        _, config = parse_settings(parser, argv)
-        from omni.run.fill_cache import fill_cache
+        arguments, config = parse_settings(parser, argv)
+        from omni.run.fill_cache import compact_cache, fill_cache
         from omni.stream.feature_cache import advice_when_full
 
+        if arguments.compact:
+            compact_cache(config, lambda line: print(f"  {line}", flush=True))
+            return
         done = fill_cache(config, lambda line: print(f"  {line}", flush=True))
         rate = done["audio_seconds"] / done["seconds"] if done["seconds"] else 0.0
         hours = done["audio_seconds"] / 3600

@@ -28,7 +28,7 @@ _FEW = 64
 def needs_encoder(splits: Mapping[str, Split], settings: StreamSettings, first_step: int) -> bool:
     """Tell whether any held-out bin, or bin of training from `first_step` on, is to be encoded."""
     cache = settings.open_cache()
-    if cache is None or not len(cache):
+    if cache is None or not cache.stored_bytes:
         return True
     for name, split in splits.items():
         plan, first = split.plan, 0
@@ -52,7 +52,7 @@ def missing_share(
     plain = table.filter(pc.is_null(table["audios"]))["key"]
     inside = [chunk.flatten().field("key") for chunk in table["audios"].chunks]
     keys = pc.unique(pa.chunked_array([*plain.chunks, *inside], pa.large_string())).to_pylist()
-    absent = {key for key in keys if key not in cache}
+    absent = set(cache.absent(keys))
     if len(absent) <= _FEW:
         register_credentials(settings.config.locations)
         wanted = pc.or_(

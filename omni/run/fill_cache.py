@@ -30,7 +30,9 @@ from omni.errors import ConfigError, counted
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
 from omni.run.actor_count import assume_actors
-from omni.storage.path import join
+from omni.storage.path import as_path, join
+from omni.storage.uri import report_storage_errors
+from omni.stream.compaction import compact, compact_if_many
 from omni.stream.encoder_facts import describe_encoder
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.pipeline import SharedSettings, make_stream
@@ -63,8 +65,10 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         say(f"note: {note}")
     table = _distinct_recordings(indexes)
     keys = table["key"].to_pylist()
-    cache = FeatureCache(join(config.cache, facts.cache_folder))
-    missing = np.flatnonzero([key not in cache for key in keys])
+    location = join(config.cache, facts.cache_folder)
+    cache = FeatureCache(location)
+    absent = set(cache.absent(keys))
+    missing = np.flatnonzero([key in absent for key in keys])
     result: dict[str, Any] = {
         "location": cache.location,
         "utterances": len(keys),
@@ -81,8 +85,26 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         settings = replace(settings, keep_features=False, bins_per_block=1)
         _add_up(_drain.remote([ray.put(split)], settings), result, rejects, len(missing), say)
         cache.refresh()
-    kept = sum(key in cache for key in keys)
+    kept = len(keys) - len(cache.absent(keys))
+    if (compacted := compact_if_many(location)) is not None:
+        say(f"compacted: {compacted}")
     return {**result, "kept": kept, "gigabytes": cache.stored_bytes / 1e9, "rejects": dict(rejects)}
+
+
+def compact_cache(config: Config, say: Callable[[str], None] = print) -> None:
+    """Compact the feature caches of all encoders in `data.cache`. Raises ConfigError."""
+    if config.cache is None:
+        raise ConfigError("data.cache: expected a folder or URI; null turns the cache off")
+    with report_storage_errors("data.cache"):
+        where = as_path(config.cache)
+        found = sorted(path.name for path in where.iterdir()) if where.is_dir() else []
+        for name in found:
+            location = join(config.cache, name)
+            if name != "indexes" and as_path(location).is_dir():
+                compacted = compact(location)
+                say(f"{name}: {'nothing to compact' if compacted is None else compacted}")
+    if not found:
+        say("there is no cache yet")
 
 
 def _distinct_recordings(indexes: dict[str, Index]) -> pa.Table:

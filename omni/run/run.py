@@ -47,6 +47,8 @@ from omni.storage.lease import LEASE_FILE, Lease
 from omni.storage.owner import this_process
 from omni.storage.path import ObjectPath, remove_tree
 from omni.storage.uri import reason_of
+from omni.stream.compaction import compact_if_many
+from omni.stream.stream_settings import stream_settings
 
 _TERMINATED = 128 + 15
 """Exit code after SIGTERM, as a shell reports it: an orchestrator must not take it for the end."""
@@ -134,6 +136,7 @@ def _train(prepared: Prepared, lease: Lease, view: LiveView, began: float) -> di
                 finished = Attempts(prepared, signals, lease).run()
         if not finished:
             _exit_stopped(view, config, signals)
+        _compact_cache(view, prepared)
         summary = _complete_summary(prepared, earlier + time.monotonic() - began)
         view.footer(summary, write_report(config.run_dir))
         trackers.complete(summary)
@@ -187,6 +190,20 @@ def _warn_of_damage(view: LiveView, prepared: Prepared) -> None:
     """Name damaged checkpoints where no attempt follows that reports them as events."""
     for reason in prepared.damaged:
         view.warn(f"skipping damaged checkpoint {reason}")
+
+
+def _compact_cache(view: LiveView, prepared: Prepared) -> None:
+    """Join the files of a feature cache that has many."""
+    location = stream_settings(prepared.config, prepared.encoder).cache
+    if location is None:
+        return
+    try:
+        compacted = compact_if_many(location)
+    except OSError as error:
+        view.warn(f"the feature cache was not compacted: {reason_of(error)}")
+        return
+    if compacted is not None:
+        view.show(f"  feature cache compacted: {compacted}")
 
 
 def _check_storage(config: Config) -> None:

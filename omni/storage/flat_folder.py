@@ -6,21 +6,48 @@ A file appears whole or not at all: on disk it is renamed once written, and so i
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
+import tempfile
+import threading
 import time
+import uuid
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from filelock import FileLock
 
 from omni.storage.atomic import write_atomic
-from omni.storage.path import as_path
+from omni.storage.digest import digest
+from omni.storage.parallel_reads import parallel_map
+from omni.storage.path import ObjectPath, as_path
 from omni.storage.publish import write_object
 
 _OPEN_FILES = 32
+_OPEN_OBJECTS = 4096  # An open object is a few hundred bytes, and opening one is a request.
+_READS_AT_ONCE = 32
+_SLOW_SECONDS = 0.002  # From here on, reads of a file system are made in parallel.
 _LIST_SECONDS = 10.0  # between two listings of a bucket
+_DOWNLOAD_BYTES = 32 << 20  # of a request when a whole file is copied to this node
+_UNUSED_SECONDS = 7 * 86_400.0
+
+
+@dataclass(frozen=True)
+class Range:
+    """`length` bytes of a file from `offset` on."""
+
+    name: str
+    offset: int
+    length: int
 
 
 class Folder(Protocol):
@@ -38,7 +65,31 @@ class Folder(Protocol):
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes: ...
 
+    def read_ranges(self, ranges: Sequence[Range]) -> Sequence[bytes | OSError]:
+        """Read ranges of files, many at a time; a failure stands in the place of its range."""
+        ...
+
     def write(self, name: str, data: bytes) -> None: ...
+
+    def upload(self, name: str, source: Path) -> None:
+        """Move a file of this machine into the folder."""
+        ...
+
+    def spool(self) -> Path:
+        """Return a new path of this machine for a file that `upload` will move."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        ...
+
+    def modified(self, name: str) -> float:
+        """Return the time of a file's last change, in seconds since 1970."""
+        ...
+
+    def local_copy(self, name: str, size: int) -> Path:
+        """Return a path of this machine with the content of a file, for mapping it."""
+        ...
 
 
 def open_folder(location: str | Path) -> Folder:
@@ -46,7 +97,7 @@ def open_folder(location: str | Path) -> Folder:
     where = as_path(location)
     if isinstance(where, Path):
         return LocalFolder(where)
-    return ObjectFolder(str(where), *where.filesystem)
+    return ObjectFolder(where)
 
 
 class LocalFolder:
@@ -54,7 +105,8 @@ class LocalFolder:
         self.path = path
         self.location = str(path)
         self._listed_ns = -1
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files: OrderedDict[str, FileIO] = OrderedDict()
+        self._lock = threading.Lock()
 
     def changed(self) -> bool:
         try:
@@ -85,30 +137,67 @@ class LocalFolder:
             with (self.path / name).open("rb") as file:
                 file.seek(offset)
                 return file.read()
-        return os.pread(self._file(name), length, offset)
+        return os.pread(self._file(name).fileno(), length, offset)
+
+    def read_ranges(self, ranges: Sequence[Range]) -> Sequence[bytes | OSError]:
+        began = time.perf_counter()
+        done = [_attempt(self.read, part) for part in ranges[:1]]
+        # A local disk answers sooner than threads start; a network file system does not.
+        threads = _READS_AT_ONCE if time.perf_counter() - began > _SLOW_SECONDS else 0
+        rest = ranges[1:]
+        if threads and len(rest) > 1:
+            return [*done, *parallel_map(lambda part: _attempt(self.read, part), rest, threads)]
+        return done + [_attempt(self.read, part) for part in rest]
 
     def write(self, name: str, data: bytes) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / name, data)
 
-    def _file(self, name: str) -> int:
-        """Return an open descriptor, kept because the utterances of a shard are read singly."""
-        if name in self._files:
-            self._files.move_to_end(name)
-            return self._files[name]
-        descriptor = os.open(self.path / name, os.O_RDONLY)
-        self._files[name] = descriptor
-        if len(self._files) > _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return descriptor
+    def upload(self, name: str, source: Path) -> None:
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, self.path / name)
+
+    def spool(self) -> Path:
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path / f".{uuid.uuid4().hex}.tmp"
+
+    def delete(self, name: str) -> None:
+        with self._lock:
+            self._files.pop(name, None)
+        (self.path / name).unlink(missing_ok=True)
+
+    def modified(self, name: str) -> float:
+        return (self.path / name).stat().st_mtime
+
+    def local_copy(self, name: str, size: int) -> Path:
+        return self.path / name
+
+    def _file(self, name: str) -> FileIO:
+        """Return an open file, kept because the utterances of a shard are read singly.
+
+        One that leaves the list is closed once no thread reads it any more.
+        """
+        with self._lock:
+            if name in self._files:
+                self._files.move_to_end(name)
+                return self._files[name]
+        file = FileIO(self.path / name)
+        with self._lock:
+            self._files[name] = file
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
 
 
 class ObjectFolder:
-    def __init__(self, location: str, filesystem: pafs.FileSystem, path: str) -> None:
-        self.location = location
-        self._filesystem, self._path = filesystem, path.rstrip("/")
+    def __init__(self, where: ObjectPath) -> None:
+        self.location, self._where = str(where), where
+        self._filesystem, path = where.filesystem
+        self._path = path.rstrip("/")
         self._listed_at = -_LIST_SECONDS
         self._files: OrderedDict[str, pa.NativeFile] = OrderedDict()
+        self._lock = threading.Lock()
 
     def changed(self) -> bool:
         return time.monotonic() - self._listed_at >= _LIST_SECONDS
@@ -119,14 +208,94 @@ class ObjectFolder:
         return {info.base_name: info.size or 0 for info in self._filesystem.get_file_info(selector)}
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        if name in self._files:
-            self._files.move_to_end(name)
-        else:
-            self._files[name] = self._filesystem.open_input_file(f"{self._path}/{name}")
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        file = self._files[name]
+        file = self._file(name)
         return bytes(file.read_at(file.size() - offset if length is None else length, offset))
+
+    def read_ranges(self, ranges: Sequence[Range]) -> Sequence[bytes | OSError]:
+        if len(ranges) > 1:
+            # Opening asks for the size, once for each object that this process reads.
+            names = dict.fromkeys(part.name for part in ranges)
+            for _ in parallel_map(self._try_opening, names, _READS_AT_ONCE):
+                pass
+        return list(parallel_map(lambda part: _attempt(self.read, part), ranges, _READS_AT_ONCE))
+
+    def _try_opening(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            self._file(name)
+
+    def _file(self, name: str) -> pa.NativeFile:
+        with self._lock:
+            if name in self._files:
+                self._files.move_to_end(name)
+                return self._files[name]
+        file = self._filesystem.open_input_file(f"{self._path}/{name}")
+        with self._lock:
+            self._files[name] = file
+            if len(self._files) > _OPEN_OBJECTS:
+                self._files.popitem(last=False)
+        return file
 
     def write(self, name: str, data: bytes) -> None:
         write_object(self._filesystem, f"{self._path}/{name}", data)
+
+    def upload(self, name: str, source: Path) -> None:
+        (self._where / name).upload(source)
+        source.unlink()
+
+    def spool(self) -> Path:
+        return Path(tempfile.gettempdir()) / f"omni-spool-{uuid.uuid4().hex}"
+
+    def delete(self, name: str) -> None:
+        with self._lock:
+            self._files.pop(name, None)
+        self._filesystem.delete_file(f"{self._path}/{name}")
+
+    def modified(self, name: str) -> float:
+        changed: datetime | None = self._filesystem.get_file_info(f"{self._path}/{name}").mtime
+        return time.time() if changed is None else changed.timestamp()
+
+    def local_copy(self, name: str, size: int) -> Path:
+        """Download the file once for all processes of this node and user.
+
+        Copies of other files of the folder that nobody has used for a week are removed.
+        """
+        folder = _node_folder() / digest(self.location)
+        folder.mkdir(exist_ok=True)
+        copy = folder / name
+        with FileLock(f"{folder}.lock"):
+            if not (copy.is_file() and copy.stat().st_size == size):
+                partial = folder / f"{name}.tmp"
+                file = self._filesystem.open_input_file(f"{self._path}/{name}")
+                starts = range(0, size, _DOWNLOAD_BYTES)
+                with partial.open("wb") as sink:
+                    for data in parallel_map(
+                        lambda start: file.read_at(min(_DOWNLOAD_BYTES, size - start), start),
+                        starts,
+                        threads=8,
+                    ):
+                        sink.write(data)
+                os.replace(partial, copy)
+            os.utime(copy)
+            for other in folder.iterdir():
+                if time.time() - other.stat().st_mtime > _UNUSED_SECONDS:
+                    other.unlink(missing_ok=True)
+        return copy
+
+
+def _attempt(read: Callable[[str, int, int], bytes], part: Range) -> bytes | OSError:
+    try:
+        return read(part.name, part.offset, part.length)
+    except OSError as error:
+        return error
+    except ValueError as error:  # The range lies beyond the end of an object.
+        return OSError(errno.EINVAL, str(error))
+
+
+def _node_folder() -> Path:
+    """Return this user's own folder for copies on this node. Raises OSError for another's."""
+    folder = Path(tempfile.gettempdir()) / f"omni-copies-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(errno.EPERM, "not a folder of this user", str(folder))
+    return folder

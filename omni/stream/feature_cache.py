@@ -1,49 +1,29 @@
 """Cache of encoder features by content hash, in append-only shards.
 
-A cache folder belongs to one encoder (weights, dtype, mode, margin, format). A shard is two files:
-`NAME.bin`, the features one after another, and `NAME.arrow`, their keys, offsets and checksums. The
-table is written last, so a shard exists whole or not at all, and any number of actors write beside
-each other without locks, on local disk or in object storage.
+A cache folder belongs to one encoder (weights, dtype, mode, margin, format); its files are those
+of `omni.stream.key_index`. Any number of actors write beside each other without locks, on local
+disk or in object storage; `omni.stream.compaction` joins what they wrote.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-
-from omni.storage.digest import digest
-from omni.storage.flat_folder import open_folder
+from omni.storage.flat_folder import Range, open_folder
 from omni.storage.retry import NO_SPACE
+from omni.stream.key_index import KeyIndex
+from omni.stream.key_table import Entry, KeyTable, Row
 
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-        ("crc32", pa.uint32()),
-    ]
-)
-_DIGEST = b"digest"
-"""Metadata of a table: hash of its rows. Tables of 0.1 have none."""
 # While storage is unavailable, so many times `flush_bytes` of features wait in memory.
 _MOST_WAITING = 8
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Location and checksum of one recording's features."""
-
-    shard: str
-    offset: int
-    length: int
-    crc32: int
+_AGE_SHARE = 0.05
+"""Share of a writer's life that features wait, at most, once that is more than `flush_seconds`."""
+_LONGEST_AGE = 300.0
 
 
 class FeatureCache:
@@ -52,8 +32,9 @@ class FeatureCache:
     location: a local folder, or a URI such as s3://bucket/cache.
     limit_bytes: no shard is written that would bring the folder over it. Writers that work beside
         each other may overshoot by one shard each.
-    flush_bytes, flush_seconds: size and age at which `put` writes a shard. A killed writer loses
-        at most that much work.
+    flush_bytes, flush_seconds: size and age at which `put` has a thread write a shard. The age
+        grows to a twentieth of the writer's own, and to five minutes at most, so that a long epoch
+        leaves few shards. A killed writer loses the shard that is not written yet.
     """
 
     def __init__(
@@ -61,7 +42,7 @@ class FeatureCache:
         location: str | Path,
         *,
         limit_bytes: int | None = None,
-        flush_bytes: int = 8 << 20,
+        flush_bytes: int = 64 << 20,
         flush_seconds: float = 5.0,
     ) -> None:
         self.flush_bytes = flush_bytes
@@ -70,25 +51,42 @@ class FeatureCache:
         self.full: str | None = None
         """Reason why nothing more is kept, in one line."""
         self._folder = open_folder(location)
-        # A key may have several entries: a damaged copy beside a whole one.
-        self._entries: dict[str, list[_Entry]] = {}
-        self._shards: set[str] = set()
-        self._stored_bytes = 0
+        self._index = KeyIndex(location)
+        self._damaged: set[Entry] = set()
+        self._lock = threading.RLock()
+        """Held for the index and for what is pending, not while features are read or written."""
         self._pending: dict[str, bytes] = {}
         self._pending_bytes = 0
-        self._flushed_at = time.monotonic()
-        self.refresh()
+        self._writing: dict[str, bytes] = {}
+        self._writer: threading.Thread | None = None
+        self._began = self._flushed_at = time.monotonic()
 
     def __iter__(self) -> Iterator[str]:
-        stored = {key for key, entries in self._entries.items() if entries}
-        return iter(stored | self._pending.keys())
+        """Yield the content keys in storage and pending."""
+        with self._lock:
+            waiting = {**self._writing, **self._pending}
+            keys = dict.fromkeys(
+                key.hex()
+                for table in self._index.tables
+                for key, entry in table.entries(0, len(table))
+                if entry not in self._damaged
+            )
+        return iter(dict.fromkeys([*keys, *waiting]))
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        with self._lock:
+            stored = {
+                key
+                for table in self._index.tables
+                for key, entry in table.entries(0, len(table))
+                if entry not in self._damaged
+            }
+            waiting = {**self._writing, **self._pending}
+            return len(stored) + len(self._absent_in_storage(list(waiting)))
 
     def __contains__(self, key: str) -> bool:
         """Look the key up in the tables; only `get` notices that its features are damaged."""
-        return bool(self._entries.get(key)) or key in self._pending
+        return not self.absent([key])
 
     @property
     def location(self) -> str:
@@ -98,55 +96,100 @@ class FeatureCache:
     @property
     def stored_bytes(self) -> int:
         """Bytes of features in storage, as of the last refresh."""
-        return self._stored_bytes
+        return self._index.stored_bytes
 
-    def refresh(self) -> None:
-        """Read the tables of shards that other processes finished since the last refresh."""
-        try:
-            if not self._folder.changed():
-                return
-            sizes = self._folder.list()
-        except OSError:
-            return  # Listing failed: keep using the shards already known.
-        for name in sizes:
-            shard, _, suffix = name.rpartition(".")
-            if suffix != "arrow" or shard in self._shards or f"{shard}.bin" not in sizes:
-                continue
-            self._shards.add(shard)
-            self._stored_bytes += sizes[f"{shard}.bin"]
-            for key, entry in self._read_table(shard, sizes[f"{shard}.bin"]):
-                self._entries.setdefault(key, []).append(entry)
+    def absent(self, keys: Sequence[str]) -> list[str]:
+        """Return the keys, of a list, whose features are neither in a table nor pending."""
+        with self._lock:
+            unknown = [k for k in keys if k not in self._pending and k not in self._writing]
+            return self._absent_in_storage(unknown)
+
+    def _absent_in_storage(self, keys: Sequence[str]) -> list[str]:
+        found = self._locate(keys)
+        return [key for key in keys if not found.get(key)]
+
+    def refresh(self) -> bool:
+        """Read the tables of shards that others finished; return whether there were any."""
+        with self._lock:
+            return self._index.refresh()
+
+    # -- reading -------------------------------------------------------------------------------
 
     def get(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """Read the features that are cached; damaged ones count as absent."""
+        """Read the features that are cached, many at a time; damaged ones count as absent."""
         wanted = list(dict.fromkeys(keys))
-        if any(key not in self for key in wanted):
-            self.refresh()
+        with self._lock:
+            waiting = {**self._writing, **self._pending}
+            stored = [key for key in wanted if key not in waiting]
+            places = self._locate(stored)
+            if len(places) < len(stored) and self._index.refresh():
+                places = self._locate(stored)
+        found, gone = self._read(places)
+        if gone:
+            # A compaction may have moved them.
+            with self._lock:
+                moved = self._locate(gone) if self._index.refresh(force=True) else {}
+            found |= self._read(moved)[0]
+        known = {**found, **waiting}
+        return {key: known[key] for key in wanted if key in known}
+
+    def _locate(self, keys: Sequence[str]) -> dict[str, list[Entry]]:
+        """Return the copies of each key's features that are not known to be damaged."""
+        found = {
+            key: [entry for entry in entries if entry not in self._damaged]
+            for key, entries in self._index.find(keys).items()
+        }
+        return {key: entries for key, entries in found.items() if entries}
+
+    def _read(self, places: dict[str, list[Entry]]) -> tuple[dict[str, bytes], list[str]]:
+        """Read one whole copy of each key's features.
+
+        Returns them, and the keys of which no copy is there.
+        """
         found: dict[str, bytes] = {}
-        for key in wanted:
-            if key in self._pending:
-                found[key] = self._pending[key]
-                continue
-            for entry in list(self._entries.get(key, ())):
-                if (data := self._read(entry)) is not None:
+        gone: set[str] = set()
+        left = {key: list(entries) for key, entries in places.items()}
+        while asked := [(key, entries.pop(0)) for key, entries in left.items() if entries]:
+            ranges = [Range(f"{e.shard}.bin", e.offset, e.length) for _, e in asked]
+            data: bytes | OSError
+            for (key, entry), data in zip(asked, self._folder.read_ranges(ranges), strict=True):
+                whole = (
+                    not isinstance(data, OSError)
+                    and len(data) == entry.length
+                    and zlib.crc32(data) == entry.crc32
+                )
+                if whole and not isinstance(data, OSError):
                     found[key] = data
-                    break
-                self._entries[key].remove(entry)
-        return found
+                    del left[key]
+                    continue
+                if isinstance(data, OSError):
+                    gone.add(key)
+                with self._lock:
+                    self._damaged.add(entry)
+        return found, [key for key in left if key in gone]
+
+    # -- writing -------------------------------------------------------------------------------
 
     def put(self, items: Mapping[str, bytes]) -> None:
-        """Add features, and write a shard once enough are pending or the oldest are old."""
+        """Add features; a thread writes a shard once enough are pending or the oldest are old."""
         if self.full:
             return
-        for key, data in items.items():
-            if key not in self:
-                self._pending[key] = data
-                self._pending_bytes += len(data)
-        waited = time.monotonic() - self._flushed_at
-        room = None if self.limit_bytes is None else self.limit_bytes - self._stored_bytes
-        enough = self._pending_bytes >= self.flush_bytes or waited >= self.flush_seconds
-        if enough or (room is not None and self._pending_bytes > room):
-            self.flush()
+        with self._lock:
+            for key in self.absent(list(items)):
+                self._pending[key] = items[key]
+                self._pending_bytes += len(items[key])
+            now = time.monotonic()
+            age = max(self.flush_seconds, min(_LONGEST_AGE, _AGE_SHARE * (now - self._began)))
+            room = None if self.limit_bytes is None else self.limit_bytes - self.stored_bytes
+            enough = self._pending_bytes >= self.flush_bytes or now - self._flushed_at >= age
+            if not enough and (room is None or self._pending_bytes <= room):
+                return
+            writing = self._writer is not None and self._writer.is_alive()
+            if writing and self._pending_bytes < 2 * self.flush_bytes:
+                return
+        self._join_writer()
+        self._writer = threading.Thread(target=self._write_pending, name="feature cache")
+        self._writer.start()
 
     def flush(self, strict: bool = False) -> None:
         """Write the pending features as one shard, or set `full` to the reason they are not kept.
@@ -154,42 +197,51 @@ class FeatureCache:
         While storage is unavailable they stay in memory up to a limit, and the next flush tries
         again. strict: raise OSError instead.
         """
-        self._flushed_at = time.monotonic()
-        pending, self._pending, self._pending_bytes = self._pending, {}, 0
-        if self.limit_bytes is not None and pending:
-            self.refresh()
-            pending = self._within(pending, self.limit_bytes - self._stored_bytes)
-        if not pending:
-            return
-        shard = uuid.uuid4().hex
-        entries: dict[str, _Entry] = {}
-        offset = 0
-        for key, data in pending.items():
-            entries[key] = _Entry(shard, offset, len(data), zlib.crc32(data))
-            offset += len(data)
-        rows = [
-            {"key": key, "offset": e.offset, "length": e.length, "crc32": e.crc32}
-            for key, e in entries.items()
-        ]
-        table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_DIGEST: _digest(rows)}))
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        self._join_writer()
+        error = self._write_pending()
+        if strict and error is not None:
+            raise error
+
+    def _join_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _write_pending(self) -> OSError | None:
+        """Write what is pending as one shard; return the error after which it is still pending."""
+        with self._lock:
+            self._flushed_at = time.monotonic()
+            if self.limit_bytes is not None and self._pending:
+                self._index.refresh()
+                room = self.limit_bytes - self.stored_bytes
+                self._pending = self._within(self._pending, room)
+            items, self._writing = self._pending, self._pending
+            self._pending, self._pending_bytes = {}, 0
+        if not items:
+            return None
+        shard, rows, size = uuid.uuid4().hex, [], 0
+        for key, data in items.items():
+            rows.append(Row(key, size, len(data), zlib.crc32(data)))
+            size += len(data)
+        table = KeyTable.of_shard(shard, size, rows)
+        failed: OSError | None = None
         try:
-            self._folder.write(f"{shard}.bin", b"".join(pending.values()))
-            self._folder.write(f"{shard}.arrow", sink.getvalue().to_pybytes())
+            self._folder.write(f"{shard}.bin", b"".join(items.values()))
+            self._index.write(shard, table)
         except OSError as error:
-            if error.errno in NO_SPACE or offset > _MOST_WAITING * self.flush_bytes:
-                self.full = f"{self._folder.location}: {error.strerror or error}"
-                return
-            self._pending, self._pending_bytes = pending, offset
-            if strict:
-                raise
-            return
-        self._shards.add(shard)
-        self._stored_bytes += offset
-        for key, entry in entries.items():
-            self._entries.setdefault(key, []).append(entry)
+            failed = error
+        with self._lock:
+            self._writing = {}
+            if failed is None:
+                self._index.add(shard, table)
+            elif failed.errno in NO_SPACE or size > _MOST_WAITING * self.flush_bytes:
+                self.full = f"{self._folder.location}: {failed.strerror or failed}"
+                self._pending, self._pending_bytes = {}, 0
+                return None
+            else:
+                self._pending = {**items, **self._pending}
+                self._pending_bytes = sum(map(len, self._pending.values()))
+        return failed
 
     def _within(self, items: dict[str, bytes], room: int) -> dict[str, bytes]:
         """Take the first items that fit into `room` bytes; set `full` when some do not."""
@@ -202,38 +254,6 @@ class FeatureCache:
                 break
             kept[key] = data
         return kept
-
-    def _read(self, entry: _Entry) -> bytes | None:
-        try:
-            data = self._folder.read(f"{entry.shard}.bin", entry.offset, entry.length)
-        except (OSError, ValueError):
-            return None
-        return data if zlib.crc32(data) == entry.crc32 and len(data) == entry.length else None
-
-    def _read_table(self, shard: str, size: int) -> list[tuple[str, _Entry]]:
-        """Read the keys and entries of a shard of `size` bytes; none from a damaged table."""
-        try:
-            raw = self._folder.read(f"{shard}.arrow")
-            table = pa.ipc.open_file(pa.py_buffer(raw)).read_all()
-            wanted = (table.schema.metadata or {}).get(_DIGEST)
-            table = table.cast(_SCHEMA)
-            table.validate(full=True)  # Without it a flipped offset is read as a memory address.
-            rows = table.to_pylist()
-            if wanted is not None and _digest(rows) != wanted:
-                return []  # A damaged row could name the features of another recording.
-            entries = [
-                (r["key"], _Entry(shard, r["offset"], r["length"], r["crc32"])) for r in rows
-            ]
-            return [
-                (key, e) for key, e in entries if e.offset >= 0 and 0 <= e.length <= size - e.offset
-            ]
-        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
-            return []
-
-
-def _digest(rows: list[dict[str, Any]]) -> bytes:
-    values = [(r["key"], r["offset"], r["length"], r["crc32"]) for r in rows]
-    return digest(repr(values), size=16).encode()
 
 
 def advice_when_full(format: str) -> str:

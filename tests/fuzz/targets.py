@@ -138,7 +138,7 @@ def cache(folder: Path, rng: random.Random) -> str:
             store = FeatureCache(location)
             store.put({f"{shard}-{n}": _feature(shard, n) for n in range(8)})
             store.flush()
-    first = sorted(location.iterdir())
+    first = sorted(path for path in location.rglob("*") if path.is_file())
     path = rng.choice(first)
     whole = path.read_bytes()
     path.write_bytes(mutate_bytes(whole, rng))
@@ -153,7 +153,7 @@ def cache(folder: Path, rng: random.Random) -> str:
         assert FeatureCache(location).get(["new"]) == {"new": b"new"}
         return "rejected" if len(found) < 24 else "accepted"
     finally:
-        for extra in set(location.iterdir()) - set(first):
+        for extra in set(location.rglob("*")) - {*first, location / "keys"}:
             extra.unlink()
         path.write_bytes(whole)
 

@@ -17,9 +17,11 @@ import pytest
 import soundfile
 
 import omni
+from jobs import encode
 from omni.stream.codec import FeatureCodec
 from omni.stream.feature_cache import FeatureCache
 from tests.helpers.whole_runs import lines
+from tests.stream.test_feature_cache import write_old
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
 ROOT = Path(omni.__file__).parents[1]
@@ -65,7 +67,7 @@ def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_pat
         start_new_session=True,
     )
     try:
-        while not list(tmp_path.glob("cache/*/*.arrow")):
+        while not list(tmp_path.glob("cache/*/keys/*.keys")):
             assert job.poll() is None
             time.sleep(0.02)
     finally:  # also when the test itself runs out of time
@@ -107,6 +109,27 @@ def test_a_full_cache_stops_the_job_and_names_the_setting(corpus: Path, tmp_path
     assert "0.004 GB" in last and "data.cache_gb" in last
     stored = sum(path.stat().st_size for path in tmp_path.glob("cache/*/*.bin"))
     assert 2_000_000 < stored <= 4_000_000
+
+
+def test_caches_are_compacted_by_one_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of all encoders, also as version 0.1 left them; what else is there stays."""
+    items = {f"{n:032x}": bytes([n]) * 100 for n in range(12)}
+    (tmp_path / "cache" / "indexes" / "x").mkdir(parents=True)
+    for encoder in ("one", "other"):
+        for shard in range(3):
+            part = {key: items[key] for key in list(items)[4 * shard : 4 * shard + 4]}
+            write_old(tmp_path / "cache" / encoder, f"shard{shard}", part)
+    arguments = ["--config", "smoke", "--run.storage", str(tmp_path), "--compact"]
+    for _ in range(2):
+        assert encode.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count("12 keys of 3 tables in one, 3 shards in 1") == 2
+    assert said.count("nothing to compact") == 2
+    for encoder in ("one", "other"):
+        assert FeatureCache(tmp_path / "cache" / encoder).get(items) == items
+    assert list((tmp_path / "cache" / "indexes").iterdir()) == [tmp_path / "cache/indexes/x"]
 
 
 @pytest.mark.parametrize("cache", ["null", "nowhere://bucket", "s3://"])

@@ -46,8 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_cache(target: ObjectPath, source: Path) -> None:
-    filesystem, key = target.parent.filesystem
-    ObjectFolder("", filesystem, key).write(target.name, source.read_bytes())
+    ObjectFolder(target.parent).write(target.name, source.read_bytes())
 
 
 WRITERS: dict[str, Callable[[ObjectPath, Path], object]] = {

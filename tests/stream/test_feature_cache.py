@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from omni.storage.digest import digest
 from omni.storage.flat_folder import _OPEN_FILES
 from omni.stream.feature_cache import FeatureCache
 
 
 def _items(first: int, last: int) -> dict[str, bytes]:
     return {f"key-{n}": f"features of {n} ".encode() * (n + 1) for n in range(first, last)}
+
+
+def _table(shard: Path) -> Path:
+    """The table of a shard's keys."""
+    return shard.parent / "keys" / f"{shard.stem}.keys"
+
+
+def write_old(folder: Path, shard: str, items: dict[str, bytes], known: bool = True) -> Path:
+    """Write a shard as version 0.1 did; `known`: with a digest of its rows, as later ones did."""
+    rows, offset = [], 0
+    for key, data in items.items():
+        rows.append((key, offset, len(data), zlib.crc32(data)))
+        offset += len(data)
+    types = [pa.string(), pa.int64(), pa.int64(), pa.uint32()]
+    arrays = [pa.array(c, t) for c, t in zip(zip(*rows, strict=True), types, strict=True)]
+    metadata = {"digest": digest(repr(rows), size=16)} if known else None
+    table = pa.table(arrays, names=["key", "offset", "length", "crc32"], metadata=metadata)
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / f"{shard}.bin").write_bytes(b"".join(items.values()))
+    path = folder / f"{shard}.arrow"
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    return path
 
 
 def _written(folder: Path, items: dict[str, bytes]) -> Path:
@@ -55,9 +80,32 @@ def test_features_are_served_before_they_are_on_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limits", [{"flush_bytes": 60}, {"flush_seconds": 0.0}])
 def test_enough_or_old_features_become_a_shard(tmp_path: Path, limits: dict[str, int]) -> None:
+    """A thread writes it, and they are served meanwhile."""
     cache = FeatureCache(tmp_path, **{"flush_bytes": 1 << 30, "flush_seconds": 3600, **limits})
     cache.put({"key": bytes(100)})
+    assert cache.get(["key"]) == {"key": bytes(100)} and len(cache) == 1
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("keys/*.keys")) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert FeatureCache(tmp_path).get(["key"]) == {"key": bytes(100)}
+    assert cache.get(["key"]) == {"key": bytes(100)} and len(cache) == 1
+
+
+def test_the_age_at_which_features_are_written_grows_with_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("omni.stream.feature_cache.time.monotonic", lambda: now)
+    cache, written = FeatureCache(tmp_path), []
+    for second in range(0, 9_000, 5):
+        now = 1000.0 + second
+        cache.put({f"key-{second}": b"x"})
+        cache._join_writer()
+        if not cache._pending:
+            written.append(second)
+    waits = [later - earlier for earlier, later in zip(written, written[1:], strict=False)]
+    assert waits[0] == 5 and max(waits) == 300
+    assert len(written) < 150, "a shard each 5 s would make 1,800"
 
 
 def test_a_reader_sees_what_others_finish_later(tmp_path: Path) -> None:
@@ -122,7 +170,7 @@ def test_features_whose_data_is_gone_are_absent(tmp_path: Path) -> None:
 
 def test_a_writer_killed_between_data_and_table_leaves_nothing(tmp_path: Path) -> None:
     shard = _written(tmp_path, _items(0, 5))
-    shard.with_suffix(".arrow").rename(shard.with_suffix(".tmp"))
+    _table(shard).unlink()
     cache = FeatureCache(tmp_path)
     assert len(cache) == 0 and cache.get(["key-1"]) == {}
     cache.put(_items(0, 5))
@@ -136,19 +184,25 @@ def test_a_writer_killed_between_data_and_table_leaves_nothing(tmp_path: Path) -
 )
 def test_a_damaged_table_is_ignored(tmp_path: Path, damage: object) -> None:
     assert callable(damage)
-    table = _written(tmp_path, _items(0, 5)).with_suffix(".arrow")
+    table = _table(_written(tmp_path, _items(0, 5)))
     table.write_bytes(damage(table.read_bytes()))
+    old = write_old(tmp_path, "old", _items(10, 15))
+    old.write_bytes(damage(old.read_bytes()))
+    (tmp_path / "keys" / "complete").unlink()
     _written(tmp_path, _items(5, 10))
     (tmp_path / "notes.txt").write_text("not of this cache")
-    assert FeatureCache(tmp_path).get(_items(0, 10)) == _items(5, 10)
+    assert FeatureCache(tmp_path).get(_items(0, 15)) == _items(5, 10)
 
 
-def test_a_table_with_a_flipped_byte_is_ignored(tmp_path: Path) -> None:
-    table = _written(tmp_path, {"key": bytes(0x1234)}).with_suffix(".arrow")
+@pytest.mark.parametrize("old", [True, False], ids=["version 0.1", "now"])
+def test_a_table_with_a_flipped_byte_is_ignored(tmp_path: Path, old: bool) -> None:
+    items = {"key": bytes(0x1234)}
+    table = write_old(tmp_path, "a", items) if old else _table(_written(tmp_path, items))
+    assert FeatureCache(tmp_path).get(["key"]) == items
     data = table.read_bytes()
     length = (0x1234).to_bytes(8, "little")
-    assert data.count(length) == 1
-    table.write_bytes(data.replace(length, length[:6] + b"\x01" + length[7:]))
+    assert data.count(length) == 1 + (not old), "once in the row, and as the size of the shard"
+    table.write_bytes(data.replace(length, length[:6] + b"\x01" + length[7:], 1))
     assert FeatureCache(tmp_path).get(["key"]) == {}
 
 
@@ -156,14 +210,19 @@ _READ_FLIPPED = """
 import hashlib, sys
 from pathlib import Path
 from omni.stream.feature_cache import FeatureCache
+from tests.stream.test_feature_cache import write_old
 folder = Path(sys.argv[1])
 items = {hashlib.md5(bytes([n])).hexdigest(): bytes([n]) * 50 for n in range(5)}
-cache = FeatureCache(folder)
-cache.put(items)
-cache.flush()
-[table] = folder.glob("*.arrow")
+if sys.argv[2] == "now":
+    cache = FeatureCache(folder)
+    cache.put(items)
+    cache.flush()
+    [table] = folder.glob("keys/*.keys")
+else:
+    table = write_old(folder, "a", items)
 whole = table.read_bytes()
-for place in range(len(whole)):
+assert FeatureCache(folder).get(items) == items
+for place in range(0, len(whole), 1 if sys.argv[2] == "now" else 5):
     table.unlink()
     table.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
     found = FeatureCache(folder).get(items)
@@ -172,26 +231,31 @@ print("done")
 """
 
 
-def test_no_flipped_byte_of_a_table_ends_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["0.1", "now"])
+def test_no_flipped_byte_of_a_table_ends_the_process(tmp_path: Path, version: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _READ_FLIPPED, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", _READ_FLIPPED, str(tmp_path), version],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_a_damaged_copy_does_not_hide_a_whole_one(tmp_path: Path) -> None:
-    for trial in range(6):
-        folder = tmp_path / str(trial)
-        shard = _written(folder, _items(0, 1))
-        shard.write_bytes(bytes(len(shard.read_bytes())))
-        for copy in range(6):
-            for suffix in (".bin", ".arrow"):
-                shutil.copy(shard.with_suffix(suffix), folder / f"{shard.stem}{copy}{suffix}")
-        repaired = FeatureCache(folder)
-        assert repaired.get(["key-0"]) == {}
-        repaired.put(_items(0, 1))
-        repaired.flush()
-        assert FeatureCache(folder).get(["key-0"]) == _items(0, 1)
+    caches = [FeatureCache(tmp_path) for _ in range(7)]
+    for cache in caches:
+        cache.put(_items(0, 1))
+        cache.flush()
+    shards = list(tmp_path.glob("*.bin"))
+    assert len(shards) == 7
+    for shard in shards:
+        shard.write_bytes(bytes(shard.stat().st_size))
+    repaired = FeatureCache(tmp_path)
+    assert repaired.get(["key-0"]) == {}
+    repaired.put(_items(0, 1))
+    repaired.flush()
+    assert FeatureCache(tmp_path).get(_items(0, 1)) == _items(0, 1)
 
 
 # -- many shards, many processes ---------------------------------------------------------------
@@ -214,6 +278,7 @@ def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, flush_bytes=0)
     for number in range(shards):
         cache.put(_items(number, number + 1))
+        cache.flush()
     assert len(list(tmp_path.glob("*.bin"))) == shards
     limit = _OPEN_FILES + 24
     arguments = [str(tmp_path), str(limit), str(shards)]
@@ -266,6 +331,7 @@ def test_the_limit_holds_and_is_told(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, limit_bytes=2_500, flush_bytes=1_000)
     for n in range(5):
         cache.put({f"key-{n}": bytes([n]) * 1_000})
+    cache.flush()
     assert cache.full is not None
     assert str(tmp_path) in cache.full and "2.5e-06 GB" in cache.full
     assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) == 2_000
@@ -294,8 +360,10 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
 cache = FeatureCache(Path(sys.argv[1]), flush_bytes=0)
 cache.put({"small": bytes(1_000)})
+cache.flush()
 assert cache.full is None
 cache.put({"large": bytes(6_000)})
+cache.flush()
 print(cache.full)
 cache.put({"more": bytes(10)})
 """
@@ -309,7 +377,7 @@ def test_a_disk_that_takes_no_more_is_a_full_cache(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout and "File too large" in done.stdout
     assert len(FeatureCache(tmp_path)) == 1
-    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".arrow"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ""}
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["with a digest", "of version 0.1"])
@@ -318,12 +386,28 @@ def test_a_table_whose_keys_are_mixed_up_gives_nobody_anothers_features(
 ) -> None:
     """A damaged key may be that of another recording; old tables have no digest."""
     items = _items(0, 2)
-    path = _written(tmp_path, items).with_suffix(".arrow")
+    path = write_old(tmp_path, "a", items, known)
     table = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all()
-    assert table.schema.metadata
     mixed = table.set_column(0, "key", pa.array(table["key"].to_pylist()[::-1]))
-    mixed = mixed.replace_schema_metadata(table.schema.metadata if known else None)
+    mixed = mixed.replace_schema_metadata(table.schema.metadata)
     with pa.ipc.new_file(str(path), mixed.schema) as writer:
         writer.write_table(mixed)
     found = FeatureCache(tmp_path).get(items)
     assert found == ({} if known else dict(zip(items, list(items.values())[::-1], strict=True)))
+
+
+# -- folders of version 0.1 --------------------------------------------------------------------
+
+
+def test_a_folder_of_version_0_1_is_read_and_added_to(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_old(tmp_path, f"shard{shard}", _items(5 * shard, 5 * shard + 5), known=shard > 0)
+    for _ in range(2):
+        cache = FeatureCache(tmp_path)
+        assert cache.get(_items(0, 15)) == _items(0, 15) and len(cache) >= 15
+        assert cache.stored_bytes == sum(p.stat().st_size for p in tmp_path.glob("*.bin"))
+        cache.put(_items(15, 20))
+        cache.flush()
+    assert FeatureCache(tmp_path).get(_items(0, 20)) == _items(0, 20)
+    assert len(list(tmp_path.glob("*.bin"))) == 4
+    assert not (tmp_path / "keys" / "complete").exists()

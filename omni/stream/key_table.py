@@ -1,0 +1,392 @@
+"""Sorted tables of keys and of the locations of their features, in memory or mapped from a file.
+
+A file is read where it is needed, so that one of 30 million keys (1.3 GB) costs a process little
+memory, and the processes of a node share its pages; looking a key up reads two or three of them:
+
+    omnikey1, length of the header, header (JSON), zeros up to a multiple of 64
+    uint64 fences: every 128th of the next column
+    (n,) uint64 first halves of the keys, ascending
+    (n,) records: second half, offset, length, shard number, CRC-32 of the features, check
+    (m,) names of the shards, padded with zeros; (m,) uint64 their bytes
+
+A key is 16 bytes. A check covers its record, so that a damaged record is an absent one; the header
+has a digest of the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from omni.storage.digest import digest
+
+_MAGIC = b"omnikey1"
+_ALIGNED = 64
+_RECORD = np.dtype(
+    [
+        ("low", "<u8"),
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("shard", "<u4"),
+        ("crc32", "<u4"),
+        ("check", "<u4"),
+    ]
+)
+# Odd numbers from the fractional part of the golden ratio and the finalizers of MurmurHash3.
+_FACTORS = [
+    np.uint64(n)
+    for n in (
+        0x9E3779B97F4A7C15,
+        0xFF51AFD7ED558CCD,
+        0xC4CEB9FE1A85EC53,
+        0xBF58476D1CE4E5B9,
+        0x94D049BB133111EB,
+    )
+]
+_NO_SHARD = 0xFFFFFFFF
+_FENCE = 128
+"""Rows between two fences."""
+_FINDS = 16
+"""Searches after which the pages of a file leave the memory that is counted as this process's."""
+_RANGE_ROWS = 1 << 20
+"""Rows that are sorted at a time when files are merged."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Location and checksum of one recording's features."""
+
+    shard: str
+    offset: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One key with its features' place in a shard."""
+
+    key: str
+    offset: int
+    length: int
+    crc32: int
+
+
+def halves(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the two halves of each key as (n,) uint64."""
+    pairs = np.frombuffer(b"".join(map(_bytes_of, keys)), ">u8").astype(np.uint64).reshape(-1, 2)
+    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+
+
+def _bytes_of(key: str) -> bytes:
+    """Return the 16 bytes of a content key; of any other text, a hash of 16 bytes."""
+    if len(key) == 32 and key.isalnum() and key == key.lower():
+        try:
+            return bytes.fromhex(key)
+        except ValueError:
+            pass
+    return blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+class KeyTable:
+    """high: (n,) ascending; records: (n,); names, sizes: (m,) of the shards.
+
+    replaces: names of the files that this one was merged from.
+    """
+
+    def __init__(
+        self,
+        high: np.ndarray,
+        records: np.ndarray,
+        names: np.ndarray,
+        sizes: np.ndarray,
+        replaces: Sequence[str] = (),
+        fences: np.ndarray | None = None,
+    ) -> None:
+        self.high, self.records, self.names, self.sizes = high, records, names, sizes
+        self.replaces = list(replaces)
+        self._fences = np.array(high[::_FENCE] if fences is None else fences)
+        self._mapped: mmap.mmap | None = None
+        self._finds = 0
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    @property
+    def mapped(self) -> bool:
+        """True for a table that is read from its file as needed."""
+        return self._mapped is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the shards."""
+        return int(self.sizes.sum())
+
+    @classmethod
+    def map(cls, path: Path) -> KeyTable:
+        """Map a file into memory. Raises OSError, and ValueError if it is damaged."""
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        table = parse(mapped)
+        table._mapped = mapped
+        return table
+
+    @classmethod
+    def of_shard(cls, name: str, size: int, rows: Sequence[Row]) -> KeyTable:
+        """Make the table of one shard of `size` bytes."""
+        high, low = halves([row.key for row in rows])
+        records = np.zeros(len(rows), _RECORD)
+        records["low"] = low
+        for column in ("offset", "length", "crc32"):
+            records[column] = [getattr(row, column) for row in rows]
+        order = np.lexsort((records["offset"], low, high))
+        high, records = high[order], records[order]
+        records["check"] = _checks(high, records)
+        return cls(high, records, np.array([name.encode()]), np.array([size], np.uint64))
+
+    def find(self, high: np.ndarray, low: np.ndarray) -> list[tuple[int, Entry]]:
+        """Look keys up; return (number of the key, entry) of each copy of its features."""
+        found: list[tuple[int, Entry]] = []
+        numbers = np.arange(len(high))
+        at = self._first(high)
+        self._finds += 1
+        if self._mapped is not None and self._finds % _FINDS == 0:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+        while True:
+            # Most keys have one copy, and the second round ends the search.
+            inside = at < len(self.high)
+            numbers, at = numbers[inside], at[inside]
+            same = self.high[at] == high[numbers]
+            numbers, at = numbers[same], at[same]
+            if not len(at):
+                return found
+            records = self.records[at]
+            right = (records["low"] == low[numbers]) & self._valid(high[numbers], records)
+            for number, record in zip(
+                numbers[right].tolist(), records[right].tolist(), strict=True
+            ):
+                _, offset, length, shard, crc32, _ = record
+                name = self.names[shard].decode(errors="replace")
+                found.append((number, Entry(name, offset, length, crc32)))
+            at = at + 1
+
+    def _first(self, high: np.ndarray) -> np.ndarray:
+        """Return the first row of each key or, without one, that of the next key."""
+        if not len(self.high):
+            return np.zeros(len(high), np.int64)
+        starts = np.maximum(np.searchsorted(self._fences, high) - 1, 0) * _FENCE
+        rows = starts[:, None] + np.arange(_FENCE)
+        last = len(self.high) - 1
+        smaller = (self.high[np.minimum(rows, last)] < high[:, None]) & (rows <= last)
+        return np.asarray(starts + smaller.sum(axis=1))
+
+    def entries(self, first: int, last: int) -> Iterator[tuple[bytes, Entry]]:
+        """Yield the 16 bytes of each key of rows [first, last), and its entry, if it is whole."""
+        high, records = self.high[first:last], self.records[first:last]
+        valid = self._valid(high, records)
+        pairs = np.stack([high, records["low"]], axis=1).astype(">u8")
+        for number in np.flatnonzero(valid).tolist():
+            _, offset, length, shard, crc32, _ = records[number].item()
+            name = self.names[shard].decode(errors="replace")
+            yield pairs[number].tobytes(), Entry(name, offset, length, crc32)
+
+    def _valid(self, high: np.ndarray, records: np.ndarray) -> np.ndarray:
+        valid = _checks(high, records) == records["check"]
+        valid &= records["shard"] < len(self.names)
+        if not len(self.sizes):
+            return np.zeros(len(records), bool)
+        sizes = self.sizes[np.where(valid, records["shard"], 0)]
+        valid &= records["length"] <= sizes
+        valid &= records["offset"] <= sizes - np.minimum(records["length"], sizes)
+        return np.asarray(valid)
+
+
+def _checks(high: np.ndarray, records: np.ndarray) -> np.ndarray:
+    """Mix each key and location into 32 bits."""
+    one, two, three, four, five = _FACTORS
+    mixed = np.asarray(high, np.uint64) * one
+    mixed ^= records["low"] * two
+    mixed ^= records["offset"] * three
+    mixed ^= records["length"] * four
+    small = (records["shard"].astype(np.uint64) << np.uint64(32)) | records["crc32"]
+    mixed ^= small * five
+    mixed ^= mixed >> np.uint64(31)
+    mixed *= two
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= three
+    return np.asarray(mixed >> np.uint64(32)).astype(np.uint32)
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def parse(data: Any) -> KeyTable:
+    """Read a table from a buffer, without a copy. Raises ValueError if it is damaged."""
+    raw = memoryview(data).cast("B")
+    if bytes(raw[:8]) != _MAGIC or len(raw) < 16:
+        raise ValueError("not a table of keys")
+    length = int.from_bytes(raw[8:16], "little")
+    if length > len(raw) - 16:
+        raise ValueError("the table is cut off")
+    try:
+        header = json.loads(bytes(raw[16 : 16 + length]))
+        count, shards, width = (int(header[name]) for name in ("count", "shards", "width"))
+        replaces = [str(name) for name in header["replaces"]]
+        wanted = header["digest"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("the header is damaged") from None
+    first = _rounded_up(16 + length)
+    fences = -(-count // _FENCE)
+    sizes_of = [8 * fences, 8 * count, _RECORD.itemsize * count, width * shards, 8 * shards]
+    if min(count, shards, width - 1) < 0 or first + sum(sizes_of) != len(raw):
+        raise ValueError("the table is cut off")
+    places = np.cumsum([first, *sizes_of])
+    tail = raw[places[3] :]
+    if _digest(count, shards, width, replaces, tail) != wanted:
+        raise ValueError("the names of the shards are damaged")
+    return KeyTable(
+        np.frombuffer(raw, "<u8", count, places[1]),
+        np.frombuffer(raw, _RECORD, count, places[2]),
+        np.frombuffer(raw, f"S{width}", shards, places[3]),
+        np.frombuffer(raw, "<u8", shards, places[4]),
+        replaces,
+        np.frombuffer(raw, "<u8", fences, places[0]),
+    )
+
+
+def to_bytes(table: KeyTable) -> bytes:
+    """Return the content of the file of a small table."""
+    return b"".join(
+        [
+            _head(len(table), table.names, table.sizes, table.replaces),
+            table.high[::_FENCE].astype("<u8").tobytes(),
+            table.high.astype("<u8").tobytes(),
+            table.records.tobytes(),
+            table.names.tobytes(),
+            table.sizes.astype("<u8").tobytes(),
+        ]
+    )
+
+
+def _head(count: int, names: np.ndarray, sizes: np.ndarray, replaces: Sequence[str]) -> bytes:
+    tail = names.tobytes() + sizes.astype("<u8").tobytes()
+    header = {
+        "count": count,
+        "shards": len(names),
+        "width": names.dtype.itemsize,
+        "replaces": list(replaces),
+        "digest": _digest(count, len(names), names.dtype.itemsize, replaces, tail),
+    }
+    text = json.dumps(header).encode()
+    head = _MAGIC + len(text).to_bytes(8, "little") + text
+    return head.ljust(_rounded_up(len(head)), b"\0")
+
+
+def _digest(count: int, shards: int, width: int, replaces: Sequence[str], tail: Any) -> str:
+    return digest(repr((count, shards, width, list(replaces))), tail, size=16)
+
+
+def _rounded_up(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+# -- merging -----------------------------------------------------------------------------------
+
+
+def merge(tables: Sequence[KeyTable]) -> KeyTable:
+    """Merge tables in memory; rows that are damaged or occur twice are dropped."""
+    names, sizes, numbers = _joined_shards(tables)
+    parts = list(_sorted_ranges(tables, numbers))
+    high = np.concatenate([part[0] for part in parts] or [np.zeros(0, np.uint64)])
+    records = np.concatenate([part[1] for part in parts] or [np.zeros(0, _RECORD)])
+    return KeyTable(high, records, names, sizes)
+
+
+def write_merged(
+    file: IO[bytes],
+    tables: Sequence[KeyTable],
+    replaces: Sequence[str],
+    without: Collection[str] = (),
+) -> int:
+    """Merge tables of any size into a file, a range of keys at a time; return the rows.
+
+    without: shards whose rows are left out.
+    """
+    names, sizes, numbers = _joined_shards(tables, without)
+    count = 0
+    fences: list[np.ndarray] = []
+    with tempfile.TemporaryFile() as highs, tempfile.TemporaryFile() as records:
+        for high, part in _sorted_ranges(tables, numbers):
+            highs.write(high.astype("<u8").tobytes())
+            records.write(part.tobytes())
+            fences.append(high[-count % _FENCE :: _FENCE])
+            count += len(high)
+        file.write(_head(count, names, sizes, replaces))
+        file.write(b"".join(part.astype("<u8").tobytes() for part in fences))
+        for column in (highs, records):
+            column.seek(0)
+            shutil.copyfileobj(column, file, 8 << 20)
+    file.write(names.tobytes())
+    file.write(sizes.astype("<u8").tobytes())
+    return count
+
+
+def _joined_shards(
+    tables: Sequence[KeyTable], without: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Return names and sizes of all shards, and for each table the new numbers of its own.
+
+    Shards that are left out have the number `_NO_SHARD`.
+    """
+    width = max([t.names.dtype.itemsize for t in tables if len(t.names)] or [1])
+    every = [table.names.astype(f"S{width}") for table in tables]
+    names, first, inverse = np.unique(
+        np.concatenate([np.zeros(0, f"S{width}"), *every]), return_index=True, return_inverse=True
+    )
+    sizes = np.concatenate([np.zeros(0, np.uint64), *(t.sizes for t in tables)])[first]
+    kept = ~np.isin(names, np.array([name.encode() for name in without], f"S{width}"))
+    numbers = np.where(kept, np.cumsum(kept) - 1, _NO_SHARD).astype(np.uint32)[inverse]
+    ends = np.cumsum([len(part) for part in every])
+    return names[kept], sizes[kept], np.split(numbers, ends[:-1])
+
+
+def _sorted_ranges(
+    tables: Sequence[KeyTable], numbers: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield first halves and records of one range of keys after another, sorted, each once."""
+    total = sum(map(len, tables))
+    ranges = -(-total // _RANGE_ROWS)
+    bounds = [(number << 64) // max(ranges, 1) for number in range(ranges)]
+    starts = [np.searchsorted(table.high, np.array(bounds, np.uint64)).tolist() for table in tables]
+    for number in range(ranges):
+        highs, parts = [], []
+        for table, shards, start in zip(tables, numbers, starts, strict=True):
+            last = start[number + 1] if number + 1 < ranges else len(table)
+            high = np.array(table.high[start[number] : last], np.uint64)
+            records = np.array(table.records[start[number] : last])
+            valid = table._valid(high, records)
+            high, records = high[valid], records[valid]
+            records["shard"] = shards[records["shard"]] if len(shards) else _NO_SHARD
+            known = records["shard"] != _NO_SHARD
+            highs.append(high[known])
+            parts.append(records[known])
+        high, records = np.concatenate(highs), np.concatenate(parts)
+        order = np.lexsort((records["offset"], records["shard"], records["low"], high))
+        high, records = high[order], records[order]
+        fresh = np.ones(len(high), bool)
+        fresh[1:] = high[1:] != high[:-1]
+        for column in ("low", "shard", "offset"):
+            fresh[1:] |= records[column][1:] != records[column][:-1]
+        high, records = high[fresh], records[fresh]
+        records["check"] = _checks(high, records)
+        yield high, records
