@@ -178,9 +178,12 @@ def dry_run(config: Config) -> None:
 
 
 def _start_cluster(config: Config) -> None:
-    """Start Ray or connect to it, and import what uses it while its processes start."""
+    """Start Ray or connect to it, with everything imported that uses it."""
     modules = threading.Thread(target=importlib.import_module, args=("omni.run.attempts",))
     modules.start()
+    if os.environ.get("RAY_ADDRESS"):
+        # Ray may unpack the working directory of a job, in which omni is, again when it connects.
+        modules.join()
     # A local cluster gets CPUs for as many actors as may be chosen.
     start_ray(assume_actors(config, os.cpu_count() or 1))
     modules.join()
