@@ -19,7 +19,7 @@ import jobs.transcribe
 import omni
 from jobs.cli import run_job
 from omni.cluster.ray_init import runtime_environment
-from omni.config import load_config
+from omni.config import load_config, parse_config
 from omni.errors import ConfigError
 from omni.metrics.run_files import write_event
 from omni.storage.path import as_path
@@ -192,6 +192,6 @@ def test_ray_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://me:SECRET@hub.example")
     monkeypatch.setenv("HF_TOKEN", "SECRET")
     monkeypatch.setenv("WHISPER_HF_ID", "openai/whisper-small")
-    variables = runtime_environment()["env_vars"]
+    variables = runtime_environment(parse_config({}))["env_vars"]
     assert variables["WHISPER_HF_ID"] == "openai/whisper-small"
     assert "SECRET" not in str(variables) and "HF_ENDPOINT" not in variables

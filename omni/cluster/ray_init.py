@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
 from omni.cluster.ray_internals.core import can_reach, longest_socket_name
+from omni.cluster.stacks import HANGS
+from omni.cluster.timeouts import health_timeout
 from omni.cluster.versions import forwarded_variables
 from omni.config import Config
 from omni.errors import ConfigError, first_line
@@ -33,7 +36,7 @@ def start_ray(config: Config) -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    environment = runtime_environment()
+    environment = runtime_environment(config)
     if address := os.environ.get("RAY_ADDRESS"):
         _check_address(address)
         options["runtime_env"] = environment
@@ -67,7 +70,7 @@ def owns_cluster() -> bool:
 
 def _set_train_variables(config: Config) -> None:
     """Set the variables by which Ray Train is configured; its processes get them from here."""
-    timeout = max(1, round(config.train.timeout_seconds))
+    timeout = max(1, round(health_timeout(config.train.timeout_seconds)))
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Attempts watches for nodes that are about to leave.
@@ -107,7 +110,7 @@ def _check_temporary_folder() -> None:
         )
 
 
-def runtime_environment() -> dict[str, Any]:
+def runtime_environment(config: Config) -> dict[str, Any]:
     """Return the environment variables of workers: sources of weights, and no secrets.
 
     Ray shows a runtime environment to everyone who sees its dashboard. URLs with credentials are
@@ -118,4 +121,20 @@ def runtime_environment() -> dict[str, Any]:
     variables["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "30"
     if os.environ.get("RAY_ADDRESS"):  # Several clusters may run on this machine.
         variables["RAY_ADDRESS"] = os.environ["RAY_ADDRESS"]
-    return {"env_vars": variables}
+    return {"env_vars": variables | _flight_recorder(config)}
+
+
+def _flight_recorder(config: Config) -> dict[str, str]:
+    """Let NCCL write its last collective calls when one times out: hangs/nccl-RANK.
+
+    `python -m torch.distributed.flight_recorder.fr_trace` names the rank that did not join.
+    """
+    if not config.train.gpus or not isinstance(config.run_dir, Path):
+        return {}
+    prefix = str(config.run_dir / HANGS / "nccl-")
+    return {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,  # as torch before 2.10 names it
+    }

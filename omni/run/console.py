@@ -184,6 +184,7 @@ def describe_event(event: dict[str, Any]) -> str | None:
         return f"{start} with {counted(workers, 'worker')}{cached}"
     titles = {
         "failure": "an attempt failed",
+        "slow": "no progress so far",
         "stalled": "no progress",
         "no room": "the workers did not start, trying again",
         "moving": "stopping the workers, to continue elsewhere",

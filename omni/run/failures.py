@@ -9,6 +9,7 @@ import ray
 
 from omni.metrics.run_files import last_line
 
+_MAX_SUSPECTS = 3
 _MAX_IDS = 20
 """Utterance ids in a message; events.jsonl has all of them."""
 
@@ -38,16 +39,34 @@ def root_cause(error: BaseException, events: Sequence[Mapping[str, Any]]) -> str
     events: those of this attempt. Ranks that wait for a failed rank fail later, for lack of it.
     """
     failed = [row for row in events if row["event"] == "rank failed"]
+    suspects = _suspects(events)
     if failed:
         first = min(failed, key=lambda row: float(row["time"]))
-        return f"rank {first['rank']}: {first['reason']}{_position(first)}"
+        others = [row for row in suspects if row["rank"] != first["rank"]]
+        return f"rank {first['rank']}: {first['reason']}{_position(first)}{_named(others)}"
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     if not failures:
-        return f"{type(error).__name__}: {last_line(error)}"
+        return f"{type(error).__name__}: {last_line(error)}{_named(suspects)}"
     rank, cause = min(failures.items(), key=lambda failure: failure[0])
     while (deeper := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = deeper
-    return f"rank {rank}: {type(cause).__name__}: {last_line(cause)}"
+    return f"rank {rank}: {type(cause).__name__}: {last_line(cause)}{_named(suspects)}"
+
+
+def _suspects(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return what ranks without progress were last at; those that waited for others are left out.
+
+    Where all of them waited, or none was slow, there are none.
+    """
+    newest = {row["rank"]: row for row in events if row["event"] == "slow"}
+    last = max((row["step"] for row in newest.values()), default=0)
+    slow = [newest[rank] for rank in sorted(newest)]
+    return [row for row in slow if row["step"] == last and not row["waits_for_ranks"]]
+
+
+def _named(suspects: Sequence[Mapping[str, Any]]) -> str:
+    shown = "; ".join(str(row["reason"]) for row in suspects[:_MAX_SUSPECTS])
+    return f"; no progress before: {shown} (hangs/ has the stacks)" if shown else ""
 
 
 def _position(row: Mapping[str, Any]) -> str:

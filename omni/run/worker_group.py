@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from omni.cluster.capacity import bundle
 from omni.cluster.ray_init import owns_cluster
 from omni.cluster.ray_internals.train import LocalTrainer
+from omni.cluster.timeouts import collective_timeout
 from omni.plan.plan import Split
 from omni.run.train_worker import STREAM, run_worker
 from omni.storage.path import ObjectPath, StoragePath
@@ -38,7 +39,9 @@ def make_trainer(
         run_worker,
         # By reference: the controller would import the model to read it.
         train_loop_config={"spec": [ray.put(spec)]},
-        torch_config=TorchConfig(timeout_s=max(1, round(config.train.timeout_seconds))),
+        torch_config=TorchConfig(
+            timeout_s=max(1, round(collective_timeout(config.train.timeout_seconds)))
+        ),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees V1's
             num_workers=workers,
             use_gpu=config.train.gpus > 0,

@@ -10,7 +10,8 @@ block k reaches rank k mod W, and the plan's integer says exactly what has been 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -21,6 +22,8 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.util.metrics import Histogram
 
 from omni.cluster.ray_internals.data import SchedulerWorkarounds
+from omni.cluster.stacks import stacks_after
+from omni.cluster.timeouts import block_timeout
 from omni.cluster.watchdog import limited
 from omni.config import Config
 
@@ -156,8 +159,11 @@ class _LoadStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         from omni.stream.schema import LOADED_SCHEMA
 
-        with limited(self._timeout):
+        with self._limited():
             return pa.Table.from_pylist(self._load(batch), LOADED_SCHEMA)
+
+    def _limited(self) -> AbstractContextManager[None]:
+        return _limited(self._timeout, self._settings.config, "loader")
 
     @property
     def _settings(self) -> StreamSettings:
@@ -189,7 +195,7 @@ class _ReadStage(_LoadStage):
         from omni.stream.encoded_block import encoded_block
         from omni.stream.schema import LOADED_SCHEMA
 
-        with limited(self._timeout):
+        with self._limited():
             rows = self._load(batch)
             if not any(mel is not None for row in rows for mels in row["mels"] for mel in mels):
                 return encoded_block(rows, self._settings, {})
@@ -219,7 +225,7 @@ class _EncodeActor:
         from omni.stream.stages import EncodeStage
 
         shared = _settings(settings[0])
-        self._encode, self._timeout = EncodeStage(shared), timeout
+        self._encode, self._timeout, self._config = EncodeStage(shared), timeout, shared.config
         self._histogram = Histogram(
             "omni_encoder_batch_seconds",
             "Seconds that an encoder actor takes for one block.",
@@ -229,7 +235,7 @@ class _EncodeActor:
         self._histogram.set_default_tags({"run": shared.config.run.name})
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        with limited(self._timeout):
+        with _limited(self._timeout, self._config, "encoder"):
             out = self._encode(table)
         seconds = sum(out["encode_seconds"].to_pylist())
         if seconds:
@@ -237,12 +243,19 @@ class _EncodeActor:
         return out
 
 
+@contextmanager
+def _limited(timeout: float, config: Config, stage: str) -> Iterator[None]:
+    """End this process if a block takes longer than `timeout`; say before where it stands."""
+    with limited(timeout), stacks_after(timeout, config.run_dir, stage, "one block"):
+        yield
+
+
 def _block_timeout(config: Config) -> float:
     """Return the seconds allowed for one block.
 
     Less than a rank waits: otherwise the whole worker group would restart instead of one stage.
     """
-    return config.train.timeout_seconds / 2
+    return block_timeout(config.train.timeout_seconds)
 
 
 @functools.lru_cache(maxsize=4)

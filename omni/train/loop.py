@@ -7,6 +7,7 @@ loss curve does not depend on the number of workers, and a resumed run repeats i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -23,6 +24,8 @@ from omni.checkpoint.retention import checkpoint_path, set_link
 from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
 from omni.checkpoint.writer import CheckpointWriter
+from omni.cluster.stacks import place_of_thread, waits_for_ranks, write_stacks
+from omni.cluster.timeouts import rank_timeout
 from omni.cluster.watchdog import Watchdog
 from omni.inference.decode_batch import (
     by_language,
@@ -53,6 +56,8 @@ from omni.train.worker_spec import WorkerSpec
 
 _FIRST_BLOCK_TIMEOUT_FACTOR = 3.0
 """The first block waits for the stream to start and for the actors to load the encoder."""
+_LAST_CHECKPOINT_TIMEOUT_FACTOR = 3.0
+"""A checkpoint takes as long as its upload."""
 
 
 class TrainLoop:
@@ -105,7 +110,9 @@ class TrainLoop:
         Returns the summary; None after a stop request, with a checkpoint of the last step.
         """
         train = self.config.train
-        self._watchdog = Watchdog(train.timeout_seconds, self._log_stall, self._stop_timeout)
+        self._watchdog = Watchdog(
+            rank_timeout(train.timeout_seconds), self._log_stall, self._stop_timeout, self._log_slow
+        )
         self._writer = CheckpointWriter(
             self.checkpoints, train.keep_checkpoints, self._log_failed_checkpoint
         )
@@ -115,8 +122,10 @@ class TrainLoop:
             self.recorder.log_failure(error, self.reader.ledger.current_work())
             raise
         finally:
-            self._watchdog.close()
+            # The watchdog comes last: the storage of the last checkpoint may be what hangs.
+            self._watchdog.beat("writing the last checkpoint", _LAST_CHECKPOINT_TIMEOUT_FACTOR)
             self._writer.close()
+            self._watchdog.close()
 
     def _run(self) -> dict[str, Any] | None:
         config = self.config
@@ -257,6 +266,19 @@ class TrainLoop:
 
     def _log_stall(self, doing: str, seconds: float) -> None:
         self.recorder.log_stall(doing, seconds, self.reader.ledger.current_work())
+
+    def _log_slow(self, doing: str, seconds: float) -> None:
+        """Log where this rank stands, before other ranks give up waiting for it."""
+        thread = self._watchdog.thread
+        place, waits = place_of_thread(thread), waits_for_ranks(thread)
+        with contextlib.suppress(OSError):
+            write_stacks(self.run_dir, f"rank-{self.rank:04d}", doing)
+        self.recorder.log_own_event(
+            "slow",
+            self.state.step + 1,
+            reason=f"rank {self.rank}, {doing}: at {place} for {seconds:.0f} s",
+            waits_for_ranks=waits,
+        )
 
     def _log_failed_checkpoint(self, step: int, reason: str) -> None:
         self.recorder.log_own_event("checkpoint failed", step, reason=reason)

@@ -15,9 +15,9 @@ import pytest
 import ray
 
 from omni.cluster import ray_init
-from omni.cluster.ray_init import start_ray
+from omni.cluster.ray_init import runtime_environment, start_ray
 from omni.cluster.ray_internals.core import longest_socket_name
-from omni.config import Config
+from omni.config import Config, parse_config
 from omni.errors import ConfigError
 
 ROOT = Path(ray_init.__file__).parents[2]
@@ -108,3 +108,12 @@ def test_the_job_ends_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: RAY_ADDRESS: no cluster answers at 127.0.0.1:{free}")
+
+
+def test_collective_calls_of_gpus_are_recorded_into_the_run(tmp_path: Path) -> None:
+    run = {"storage": str(tmp_path), "name": "run"}
+    variables = runtime_environment(parse_config({"run": run, "train": {"gpus": 1}}))["env_vars"]
+    assert variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert variables["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "run" / "hangs" / "nccl-")
+    names = runtime_environment(parse_config({"run": run}))["env_vars"]
+    assert not [name for name in names if name.startswith("TORCH")], "gloo has no recorder"
