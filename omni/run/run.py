@@ -179,7 +179,7 @@ def dry_run(config: Config) -> None:
 
 def _start_cluster(config: Config) -> None:
     """Start Ray or connect to it, with everything imported that uses it."""
-    modules = threading.Thread(target=importlib.import_module, args=("omni.run.attempts",))
+    modules = threading.Thread(target=_import_users_of_ray)
     modules.start()
     if os.environ.get("RAY_ADDRESS"):
         # Ray may unpack the working directory of a job, in which omni is, again when it connects.
@@ -187,6 +187,11 @@ def _start_cluster(config: Config) -> None:
     # A local cluster gets CPUs for as many actors as may be chosen.
     start_ray(assume_actors(config, os.cpu_count() or 1))
     modules.join()
+
+
+def _import_users_of_ray() -> None:
+    for name in ("omni.run.preflight", "omni.run.attempts"):
+        importlib.import_module(name)
 
 
 def _warn_of_damage(view: LiveView, prepared: Prepared) -> None:
