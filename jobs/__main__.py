@@ -9,7 +9,7 @@ from importlib import import_module
 import omni
 
 JOBS = {
-    "Corpora": ("index", "inspect", "encode"),
+    "Corpora": ("index", "inspect", "encode", "synthesize"),
     "Training": ("train", "submit", "audit", "compare"),
     "Checkpoints": ("evaluate", "transcribe", "export"),
     "This machine": ("bench",),

@@ -1,0 +1,1 @@
+"""Repeatable recipes of training data that omni's own models are made of."""
