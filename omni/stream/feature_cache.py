@@ -20,7 +20,7 @@ from omni.stream.key_index import KeyIndex
 from omni.stream.key_table import Entry, KeyTable, Row
 
 # While storage is unavailable, so many times `flush_bytes` of features wait in memory.
-_MOST_WAITING = 8
+_MOST_WAITING = 4
 _AGE_SHARE = 0.05
 """Share of a writer's life that features wait, at most, once that is more than `flush_seconds`."""
 _LONGEST_AGE = 300.0

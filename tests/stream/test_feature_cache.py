@@ -324,6 +324,35 @@ def test_processes_write_beside_each_other(tmp_path: Path) -> None:
     assert FeatureCache(tmp_path / "cache").get(_items(0, 140)) == _items(0, 140)
 
 
+_WRITE_ON = """
+import itertools, sys
+from pathlib import Path
+from omni.stream.feature_cache import FeatureCache
+cache = FeatureCache(Path(sys.argv[1]), flush_bytes=2_000)
+for n in itertools.count():
+    cache.put({f"key-{n}": f"features of {n} ".encode() * (n % 50 + 1)})
+"""
+
+
+def test_a_killed_writer_loses_its_last_shard_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    writer = subprocess.Popen([sys.executable, "-c", _WRITE_ON, str(folder)])
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("keys/*.keys"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    writer.kill()
+    writer.wait()
+    tables, shards = list(folder.glob("keys/*.keys")), list(folder.glob("*.bin"))
+    assert len(tables) >= 5 and len(shards) - len(tables) in (0, 1)
+    cache = FeatureCache(folder)
+    kept = len(cache)
+    expected = {f"key-{n}": f"features of {n} ".encode() * (n % 50 + 1) for n in range(kept)}
+    assert cache.get(expected) == expected, "all features up to the last shard"
+    cache.put({f"key-{kept}": b"again"})
+    cache.flush()
+    assert FeatureCache(folder).get([f"key-{kept}"]) == {f"key-{kept}": b"again"}
+
+
 # -- limits ------------------------------------------------------------------------------------
 
 
