@@ -95,10 +95,8 @@ class WhisperTransformer(nn.Module):
 
         Lengths are even, so no kept frame depends on the padding.
         """
-        batch = pad_mels(mels)
-        if self.conv1.weight.device.type == "cuda":
-            batch = batch.pin_memory()
-        x = F.gelu(self.conv1(batch.to(self.conv1.weight, non_blocking=True)))
+        weight = self.conv1.weight
+        x = F.gelu(self.conv1(_sent(pad_mels(mels), weight.device).to(weight.dtype)))
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.embed_positions.weight[: x.shape[1]]
         return torch.cat([row[: mel.shape[1] // 2] for row, mel in zip(x, mels, strict=True)])
@@ -151,9 +149,9 @@ class _Packing:
             counts = torch.tensor(self.lengths)
             valid_BL = torch.arange(longest) < counts[:, None]
             self._shape = (len(lengths), longest)
-            self._indices_N = valid_BL.flatten().nonzero().squeeze(1).to(device)
+            self._indices_N = _sent(valid_BL.flatten().nonzero().squeeze(1), device)
             ragged = min(lengths) < longest
-            self._mask = valid_BL[:, None, None, :].to(device) if ragged else None
+            self._mask = _sent(valid_BL[:, None, None, :], device) if ragged else None
 
     def attend(self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor:
         if not self._padded:
@@ -190,6 +188,12 @@ def _attend_window(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor) -> Tensor:
             scores = torch.bmm(queries[tile, i : i + rows], keys[tile])
             out[tile, i : i + rows] = torch.bmm(scores.softmax(-1), values[tile])
     return out.transpose(0, 1)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to `device`; the host does not wait for a GPU."""
+    pinned = x.pin_memory() if device.type == "cuda" else x
+    return pinned.to(device, non_blocking=True)
 
 
 def pad_mels(mels: Sequence[Tensor]) -> Tensor:
