@@ -67,8 +67,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sent(cluster: RunningCluster, prometheus: Prometheus, storage: Path) -> Sent:
-    """The main job, sent from another directory; one of its recordings is damaged."""
-    broken = _half_a_recording(storage / "broken")
+    """The main job, sent from another directory; one of its recordings cannot be used."""
+    broken = _unusable_recording(storage / "broken")
     began = time.time()
     done = subprocess.run(
         [
@@ -96,14 +96,13 @@ def _command(cluster: RunningCluster, storage: Path, name: str) -> list[str]:
     ]
 
 
-def _half_a_recording(folder: Path) -> Path:
-    """A manifest of one recording whose damage shows only when it is decoded."""
+def _unusable_recording(folder: Path) -> Path:
+    """A manifest of one recording of which only decoding finds that it cannot be used."""
     folder.mkdir()
-    noise = np.random.default_rng(0).normal(0, 0.1, 48_000)
-    soundfile.write(folder / "broken.flac", noise, 16_000)
-    whole = (folder / "broken.flac").read_bytes()
-    (folder / "broken.flac").write_bytes(whole[: len(whole) // 2])
-    row = {"id": "broken", "audio": "broken.flac", "text": "Half of this is gone."}
+    noise = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
+    noise[100] = np.nan
+    soundfile.write(folder / "broken.wav", noise, 16_000, subtype="FLOAT")
+    row = {"id": "broken", "audio": "broken.wav", "text": "One of these is no number."}
     (folder / "manifest.jsonl").write_text(json.dumps(row) + "\n")
     return folder / "manifest.jsonl"
 
@@ -111,7 +110,7 @@ def _half_a_recording(folder: Path) -> Path:
 def test_a_run_from_another_directory_ends_well(sent: Sent) -> None:
     summary = json.loads((sent.folder / "summary.json").read_text())
     assert summary["steps"] == STEPS
-    assert summary["rejects"] == {"unreadable": 1}
+    assert summary["rejects"] == {"not finite": 1}
     assert (sent.folder / "report.html").is_file()
 
 
@@ -182,7 +181,7 @@ def test_what_a_run_counts_is_what_is_scraped(prometheus: Prometheus, sent: Sent
         return {row["metric"].get("reason", ""): float(row["values"][-1][1]) for row in series}
 
     assert last("ray_omni_bins_total") == {"": STEPS}
-    assert last("ray_omni_rejects_total") == {"unreadable": 1}
+    assert last("ray_omni_rejects_total") == {"not finite": 1}
     rows = [json.loads(line) for line in (sent.folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["kind"] == "train"]
     assert last("ray_omni_utterances_total") == {"": sum(row["utterances"] for row in trained)}
@@ -231,7 +230,7 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint(
     assert client.stop_job(job)
     output += process.stdout.read()
     assert process.wait(180) == 130, output
-    (step,) = re.findall(r"stopped; the checkpoint of step (\d+) holds what was done", output)
+    (step,) = re.findall(r"the checkpoint of step (\d+) is saved", output)
     state = read_checkpoint(storage / "stopped/checkpoints/last").state
     assert state.step == int(step) >= 3
     assert client.get_job_status(job) == JobStatus.STOPPED
