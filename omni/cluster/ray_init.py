@@ -59,6 +59,12 @@ def start_ray(config: Config) -> None:
         ray.init(**options)
     except ConnectionError as error:
         raise RuntimeError(f"RAY_ADDRESS: {first_line(error)}") from error
+    except Exception as error:  # Ray has no class for it.
+        if "timed out during startup" not in str(error):
+            raise
+        raise RuntimeError(
+            "Ray's processes did not start within 30 s: this machine is too busy; try again later"
+        ) from error
     if "address" in options:
         _own_nodes.add(ray.get_runtime_context().get_node_id())
 

@@ -110,6 +110,16 @@ def test_the_job_ends_in_one_line(tmp_path: Path) -> None:
     assert line.startswith(f"error: RAY_ADDRESS: no cluster answers at 127.0.0.1:{free}")
 
 
+def test_a_machine_that_is_too_busy_for_ray_is_one_line(away: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    away.delenv("RAY_ADDRESS", raising=False)
+    away.setattr(ray, "init", late)
+    with pytest.raises(RuntimeError, match="too busy"):
+        start_ray(Config())
+
+
 def test_collective_calls_of_gpus_are_recorded_into_the_run(tmp_path: Path) -> None:
     run = {"storage": str(tmp_path), "name": "run"}
     variables = runtime_environment(parse_config({"run": run, "train": {"gpus": 1}}))["env_vars"]
