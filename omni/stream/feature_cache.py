@@ -21,6 +21,7 @@ from omni.stream.key_table import Entry, KeyTable, Row
 
 # While storage is unavailable, so many times `flush_bytes` of features wait in memory.
 _MOST_WAITING = 4
+_KEYS_AT_ONCE = 4096
 _AGE_SHARE = 0.05
 """Share of a writer's life that features wait, at most, once that is more than `flush_seconds`."""
 _LONGEST_AGE = 300.0
@@ -105,8 +106,13 @@ class FeatureCache:
             return self._absent_in_storage(unknown)
 
     def _absent_in_storage(self, keys: Sequence[str]) -> list[str]:
-        found = self._locate(keys)
-        return [key for key in keys if not found.get(key)]
+        has = self._index.contains(keys)
+        if self._damaged:
+            for first in range(0, len(keys), _KEYS_AT_ONCE):
+                part = keys[first : first + _KEYS_AT_ONCE]
+                whole = self._locate(part)
+                has[first : first + _KEYS_AT_ONCE] = [key in whole for key in part]
+        return [key for key, known in zip(keys, has.tolist(), strict=True) if not known]
 
     def refresh(self) -> bool:
         """Read the tables of shards that others finished; return whether there were any."""

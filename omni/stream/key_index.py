@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from omni.storage.digest import digest
@@ -96,6 +97,15 @@ class KeyIndex:
             for number, entry in run.table.find(high, low):
                 found.setdefault(keys[number], []).append(entry)
         return found
+
+    def contains(self, keys: Sequence[str]) -> np.ndarray:
+        """Return (n,) whether features of each key are listed, whatever their number."""
+        high, low = halves(keys)
+        has = np.zeros(len(keys), bool)
+        for run in self._runs:
+            left = np.flatnonzero(~has)
+            has[left] = run.table.contains(high[left], low[left])
+        return has
 
     def refresh(self, force: bool = False) -> bool:
         """Read the tables that appeared since the last refresh; return whether there were any.

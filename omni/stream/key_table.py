@@ -55,8 +55,8 @@ _FACTORS = [
 _NO_SHARD = 0xFFFFFFFF
 _FENCE = 128
 """Rows between two fences."""
-_FINDS = 16
-"""Searches after which the pages of a file leave the memory that is counted as this process's."""
+_KEYS_AT_ONCE = 1024
+"""Keys that are looked up together, with a kilobyte of memory for each."""
 _RANGE_ROWS = 1 << 20
 """Rows that are sorted at a time when files are merged."""
 
@@ -116,7 +116,6 @@ class KeyTable:
         self.replaces = list(replaces)
         self._fences = np.array(high[::_FENCE] if fences is None else fences)
         self._mapped: mmap.mmap | None = None
-        self._finds = 0
 
     def __len__(self) -> int:
         return len(self.high)
@@ -157,28 +156,41 @@ class KeyTable:
     def find(self, high: np.ndarray, low: np.ndarray) -> list[tuple[int, Entry]]:
         """Look keys up; return (number of the key, entry) of each copy of its features."""
         found: list[tuple[int, Entry]] = []
-        numbers = np.arange(len(high))
-        at = self._first(high)
-        self._finds += 1
-        if self._mapped is not None and self._finds % _FINDS == 0:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-        while True:
-            # Most keys have one copy, and the second round ends the search.
-            inside = at < len(self.high)
-            numbers, at = numbers[inside], at[inside]
-            same = self.high[at] == high[numbers]
-            numbers, at = numbers[same], at[same]
-            if not len(at):
-                return found
-            records = self.records[at]
-            right = (records["low"] == low[numbers]) & self._valid(high[numbers], records)
-            for number, record in zip(
-                numbers[right].tolist(), records[right].tolist(), strict=True
-            ):
+        for numbers, records in self._matches(high, low):
+            for number, record in zip(numbers.tolist(), records.tolist(), strict=True):
                 _, offset, length, shard, crc32, _ = record
                 name = self.names[shard].decode(errors="replace")
                 found.append((number, Entry(name, offset, length, crc32)))
-            at = at + 1
+        return found
+
+    def contains(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        """Return (n,) whether the table has each key."""
+        has = np.zeros(len(high), bool)
+        for numbers, _ in self._matches(high, low):
+            has[numbers] = True
+        return has
+
+    def _matches(
+        self, high: np.ndarray, low: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield numbers of keys and their valid records: the first copy of each, the second, ..."""
+        for start in range(0, len(high), _KEYS_AT_ONCE):
+            numbers = np.arange(start, min(start + _KEYS_AT_ONCE, len(high)))
+            at = self._first(high[numbers])
+            while True:
+                inside = at < len(self.high)
+                numbers, at = numbers[inside], at[inside]
+                same = self.high[at] == high[numbers]
+                numbers, at = numbers[same], at[same]
+                if not len(at):
+                    break
+                records = self.records[at]
+                right = (records["low"] == low[numbers]) & self._valid(high[numbers], records)
+                yield numbers[right], records[right]
+                at = at + 1
+            if self._mapped is not None:
+                # Their pages stay in the page cache, and are no longer counted as this process's.
+                self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def _first(self, high: np.ndarray) -> np.ndarray:
         """Return the first row of each key or, without one, that of the next key."""

@@ -166,6 +166,7 @@ def test_merged_tables_find_what_each_of_them_finds(
 ) -> None:
     """Over several ranges, with keys in several tables, with keys that are equal in one half."""
     monkeypatch.setattr(key_table, "_RANGE_ROWS", 100)
+    monkeypatch.setattr(key_table, "_KEYS_AT_ONCE", 70)
     keys = [f"{n % 300:016x}{n:016x}" for n in range(700)] + [f"{n:x}" for n in range(200)]
     parts = [keys[:400], keys[300:900], keys[100:150], []]
     tables = [_table(f"shard-{'x' * n}", part) for n, part in enumerate(parts)]
@@ -181,6 +182,8 @@ def test_merged_tables_find_what_each_of_them_finds(
             high, low = halves(asked)
             expected = {place for table in tables for place in table.find(high, low)}
             assert set(merged.find(high, low)) == expected
+            has = {number for number, _ in expected}
+            assert set(np.flatnonzero(merged.contains(high, low)).tolist()) == has
     with path.open("wb") as file:
         count = write_merged(file, tables, [], without=["shard-"])
     assert count == sum(map(len, parts[1:]))
