@@ -159,7 +159,7 @@ def make_shards(
         yield number, stats, is_new
         total, number = total + stats.seconds, number + 1
     shards.close()
-    for path in out.glob("shard-*.tar"):
+    for path in [*out.glob("shard-*.tar"), *out.glob("stats/shard-*.json")]:
         if int(path.stem.rpartition("-")[2]) >= number:
             path.unlink()
 

@@ -17,8 +17,8 @@ VOICES: dict[str, tuple[str, ...]] = {
     "flite": ("kal16", "awb", "rms", "slt"),
     "espeak-ng": tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS),
 }
-MIXTURE = {"hibari": 0.4, "flite": 0.3, "espeak-ng": 0.3}
-"""Share of the sentences that each program speaks."""
+MIXTURE = {"hibari": 0.4, "flite": 0.4, "espeak-ng": 0.2}
+"""Share of the sentences that each program speaks; docs/omni-tiny.md says why."""
 _SPEEDS = {"hibari": (0.85, 1.2), "flite": (0.8, 1.25), "espeak-ng": (0.75, 1.15)}
 _PITCH = (30, 70)  # of espeak-ng's 0 to 99
 _LEVEL_DB = (-35.0, -15.0)  # root mean square of the speech, relative to full scale

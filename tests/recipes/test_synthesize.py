@@ -207,6 +207,18 @@ def test_a_killed_job_continues_with_the_same_bytes(recipe: Recipe, tmp_path: Pa
     assert all(name.startswith(SPOKEN_BY) for name in table["speaker"].to_pylist())
 
 
+@spoken
+@pytest.mark.slow
+def test_several_processes_make_the_files_of_one(recipe: Recipe, tmp_path: Path) -> None:
+    made = []
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        synthesize(recipe, out, 8 / 3600, processes, lambda line: None)
+        made.append(_files(out) | {path.name: b"" for path in out.glob("stats/*")})
+    assert made[0] == made[1]
+    assert sum(name.endswith(".tar") for name in made[0]) >= 2
+
+
 def test_a_shard_with_many_failures_stops_the_job(recipe: Recipe, tmp_path: Path) -> None:
     from omni.recipes.shards import Order, make_shard
 
