@@ -74,10 +74,15 @@ def _names(target: ObjectPath) -> list[str]:
     return [path.name for path in target.parent.iterdir()]
 
 
-@pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize(
-    ("operation", "after"),
-    [("upload_part", 1), ("complete_multipart_upload", 0), ("copy_object", 0)],
+    ("writer", "operation", "after"),
+    [
+        ("upload", "upload_part", 1),
+        ("upload", "complete_multipart_upload", 0),
+        ("upload", "copy_object", 0),
+        ("write_bytes", "upload_part", 1),
+        ("cache", "upload_part", 1),
+    ],
 )
 def test_a_server_that_refuses_in_the_middle_leaves_the_old_object(
     target: ObjectPath,
@@ -93,8 +98,9 @@ def test_a_server_that_refuses_in_the_middle_leaves_the_old_object(
     assert target.read_bytes() == OLD and _names(target) == ["file"]
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("writer", "error"), [("upload", OSError), ("cache", OSError), ("upload", KeyboardInterrupt)]
+)
 def test_an_error_of_the_writer_leaves_the_old_object(
     target: ObjectPath,
     source: Path,
