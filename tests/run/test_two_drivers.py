@@ -31,7 +31,7 @@ def _start(config: Path, storage: Path) -> subprocess.Popen[str]:
     )
 
 
-def _wait(until: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 150) -> None:
+def _wait(until: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 500) -> None:
     deadline = time.monotonic() + seconds
     while not until():
         if process.poll() is not None:
@@ -72,14 +72,14 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
         others.append(second := _start(tiny, tmp_path))
-        said, _ = second.communicate(timeout=300)
+        said, _ = second.communicate(timeout=900)
         assert second.returncode == 0, said
         assert f"pid {first.pid}" in said and "taking over" in said
         after_second = _contents(run)
         for process in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
-        said, _ = first.communicate(timeout=120)
+        said, _ = first.communicate(timeout=300)
         assert first.returncode == 3, said
         assert f"pid {second.pid}" in said.splitlines()[-1], said
         time.sleep(3)
