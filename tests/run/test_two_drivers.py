@@ -18,6 +18,7 @@ from omni.metrics.run_files import read_events
 from omni.storage.digest import file_digest
 from tests.helpers.whole_runs import ROOT, command, curve
 
+_TRIES = 3  # Ray gives its own processes 30 s to start, which busy machines may not have.
 FAST = ("--run.lease_seconds", "8")
 
 
@@ -71,8 +72,13 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
         for process in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
-        others.append(second := _start(tiny, tmp_path))
-        said, _ = second.communicate(timeout=900)
+        said = ""
+        for _ in range(_TRIES):
+            others.append(second := _start(tiny, tmp_path))
+            text = second.communicate(timeout=900)[0]
+            said += text
+            if "timed out during startup" not in text:
+                break
         assert second.returncode == 0, said
         assert f"pid {first.pid}" in said and "taking over" in said
         after_second = _contents(run)
@@ -105,6 +111,6 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
         assert (run / last).read_bytes() == (undisturbed / last).read_bytes()
     state = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
     attempts = [row["lease"] for row in read_events(run) if row["event"] == "attempt"]
-    assert attempts == [1, 2] and state["lease"] == 2
+    assert len(attempts) == 2 and attempts[0] == 1 and state["lease"] == attempts[1]
     [takeover] = [row for row in read_events(run) if row["event"] == "takeover"]
     assert takeover["owner"]["pid"] == first.pid
