@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,7 +117,10 @@ class KeyTable:
         self.high, self.records, self.names, self.sizes = high, records, names, sizes
         self.replaces = list(replaces)
         self._fences = np.array(high[::_FENCE] if fences is None else fences)
-        self._mapped: mmap.mmap | None = None
+        # Looking keys up reads the file: mapped pages, and many around each of them, would count as
+        # this process's memory, and mapping them takes longer than to read some bytes.
+        self._file: FileIO | None = None
+        self._high_at = self._records_at = 0
 
     def __len__(self) -> int:
         return len(self.high)
@@ -123,7 +128,7 @@ class KeyTable:
     @property
     def mapped(self) -> bool:
         """True for a table that is read from its file as needed."""
-        return self._mapped is not None
+        return self._file is not None
 
     @property
     def stored_bytes(self) -> int:
@@ -133,11 +138,14 @@ class KeyTable:
     @classmethod
     def map(cls, path: Path) -> KeyTable:
         """Map a file into memory. Raises OSError, and ValueError if it is damaged."""
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        mapped.madvise(mmap.MADV_RANDOM)
+        file = FileIO(path)
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         table = parse(mapped)
-        table._mapped = mapped
+        table._file = file
+        # The columns end with those of the shards.
+        shards = len(table.names) * (table.names.dtype.itemsize + 8)
+        table._records_at = len(mapped) - shards - len(table) * _RECORD.itemsize
+        table._high_at = table._records_at - len(table) * 8
         return table
 
     @classmethod
@@ -180,17 +188,14 @@ class KeyTable:
             while True:
                 inside = at < len(self.high)
                 numbers, at = numbers[inside], at[inside]
-                same = self.high[at] == high[numbers]
+                same = self._high_of(at) == high[numbers]
                 numbers, at = numbers[same], at[same]
                 if not len(at):
                     break
-                records = self.records[at]
+                records = self._records_of(at)
                 right = (records["low"] == low[numbers]) & self._valid(high[numbers], records)
                 yield numbers[right], records[right]
                 at = at + 1
-            if self._mapped is not None:
-                # Their pages stay in the page cache, and are no longer counted as this process's.
-                self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def _first(self, high: np.ndarray) -> np.ndarray:
         """Return the first row of each key or, without one, that of the next key."""
@@ -199,8 +204,30 @@ class KeyTable:
         starts = np.maximum(np.searchsorted(self._fences, high) - 1, 0) * _FENCE
         rows = starts[:, None] + np.arange(_FENCE)
         last = len(self.high) - 1
-        smaller = (self.high[np.minimum(rows, last)] < high[:, None]) & (rows <= last)
+        if self._file is None:
+            windows = self.high[np.minimum(rows, last)]
+        else:
+            raw = self._pread(self._high_at + 8 * starts, 8 * _FENCE)
+            windows = np.frombuffer(raw, "<u8").reshape(-1, _FENCE)
+        smaller = (windows < high[:, None]) & (rows <= last)
         return np.asarray(starts + smaller.sum(axis=1))
+
+    def _high_of(self, rows: np.ndarray) -> np.ndarray:
+        if self._file is None:
+            return np.asarray(self.high[rows])
+        return np.frombuffer(self._pread(self._high_at + 8 * rows, 8), "<u8")
+
+    def _records_of(self, rows: np.ndarray) -> np.ndarray:
+        if self._file is None:
+            return np.asarray(self.records[rows])
+        size = _RECORD.itemsize
+        return np.frombuffer(self._pread(self._records_at + size * rows, size), _RECORD)
+
+    def _pread(self, places: np.ndarray, size: int) -> bytes:
+        """Read `size` bytes of the file from each place, with zeros for those beyond its end."""
+        assert self._file is not None
+        number = self._file.fileno()
+        return b"".join(os.pread(number, size, at).ljust(size, b"\0") for at in places.tolist())
 
     def entries(self, first: int, last: int) -> Iterator[tuple[bytes, Entry]]:
         """Yield the 16 bytes of each key of rows [first, last), and its entry, if it is whole."""
