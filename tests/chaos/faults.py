@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from omni.storage.fence import LeaseError
 from tests.chaos.world import ChaosError, World
 
 Fault = Callable[[World, random.Random], None]
@@ -202,6 +203,33 @@ def _flip(path: Path, rng: random.Random) -> None:
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ (1 << rng.randrange(8))]))
+
+
+@_fault("second driver")
+def _second_driver(world: World, rng: random.Random) -> None:
+    """What a job server does that believes the first one dead."""
+    code = world.second_job()
+    if code != LeaseError.EXIT_CODE:
+        raise ChaosError(f"a second driver of the run ended with {code}")
+
+
+@_fault("room lost at the start")
+def _room_lost(world: World, rng: random.Random) -> None:
+    """All nodes go when the next attempt has been decided, and come back after it was given up."""
+    assert world.cluster is not None
+    seen = len(world.events())
+    _worker_killed(world, rng)
+    world.wait(lambda: _happened(world, seen, "failure"), "the driver noticed a killed worker", 90)
+    nodes = world.worker_nodes()
+    for node in nodes:
+        world.cluster.remove_node(node, allow_graceful=False)
+    world.wait(lambda: _happened(world, seen, "no room"), "a start without room was given up", 150)
+    for _ in nodes:
+        world.add_node()
+
+
+def _happened(world: World, seen: int, event: str) -> bool:
+    return any(row["event"] == event for row in world.events()[seen:])
 
 
 @_fault("feature cache wiped")

@@ -157,11 +157,24 @@ class World:
     # -- the job -------------------------------------------------------------------------------
 
     def start_job(self, address: bool = True) -> None:
-        environment = dict(os.environ)
+        self.job = self._start(address)
+
+    def second_job(self) -> int:
+        """Exit code of the same command once more, beside the one that trains."""
+        second = self._start(address=True)
+        try:
+            return second.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            second.kill()
+            second.wait()
+            raise ChaosError("a second driver of the run did not end") from None
+
+    def _start(self, address: bool) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
         if address:
             assert self.cluster is not None
             environment["RAY_ADDRESS"] = self.cluster.address
-        self.job = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "jobs.train", "--config", str(self.config)],
             cwd=ROOT,
             env=environment,
