@@ -271,7 +271,7 @@ class ObjectFolder:
                     for data in parallel_map(
                         lambda start: file.read_at(min(_DOWNLOAD_BYTES, size - start), start),
                         starts,
-                        threads=8,
+                        threads=3,
                     ):
                         sink.write(data)
                 os.replace(partial, copy)
