@@ -1,4 +1,4 @@
-"""Fill the feature cache ahead of training, or continue to fill it; --compact joins its files."""
+"""Fill the feature cache ahead of training, or continue to; --compact joins its files."""
 
 from __future__ import annotations
 

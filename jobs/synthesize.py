@@ -1,4 +1,4 @@
-"""Make English speech from text with free voices, as tar shards: the data of omni-tiny.
+"""Make English speech from text with free voices: the data of omni-tiny.
 
 It reads the sentences of WordNet, lets hibari, flite and espeak-ng speak them, and writes shards
 that omni index reads in place, with their sources and licences. docs/omni-tiny.md has the recipe.

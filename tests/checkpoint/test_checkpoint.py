@@ -114,7 +114,15 @@ def test_a_checkpoint_holds_the_whole_state_of_a_run(checkpoints: StoragePath) -
     assert {file.name for file in path.iterdir()} == FILES
     found = read_checkpoint(path, verify=True)
     assert found.state == TrainState(
-        30, 60, 0.3, 1.5, 0.25, 5, 1, fingerprints={"plan": "p"}, rejects={"missing": 3}
+        30,
+        60,
+        0.3,
+        1.5,
+        0.25,
+        best_step=5,
+        evaluations_since_best=1,
+        fingerprints={"plan": "p"},
+        rejects={"missing": 3},
     )
     assert found.model == SHAPE and found.encoder == ENCODER
     assert found.optimizer() == {"adamw/projector.fc1.weight/step": torch.tensor(30.0)}

@@ -51,7 +51,7 @@ def test_an_index_without_texts_becomes_a_manifest(
     make_index(talk, tmp_path / "out")
     lines = list(transcribe_index(speech, str(tmp_path / "out")))
     spans = list(transcribe_speech(speech, [str(talk)]))
-    places = ("audio", "offset", "duration", "text", "cut")
+    places = ("audio", "offset", "duration", "text", "cut", "decoder", "alone")
     assert [{k: row[k] for k in places if k in row} for row in lines] == spans
     assert any("cut" in row for row in lines), "a model that has learnt nothing does not end"
     assert all(row["language"] == "en" for row in lines)

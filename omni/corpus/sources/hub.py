@@ -211,7 +211,7 @@ def _choose(name: str, revision: str | None, words: list[str]) -> tuple[str, str
         raise ManifestError(f"no config {config!r}: expected one of {', '.join(configs)}")
     # Tars are not asked: their builder opens one, and refuses what it finds beside utterances.
     splits = list(_tar_files(name, config, revision)) or get_dataset_split_names(
-        name, config, revision=revision, trust_remote_code=False
+        name, config, revision=revision
     )
     if not words and len(splits) > 1:
         raise ManifestError(f"expected one of its splits: {', '.join(splits)}")
@@ -229,7 +229,7 @@ def _tar_files(name: str, config: str, revision: str | None) -> dict[str, list[s
     """
     from datasets import load_dataset_builder
 
-    builder = load_dataset_builder(name, config, revision=revision, trust_remote_code=False)
+    builder = load_dataset_builder(name, config, revision=revision)
     if ".webdataset." not in type(builder).__module__:
         return {}
     files = builder.config.data_files or {}
@@ -253,9 +253,7 @@ def _labels(features: Any) -> Labels:
 def _stream(name: str, config: str, split: str, revision: str | None) -> Any:
     from datasets import load_dataset
 
-    stream = load_dataset(
-        name, config, split=split, revision=revision, streaming=True, trust_remote_code=False
-    )
+    stream = load_dataset(name, config, split=split, revision=revision, streaming=True)
     return stream.decode(False) if stream.features else stream
 
 

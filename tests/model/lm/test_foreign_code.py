@@ -19,7 +19,8 @@ from omni.model.lm.hf import load_pretrained
 from omni.model.lm.pretrained import find_pretrained, hf_tokenizer
 from tests.helpers.hf_folders import random_model
 
-ASKED = {"load_dataset", "load_dataset_builder", "get_dataset_split_names", "from_config"}
+# Not the functions of `datasets`, which has run no scripts since 4.0 and has no such argument.
+ASKED = {"from_config"}
 
 
 def _evil(folder: Path, name: str) -> Path:
@@ -102,4 +103,4 @@ def test_every_loader_says_that_it_trusts_no_code() -> None:
                         found += 1
                         given = {k.arg: ast.unparse(k.value) for k in call.keywords}
                         assert given.get("trust_remote_code") == "False", f"{path}: {name}"
-    assert found >= 12
+    assert found >= 9
