@@ -18,8 +18,8 @@ class TrainState:
     best_value: float | None = None
     """Best value of `eval.best` so far; lower is better."""
     best_metric: str = ""
-    """What `best_value` measures; empty in checkpoints of versions that decoded by the language
-    model alone."""
+    """Metric of `best_value`, with its decoder; empty in checkpoints of versions that decoded by
+    the language model alone."""
     best_step: int | None = None
     evaluations_since_best: int = 0
     mean_norm: float = 0.0

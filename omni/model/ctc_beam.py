@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BASE = 6364136223846793005  # of the polynomial hash of a prefix, modulo 2^64 (Knuth's MMIX)
+_BASE = 6364136223846793005
+"""Base of the polynomial hash of a prefix modulo 2^64: the multiplier of Knuth's MMIX."""
 
 
 @dataclass(frozen=True)

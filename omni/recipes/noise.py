@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 _SNR_DB = (10.0, 40.0)  # ratio of mean powers over the clip
-_SLOPE = (0.0, 1.0)  # of the amplitude over frequency: 0 white, 0.5 pink, 1 brown
+_SLOPE = (0.0, 1.0)
+"""Exponents of the amplitude's fall over frequency: 0 is white, 0.5 pink, 1 brown noise."""
 
 
 class FaintNoise:

@@ -28,7 +28,8 @@ from omni.storage.atomic import open_atomic, write_atomic
 
 UTTERANCES = 250
 """Utterances per shard: about a quarter of an hour."""
-_MOST_FAILURES = 0.1  # of a shard; more are a program that does not work
+_MOST_FAILURES = 0.1
+"""Share of a shard's utterances; with more failures a program does not work."""
 
 
 @dataclass
@@ -65,7 +66,7 @@ class ShardStats:
 
 @dataclass(frozen=True)
 class Order:
-    """What one shard is made of: numbers and texts of its utterances."""
+    """Hold numbers and texts of the utterances of one shard."""
 
     number: int
     seed: int

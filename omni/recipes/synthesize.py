@@ -30,7 +30,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the shards are made of.
+    """Hold what determines the bytes of the shards.
 
     exclude: corpora whose texts are left out, besides HELD_OUT. per_shard: utterances.
     """

@@ -25,7 +25,8 @@ _LEVEL_DB = (-35.0, -15.0)  # root mean square of the speech, relative to full s
 _SILENCE_SECONDS = (0.05, 0.4)  # before the speech, and after it
 _PEAK = 0.98
 _FRAME = 160  # samples: 10 ms
-_QUIET = 1e-3  # of the loudest frame's root mean square: 60 dB below it
+_QUIET = 1e-3
+"""Root mean square of a silent frame, relative to that of the loudest: 60 dB below it."""
 _LETTER_SECONDS = (0.025, 0.2)  # Pace of letters outside of it: words are missing, or a hang.
 
 
@@ -35,7 +36,7 @@ class SpeechError(ValueError):
 
 @dataclass(frozen=True)
 class Take:
-    """How one sentence is spoken. before, after: seconds of silence."""
+    """Describe how one sentence is spoken. before, after: seconds of silence."""
 
     program: str
     voice: str

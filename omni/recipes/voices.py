@@ -29,7 +29,7 @@ SOURCES = {
     "flite": ("apt-get install flite", "free, BSD-like, Carnegie Mellon University and others"),
     "espeak-ng": ("apt-get install espeak-ng", "GPL-3.0 program, run as a command"),
 }
-"""How to get each program, and its licence."""
+"""Installation and licence of each program."""
 
 
 def speak(text: str, take: Take, folder: Path) -> tuple[np.ndarray, int]:

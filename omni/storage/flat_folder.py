@@ -37,7 +37,8 @@ _OPEN_OBJECTS = 4096  # An open object is a few hundred bytes, and opening one i
 _READS_AT_ONCE = 32
 _SLOW_SECONDS = 0.002  # From here on, reads of a file system are made in parallel.
 _LIST_SECONDS = 10.0  # between two listings of a bucket
-_DOWNLOAD_BYTES = 32 << 20  # of a request when a whole file is copied to this node
+_DOWNLOAD_BYTES = 32 << 20
+"""Bytes of one request when a whole file is copied to this node."""
 _UNUSED_SECONDS = 7 * 86_400.0
 
 

@@ -44,7 +44,7 @@ class LeaseHeld(LeaseError):
 
 @dataclass(frozen=True)
 class LeaseState:
-    """What lease.json and a claim say."""
+    """Hold the content of lease.json and of a claim."""
 
     number: int
     """Fencing number: 1, 2, ... in the order in which processes had the folder."""
