@@ -16,7 +16,10 @@ import torch
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.helpers.recordings", "tests.helpers.encoder", "tests.helpers.tiny_run"]
+pytest_plugins = [
+    *("tests.helpers.recordings", "tests.helpers.encoder", "tests.helpers.tiny_run"),
+    "tests.helpers.places",
+]
 
 RAY_FIXTURES = {"cluster", "undisturbed"}
 

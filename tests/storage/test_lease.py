@@ -22,7 +22,6 @@ from omni.storage.fence import LeaseLost, lease_number, register, unregister
 from omni.storage.lease import Lease, LeaseHeld, read_lease
 from omni.storage.owner import this_process
 from omni.storage.path import ObjectPath, StoragePath, as_path
-from tests.helpers.loopback_s3 import s3_bucket
 from tests.helpers.whole_runs import ROOT
 
 RACES = 200
@@ -59,19 +58,6 @@ follow_lease(Path(sys.argv[1]), 1, 0.1)
 print("follows", flush=True)
 time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_bucket("leases") as uri:
-        yield uri
-
-
-@pytest.fixture(params=["disk", "bucket"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
-    if request.param == "disk":
-        return tmp_path
-    return as_path(request.getfixturevalue("bucket")) / uuid.uuid4().hex
 
 
 @pytest.fixture
@@ -305,5 +291,5 @@ def test_credentials_and_endpoint_reach_the_client(bucket: str) -> None:
     client, name, key = found
     credentials = client._request_signer._credentials
     assert credentials.access_key == os.environ["AWS_ACCESS_KEY_ID"]
-    assert (name, key) == ("leases", "a/b")
+    assert (name, key) == ("places", "a/b")
     assert client.meta.endpoint_url.startswith("http://127.0.0.1:")
