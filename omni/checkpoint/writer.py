@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from omni.checkpoint.checkpoint import CheckpointError
 from omni.checkpoint.retention import prune_checkpoints, set_link
@@ -24,17 +26,26 @@ class _Pending:
     best: bool
 
 
+class WriterLog(Protocol):
+    """Receiver of what became of each write."""
+
+    def log_checkpoint(self, step: int, seconds: float) -> None: ...
+
+    def log_failed_checkpoint(self, step: int, reason: str, known: bool) -> None:
+        """known: the write before this one failed for the same reason."""
+
+
 class CheckpointWriter:
     """Thread that writes one checkpoint after another into `folder`.
 
-    A full disk or unavailable storage is reported once and tried again, while training goes on. Of
+    A full disk or unavailable storage is tried again, while training goes on. Of
     the checkpoints that wait in memory meanwhile, only the newest and the best are kept.
     keep: number of checkpoints that stay in `folder`.
-    report: called from the thread with the step and the reason of a failure.
+    log: called from the thread.
     """
 
-    def __init__(self, folder: StoragePath, keep: int, report: Callable[[int, str], None]) -> None:
-        self._folder, self._keep, self._report = folder, keep, report
+    def __init__(self, folder: StoragePath, keep: int, log: WriterLog) -> None:
+        self._folder, self._keep, self._log = folder, keep, log
         self._pending: list[_Pending] = []
         self._writing: _Pending | None = None
         self._failure: str | None = None
@@ -86,9 +97,10 @@ class CheckpointWriter:
                     return
                 self._drop_superseded()
                 job = self._writing = self._pending.pop(0)
-            reason = None
+            reason, began = None, time.monotonic()
             try:
                 path = job.write()
+                seconds = time.monotonic() - began
                 if job.best:
                     set_link(self._folder / "best", path)
                 prune_checkpoints(self._folder, self._keep)
@@ -108,9 +120,10 @@ class CheckpointWriter:
                 if reason is not None:
                     self._pending.insert(0, job)
                 self._changed.notify_all()
-            if reason is not None:
-                if reason != reported:
-                    self._report(job.step, reason)
+            if reason is None:
+                self._log.log_checkpoint(job.step, seconds)
+            else:
+                self._log.log_failed_checkpoint(job.step, reason, reason == reported)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, timeout=_RETRY_SECONDS)
                     if self._closing:

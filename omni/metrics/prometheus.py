@@ -6,9 +6,10 @@ reasons of rejects and ranks; never an utterance, a file or a step.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ray.util.metrics import Counter, Gauge
 
@@ -25,11 +26,29 @@ from omni.metrics.table import (
 _REFRESH_SECONDS = 1.0  # Ray's shortest interval between two reports of a process
 
 
-class RayPublisher:
-    """Exporter of one rank's metrics (`omni.train.recorder.Publisher`); rank 0 adds the run's."""
+@contextlib.contextmanager
+def driver_publisher(run: str) -> Iterator[RayPublisher]:
+    """Export that a driver trains the run, and where the block ends without an error, that it is to
+    end: whoever sees a driver go without that can tell that it died.
+    """
+    began = int(time.time())
+    publisher = RayPublisher(run)
+    publisher.publish("omni_driver_began", began)
+    try:
+        yield publisher
+        publisher.publish("omni_driver_ended", began)
+    finally:
+        publisher.close()
 
-    def __init__(self, run: str, rank: int) -> None:
-        self._rank = str(rank)
+
+class RayPublisher:
+    """Exporter of one process (`omni.train.recorder.Publisher`); rank 0 adds the run's metrics.
+
+    rank: None for the driver.
+    """
+
+    def __init__(self, run: str, rank: int | None = None) -> None:
+        self._rank = "" if rank is None else str(rank)
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         for name, metric in PROMETHEUS.items():
@@ -43,7 +62,19 @@ class RayPublisher:
         self._totals: dict[tuple[str, str], float] = {}
         self._first_row = True
         self._shown: dict[tuple[str, str], tuple[float, dict[str, str]]] = {}
+        self._closed = threading.Event()
         threading.Thread(target=self._refresh, daemon=True, name="gauges").start()
+
+    def close(self) -> None:
+        """Let Ray forget the gauges; counters stay."""
+        self._closed.set()
+
+    def publish(self, name: str, value: float | Mapping[str, float]) -> None:
+        """Export one metric of `EXPORTED`; a mapping holds the values by label.
+
+        A gauge is set to the value, a counter grows by it. The label `rank` is added.
+        """
+        self._publish(PROMETHEUS[name], value)
 
     def train_row(self, row: TrainRow, rejects: Mapping[str, int], cache_full: bool) -> None:
         """Export a logged step; rejects: all so far, by reason."""
@@ -64,14 +95,6 @@ class RayPublisher:
         for metric in EVAL_METRICS:
             self._publish(metric, getattr(row, metric.name))
 
-    def phases(self, seconds: Mapping[str, float]) -> None:
-        for phase, spent in seconds.items():
-            self._add("omni_phase_seconds", spent, phase=phase, rank=self._rank)
-
-    def gpu_memory(self, peak: int) -> None:
-        """peak: bytes."""
-        self._set("omni_gpu_memory_bytes", peak, rank=self._rank)
-
     def _publish(
         self, metric: Metric, value: float | Mapping[str, float] | None, inherited: bool = False
     ) -> None:
@@ -81,11 +104,12 @@ class RayPublisher:
         """
         if metric.prometheus is None or value is None:
             return
+        rank = {"rank": self._rank} if "rank" in metric.labels else {}
         if isinstance(value, Mapping):
-            (label,) = metric.labels
-            figures = [(figure, {label: name}) for name, figure in value.items()]
+            (label,) = (label for label in metric.labels if label != "rank")
+            figures = [(figure, {label: name, **rank}) for name, figure in value.items()]
         else:
-            figures = [(value, {})]
+            figures = [(value, rank)]
         for figure, labels in figures:
             if metric.kind == "gauge":
                 self._set(metric.prometheus, figure, **labels)
@@ -104,8 +128,7 @@ class RayPublisher:
         Ray forgets a gauge that was not set for two reports. Steps and evaluations can be minutes
         apart, and alerts and the dashboard need the gauges most when a run hangs.
         """
-        while True:
-            time.sleep(_REFRESH_SECONDS)
+        while not self._closed.wait(_REFRESH_SECONDS):
             for (name, _), (value, labels) in list(self._shown.items()):
                 self._gauges[name].set(value, tags=labels)
 

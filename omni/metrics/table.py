@@ -274,7 +274,62 @@ EXPORTED = (
     Metric(
         "s", "time of a rank by phase", None, "omni_phase_seconds", "counter", ("phase", "rank")
     ),
+    Metric(
+        "s",
+        "a step's copies and forward passes on a rank, which wait for neither data nor ranks",
+        None,
+        "omni_rank_step_seconds",
+        "gauge",
+        ("rank",),
+    ),
     Metric("bytes", "peak of a rank", None, "omni_gpu_memory_bytes", "gauge", ("rank",)),
+    Metric(
+        "bytes",
+        "held by torch on the GPU of a rank, used or not",
+        None,
+        "omni_gpu_reserved_bytes",
+        "gauge",
+        ("rank",),
+    ),
+    Metric(
+        "bytes",
+        "not held by any process on the GPU of a rank",
+        None,
+        "omni_gpu_free_bytes",
+        "gauge",
+        ("rank",),
+    ),
+    Metric("bytes", "size of the GPU of a rank", None, "omni_gpu_size_bytes", "gauge", ("rank",)),
+    Metric("steps", "step of the newest checkpoint", None, "omni_checkpoint_step"),
+    Metric("steps", "from checkpoint to checkpoint, as set", None, "omni_checkpoint_every"),
+    Metric(
+        "s",
+        "Unix time at which the newest checkpoint was written, or the attempt began",
+        None,
+        "omni_checkpoint_time",
+    ),
+    Metric("s", "writing the newest checkpoint", None, "omni_checkpoint_write_seconds"),
+    Metric(
+        "writes",
+        "checkpoints that storage refused, each try",
+        None,
+        "omni_checkpoint_failures",
+        "counter",
+    ),
+    Metric("attempts", "worker groups started", None, "omni_attempts", "counter"),
+    Metric(
+        "s",
+        "Unix time at which the driver began; present while it lives",
+        None,
+        "omni_driver_began",
+    ),
+    Metric(
+        "s",
+        "that time of a driver that ended with the plan trained, or by a signal",
+        None,
+        "omni_driver_ended",
+        "counter",
+    ),
     Metric("s", "one block in an encoder", None, "omni_encoder_batch_seconds", "histogram"),
 )
 METRICS = (*TRAIN_METRICS, *EVAL_METRICS, *EXPORTED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,32 @@ class Stopwatch:
         taken = {name: self._seconds.get(name, 0.0) for name in PHASES}
         self._seconds.clear()
         return taken
+
+
+def own_seconds(phases: Mapping[str, float]) -> float:
+    """Return the seconds of a rank's phases in which it waited neither for data nor for a rank.
+
+    Gradients are summed over ranks in the backward pass. With FSDP the forward pass gathers
+    parameters, and so waits for the other ranks as well.
+    """
+    return phases["copy"] + phases["forward"]
+
+
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Return the bytes of a GPU by what they are; empty for a CPU.
+
+    memory: largest sum of tensors so far. reserved: held by torch, for tensors or to be used again.
+    free: not held by any process. size: of the GPU.
+    """
+    if device.type != "cuda":
+        return {}
+    free, size = torch.cuda.mem_get_info(device)
+    return {
+        "memory": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "free": free,
+        "size": size,
+    }
 
 
 # -- the stage that limits throughput ----------------------------------------------------------

@@ -27,6 +27,7 @@ from omni.cluster.capacity import (
     workers_that_fit,
 )
 from omni.errors import counted
+from omni.metrics.prometheus import RayPublisher
 from omni.metrics.run_files import count_events, read_events, write_event
 from omni.run.encoder_need import needs_encoder
 from omni.run.failures import (
@@ -58,9 +59,11 @@ class TrainingError(RuntimeError):
 class Attempts:
     """Run attempts until the plan is trained, a signal comes, or failures repeat."""
 
-    def __init__(self, prepared: Prepared, signals: Signals, lease: Lease) -> None:
+    def __init__(
+        self, prepared: Prepared, signals: Signals, lease: Lease, publisher: RayPublisher
+    ) -> None:
         self._prepared, self._config, self._signals = prepared, prepared.config, signals
-        self._lease = lease
+        self._lease, self._publisher = lease, publisher
         self._run_dir = prepared.config.run_dir
         self._stop = StopRequest(self._run_dir)
         # The stages read indexes and plans from the object store. The references travel in lists:
@@ -100,6 +103,7 @@ class Attempts:
             self._stop.clear()
             seen = count_events(self._run_dir)
             workers = self._choose_workers()
+            self._publisher.publish("omni_attempts", 1)
             error = self._attempt(workers, seen)
             self._lease.raise_if_lost()
             if self._has_event(seen, "finished"):

@@ -123,6 +123,7 @@ def _train(prepared: Prepared, lease: Lease, view: LiveView, began: float) -> di
     owner = asdict(this_process())
     write_event(config.run_dir, STARTED, step, wall_seconds=round(earlier, 1), owner=owner)
     _start_cluster(config)
+    from omni.metrics.prometheus import driver_publisher
     from omni.run.attempts import Attempts
     from omni.run.preflight import preflight
 
@@ -132,8 +133,8 @@ def _train(prepared: Prepared, lease: Lease, view: LiveView, began: float) -> di
     with Trackers(config, view.warn) as trackers:
         with Follower(config.run_dir, [view, trackers.tensorboard], view.warn):
             prepared = preflight(prepared, view.show, trial=state is None)
-            with signals:
-                finished = Attempts(prepared, signals, lease).run()
+            with signals, driver_publisher(config.run.name) as publisher:
+                finished = Attempts(prepared, signals, lease, publisher).run()
         if not finished:
             _exit_stopped(view, config, signals)
         _compact_cache(view, prepared)

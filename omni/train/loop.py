@@ -113,9 +113,7 @@ class TrainLoop:
         self._watchdog = Watchdog(
             rank_timeout(train.timeout_seconds), self._log_stall, self._stop_timeout, self._log_slow
         )
-        self._writer = CheckpointWriter(
-            self.checkpoints, train.keep_checkpoints, self._log_failed_checkpoint
-        )
+        self._writer = CheckpointWriter(self.checkpoints, train.keep_checkpoints, self.recorder)
         try:
             return self._run()
         except Exception as error:
@@ -279,9 +277,6 @@ class TrainLoop:
             reason=f"rank {self.rank}, {doing}: at {place} for {seconds:.0f} s",
             waits_for_ranks=waits,
         )
-
-    def _log_failed_checkpoint(self, step: int, reason: str) -> None:
-        self.recorder.log_own_event("checkpoint failed", step, reason=reason)
 
     def _stop_requested(self) -> bool:
         """Poll on rank 0 only: the sums of the step tell the other ranks."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -24,7 +25,14 @@ from omni.metrics.run_files import (
     write_json,
 )
 from omni.metrics.table import EvalRow, TrainRow, to_json
-from omni.metrics.throughput import FirstSteps, Stopwatch, peak_flops, training_flops
+from omni.metrics.throughput import (
+    FirstSteps,
+    Stopwatch,
+    gpu_memory,
+    own_seconds,
+    peak_flops,
+    training_flops,
+)
 from omni.stream.feature_cache import advice_when_full
 from omni.train.batches import BlockReader
 from omni.train.ledger import CurrentWork
@@ -39,9 +47,7 @@ _FAILURE_LOG_TIMEOUT = 5.0
 class Publisher(Protocol):
     """Receiver of metrics beside the run's files, such as Prometheus."""
 
-    def phases(self, seconds: Mapping[str, float]) -> None: ...
-
-    def gpu_memory(self, peak: int) -> None: ...
+    def publish(self, name: str, value: float | Mapping[str, float]) -> None: ...
 
     def train_row(self, row: TrainRow, rejects: Mapping[str, int], cache_full: bool) -> None: ...
 
@@ -82,6 +88,10 @@ class Recorder:
         for row in read_json_lines(self._metrics):
             if row.get("kind") == "train":
                 self._last_loss = row.get("loss")
+        if self._rank == 0:
+            self._publish("omni_checkpoint_every", self._spec.config.train.checkpoint_every)
+            self._publish("omni_checkpoint_step", state.step)
+            self._publish("omni_checkpoint_time", time.time())
 
     def add_step(self, result: StepResult, spent: float, waited: float) -> None:
         """Add a step that took `spent` seconds, `waited` of them without a block."""
@@ -108,13 +118,13 @@ class Recorder:
             )
         )
         self._last_loss = row.loss
-        if self._publisher is not None:
-            self._publisher.phases(phases)
-            if self._rank == 0:
-                full = reader.cache_full is not None
-                self._publisher.train_row(row, reader.rejects.counts, full)
-            if self._device.type == "cuda":
-                self._publisher.gpu_memory(torch.cuda.max_memory_allocated(self._device))
+        self._publish("omni_phase_seconds", phases)
+        self._publish("omni_rank_step_seconds", own_seconds(phases) / max(1, self.window.steps))
+        for name, size in gpu_memory(self._device).items():
+            self._publish(f"omni_gpu_{name}_bytes", size)
+        if self._publisher is not None and self._rank == 0:
+            full = reader.cache_full is not None
+            self._publisher.train_row(row, reader.rejects.counts, full)
         # Without tokens every step of the window was skipped.
         if self._rank == 0 and self.window.sums.tokens:
             append_json(self._metrics, [{**to_json(row), **lease_of(self._run_dir)}])
@@ -130,6 +140,18 @@ class Recorder:
             if self._publisher is not None:
                 self._publisher.eval_row(row)
 
+    def log_checkpoint(self, step: int, seconds: float) -> None:
+        """Publish that the checkpoint of a step was written in so many seconds."""
+        self._publish("omni_checkpoint_step", step)
+        self._publish("omni_checkpoint_time", time.time())
+        self._publish("omni_checkpoint_write_seconds", seconds)
+
+    def log_failed_checkpoint(self, step: int, reason: str, known: bool) -> None:
+        """Count a write that storage refused, and log its reason unless it is known already."""
+        self._publish("omni_checkpoint_failures", 1)
+        if not known:
+            self.log_own_event("checkpoint failed", step, reason=reason)
+
     def summarize(
         self, state: TrainState, results: dict[str, Any], facts: dict[str, Any]
     ) -> dict[str, Any]:
@@ -142,6 +164,10 @@ class Recorder:
         if self._rank == 0:
             write_json(self._run_dir / "summary.json", summary)
         return summary
+
+    def _publish(self, name: str, value: float | Mapping[str, float]) -> None:
+        if self._publisher is not None:
+            self._publisher.publish(name, value)
 
     def _utilisation(self, model_state: ModelState) -> float | None:
         """Return the language model's FLOPs as a share of what the devices could compute."""

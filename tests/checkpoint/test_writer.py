@@ -8,25 +8,40 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from omni.checkpoint import writer as module
 from omni.checkpoint.checkpoint import CheckpointError
 from omni.checkpoint.writer import CheckpointWriter
 
-Failures = list[tuple[int, str]]
+
+@dataclass
+class Log:
+    """What a writer reports. written: steps and seconds; failed: steps, reasons, and if known."""
+
+    written: list[tuple[int, float]] = field(default_factory=list)
+    failed: list[tuple[int, str, bool]] = field(default_factory=list)
+
+    def log_checkpoint(self, step: int, seconds: float) -> None:
+        self.written.append((step, seconds))
+
+    def log_failed_checkpoint(self, step: int, reason: str, known: bool) -> None:
+        self.failed.append((step, reason, known))
 
 
 @pytest.fixture
-def failures() -> Failures:
-    return []
+def log() -> Log:
+    return Log()
 
 
 @pytest.fixture
-def saver(tmp_path: Path, failures: Failures) -> Iterator[CheckpointWriter]:
-    saver = CheckpointWriter(tmp_path, 2, lambda step, reason: failures.append((step, reason)))
+def saver(tmp_path: Path, log: Log) -> Iterator[CheckpointWriter]:
+    saver = CheckpointWriter(tmp_path, 2, log)
     yield saver
     saver.close()
 
@@ -66,9 +81,24 @@ def test_all_are_written_in_order_and_old_ones_go(saver: CheckpointWriter, tmp_p
     assert _names(tmp_path) == ["step-000002", "step-000005", "step-000006"]
 
 
-def test_a_full_disk_is_said_once_and_only_newest_and_best_are_kept(
-    saver: CheckpointWriter, tmp_path: Path, failures: Failures
+def test_each_write_is_reported_with_its_time(
+    saver: CheckpointWriter, tmp_path: Path, log: Log
 ) -> None:
+    def slow() -> Path:
+        time.sleep(0.2)
+        return _writes(tmp_path, 1)()
+
+    saver.save(1, slow, best=False)
+    saver.save(2, _writes(tmp_path, 2), best=False)
+    saver.close()
+    assert [step for step, _ in log.written] == [1, 2] and not log.failed
+    assert log.written[0][1] >= 0.2
+
+
+def test_a_full_disk_is_said_once_and_only_newest_and_best_are_kept(
+    saver: CheckpointWriter, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.05)
     full = threading.Event()
     full.set()
 
@@ -82,14 +112,16 @@ def test_a_full_disk_is_said_once_and_only_newest_and_best_are_kept(
 
     for step in range(1, 8):
         saver.save(step, limited(step), best=step in (2, 4))
-        while not failures:
+        while not log.failed:
             threading.Event().wait(0.01)
-    assert failures[0] == (1, os.strerror(errno.ENOSPC))
+    assert log.failed[0] == (1, os.strerror(errno.ENOSPC), False)
     with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
         saver.wait(0.1)
     full.clear()
     saver.wait()
-    assert len(failures) == 1
+    saver.close()
+    assert len(log.failed) > 1 and all(known for _, _, known in log.failed[1:])
+    assert [step for step, _ in log.written] == [4, 7]
     assert _names(tmp_path)[-2:] == ["step-000004", "step-000007"]
     assert (tmp_path / "best").resolve().name == "step-000004"
 

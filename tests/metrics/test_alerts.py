@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.slow  # it needs promtool
 class Case:
     """series: a sample a minute, in promtool's notation (0+5x60: from 0, 60 times 5 more; stale:
     the worker has gone). fires: minutes at which the alert is there, and quiet: where it is not.
+    labels: those of the alert besides its severity.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Case:
     series: dict[str, str]
     fires: tuple[int, ...] = ()
     quiet: tuple[int, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=lambda: {"run": "r"})
 
 
 STEPS = {'ray_omni_steps{run="r",WorkerId="a"}': "1000x120"}
@@ -161,6 +165,172 @@ CASES = [
         fires=(15,),
         quiet=(5, 40),
     ),
+    Case(
+        "a driver that is killed",
+        "OmniDied",
+        {'ray_omni_driver_began{run="r",WorkerId="a"}': "1000x30 stale"},
+        fires=(43, 100, 300),
+        quiet=(20, 38, 400),
+    ),
+    Case(
+        "a driver that ends with the plan trained, on a cluster that ends with it",
+        "OmniDied",
+        {
+            'ray_omni_driver_began{run="r",WorkerId="a"}': "1000x30 stale",
+            'ray_omni_driver_ended_total{run="r",WorkerId="a"}': "_x29 1000x2 stale",
+        },
+        quiet=(20, 38, 43, 100, 300),
+    ),
+    Case(
+        "a driver that is killed after an earlier one was stopped by a signal",
+        "OmniDied",
+        {
+            'ray_omni_driver_began{run="r",WorkerId="a"}': "1000x30 stale",
+            'ray_omni_driver_ended_total{run="r",WorkerId="a"}': "_x29 1000x300",
+            'ray_omni_driver_began{run="r",WorkerId="b"}': "_x60 4600x30 stale",
+        },
+        fires=(105, 200),
+        quiet=(50, 59, 80, 95),
+    ),
+    Case(
+        "a driver that is killed, and one that continues its run to the end",
+        "OmniDied",
+        {
+            'ray_omni_driver_began{run="r",WorkerId="a"}': "1000x30 stale",
+            'ray_omni_driver_began{run="r",WorkerId="b"}': "_x60 4600x30 stale",
+            'ray_omni_driver_ended_total{run="r",WorkerId="b"}': "_x89 4600x300",
+        },
+        fires=(50,),
+        quiet=(38, 62, 80, 100, 200),
+    ),
+    Case(
+        "a driver that another run's does not replace",
+        "OmniDied",
+        {
+            'ray_omni_driver_began{run="r",WorkerId="a"}': "1000x30 stale",
+            'ray_omni_driver_began{run="s",WorkerId="b"}': "4600x300",
+            'ray_omni_driver_ended_total{run="t",WorkerId="c"}': "5000x300",
+        },
+        fires=(50,),
+    ),
+    Case(
+        "six attempts in half an hour, of two drivers",
+        "OmniRestarts",
+        {
+            'ray_omni_attempts_total{run="r",WorkerId="a"}': "1x9 2x9 3x90",
+            'ray_omni_attempts_total{run="r",WorkerId="b"}': "_x30 1x4 2x4 3x90",
+        },
+        fires=(45, 58),
+        quiet=(25, 35, 75, 100),
+    ),
+    Case(
+        "an attempt every twenty minutes",
+        "OmniRestarts",
+        {'ray_omni_attempts_total{run="r",WorkerId="a"}': "1x19 2x19 3x19 4x19 5x19 6x19 7x90"},
+        quiet=(30, 70, 110, 150),
+    ),
+    Case(
+        "storage that refuses the first checkpoint, and takes it a minute later",
+        "OmniCheckpointFailing",
+        {'ray_omni_checkpoint_failures_total{run="r"}': "_x20 1 30x90"},
+        fires=(21, 28),
+        quiet=(10, 35),
+    ),
+    Case(
+        "checkpoints that do not come any more",
+        "OmniCheckpointOld",
+        {
+            'ray_omni_step{run="r"}': "0+10x90",
+            'ray_omni_checkpoint_step{run="r"}': "0x9 100x9 200x90",
+            'ray_omni_checkpoint_every{run="r"}': "100x90",
+        },
+        fires=(48, 80),
+        quiet=(15, 25, 39, 44),
+    ),
+    Case(
+        "steps of minutes, and no checkpoint for hours",
+        "OmniCheckpointOld",
+        {
+            'ray_omni_step{run="r"}': "0+1x400",
+            'ray_omni_steps{run="r"}': "1000x400",
+            'ray_omni_checkpoint_time{run="r"}': "0x400",
+            'ray_omni_checkpoint_step{run="r"}': "0x400",
+            'ray_omni_checkpoint_every{run="r"}': "500x400",
+        },
+        fires=(250,),
+        quiet=(60, 235),
+    ),
+    Case(
+        "the scoring of a run whose plan is trained",
+        "OmniCheckpointOld",
+        {
+            'ray_omni_step{run="r"}': "1000x400",
+            'ray_omni_steps{run="r"}': "1000x400",
+            'ray_omni_checkpoint_time{run="r"}': "0x400",
+            'ray_omni_checkpoint_step{run="r"}': "1000x400",
+            'ray_omni_checkpoint_every{run="r"}': "500x400",
+        },
+        quiet=(250, 390),
+    ),
+    Case(
+        "a checkpoint that takes 6 of 10 minutes",
+        "OmniCheckpointSlow",
+        {
+            'ray_omni_step{run="r"}': "0+10x90",
+            'ray_omni_checkpoint_every{run="r"}': "100x90",
+            'ray_omni_checkpoint_write_seconds{run="r"}': "_x10 60x10 360x30 240x90",
+        },
+        fires=(35, 50),
+        quiet=(15, 28, 60, 80),
+    ),
+    Case(
+        "one slow rank of two",
+        "OmniStraggler",
+        {
+            'ray_omni_rank_step_seconds{run="r",rank="0"}': "1x90",
+            'ray_omni_rank_step_seconds{run="r",rank="1"}': "1.2x10 2x30 1x50",
+        },
+        fires=(30, 40),
+        quiet=(9, 20, 45),
+        labels={"run": "r", "rank": "1"},
+    ),
+    Case(
+        "a slow rank among those of a slow node",
+        "OmniStraggler",
+        {
+            **{f'ray_omni_rank_step_seconds{{run="r",rank="{rank}"}}': "1x60" for rank in range(4)},
+            'ray_omni_rank_step_seconds{run="r",rank="4"}': "1.6x60",
+            **{f'ray_omni_rank_step_seconds{{run="r",rank="{n}"}}': "1.45x60" for n in (5, 6, 7)},
+            'ray_omni_rank_step_seconds{run="fast",rank="0"}': "0.1x60",
+        },
+        fires=(30,),
+        labels={"run": "r", "rank": "4"},
+    ),
+    Case(
+        "blocks on disk while a run trains, and after it",
+        "OmniSpilling",
+        {
+            'ray_object_store_memory{Location="SPILLED",NodeId="n"}': "0x10 5e9x100",
+            'ray_object_store_memory{Location="MMAP_SHM",NodeId="n"}': "5e9x100",
+            'ray_omni_driver_began{run="r"}': "1000x40 stale",
+        },
+        fires=(25, 40),
+        quiet=(9, 18, 50),
+        labels={"Location": "SPILLED"},
+    ),
+    Case(
+        "a GPU that is full for a while",
+        "OmniGpuMemory",
+        {
+            'ray_omni_gpu_free_bytes{run="r",rank="3",WorkerId="a"}': "40e9x10 1e9x30 8e9x30",
+            'ray_omni_gpu_size_bytes{run="r",rank="3",WorkerId="a"}': "80e9x70",
+            'ray_omni_gpu_free_bytes{run="r",rank="2",WorkerId="b"}': "8e9x70",
+            'ray_omni_gpu_size_bytes{run="r",rank="2",WorkerId="b"}': "80e9x70",
+        },
+        fires=(25, 40),
+        quiet=(9, 18, 45),
+        labels={"run": "r", "rank": "3"},
+    ),
 ]
 
 
@@ -187,9 +357,9 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not()
 def test_an_alert_fires_when_it_should(case: Case, tmp_path: Path) -> None:
     rule = _rules()[case.alert]
     expected = {
-        "exp_labels": {**rule["labels"], "run": "r"},
+        "exp_labels": {**rule["labels"], **case.labels},
         "exp_annotations": {
-            name: text.replace("{{ $labels.run }}", "r")
+            name: re.sub(r"{{ \$labels\.(\w+) }}", lambda label: case.labels[label[1]], text)
             for name, text in rule["annotations"].items()
         },
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from omni.checkpoint.train_state import TrainState
 from omni.metrics.doc_table import PAGE, page
@@ -47,7 +48,21 @@ def test_the_dashboard_selects_existing_labels() -> None:
 def test_panels_of_the_dashboard_do_not_overlap() -> None:
     panels = json.loads((ROOT / "configs/grafana/omni.json").read_text())["panels"]
     assert len({panel["title"] for panel in panels}) == len(panels)
-    assert len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels}) == len(panels)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [panel["gridPos"] for panel in panels]
+    cells = [
+        (p["x"] + right, p["y"] + down)
+        for p in places
+        for right in range(p["w"])
+        for down in range(p["h"])
+    ]
+    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
+
+
+def test_the_documentation_says_what_to_do_about_each_alert() -> None:
+    [group] = yaml.safe_load((ROOT / "configs/grafana/alerts.yaml").read_text())["groups"]
+    rows = re.findall(r"^\| `(Omni\w+)` \| (\w+) \| .+ \| .+ \|$", (ROOT / PAGE).read_text(), re.M)
+    assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in group["rules"]]
 
 
 def test_the_documentation_holds_the_table() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from omni.checkpoint.train_state import TrainState
-from omni.metrics.table import EvalRow, StepSums, TrainRow
+from omni.metrics.table import EXPORTED, PROMETHEUS, EvalRow, StepSums, TrainRow
+from omni.metrics.throughput import PHASES, gpu_memory
 from omni.run.prepare import make_worker_spec
 from omni.train import recorder as module
 from omni.train.batches import BlockReader
@@ -34,13 +36,11 @@ class Dashboard:
 
     def __init__(self) -> None:
         self.rows: list[TrainRow] = []
-        self.published: list[Mapping[str, float]] = []
+        self.published: dict[str, list[float | Mapping[str, float]]] = defaultdict(list)
 
-    def phases(self, seconds: Mapping[str, float]) -> None:
-        self.published.append(seconds)
-
-    def gpu_memory(self, peak: int) -> None:
-        raise AssertionError("there is no GPU")
+    def publish(self, name: str, value: float | Mapping[str, float]) -> None:
+        assert PROMETHEUS[name] in EXPORTED
+        self.published[name].append(value)
 
     def train_row(self, row: TrainRow, rejects: Mapping[str, int], cache_full: bool) -> None:
         self.rows.append(row)
@@ -77,7 +77,8 @@ def test_a_log_line_is_the_mean_of_its_steps(spec: WorkerSpec, tmp_path: Path) -
     assert (row["kind"], row["step"], row["loss"], row["grad_norm"]) == ("train", 2, 3.0, 1.5)
     assert (row["step_seconds"], row["data_wait_fraction"]) == (4.0, 0.25)
     assert row["audio_seconds_per_second"] == 5.0
-    assert [r.loss for r in dashboard.rows] == [3.0] and len(dashboard.published) == 1
+    assert [r.loss for r in dashboard.rows] == [3.0]
+    assert dashboard.published.keys() == {"omni_phase_seconds", "omni_rank_step_seconds"}, "no GPU"
     assert recorder.window.steps == 0
 
     later = Recorder(spec, 0, 1, CPU, None)
@@ -89,6 +90,54 @@ def test_a_log_line_is_the_mean_of_its_steps(spec: WorkerSpec, tmp_path: Path) -
     assert summary["data_wait_fraction"] == 0.5
     assert (summary["train_loss"], summary["dev_loss"], summary["workers"]) == (3.0, 1.0, 1)
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_ranks_own_work_leaves_out_waiting(spec: WorkerSpec) -> None:
+    dashboard = Dashboard()
+    recorder = Recorder(spec, 1, 2, CPU, dashboard)
+    model_state = ModelState(spec.config, spec.model, CPU, 1)
+    for phase, seconds in zip(PHASES, (100, 1, 2, 100, 100, 100, 100), strict=True):
+        recorder.watch.add(phase, seconds)
+    for _ in range(4):
+        recorder.add_step(StepResult(_sums(20.0), 1.0, True), spent=2.0, waited=0.5)
+    recorder.log_steps(TrainState(step=4), 1.5, model_state, _reader(spec, recorder, 1))
+    assert dashboard.published["omni_rank_step_seconds"] == [(1 + 2) / 4]
+    assert not dashboard.rows, "the run's figures are rank 0's"
+
+
+def test_figures_of_checkpoints_begin_with_the_attempt_and_follow_each_write(
+    spec: WorkerSpec, tmp_path: Path
+) -> None:
+    dashboard, other = Dashboard(), Dashboard()
+    recorder, began = Recorder(spec, 0, 2, CPU, dashboard), time.time()
+    Recorder(spec, 1, 2, CPU, other).restore(TrainState(step=20))
+    recorder.restore(TrainState(step=20))
+    assert not other.published
+    recorder.log_failed_checkpoint(40, "no space left", known=False)
+    recorder.log_failed_checkpoint(40, "no space left", known=True)
+    recorder.log_checkpoint(40, 1.5)
+    published = dashboard.published
+    assert published["omni_checkpoint_every"] == [spec.config.train.checkpoint_every]
+    assert published["omni_checkpoint_step"] == [20, 40]
+    assert published["omni_checkpoint_write_seconds"] == [1.5]
+    assert published["omni_checkpoint_failures"] == [1, 1]
+    first, second = published["omni_checkpoint_time"]
+    assert isinstance(first, float) and isinstance(second, float)
+    assert began <= first <= second <= time.time()
+    [row] = lines(tmp_path / "run" / "events.rank-0000.jsonl")
+    assert (row["event"], row["step"], row["reason"]) == ("checkpoint failed", 40, "no space left")
+
+
+def test_memory_of_a_gpu_is_that_of_torch_and_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 4))
+    sizes = gpu_memory(torch.device("cuda"))
+    assert sizes == {"memory": 1, "reserved": 2, "free": 3, "size": 4}
+    assert all(f"omni_gpu_{name}_bytes" in PROMETHEUS for name in sizes)
+    assert gpu_memory(CPU) == {}
 
 
 def test_utilisation_counts_the_head_at_supervised_positions_and_no_model_that_rests(
