@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 import omni
+from omni.errors import ExitCode
 
 JOBS = {
     "Corpora": ("index", "inspect", "encode", "synthesize"),
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f" (did you mean {close[0]}?)" if close else ""
         text = f"error: {job}: unknown job{hint}; expected one of: {', '.join(known)}"
         print(text, file=sys.stderr)
-        return 2
+        return ExitCode.WRONG_INPUT
     code: int = import_module(f"jobs.{job}").main(arguments[1:])
     return code
 

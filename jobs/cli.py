@@ -6,13 +6,12 @@ import argparse
 import difflib
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omni.config import Config, load_config, shipped_configs
-from omni.errors import ConfigError, printable
+from omni.errors import ConfigError, ExitCode, printable
 from omni.storage.fence import LeaseError
 from omni.storage.path import StoragePath, as_path
 from omni.storage.uri import CREDENTIALS, has_credentials, redact
@@ -32,7 +31,10 @@ class JobParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         head, _, names = redact(message).partition("unrecognized arguments: ")
-        self.exit(2, f"error: {message if head or not names else self.unknown(names.split()[0])}\n")
+        self.exit(
+            ExitCode.WRONG_INPUT,
+            f"error: {message if head or not names else self.unknown(names.split()[0])}\n",
+        )
 
     def unknown(self, argument: str) -> str:
         """Describe an argument that the job does not have."""
@@ -218,8 +220,6 @@ def checkpoint_path(text: str) -> StoragePath:
 def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a job and return its exit code.
 
-    2 for a wrong setting or input, 3 if another driver trains the run, 1 for another failure.
-
     ConfigError and RuntimeError end in one line on stderr; anything else is a bug and keeps its
     traceback. interrupted: the line after Ctrl-C, unless the job has a better one.
     """
@@ -232,21 +232,21 @@ def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> 
                 f"the locale's encoding is {sys.getfilesystemencoding()}, in which names of files "
                 "may not exist: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
             )
-        code = job() or 0
+        code = job() or ExitCode.DONE
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return ExitCode.PIPE_CLOSED
     except ConfigError as error:
         print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
-        return 2
+        return ExitCode.WRONG_INPUT
     except LeaseError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return LeaseError.EXIT_CODE
+        return ExitCode.RUN_TAKEN
     except RuntimeError as error:
         print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
-        return 1
+        return ExitCode.FAILED
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)
-        return 130
+        return ExitCode.INTERRUPTED

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from jobs.cli import JobParser, parse_settings, run_job, settings_parser
-from omni.errors import ConfigError
+from omni.errors import ConfigError, ExitCode
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def _submit(argv: list[str] | None) -> int:
                 print(
                     f"{job} continues: ray job logs -f {job} follows it, ray job stop {job} ends it"
                 )
-                return 130
+                return ExitCode.INTERRUPTED
             client.stop_job(job)
             print("stopping; a training run writes a checkpoint first", flush=True)
 

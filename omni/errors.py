@@ -1,8 +1,26 @@
-"""Error of a wrong setting, and words of messages."""
+"""Error of a wrong setting, exit codes of jobs, and words of messages."""
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 from omni.storage.uri import redact
+
+
+class ExitCode(IntEnum):
+    """Exit codes of jobs. docs/running.md says what whoever started a job does with each."""
+
+    DONE = 0
+    FAILED = 1
+    WRONG_INPUT = 2
+    RUN_TAKEN = 3
+    """Another driver trains the run."""
+    INTERRUPTED = 128 + 2
+    """By Ctrl-C. From here on as a shell reports a signal."""
+    PIPE_CLOSED = 128 + 13
+    """Whoever read the output has gone."""
+    TERMINATED = 128 + 15
+    """By SIGTERM, with the plan not trained."""
 
 
 class ConfigError(ValueError):

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -25,7 +26,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from pydantic import BaseModel
 
+from jobs.__main__ import main as first_screen
 from omni.config import Config
+from omni.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -41,6 +44,7 @@ FIELDS = {
     if isinstance(of.annotation, type) and issubclass(of.annotation, BaseModel)
     for field in of.annotation.model_fields
 }
+CODES_OF_DRIVERS = set(ExitCode) - {ExitCode.PIPE_CLOSED}
 JOBS = {path.stem for path in (ROOT / "jobs").glob("[a-z]*.py")} - {"cli"}
 
 
@@ -103,6 +107,42 @@ def test_files_and_settings_that_pages_name_exist(page: str) -> None:
             if section in Config.model_fields and not known:
                 absent.append(f"{section}.{field}")
     assert absent == []
+
+
+def _table(page: str, heading: str) -> list[list[str]]:
+    """Cells of the first table after a heading, without its head."""
+    section = PAGES[page].read_text("utf-8").partition(f"\n{heading}\n")[2]
+    rows = re.search(r"(?:^\|.*\|\n)+", section, re.M)
+    assert rows, f"{page}: no table after {heading}"
+    return [[cell.strip() for cell in row[1:-1].split("|")] for row in rows[0].splitlines()[2:]]
+
+
+def test_every_exit_code_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    codes = [int(code) for code, *_ in _table("docs/running.md", "## Exit codes")]
+    assert codes == sorted(ExitCode)
+    assert first_screen(["--help"]) == 0
+    shown = re.findall(r"\b\d+\b", capsys.readouterr().out.partition("Exit codes: ")[2])
+    assert [int(code) for code in shown] == [c for c in codes if c in CODES_OF_DRIVERS]
+    named: set[int] = set()
+    for code, _ in _table("docs/cluster.md", "## Exit codes and orchestrators"):
+        named |= {int(number) for number in re.findall(r"\d+", code)}
+    assert named == CODES_OF_DRIVERS
+
+
+@pytest.mark.parametrize("code", [*CODES_OF_DRIVERS, 128 + signal.SIGKILL])
+def test_the_loop_of_restarts_does_what_the_table_says(code: int, tmp_path: Path) -> None:
+    """The shell's loop as it is written, with a job that always ends with the same code."""
+    page = PAGES["docs/cluster.md"].read_text("utf-8")
+    loop = page.partition("<!-- restarts -->\n```\n")[2].partition("```\n")[0]
+    stand_in = f"omni() {{ echo started; return {code}; }}\nsleep() {{ :; }}\n"
+    done = subprocess.run(["sh", "-c", stand_in + loop], capture_output=True, text=True)
+    again = [
+        cells[1].startswith("yes")
+        for cells in _table("docs/cluster.md", "## Exit codes and orchestrators")
+        if str(code) in re.findall(r"\d+", cells[0])
+    ]
+    starts = 20 if again in ([True], []) else 1
+    assert (done.returncode, done.stdout.count("started")) == (code, starts)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from omni.cluster.versions import (
 )
 from omni.cluster.working_dir import SECRET, Packed, pack, readable
 from omni.config import Config
-from omni.errors import ConfigError, counted, first_line
+from omni.errors import ConfigError, ExitCode, counted, first_line
 from omni.storage.uri import redact
 
 SETTINGS = "omni-job.yaml"  # file of the resolved settings in the job's working directory
@@ -214,10 +214,10 @@ class Follower:
 def exit_code(details: JobDetails) -> int:
     """Return the driver's exit code; 130 for a job that was stopped, 1 for one that never ran."""
     if details.status == JobStatus.STOPPED:
-        return 130
+        return ExitCode.INTERRUPTED
     if details.driver_exit_code is not None:
         return int(details.driver_exit_code)
-    return 0 if details.status == JobStatus.SUCCEEDED else 1
+    return ExitCode.DONE if details.status == JobStatus.SUCCEEDED else ExitCode.FAILED
 
 
 def _token() -> str | None:

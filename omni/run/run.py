@@ -17,7 +17,7 @@ from omni.checkpoint.resume import newest_step
 from omni.checkpoint.train_state import TrainState
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
-from omni.errors import ConfigError, counted
+from omni.errors import ConfigError, ExitCode, counted
 from omni.metrics.follower import METRICS, Follower
 from omni.metrics.run_files import (
     append_json,
@@ -50,8 +50,6 @@ from omni.storage.uri import reason_of
 from omni.stream.compaction import compact_if_many
 from omni.stream.stream_settings import stream_settings
 
-_TERMINATED = 128 + 15
-"""Exit code after SIGTERM, as a shell reports it: an orchestrator must not take it for the end."""
 _WORKING_DIR_COPIES = "working_dir_files"
 """Folder in which Ray unpacks the working directories of jobs."""
 
@@ -269,7 +267,7 @@ def _exit_stopped(view: LiveView, config: Config, signals: Signals) -> None:
     if signals.interrupted:
         raise KeyboardInterrupt(text)
     view.show(text)
-    raise SystemExit(_TERMINATED)
+    raise SystemExit(ExitCode.TERMINATED)
 
 
 def _finished(config: Config, state: TrainState | None) -> dict[str, Any] | None:

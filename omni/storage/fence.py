@@ -18,8 +18,6 @@ _MAX_AGE = 1.0  # seconds that a check stays valid for files that can be taken b
 class LeaseError(RuntimeError):
     """Another process writes, or may write, into the folder; the message names it."""
 
-    EXIT_CODE = 3
-
 
 class LeaseLost(LeaseError):
     """Another process has taken the folder over."""

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from omni.errors import ExitCode
 from omni.storage.atomic import write_atomic
 from omni.storage.exclusive import ConditionsUnsupported, create_exclusively, create_unguarded
 from omni.storage.fence import Fence, LeaseError, LeaseLost, is_registered, register, unregister
@@ -219,7 +220,7 @@ def heartbeat_interval(seconds: float) -> float:
 def _end_process(error: LeaseLost) -> None:
     """End this process at once: it may hang where no exception reaches it."""
     os.write(2, f"omni: {error}\n".encode())
-    os._exit(LeaseError.EXIT_CODE)
+    os._exit(ExitCode.RUN_TAKEN)
 
 
 def _new_state(number: int, seconds: float) -> LeaseState:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from omni.storage.fence import LeaseError
+from omni.errors import ExitCode
 from tests.chaos.world import ChaosError, World
 
 Fault = Callable[[World, random.Random], None]
@@ -209,7 +209,7 @@ def _flip(path: Path, rng: random.Random) -> None:
 def _second_driver(world: World, rng: random.Random) -> None:
     """What a job server does that believes the first one dead."""
     code = world.second_job()
-    if code != LeaseError.EXIT_CODE:
+    if code != ExitCode.RUN_TAKEN:
         raise ChaosError(f"a second driver of the run ended with {code}")
 
 
