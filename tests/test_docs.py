@@ -145,6 +145,23 @@ def test_the_loop_of_restarts_does_what_the_table_says(code: int, tmp_path: Path
     assert (done.returncode, done.stdout.count("started")) == (code, starts)
 
 
+def test_every_fault_is_in_both_tables_and_every_test_that_they_name_exists() -> None:
+    chaos = re.findall(r'^@_fault\("(.+)"\)$', (ROOT / "tests/chaos/faults.py").read_text(), re.M)
+    measured = [
+        fault.rstrip(" *\\")
+        for fault, *_ in _table("docs/faults.md", "## Thirty faults in one run")
+    ]
+    assert sorted(measured) == sorted(chaos) and len(chaos) > 10
+    named: list[str] = []
+    for fault, _, tests in _table("docs/faults.md", "## What is survived"):
+        assert "`" in tests, f"{fault}: no test"
+        named += re.findall(r"`(.+?)`", tests)
+    paths = [name for name in named if name.startswith("tests/")]
+    assert set(chaos) == {name for name in named if name not in paths}
+    for path, _, function in (name.partition("::") for name in paths):
+        assert f"def {function or 'test_'}" in (ROOT / path).read_text(), f"{path}::{function}"
+
+
 @dataclass(frozen=True)
 class Block:
     page: str

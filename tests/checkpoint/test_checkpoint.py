@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from omni.checkpoint.checkpoint import CheckpointError, read_checkpoint
+from omni.checkpoint import save
+from omni.checkpoint.checkpoint import CheckpointError, link_target, read_checkpoint
 from omni.checkpoint.resume import newest_checkpoint, newest_step
-from omni.checkpoint.retention import prune_checkpoints, set_link
+from omni.checkpoint.retention import checkpoint_folders, prune_checkpoints, set_link
 from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
 from omni.config import Config
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
+from omni.storage.digest import file_digest
+from omni.storage.exclusive import create_exclusively
+from omni.storage.fence import LeaseLost, register, unregister
+from omni.storage.lease import make_fence
 from omni.storage.path import ObjectPath, StoragePath, as_path
 from tests.helpers.loopback_s3 import s3_bucket
 
@@ -272,6 +278,45 @@ def test_an_interrupted_save_is_ignored_and_replaced(folder: Path) -> None:
     saved = _save(folder, 30)
     assert not leftover.exists() and {file.name for file in saved.iterdir()} == FILES
     assert _newest(folder) == saved
+
+
+@pytest.mark.parametrize("lost_after", ["begin", "writing"])
+def test_a_process_that_lost_the_run_publishes_no_checkpoint(
+    checkpoints: StoragePath, lost_after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is lost before the save, or while its files are written beside the others."""
+    run = checkpoints / "run"
+    newest = _save(run, 30)
+    prune_checkpoints(run, keep=1)
+    (run / "leases").mkdir(parents=True, exist_ok=True)
+    assert create_exclusively(run / "leases" / "000001.json", b"{}")
+    fence = make_fence(run, 1)
+    register(fence)
+
+    def lose() -> None:
+        assert create_exclusively(run / "leases" / "000002.json", b"{}")
+
+    def digest(*arguments: Any, **options: Any) -> str:
+        if not (run / "leases" / "000002.json").exists():
+            lose()
+        return file_digest(*arguments, **options)
+
+    if lost_after == "writing":
+        monkeypatch.setattr(save, "file_digest", digest)
+    else:
+        lose()
+    try:
+        with pytest.raises(LeaseLost):
+            _save(run, 40)
+        with pytest.raises(LeaseLost):
+            set_link(run / "best", newest)
+        with pytest.raises(LeaseLost):
+            prune_checkpoints(run, keep=0)
+    finally:
+        unregister(fence)
+    assert (run / "leases" / "000002.json").exists()
+    assert checkpoint_folders(run) == [newest] == [_newest(run)]
+    assert link_target(run / "last").name == newest.name and not (run / "best").exists()
 
 
 def test_a_run_may_pass_a_million_steps(checkpoints: StoragePath) -> None:
