@@ -168,7 +168,8 @@ def _error_text(error: ErrorDetails) -> str:
     location = ".".join(names)
     if error["type"] != "extra_forbidden":
         given = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
-        return f"{location}: {error['msg'].removeprefix('Value error, ')}{given}"
+        text = f"{error['msg'].removeprefix('Value error, ')}{given}"
+        return f"{location}: {text}" if location else text  # one of the whole config names fields
     if location in RENAMED:
         return f"{location}: renamed; expected {RENAMED[location]}"
     known = _fields(error["loc"][:-1])

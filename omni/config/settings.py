@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -26,6 +27,7 @@ from omni.config.field_types import (
     Language,
     LanguageModel,
     Layers,
+    MemoryShare,
     Name,
     NotNegative,
     NotNegativeFloat,
@@ -45,6 +47,7 @@ from omni.config.field_types import (
 from omni.storage.path import StoragePath, as_path, join
 from omni.storage.uri import redacted
 
+_MANY = 1 << 30  # actors whose number is not known yet
 _GPT_SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len", "window_pattern")
 
 
@@ -253,6 +256,8 @@ class EncoderConfig(Section):
     """Number of encoder actors; auto: from the cluster and from rates measured in a trial."""
     gpus: NotNegativeFloat = 0
     """GPUs per actor; actors with fractions share a GPU."""
+    gpu_memory: MemoryShare | None = None
+    """Share of its GPU's memory that an actor may allocate; null: no limit."""
     cpus: PositiveFloat = 0.5
     """Logical CPUs per actor."""
     threads: Positive = 1
@@ -433,6 +438,8 @@ class TrainConfig(Section):
     """ddp: every worker holds the whole model; fsdp: parameters and optimizer are sharded."""
     gpus: Share = 0
     """GPUs per worker: 1, or a share beside an encoder."""
+    gpu_memory: MemoryShare | None = None
+    """Share of its GPU's memory that a worker may allocate; null: no limit."""
     cpus: PositiveFloat = 1
     """Logical CPUs per worker."""
     threads: Positive = 1
@@ -501,6 +508,22 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        encoder, train = self.encoder, self.train
+        for name, section in (("encoder", encoder), ("train", train)):
+            if section.gpu_memory is not None and not section.gpus:
+                raise ValueError(f"{name}.gpu_memory: expected {name}.gpus above 0, or null")
+        shares = encoder.gpu_memory or 0.0, train.gpu_memory or 0.0
+        for encoders, workers in _sharing(self):
+            if encoders * shares[0] + workers * shares[1] > 1 + 1e-9:
+                raise ValueError(
+                    f"encoder.gpu_memory, train.gpu_memory: {encoders} x {shares[0]:g} and "
+                    f"{workers} x {shares[1]:g} on one GPU (encoder.gpus {encoder.gpus:g}, "
+                    f"train.gpus {train.gpus:g}); expected at most 1 together"
+                )
+        return self
+
     @property
     def run_dir(self) -> StoragePath:
         return as_path(self.run.storage) / self.run.name
@@ -543,3 +566,13 @@ class Config(Section):
             for name, value in fields.items()
             if redacted(value) != value
         ]
+
+
+def _sharing(config: Config) -> Iterator[tuple[int, int]]:
+    """Yield the numbers of encoder actors and workers that Ray may place on one GPU."""
+    encoder, train = config.encoder, config.train
+    actors = encoder.actors if isinstance(encoder.actors, int) else _MANY
+    for workers in range(min(train.most, int(1 / train.gpus + 1e-9)) + 1 if train.gpus else 1):
+        left = 1 - workers * train.gpus
+        fit = int(left / encoder.gpus + 1e-9) if encoder.gpus else 0
+        yield min(actors, fit), workers

@@ -28,6 +28,7 @@ class StepSums(LossTotals):
     encode_seconds: float = 0.0  # work of the encoder actors
     encoded_samples: float = 0.0  # of audio whose features were not in the cache
     rejected: float = 0.0  # utterances
+    halvings: float = 0.0  # of the batches of encoders that ran out of memory
     stop: float = 0.0  # ranks that were asked to stop
 
 
@@ -150,6 +151,14 @@ class TrainRow:
     )
     encoded_audio_seconds: float = throughput(
         "s", "audio not found in the cache", lambda m: m.sums.encoded_samples / SAMPLING_RATE
+    )
+    halvings: int | None = metric(
+        "times",
+        "an encoder ran out of memory and halved its batches",
+        lambda m: int(m.sums.halvings) or None,
+        "omni_encoder_halvings",
+        "counter",
+        optional=True,
     )
     step_seconds: float = throughput("s", "these steps", lambda m: m.busy)
     skipped: int = progress(

@@ -1,4 +1,4 @@
-"""Choose the dtype that a device computes in."""
+"""Choose the dtype that a device computes in, and limit the memory that a process takes of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ def compute_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
     of times backward.
     """
     return wanted if wanted != torch.bfloat16 or has_bf16(device.type) else torch.float32
+
+
+def limit_gpu_memory(share: float | None) -> None:
+    """Let this process allocate at most a share of its GPU's memory; None: no limit.
+
+    Beyond it, torch raises OutOfMemoryError in this process, and leaves the rest to the others.
+    """
+    if share is not None:
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 @functools.cache

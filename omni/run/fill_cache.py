@@ -76,6 +76,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
         "encoded": 0,
         "audio_seconds": 0.0,
         "seconds": 0.0,
+        "halvings": 0,
         "full": None,
     }
     say(f"{counted(len(keys), 'utterance')}, {result['cached']:,} already in {cache.location}")
@@ -146,7 +147,7 @@ def _drain(
         yield pa.table(block).select(_COUNTS).to_pylist()
 
 
-_COUNTS = ["frames", "encoded_samples", "errors", "cache_full"]
+_COUNTS = ["frames", "encoded_samples", "errors", "cache_full", "halvings"]
 
 
 def _add_up(
@@ -167,6 +168,10 @@ def _add_up(
             rows = ray.get(reference)
         except ray.exceptions.RayError as error:
             raise RuntimeError(f"encoding stopped: {ray_reason(error)}") from error
+        halvings = sum(row["halvings"] for row in rows)
+        if halvings and not result["halvings"]:
+            say("an encoder ran out of memory and halved its batches, which stay so")
+        result["halvings"] += halvings
         for row in rows:
             done += len(row["frames"])
             result["encoded"] += sum(map(bool, row["frames"]))

@@ -29,6 +29,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
 
     from omni.metrics.prometheus import RayPublisher
     from omni.model.download import HubError, SourceError
+    from omni.model.precision import limit_gpu_memory
     from omni.train.loop import TrainLoop
     from omni.train.reject_log import TooManyRejects
 
@@ -40,6 +41,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, node = context.get_world_rank(), ray.get_runtime_context().get_node_id()
     device = ray.train.torch.get_device() if spec.config.train.gpus else torch.device("cpu")
+    limit_gpu_memory(spec.config.train.gpu_memory)
     blocks = _blocks(spec.config.optim.bins_per_block)
     failure_file = spec.config.run_dir / FATAL_FAILURE_FILE
     try:

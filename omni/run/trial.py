@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from omni.errors import ConfigError, first_line
 from omni.model.download import HubError, SourceError
+from omni.model.precision import limit_gpu_memory
 from omni.plan.plan import Split
 from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.rates import (
@@ -117,4 +118,5 @@ def _train(job: WorkerSpec, blocks: list[pa.Table], seconds: float) -> Cost:
     """Measure the seconds of a block on a worker that never waits for data."""
     torch.set_num_threads(job.config.train.threads)
     device = torch.device("cuda" if job.config.train.gpus else "cpu")
+    limit_gpu_memory(job.config.train.gpu_memory)
     return Trainer(job, blocks, device).cost(seconds)

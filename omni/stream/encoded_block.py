@@ -31,11 +31,12 @@ def encoded_block(
     seconds: float = 0.0,
     samples: int = 0,
     cache_full: str | None = None,
+    halvings: int = 0,
 ) -> pa.Table:
     """Make a table of `ENCODED_SCHEMA`, row by row.
 
     encoded: features that the rows lack. seconds, samples: of encoding them. cache_full: reason why
-    the cache keeps nothing more.
+    the cache keeps nothing more. halvings: times that the encoder had to halve its batches.
     """
     done: list[EncodedRow] = []
     for number, row in enumerate(rows):
@@ -72,6 +73,7 @@ def encoded_block(
                 "encode_seconds": seconds / len(rows),
                 "encoded_samples": samples // len(rows),
                 "cache_full": cache_full,
+                "halvings": 0 if done else halvings,
             }
         )
     return pa.Table.from_pylist(done, ENCODED_SCHEMA)

@@ -59,6 +59,7 @@ ENCODED_SCHEMA = pa.schema(
         ("encode_seconds", pa.float64()),
         ("encoded_samples", pa.int64()),
         ("cache_full", pa.string()),
+        ("halvings", pa.int64()),
     ]
 )
 
@@ -127,6 +128,8 @@ class EncodedRow(BinRow):
     """Samples at 16 kHz that the encoder ran over; cached ones are not counted."""
     cache_full: str | None
     """Reason why the cache keeps nothing more."""
+    halvings: int
+    """Times that the encoder halved its batches for memory; of a block, in its first row."""
 
 
 def utterances(row: EncodedRow, codec: FeatureCodec) -> list[Utterance]:

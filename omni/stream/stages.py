@@ -27,6 +27,7 @@ from omni.corpus.index_row import Recording, is_transcription, recordings
 from omni.corpus.lengths import span_of
 from omni.errors import located
 from omni.model.encoder.whisper import WhisperEncoder
+from omni.model.precision import limit_gpu_memory
 from omni.plan.plan import Split
 from omni.plan.sequences import PlannedRow
 from omni.storage.path import register_credentials
@@ -199,6 +200,8 @@ class EncodeStage:
         torch.set_num_threads(settings.config.encoder.threads)
         device = "cuda" if settings.config.encoder.gpus else "cpu"
         self._settings = settings
+        self._halvings = 0
+        limit_gpu_memory(settings.config.encoder.gpu_memory)
         self._encoder = WhisperEncoder(**settings.encoder, device=device)
         if settings.fingerprint and self._encoder.fingerprint != settings.fingerprint:
             raise RuntimeError(
@@ -226,7 +229,8 @@ class EncodeStage:
             raise located(error, f"bins {bins}, utterances {_listed(missing)}") from error
         seconds = time.perf_counter() - began if samples else 0.0
         full = None if self._cache is None else self._cache.full
-        return encoded_block(rows, self._settings, encoded, seconds, samples, full)
+        halvings, self._halvings = self._halvings, 0
+        return encoded_block(rows, self._settings, encoded, seconds, samples, full, halvings)
 
     def __del__(self) -> None:
         # Ray drops the actor when the stream ends: write what is still pending.
@@ -268,14 +272,17 @@ class EncodeStage:
         return found, sum(count for _, count in fresh.values())
 
     def _features(self, mels: list[Tensor], samples: list[int]) -> list[Tensor]:
-        """Encode log-mels; halve a batch until the device's memory holds it."""
-        try:
-            return self._encoder.encode_mels(mels, samples)
-        except (torch.OutOfMemoryError, MemoryError):
-            if len(mels) == 1:
-                raise
-        if self._settings.config.encoder.gpus:
-            torch.cuda.empty_cache()
-        half = len(mels) // 2
-        first = self._features(mels[:half], samples[:half])
-        return first + self._features(mels[half:], samples[half:])
+        """Encode log-mels; halve this encoder's batches until the device's memory holds them.
+
+        They stay so: another process on the same GPU keeps the memory that was missing.
+        """
+        while True:
+            try:
+                return self._encoder.encode_mels(mels, samples)
+            except (torch.OutOfMemoryError, MemoryError):
+                if not self._encoder.halve_batches(samples):
+                    raise
+            # Outside of the handler, which holds the tensors of the failed call.
+            self._halvings += 1
+            if self._settings.config.encoder.gpus:
+                torch.cuda.empty_cache()

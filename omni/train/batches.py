@@ -63,6 +63,7 @@ class BlockReader:
         """Seconds spent waiting for blocks."""
         self.waiting_since: float | None = None
         """time.perf_counter() at the start of the current wait; None while there is none."""
+        self._held_halvings = 0
         self.cache_full: str | None = None
         """Reason why the cache keeps no more features."""
 
@@ -87,6 +88,7 @@ class BlockReader:
             planned = [number if number < bins else EMPTY for number in range(first, first + size)]
             self._compare(block, name, planned, name)
             self.rejects.add(block, step=0)
+            self._held_halvings += sum(row["halvings"] for row in block)
             for row in block:
                 held += [
                     HeldUtterance(
@@ -118,8 +120,10 @@ class BlockReader:
         batch = self._layout.batch([self._utterances(row) for row in rows])
         with self._watch.phase("copy"):
             batch = batch.to(self._device)
-        counts = StepSums()
+        counts = StepSums(halvings=self._held_halvings)
+        self._held_halvings = 0
         for row in rows:
+            counts.halvings += row["halvings"]
             self.cache_full = self.cache_full or row["cache_full"]
             used = [n for n, frames in enumerate(row["frames"]) if frames]
             counts.utterances += len(used)

@@ -73,6 +73,7 @@ class Recorder:
         self._peak_flops = peak_flops(device)
         self._cache_reported = False
         self._loss_reported = False
+        self._halving_reported = False
         self._last_loss: float | None = None
         self.totals = Window()
         """Sums over all attempts."""
@@ -132,6 +133,8 @@ class Recorder:
             self._log_full_cache(reader.cache_full, state.step)
         if not self._spec.encoders and self.window.sums.encoded_samples:
             self._log_lost_features(state.step)
+        if self.window.sums.halvings:
+            self._log_halving(state.step)
         self.window = Window()
 
     def log_evaluation(self, row: EvalRow) -> None:
@@ -198,6 +201,17 @@ class Recorder:
         text = (
             "features that the cache held at the start are damaged or gone: a task encodes them "
             "again, block by block; the run has encoders again once it is stopped and continued"
+        )
+        append_json(self._metrics, [{"kind": "note", "step": step, "text": text}])
+
+    def _log_halving(self, step: int) -> None:
+        """Log once that an encoder has too little memory for its batches."""
+        if self._halving_reported or self._rank:
+            return
+        self._halving_reported = True
+        text = (
+            "an encoder ran out of memory and halved its batches, which stay so: features are the "
+            "same; a lower encoder.frame_budget, or more encoder.gpu_memory, avoids the attempts"
         )
         append_json(self._metrics, [{"kind": "note", "step": step, "text": text}])
 

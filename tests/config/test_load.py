@@ -274,3 +274,35 @@ def test_what_augmentation_cannot_do_is_said(settings: list[str], named: str) ->
 )
 def test_the_share_that_an_epoch_leaves_alone(settings: list[str], share: float) -> None:
     assert load_config(None, settings).augment.clean_share == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"encoder": (0.25, 0.3, 1), "train": (0.75, 0.7, 1)}, False),
+        ({"encoder": (0.25, 0.3, 1), "train": (0.75, 0.75, 1)}, True),
+        ({"encoder": (0.25, 0.2, 3), "train": (0.25, 0.5, 1)}, True),  # three encoders beside it
+        ({"encoder": (0.25, 0.2, 2), "train": (0.25, 0.5, 1)}, False),
+        ({"encoder": (0.25, 0.3, "auto"), "train": (1, 0.9, 8)}, True),  # four encoders share one
+        ({"encoder": (1, 0.9, 2), "train": (1, 0.9, 6)}, False),
+    ],
+)
+def test_processes_that_share_a_gpu_share_its_memory(
+    settings: dict[str, tuple[float, float, int | str]], refused: bool
+) -> None:
+    numbers = {"encoder": "actors", "train": "workers"}
+    values = {
+        section: {"gpus": gpus, "gpu_memory": share, numbers[section]: count}
+        for section, (gpus, share, count) in settings.items()
+    }
+    if not refused:
+        assert parse_config(values).train.gpu_memory == settings["train"][1]
+        return
+    with pytest.raises(ConfigError, match=r"^encoder\.gpu_memory, train\.gpu_memory: "):
+        parse_config(values)
+
+
+def test_a_share_of_the_memory_needs_a_gpu() -> None:
+    for section in ("encoder", "train"):
+        message = _error(None, f"--{section}.gpu_memory", "0.5")
+        assert message.startswith(f"{section}.gpu_memory: ") and f"{section}.gpus" in message

@@ -76,6 +76,7 @@ def encoded_block(
                 "encode_seconds": 0.5,
                 "encoded_samples": 16_000,
                 "cache_full": None,
+                "halvings": 0,
             }
         )
     rows[0] |= changes

@@ -50,6 +50,7 @@ def _row(features: list[Tensor | None], **changes: Any) -> dict[str, Any]:
         "encode_seconds": 0.5,
         "encoded_samples": 16_000 * count,
         "cache_full": None,
+        "halvings": 0,
         **changes,
     }
     [travelled] = pa.Table.from_pylist([row], ENCODED_SCHEMA).to_pylist()
@@ -103,7 +104,7 @@ def test_a_row_may_hold_only_rejected_utterances_or_none() -> None:
 
 def test_both_stages_speak_of_utterances_alike() -> None:
     """The encode stage hands on, unchanged, what the load stage said of a bin."""
-    encoded = {"frames", "features", "encode_seconds", "encoded_samples", "cache_full"}
+    encoded = {"frames", "features", "encode_seconds", "encoded_samples", "cache_full", "halvings"}
     handed_on = [name for name in ENCODED_SCHEMA.names if name not in encoded]
     assert [LOADED_SCHEMA.field(n) for n in handed_on] == [
         ENCODED_SCHEMA.field(n) for n in handed_on

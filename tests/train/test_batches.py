@@ -179,3 +179,15 @@ def test_the_reason_of_a_full_cache_is_kept(tmp_path: Path) -> None:
     list(reader.microbatches(0))
     assert reader.cache_full == "no space"
     assert reader.waiting_since is None and reader.waited > 0
+
+
+def test_halvings_of_an_encoder_are_counted_with_those_of_held_out_bins(tmp_path: Path) -> None:
+    dev = small_run().splits["dev"]
+    bins = [*range(dev.plan.bins), EMPTY][: 2 * -(-dev.plan.bins // 2)]
+    held = [
+        encoded_block(small_run(), dev, bins[first : first + 2], halvings=int(first == 0))
+        for first in range(0, len(bins), 2)
+    ]
+    reader = _reader(tmp_path / "run", [*held, _block(0, 1, halvings=2), _block(2, 3)])
+    reader.hold("dev")
+    assert [part.counts.halvings for part in reader.microbatches(0)] == [3, 0]

@@ -180,6 +180,21 @@ def test_a_full_cache_is_noted_once_by_rank_0(spec: WorkerSpec, tmp_path: Path) 
     assert "no space left" in rows[1]["text"]
 
 
+def test_halved_batches_of_encoders_are_counted_and_noted_once(
+    spec: WorkerSpec, tmp_path: Path
+) -> None:
+    model_state = ModelState(spec.config, spec.model, CPU, 1)
+    recorder = Recorder(spec, 0, 1, CPU, None)
+    for step, halvings in ((1, 3.0), (2, 1.0), (3, 0.0)):
+        sums = replace(_sums(10.0), halvings=halvings)
+        recorder.add_step(StepResult(sums, 1.0, True), 1.0, 0.0)
+        recorder.log_steps(TrainState(step=step), 1.0, model_state, _reader(spec, recorder))
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["kind"] for row in rows] == ["train", "note", "train", "train"]
+    assert [row.get("halvings") for row in rows if row["kind"] == "train"] == [3, 1, None]
+    assert "encoder.gpu_memory" in rows[1]["text"]
+
+
 def test_events_of_all_ranks_are_written_by_rank_0_and_failures_by_each(
     spec: WorkerSpec, tmp_path: Path
 ) -> None:

@@ -176,15 +176,37 @@ class WhisperEncoder(nn.Module):
                 done[number].append((window.start, features[: window.frames]))
         return [torch.cat([f for _, f in sorted(p, key=lambda item: item[0])]) for p in done]
 
-    def _batches(self, jobs: list[Any]) -> list[list[Any]]:
+    def halve_batches(self, samples: Sequence[int]) -> bool:
+        """Halve `frame_budget` until clips of these lengths make smaller batches.
+
+        Returns False, and changes nothing, where each of their windows is a batch already.
+        """
+
+        def largest(budget: int) -> int:
+            jobs = [
+                (number, window)
+                for number, count in enumerate(samples)
+                for window in plan_windows(count, self.mode, self.margin_seconds)
+            ]
+            return max(map(len, self._batches(jobs, budget)), default=0)
+
+        budget = self.frame_budget
+        before = largest(budget)
+        while before > 1 and largest(budget) >= before:
+            budget //= 2
+        self.frame_budget = budget
+        return before > 1
+
+    def _batches(self, jobs: list[Any], budget: int | None = None) -> list[list[Any]]:
         """Sort windows by length and cut the list where a batch would exceed the budget."""
+        budget = self.frame_budget if budget is None else budget
         batches: list[list[Any]] = []
         filled = 0
         for job in sorted(jobs, key=lambda item: item[1].padded):
             frames = job[1].padded // FRAME
             # Each row of a padded batch costs as much as its longest, which is the current window.
             filled = frames * (len(batches[-1]) + 1) if self.padded and batches else filled + frames
-            if batches and filled <= self.frame_budget:
+            if batches and filled <= budget:
                 batches[-1].append(job)
             else:
                 batches.append([job])
