@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
 
@@ -23,6 +24,11 @@ class LocalTrainer(TorchTrainer):
     of environment variables. Each process would then start an interpreter twice, and none could be
     one that the cluster has started in advance. Here the variables must be set before Ray starts.
     """
+
+    def _create_default_callbacks(self) -> Any:
+        """Leave out the process that would end the workers if this one, and not Ray, died."""
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
