@@ -167,7 +167,7 @@ def test_a_step_that_took_no_time_is_no_error() -> None:
 
 
 SLOW_STORAGE = ["--data.loader_rate", "10", "--data.loaders", "1"]  # 84 s of audio an epoch
-SLOW_ENCODER = ["--encoder.margin_seconds", "28"]  # of silence, with each recording
+SLOW_ENCODER = ["--encoder.margin_seconds", "4"]  # of silence, with each recording
 SLOW_TRAINER = ["--model.n_layer", "8", "--model.n_embd", "384", "--optim.bins_per_step", "8"]
 
 
