@@ -78,7 +78,7 @@ from pathlib import Path
 from omni.audio.decode import decode
 from omni.corpus.built_index import finish
 from omni.corpus.index import build_index
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import span_of
 from omni.corpus.build_part import write_part
 from omni.corpus.sources import Options, open_source
 options = Options()

@@ -11,7 +11,8 @@ import numpy as np
 from omni.audio.decode import AudioError, AudioSpan, decode_with_retry
 from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.audio_paths import recording_uri
-from omni.corpus.lengths import measure_all, span_of
+from omni.corpus.index_row import span_of
+from omni.corpus.lengths import measure_all
 from omni.corpus.manifest import manifest_path, stated_duration
 from omni.corpus.text_file import json_lines
 from omni.errors import ManifestError

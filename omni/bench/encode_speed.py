@@ -15,7 +15,7 @@ from omni.audio.logmel import clip_mel
 from omni.audio.windows import SAMPLING_RATE, WINDOW_SAMPLES
 from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.config import Config
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import span_of
 from omni.corpus.mixture import build_mixture
 from omni.model.encoder.weights import WhisperConfig, read_whisper_files, whisper_folder
 from omni.model.encoder.whisper import WhisperEncoder

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from omni.audio.decode import AudioError
 from omni.corpus.index import INDEX_VERSION, SCHEMA
-from omni.corpus.lengths import Measuring, Reject
+from omni.corpus.lengths import Measuring
+from omni.corpus.rejects import Reject
 from omni.corpus.segments import cut_rows
 from omni.corpus.sources import Options, Part, Row, Source
 from omni.corpus.sources.base import fingerprint_of

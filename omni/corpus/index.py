@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 
 from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.corpus.languages import unknown_languages
-from omni.corpus.lengths import DURATION_TOLERANCE, Reject, measure_all
+from omni.corpus.lengths import DURATION_TOLERANCE, measure_all
 from omni.corpus.manifest import INDEX_FILE, absolute, manifest_path, read_manifest
-from omni.corpus.rejects import without_other_files
+from omni.corpus.other_files import without_other_files
+from omni.corpus.rejects import Reject
 from omni.corpus.sources import Options, format_of
 from omni.errors import ManifestError
 from omni.storage.digest import digest

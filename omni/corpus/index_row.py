@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from omni.audio.decode import AudioSpan
 
 DEFAULT_TASK = "transcribe"
 """Task of rows without one."""
@@ -67,3 +69,9 @@ def transcripts(row: IndexRow) -> list[str | None]:
     if row["audios"]:
         return [part["text"] for part in row["audios"]]
     return [row["text"] if is_transcription(row) else None]
+
+
+def span_of(row: Mapping[str, Any]) -> AudioSpan:
+    """Return the span of the file that an index row stands for."""
+    inside = None if row["length"] is None else (row["offset"], row["length"])
+    return AudioSpan(row["start"], row["duration"], inside)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from omni.corpus.audio_paths import AddressError, recording_uri
-from omni.corpus.lengths import Reject
 from omni.corpus.messages import answer_of, messages_json, parse_messages
 from omni.corpus.other_files import utf8_name
+from omni.corpus.rejects import Reject
 from omni.corpus.tar import Fields, TarError, read_tar
 from omni.corpus.text_file import json_lines
 from omni.errors import ManifestError as ManifestError  # Much imports it from here.

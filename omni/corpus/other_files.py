@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from omni.corpus.lengths import Reject
+from omni.corpus.rejects import Reject
 from omni.errors import counted
 
 NOT_A_RECORDING = "not a recording"
@@ -68,3 +69,12 @@ def other_files_note(rejects: list[Reject], most: int = 4) -> list[str]:
     listed = [f"{r.id} ({r.detail})" for r in rejects[:most]]
     rest = [f"{len(rejects) - most} more kinds"] if len(rejects) > most else []
     return [f"left out, since they are not recordings: {', '.join(listed + rest)}"]
+
+
+def without_other_files(rejects: Iterable[Reject]) -> tuple[list[Reject], list[str]]:
+    """Separate rejected utterances from files that hold none; those are told of in notes."""
+    utterances: list[Reject] = []
+    others: list[Reject] = []
+    for reject in rejects:
+        (others if reject.reason == NOT_A_RECORDING else utterances).append(reject)
+    return utterances, other_files_note(others)

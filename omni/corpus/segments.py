@@ -8,7 +8,7 @@ from dataclasses import replace
 from omni.audio.decode import AudioError, measure
 from omni.audio.vad import Segmenting, speech_spans
 from omni.audio.windows import SAMPLING_RATE
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import span_of
 from omni.corpus.sources.base import Row
 
 

@@ -15,8 +15,8 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from omni.audio.formats import AUDIO_ENDINGS
-from omni.corpus.lengths import Reject
 from omni.corpus.other_files import OtherFiles, is_document, is_system_file, utf8_name
+from omni.corpus.rejects import Reject
 from omni.corpus.text_file import decode_text, json_object
 from omni.errors import ManifestError
 from omni.storage.path import StoragePath

@@ -19,8 +19,8 @@ import regex
 from omni.corpus.index import Index
 from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.languages import language_code
-from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_json, messages_of
+from omni.corpus.rejects import Reject
 from omni.model.chat_template import Message
 
 # Scripts that are written without spaces between words, for `regex`. The prolonged sound mark of

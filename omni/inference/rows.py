@@ -18,8 +18,8 @@ from omni.corpus.index_row import (
     Recording,
     is_transcription,
     recordings,
+    span_of,
 )
-from omni.corpus.lengths import span_of
 from omni.corpus.manifest import ManifestError, manifest_path
 from omni.corpus.messages import messages_of
 from omni.corpus.text import apply_policy

@@ -11,8 +11,8 @@ from omni.audio.windows import SAMPLING_RATE, encoder_frames
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import DEFAULT_TASK, IndexRow, recordings, transcripts
-from omni.corpus.lengths import Reject
 from omni.corpus.messages import messages_of
+from omni.corpus.rejects import Reject
 from omni.errors import ConfigError
 from omni.model.chat_template import AUDIO, RefusedRow, Template
 from omni.model.projector import soft_tokens

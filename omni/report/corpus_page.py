@@ -11,9 +11,8 @@ from typing import Any
 from omni.audio.decode import AudioError, decode, fit
 from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.index import Index, build_index
-from omni.corpus.index_row import IndexRow, Recording, recordings
+from omni.corpus.index_row import IndexRow, Recording, recordings, span_of
 from omni.corpus.languages import language_code
-from omni.corpus.lengths import span_of
 from omni.corpus.manifest import INDEX_FILE, ManifestError
 from omni.corpus.rejects import count_reasons
 from omni.errors import ConfigError

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from omni.audio.decode import AudioError, decode_with_retry
-from omni.corpus.index_row import Recording, recordings
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import Recording, recordings, span_of
 from omni.plan.plan import Split
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import register_credentials

@@ -22,7 +22,7 @@ from omni.cluster.versions import differences
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import DEFAULT_TASK
-from omni.corpus.lengths import Reject
+from omni.corpus.rejects import Reject
 from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
 from omni.inference.export import FORMATS, missing_for

@@ -23,8 +23,7 @@ from omni.audio.logmel import clip_mel
 from omni.audio.windows import SAMPLING_RATE, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
-from omni.corpus.index_row import Recording, is_transcription, recordings
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import Recording, is_transcription, recordings, span_of
 from omni.errors import located
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import limit_gpu_memory

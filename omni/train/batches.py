@@ -10,7 +10,7 @@ from itertools import zip_longest
 import pyarrow as pa
 import torch
 
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import span_of
 from omni.inference.decode_batch import HeldUtterance
 from omni.metrics.table import StepSums
 from omni.metrics.throughput import Stopwatch

@@ -80,8 +80,8 @@ def test_the_spans_of_a_long_recording_hash_its_middle_once(
 ) -> None:
     _write(tmp_path / "long.wav", 0)
     made = []
-    middle = lengths._middle
-    monkeypatch.setattr(lengths, "_middle", lambda *a: made.append(1) or middle(*a))
+    middle = lengths.middle_hash
+    monkeypatch.setattr(lengths, "middle_hash", lambda *a: made.append(1) or middle(*a))
     rows = [{"audio": "long.wav", "text": "a", "offset": n, "duration": 1} for n in range(10)]
     assert len(set(_keys(build_index([manifest(*rows)])))) == 10
     assert len(made) == 1

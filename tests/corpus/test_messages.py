@@ -12,8 +12,7 @@ import pytest
 
 from omni.audio.decode import decode
 from omni.corpus.index import build_index
-from omni.corpus.index_row import recordings
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import recordings, span_of
 from omni.corpus.manifest import ManifestError
 from omni.corpus.messages import messages_of
 from omni.model.chat_template import AUDIO, Message

@@ -21,7 +21,7 @@ from omni.audio.vad import Segmenting, speech_spans
 from omni.corpus.build_part import write_part
 from omni.corpus.built_index import finish, summary_lines
 from omni.corpus.index import Index, build_index, read_index_folder
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import span_of
 from omni.corpus.manifest import ManifestError
 from omni.corpus.sources import Options, open_source
 from tests.helpers.long_recordings import write_long

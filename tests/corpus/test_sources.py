@@ -26,7 +26,8 @@ from omni.corpus.build_part import about_part, fingerprint, part_name, write_par
 from omni.corpus.build_tasks import pickled
 from omni.corpus.built_index import finish
 from omni.corpus.index import Index, build_index
-from omni.corpus.lengths import measure_rows, span_of
+from omni.corpus.index_row import span_of
+from omni.corpus.lengths import measure_rows
 from omni.corpus.manifest import ManifestError
 from omni.corpus.sources import Options, Row, open_source
 from omni.storage.byte_range import ByteRange

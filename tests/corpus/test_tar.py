@@ -16,7 +16,7 @@ import omni
 from jobs import train
 from omni.audio.decode import decode
 from omni.corpus.index import build_index
-from omni.corpus.lengths import span_of
+from omni.corpus.index_row import span_of
 from omni.corpus.manifest import ManifestError
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"

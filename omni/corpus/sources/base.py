@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import AddressError, recording_uri
-from omni.corpus.lengths import DURATION_TOLERANCE, Reject
+from omni.corpus.lengths import DURATION_TOLERANCE
 from omni.corpus.manifest import absolute
 from omni.corpus.other_files import utf8_name
+from omni.corpus.rejects import Reject
 from omni.errors import ManifestError
 from omni.storage.digest import digest
 from omni.storage.http import DEFAULT_LIMITS, DownloadLimits

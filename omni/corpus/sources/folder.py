@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from omni.audio.formats import is_audio
-from omni.corpus.lengths import Reject
 from omni.corpus.manifest import check_row
 from omni.corpus.other_files import (
     NOT_A_RECORDING,
@@ -15,6 +14,7 @@ from omni.corpus.other_files import (
     is_system_file,
     utf8_name,
 )
+from omni.corpus.rejects import Reject
 from omni.corpus.sources.base import Links, Options, Part, Row, fingerprint_of, names_within
 from omni.corpus.text_file import decode_text
 from omni.errors import ManifestError

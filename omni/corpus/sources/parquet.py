@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omni.corpus.lengths import Reject
 from omni.corpus.manifest import check_row, stated_duration
 from omni.corpus.other_files import NOT_A_RECORDING, is_system_file
+from omni.corpus.rejects import Reject
 from omni.corpus.sources.base import (
     COLUMNS,
     Options,

@@ -12,9 +12,9 @@ from typing import Any
 
 import fsspec
 
-from omni.corpus.lengths import Reject
 from omni.corpus.manifest import checked_member, tar_rows
 from omni.corpus.other_files import NOT_A_RECORDING, is_system_file
+from omni.corpus.rejects import Reject
 from omni.corpus.sources.base import Options, Part, Row, file_fingerprint, manifest_fields
 from omni.corpus.sources.jsonl_csv import json_objects
 from omni.corpus.sources.lhotse import row_of_cut
