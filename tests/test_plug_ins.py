@@ -30,6 +30,7 @@ from omni.corpus.sources import Options, open_source
 from omni.errors import ConfigError
 from omni.metrics.text_metric import load_metrics, score
 from omni.model.projector import check_projector
+from omni.plan.plan import stream_bins
 from omni.run.preflight import _look, _plug_ins
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import loaded_blocks
@@ -179,13 +180,15 @@ def _train(prepared: Prepared) -> dict[str, Any]:
     prepared.config.run_dir.mkdir(parents=True)
     stage = EncodeStage(stream_settings(prepared.config, prepared.encoder))
     settings = stream_settings(prepared.config, prepared.encoder)
+    spec, splits = make_worker_spec(prepared), list(prepared.splits.values())
+    optim = prepared.config.optim
+    order = stream_bins(splits, 1, optim.bins_per_block, 0, spec.held_step, optim.steps)
     blocks = [
         stage(block)
-        for name in ("dev", "train")
-        for split in [prepared.splits[name]]
-        for block in loaded_blocks(split, range(split.plan.bins), settings)[0]
+        for number, bins in order
+        for block in loaded_blocks(splits[number], bins.tolist(), settings)[0]
     ]
-    summary = TrainLoop(make_worker_spec(prepared), iter(blocks), 0, 1, torch.device("cpu")).run()
+    summary = TrainLoop(spec, iter(blocks), 0, 1, torch.device("cpu")).run()
     assert summary is not None
     return summary
 

@@ -24,11 +24,14 @@ class ResumePoint:
 
     path: StoragePath
     step: int
+    evaluations_since_best: int = 0
 
     @classmethod
     def of(cls, found: Checkpoint, run_dir: StoragePath) -> ResumePoint:
         # Nodes may mount the run directory under different names: no resolved path here.
-        return cls(checkpoint_path(run_dir / "checkpoints", found.state.step), found.state.step)
+        state = found.state
+        path = checkpoint_path(run_dir / "checkpoints", state.step)
+        return cls(path, state.step, state.evaluations_since_best)
 
 
 def find_resume_point(run_dir: StoragePath) -> tuple[ResumePoint | None, list[str]]:

@@ -261,3 +261,39 @@ def held_bins(split: Split, workers: int, bins_per_block: int) -> np.ndarray:
     bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
     bins[: split.plan.bins] = np.arange(split.plan.bins)
     return bins
+
+
+def held_out_step(first_step: int, steps: int, log_every: int, eval_every: int) -> int:
+    """Choose the step after which the stream brings the held-out bins.
+
+    Training begins before them, and its first line of metrics does not wait for them. The first
+    evaluation finds them.
+    """
+    evaluation = first_step - first_step % eval_every + eval_every
+    return min(first_step + log_every, evaluation, steps)
+
+
+def stream_bins(
+    splits: Sequence[Split],
+    workers: int,
+    bins_per_block: int,
+    first_step: int,
+    held_step: int,
+    steps: int,
+) -> list[tuple[int, np.ndarray]]:
+    """List the bins of the stream in order: pairs of (number of a split, its bins).
+
+    They are those of the training steps from `first_step` on, with the held-out ones after
+    `held_step`. Each part fills whole blocks for all workers.
+    """
+    train = next(i for i, split in enumerate(splits) if split.name == "train")
+
+    def of_steps(first: int, last: int) -> tuple[int, np.ndarray]:
+        return train, splits[train].plan.rows(first, last, workers, bins_per_block)
+
+    parts = [
+        of_steps(first_step, held_step),
+        *((i, held_bins(s, workers, bins_per_block)) for i, s in enumerate(splits) if i != train),
+        of_steps(held_step, steps),
+    ]
+    return [part for part in parts if len(part[1])]

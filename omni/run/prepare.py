@@ -32,7 +32,7 @@ from omni.model.decode import Decoding
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
-from omni.plan.plan import Split, make_plan
+from omni.plan.plan import Split, held_out_step, make_plan
 from omni.plan.plan_file import write_plan_file
 from omni.plan.sequences import (
     answer_lengths,
@@ -223,6 +223,7 @@ def make_worker_spec(
         held_bins={
             name: split.plan.bins for name, split in prepared.splits.items() if name != "train"
         },
+        held_step=_held_step(prepared.config, resume),
         train_rows=train.table.num_rows,
         epoch_ends=train.plan.epoch_ends.tolist(),
         nodes=nodes,
@@ -230,6 +231,15 @@ def make_worker_spec(
         resume=resume,
         lease=lease,
     )
+
+
+def _held_step(config: Config, resume: ResumePoint | None) -> int:
+    first = 0 if resume is None else resume.step
+    patience = config.eval.patience
+    if resume is not None and patience is not None and resume.evaluations_since_best >= patience:
+        return first  # It trains no further, and scores only.
+    steps, log_every = config.optim.steps, config.train.log_every
+    return held_out_step(first, steps, log_every, config.eval.every)
 
 
 def _ctc_notes(table: pa.Table, lengths: np.ndarray, sped: bool) -> list[str]:

@@ -34,6 +34,7 @@ def make_trainer(
             object_store_memory=config.data.buffer_mb << 20
         )
     first_step = 0 if spec.resume is None else spec.resume.step
+    stream = functools.partial(open_stream, splits, settings, workers, first_step, spec.held_step)
     trainer = LocalTrainer if owns_cluster() else TorchTrainer
     return trainer(
         run_worker,
@@ -57,7 +58,7 @@ def make_trainer(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
-        datasets={STREAM: functools.partial(open_stream, splits, settings, workers, first_step)},
+        datasets={STREAM: stream},
         dataset_config=DataConfig(execution_options=options),
     )
 

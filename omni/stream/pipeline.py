@@ -56,19 +56,20 @@ class SharedSettings:
 
 
 def open_stream(
-    references: list[ray.ObjectRef[Split]], settings: SharedSettings, workers: int, first_step: int
+    references: list[ray.ObjectRef[Split]],
+    settings: SharedSettings,
+    workers: int,
+    first_step: int,
+    held_step: int,
 ) -> Dataset:
-    """Open the stream: held-out bins once, then the bins of the plan from `first_step` on."""
-    from omni.plan.plan import held_bins
+    """Open the stream: bins of the plan from `first_step` on, held-out ones after `held_step`."""
+    from omni.plan.plan import stream_bins
 
     optim = settings.config.optim
-    splits: list[Split] = ray.get(references)
-    held = [(i, split) for i, split in enumerate(splits) if split.name != "train"]
-    rows = [(i, held_bins(split, workers, optim.bins_per_block)) for i, split in held]
-    train = next(i for i, split in enumerate(splits) if split.name == "train")
-    bins = splits[train].plan.rows(first_step, optim.steps, workers, optim.bins_per_block)
-    rows.append((train, bins))
-    return make_stream(references, [part for part in rows if len(part[1])], settings)
+    rows = stream_bins(
+        ray.get(references), workers, optim.bins_per_block, first_step, held_step, optim.steps
+    )
+    return make_stream(references, rows, settings)
 
 
 def make_stream(

@@ -40,7 +40,7 @@ class Microbatch:
 class BlockReader:
     """Read this rank's share of the stream, check it against the plan, and count.
 
-    blocks: tables of `bins_per_block` rows, held-out splits first.
+    blocks: tables of `bins_per_block` rows, in the order of `stream_bins`.
     """
 
     def __init__(
@@ -106,7 +106,9 @@ class BlockReader:
 
     def _next(self) -> pa.Table:
         self.waiting_since = began = time.perf_counter()
-        table = next(self._blocks)
+        table = next(self._blocks, None)
+        if table is None:
+            raise RuntimeError("the stream has ended before the plan: a stage lost blocks")
         self.waiting_since = None
         seconds = time.perf_counter() - began
         self.waited += seconds

@@ -92,6 +92,7 @@ class TrainLoop:
         )
         self._stop = StopRequest(self.run_dir)
         self._stopping = False
+        self._held: dict[str, HeldOut] = {}
         self.steps = StepRunner(
             spec.config,
             self.model_state,
@@ -127,22 +128,25 @@ class TrainLoop:
 
     def _run(self) -> dict[str, Any] | None:
         config = self.config
-        self._watchdog.beat("waiting for the first block", _FIRST_BLOCK_TIMEOUT_FACTOR)
-        held = {name: self.reader.hold(name) for name in self.spec.held_bins}
-        dev = held["dev"]
-        self.reader.rejects.share()
         evaluated = -1
+        patience = _FIRST_BLOCK_TIMEOUT_FACTOR
+        if self.state.step == self.spec.held_step:
+            self._hold(patience)
+            patience = 1.0
         self.model_state.model.train()
         while self.state.step < config.optim.steps and not self._out_of_patience():
-            self._watchdog.beat(f"training step {self.state.step + 1}")
+            self._watchdog.beat(f"training step {self.state.step + 1}", patience)
+            patience = 1.0
             self.step()
             step, last = self.state.step, self.state.step == config.optim.steps
             if step % config.train.log_every == 0 or last or self._stopping:
                 self.recorder.log_steps(self.state, self.last_norm, self.model_state, self.reader)
                 self.reader.ledger.write()
+            if step == self.spec.held_step:
+                self._hold()
             best = False
             if step % config.eval.every == 0 or last:
-                best = self._evaluate(dev)
+                best = self._evaluate()
                 evaluated = step
             due = step % config.train.checkpoint_every == 0 or last or self._out_of_patience()
             if best or due or self._stopping:
@@ -152,9 +156,15 @@ class TrainLoop:
                 self._log_event("stopped", why=self._stop.reason() if self.rank == 0 else "")
                 return None
         if evaluated < 0 and self.state.best_step is None:
-            self._save(self._evaluate(dev))
+            self._save(self._evaluate())
         with self._watchdog.off():
-            return self._finish(held)
+            return self._finish()
+
+    def _hold(self, patience: float = 1.0) -> None:
+        """Read this rank's share of the held-out splits."""
+        self._watchdog.beat("reading the held-out recordings", patience)
+        self._held = {name: self.reader.hold(name) for name in self.spec.held_bins}
+        self.reader.rejects.share()
 
     def step(self) -> None:
         """Run one optimizer step over all blocks of the plan's next step."""
@@ -173,9 +183,9 @@ class TrainLoop:
 
     # -- evaluations and checkpoints -----------------------------------------------------------
 
-    def _evaluate(self, dev: HeldOut) -> bool:
+    def _evaluate(self) -> bool:
         """Evaluate on dev and log it; return whether it is the best so far."""
-        settings, state = self.config.eval, self.state
+        settings, state, dev = self.config.eval, self.state, self._held["dev"]
         with (
             self._watchdog.off(),
             self.recorder.watch.phase("evaluate", on_device=False),
@@ -339,7 +349,7 @@ class TrainLoop:
             reason = f"the one so far has the best {measured}; chosen from now on by {metric}"
             self._log_event("best", reason=reason)
 
-    def _finish(self, held: dict[str, HeldOut]) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         """Score the best weights on all of dev and test, and write the summary."""
         self._finish_saving()
         best = self._best()
@@ -347,8 +357,8 @@ class TrainLoop:
         results: dict[str, Any] = {}
         languages: dict[str, Any] = {}
         with self.model_state.evaluating() as model:
-            losses = held["dev"].loss(model)
-            for name, split in held.items():
+            losses = self._held["dev"].loss(model)
+            for name, split in self._held.items():
                 errors, rows = split.transcribe(model, self.template, self._decoding)
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer

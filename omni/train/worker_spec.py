@@ -22,7 +22,9 @@ class WorkerSpec:
     """Names of the tasks; batches refer to them by position."""
     fingerprints: dict[str, str]
     held_bins: dict[str, int]
-    """Bins of each held-out split, which lead the stream, over all ranks and without padding."""
+    """Bins of each held-out split, over all ranks and without padding."""
+    held_step: int
+    """Step after which the stream brings the held-out bins."""
     train_rows: int
     """Utterances of the training index."""
     epoch_ends: list[int]

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis.strategies import floats, integers, sampled_from
 
 from omni.augment.speed import Speeds, names_of
 from omni.plan.packing import pack
-from omni.plan.plan import EMPTY, Plan, make_plan, padded_step, passes
+from omni.plan.plan import (
+    EMPTY,
+    Plan,
+    Split,
+    held_out_step,
+    make_plan,
+    padded_step,
+    passes,
+    stream_bins,
+)
 
 
 def _lengths(count: int, capacity: int, seed: int) -> np.ndarray:
@@ -414,3 +424,37 @@ def test_a_mixture_whose_speeds_change_keeps_both_promises(seed: int) -> None:
     assert counts.tolist() == [4] * 30 + [12] * 30 + [2] * 30
     for part in np.split(plan.members, plan.pass_starts[1:]):
         assert len(set(part.tolist())) == len(part), "a pass holds none twice"
+
+
+@given(
+    first=integers(0, 40),
+    steps=integers(0, 40),
+    log_every=integers(1, 30),
+    eval_every=integers(1, 30),
+)
+@example(first=0, steps=20, log_every=10, eval_every=5)
+def test_held_out_bins_come_before_the_first_evaluation(
+    first: int, steps: int, log_every: int, eval_every: int
+) -> None:
+    last = first + steps
+    held = held_out_step(first, last, log_every, eval_every)
+    evaluations = [s for s in range(first + 1, last + 1) if s % eval_every == 0 or s == last]
+    assert first <= held <= min([*evaluations, last])
+    assert held <= first + log_every
+
+
+@pytest.mark.parametrize("held_step", [2, 3, 5])
+def test_the_stream_brings_every_bin_once_whenever_held_out_ones_come(held_step: int) -> None:
+    plan = _plan(_lengths(100, 64, 0))
+    dev = Split("dev", pa.table({}), _plan(_lengths(7, 64, 1), bins_per_step=1))
+    splits = [dev, Split("train", pa.table({}), plan)]
+    parts = stream_bins(splits, 2, 3, 2, held_step, 5)
+    assert all(len(bins) % 6 == 0 for _, bins in parts)
+    rows = [(number, bin) for number, bins in parts for bin in bins.tolist()]
+    trained = [bin for number, bin in rows if number == 1]
+    assert trained == plan.rows(2, 5, 2, 3).tolist()
+    assert [bin for number, bin in rows if number == 0 and bin != EMPTY] == list(
+        range(dev.plan.bins)
+    )
+    before = [number for number, _ in rows].index(0)
+    assert before == len(plan.rows(2, held_step, 2, 3))

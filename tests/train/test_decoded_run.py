@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from omni.config import parse_config
-from omni.plan.plan import held_bins
+from omni.plan.plan import stream_bins
 from omni.run.prepare import make_worker_spec, prepare
 from omni.train.loop import TrainLoop
 from tests.helpers.whole_runs import lines
@@ -37,13 +37,15 @@ def _train(storage: Path, **evaluation: Any) -> Path:
             }
         )
     )
-    dev, train = prepared.splits["dev"], prepared.splits["train"]
-    held = [encoded_block(prepared, dev, [n]) for n in held_bins(dev, 1, 1)]
-    steps = [encoded_block(prepared, train, [n]) for n in range(STEPS)]
-    blocks: list[pa.Table] = [*held, *steps]
+    spec, splits = make_worker_spec(prepared), list(prepared.splits.values())
+    blocks: list[pa.Table] = [
+        encoded_block(prepared, splits[number], [n])
+        for number, bins in stream_bins(splits, 1, 1, 0, spec.held_step, STEPS)
+        for n in bins
+    ]
     run = storage / "run"
     run.mkdir(parents=True)
-    loop = TrainLoop(make_worker_spec(prepared), iter(blocks), 0, 1, torch.device("cpu"))
+    loop = TrainLoop(spec, iter(blocks), 0, 1, torch.device("cpu"))
     assert loop.run() is not None
     return run
 

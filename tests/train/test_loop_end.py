@@ -39,6 +39,6 @@ def test_the_watchdog_outlives_the_writer_of_checkpoints(
     config = prepared.config.model_copy(update={"run": run})
     config.run_dir.mkdir()
     spec = make_worker_spec(replace(prepared, config=config))
-    with pytest.raises(StopIteration):
+    with pytest.raises(RuntimeError, match="stream has ended"):
         loop.TrainLoop(spec, iter([]), 0, 1, torch.device("cpu")).run()
     assert order[-3:] == ["writing the last checkpoint", "writer ends", "watchdog ends"]
