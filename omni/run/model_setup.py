@@ -69,10 +69,14 @@ def choose_template(config: Config, tokenizer: SpeechTokenizer) -> Template:
         raise ConfigError(f"data.template: {error}") from None
 
 
-def model_config(
-    config: Config, tokenizer: SpeechTokenizer, encoder: EncoderFacts, lm: Pretrained | None
-) -> OmniConfig:
-    """Describe the model. Raises ConfigError for settings that contradict each other."""
+def language_model_shape(
+    config: Config, lm: Pretrained | None, vocab_size: int
+) -> GPTConfig | HFConfig:
+    """Describe the language model; lm: the pretrained one, None for a GPT of that vocabulary.
+
+    Needs no corpus, so that settings are refused before one is read. Raises ConfigError for
+    settings that contradict each other.
+    """
     m = config.model
     shape: GPTConfig | HFConfig
     try:
@@ -81,7 +85,7 @@ def model_config(
             if lm is not None
             else GPTConfig(
                 sequence_len=m.sequence_len,
-                vocab_size=tokenizer.vocab_size,
+                vocab_size=vocab_size,
                 n_layer=m.n_layer,
                 n_head=m.n_head,
                 n_kv_head=m.n_kv_head or m.n_head,
@@ -91,11 +95,6 @@ def model_config(
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ConfigError(
-            f"tokenizer: it has {tokenizer.vocab_size} tokens; expected at most the "
-            f"{shape.vocab_size} of the language model {config.model.lm}"
-        )
     context = shape.sequence_len
     if context is not None and config.optim.bin_positions > context:
         setting = "model.sequence_len" if lm is None else f"model.lm {config.model.lm}"
@@ -103,15 +102,11 @@ def model_config(
             f"optim.bin_positions: {config.optim.bin_positions}; expected at most the context of "
             f"the model, {context} positions ({setting}). optim.bins_per_block makes larger batches"
         )
-    gpt = isinstance(shape, GPTConfig)
-    if m.dropout and not gpt:
+    if m.dropout and not isinstance(shape, GPTConfig):
         raise ConfigError(
             "model.dropout: expected 0 for a pretrained transformers model: only a GPT has dropout"
         )
-    projector = m.projector or ("mlp" if gpt else "swiglu")
-    if projector not in PROJECTORS:
-        check_projector(projector, m.stack, encoder.d_model, shape.width, m.projector_hidden)
-    if projector == "conv" and m.stack & (m.stack - 1):
+    if _projector(config, shape) == "conv" and m.stack & (m.stack - 1):
         raise ConfigError(f"model.stack: expected a power of two for conv, got {m.stack}")
     if config.optim.kl_weight and "lm" in m.train:
         raise ConfigError(
@@ -119,6 +114,27 @@ def model_config(
             "model.train without lm"
         )
     _check_rates(config, shape)
+    return shape
+
+
+def _projector(config: Config, shape: GPTConfig | HFConfig) -> str:
+    return config.model.projector or ("mlp" if isinstance(shape, GPTConfig) else "swiglu")
+
+
+def model_config(
+    config: Config, tokenizer: SpeechTokenizer, encoder: EncoderFacts, lm: Pretrained | None
+) -> OmniConfig:
+    """Describe the model. Raises ConfigError for settings that contradict each other."""
+    m = config.model
+    shape = language_model_shape(config, lm, tokenizer.vocab_size)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"tokenizer: it has {tokenizer.vocab_size} tokens; expected at most the "
+            f"{shape.vocab_size} of the language model {config.model.lm}"
+        )
+    projector = _projector(config, shape)
+    if projector not in PROJECTORS:
+        check_projector(projector, m.stack, encoder.d_model, shape.width, m.projector_hidden)
     layers = encoder.layers
     return OmniConfig(
         lm=shape,

@@ -46,6 +46,7 @@ from omni.run.model_setup import (
     choose_template,
     choose_tokenizer,
     find_language_model,
+    language_model_shape,
     model_config,
 )
 from omni.storage.digest import digest
@@ -110,9 +111,10 @@ def prepare(config: Config) -> Prepared:
     for name in ("train", "dev"):
         if not getattr(config.data, name):
             raise ConfigError(f"data.{name}: expected at least one manifest")
+    lm = find_language_model(config)
+    language_model_shape(config, lm, config.tokenizer.vocab_size)  # Before a corpus is read.
     indexes = build_indexes(config)
     encoder = describe_encoder(config, indexes["train"])
-    lm = find_language_model(config)
     tokenizer = choose_tokenizer(
         config, None if resume is None else resume.path, indexes["train"], lm
     )
