@@ -1,4 +1,4 @@
-"""Measure encoding speed against transformers and against the peak speed of the machine."""
+"""Measure encoding speed against transformers' best and against the peak speed of the machine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from torch import Tensor
 from omni.audio.decode import AudioSpan, decode
 from omni.audio.logmel import clip_mel
 from omni.audio.windows import SAMPLING_RATE, WINDOW_SAMPLES
+from omni.bench.baselines import (
+    WINDOW_FRAMES,
+    encode_trimmed,
+    length_batches,
+    reference_encoder,
+)
 from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.config import Config
 from omni.corpus.index_row import span_of
 from omni.corpus.mixture import build_mixture
-from omni.model.encoder.weights import WhisperConfig, read_whisper_files, whisper_folder
+from omni.model.encoder.weights import WhisperConfig
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.stream.codec import DTYPES
 
 _CLIPS = 24
-_NAIVE_BATCH = 8
-# The two short jobs are repeated, so that they last as long as the others.
+_PADDED_BATCH = 8
+_BUDGETS = (600, 1500, 3000, 6000, 12_000)
+"""Padded log-mel frames of a batch that are tried for transformers; the fastest is kept."""
+# The short jobs are repeated, so that they last as long as the others.
 _TRIM_REPEATS, _CEILING_REPEATS = 8, 20
 
 
@@ -80,9 +88,15 @@ def _time_encoders(
     samples = [len(clip) for clip in audio]
     full_mels, trim_mels = ([e.front_end(clip) for clip in audio] for e in (full, trim))
     ceiling = Ceiling(dtype, device)
+    reference = reference_encoder(source, dtype, device)
+    best, budget = _best_job(reference, trim_mels, device)
+    result.notes.append(
+        f"transformers trimmed: batches of similar lengths of at most {budget:,} log-mel frames, "
+        f"the fastest of {', '.join(f'{b:,}' for b in _BUDGETS)}"
+    )
     jobs: dict[str, Callable[[], Any]] = {
-        "naive": _transformers_job(source, full_mels, torch.float32, device),
-        "transformers": _transformers_job(source, full_mels, dtype, device),
+        "transformers padded": _padded_job(reference, full_mels, device),
+        "transformers trimmed": lambda: [best() for _ in range(_TRIM_REPEATS)],
         "full": lambda: full.encode_mels(full_mels, samples),
         "trim": lambda: [trim.encode_mels(trim_mels, samples) for _ in range(_TRIM_REPEATS)],
         "matmul": lambda: ceiling.multiply(_CEILING_REPEATS),
@@ -90,7 +104,8 @@ def _time_encoders(
     }
     with torch.inference_mode():
         taken = alternate(jobs, rounds=3, device=device)
-    taken["trim"] = [t / _TRIM_REPEATS for t in taken["trim"]]
+    for name in ("trim", "transformers trimmed"):
+        taken[name] = [t / _TRIM_REPEATS for t in taken[name]]
     taken["matmul"] = [t / _CEILING_REPEATS for t in taken["matmul"]]
 
     windows = sum(-(-count // WINDOW_SAMPLES) for count in samples)
@@ -101,8 +116,8 @@ def _time_encoders(
     result.add("ceiling: matmul", peak, "GFLOP/s", str(dtype).removeprefix("torch."))
     result.add("ceiling: copy", ceiling.copied_bytes / median(taken["copy"]) / 1e9, "GB/s")
     for name, flops, what in (
-        ("naive", full_flops, "transformers, padded to 30 s, fp32"),
-        ("transformers", full_flops, "the same in the run's dtype"),
+        ("transformers trimmed", trim_flops, "real length and margin, batched by length"),
+        ("transformers padded", full_flops, "padded to 30 s"),
         ("full", full_flops, "omni, padded to 30 s"),
         ("trim", trim_flops, "omni, real length and margin"),
     ):
@@ -112,38 +127,49 @@ def _time_encoders(
             for t, c in zip(taken[name], taken["matmul"], strict=True)
         ]
         result.add(f"encoder {name}", median(share), "of the ceiling")
-        if name == "naive":
-            continue
-        result.ratio[f"encode.{name}_vs_naive"] = ratio_of(taken, "naive", name)
-        result.ratio[f"encode.{name}_share_of_ceiling"] = median(share)
+        if name in ("full", "trim"):
+            result.ratio[f"encode.{name}_share_of_ceiling"] = median(share)
+    result.ratio["encode.vs_best"] = ratio_of(taken, "transformers trimmed", "trim")
+    result.ratio["encode.vs_30s_padding"] = ratio_of(taken, "transformers padded", "trim")
+    result.ratio["encode.full_vs_30s_padding"] = ratio_of(taken, "transformers padded", "full")
 
 
-def _transformers_job(
-    source: str, mels: Sequence[Tensor], dtype: torch.dtype, device: torch.device
-) -> Callable[[], Any]:
+def _padded_job(model: Any, mels: Sequence[Tensor], device: torch.device) -> Callable[[], Any]:
     """Return a job that runs transformers' encoder over windows padded to 30 s, in batches."""
-    from transformers import WhisperConfig
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder as Reference
-
-    folder = whisper_folder(source)
-    _, state = read_whisper_files(folder)
-    model = Reference(WhisperConfig.from_pretrained(folder, trust_remote_code=False)).eval()
-    model.load_state_dict(state)
-    model.to(device, dtype)
-    windows = torch.stack([part for mel in mels for part in mel.split(3000, dim=1)])
-    batches = [b.to(device, dtype) for b in windows.split(_NAIVE_BATCH)]
+    windows = torch.stack([part for mel in mels for part in mel.split(WINDOW_FRAMES, dim=1)])
+    batches = [batch.to(device, model.dtype) for batch in windows.split(_PADDED_BATCH)]
     return lambda: [model(batch).last_hidden_state for batch in batches]
 
 
+def _best_job(
+    model: Any, mels: Sequence[Tensor], device: torch.device
+) -> tuple[Callable[[], Any], int]:
+    """Return a job that runs transformers' layers at real length, and the budget of its batches."""
+    parts = [part for mel in mels for part in mel.split(WINDOW_FRAMES, dim=1)]
+    lengths = [part.shape[1] for part in parts]
+
+    def job_of(budget: int) -> Callable[[], Any]:
+        batches = [[parts[n] for n in batch] for batch in length_batches(lengths, budget)]
+        return lambda: [encode_trimmed(model, batch) for batch in batches]
+
+    jobs = {str(budget): job_of(budget) for budget in _BUDGETS}
+    with torch.inference_mode():
+        taken = alternate(jobs, rounds=2, device=device)
+    best = min(taken, key=lambda name: median(taken[name]))
+    return jobs[best], int(best)
+
+
 def _time_log_mel(audio: Sequence[np.ndarray], result: Result) -> None:
-    """Time log-mels: transformers pads every clip to 30 s, omni computes its real length."""
+    """Time log-mels: transformers' clip by clip at real length, and padded to 30 s, and omni's."""
     from transformers import WhisperFeatureExtractor
 
     extractor = WhisperFeatureExtractor()
+    given: dict[str, Any] = {"sampling_rate": SAMPLING_RATE, "return_tensors": "np"}
     jobs: dict[str, Callable[[], Any]] = {
-        "transformers": lambda: extractor(
-            list(audio), sampling_rate=SAMPLING_RATE, return_tensors="np"
-        ),
+        "transformers trimmed": lambda: [
+            extractor(clip, padding="do_not_pad", **given) for clip in audio
+        ],
+        "transformers padded": lambda: extractor(list(audio), **given),
         "full": lambda: [clip_mel(clip, 80, "full", 0.0) for clip in audio],
         "trim": lambda: [clip_mel(clip, 80, "trim", 0.5) for clip in audio],
     }
@@ -151,8 +177,9 @@ def _time_log_mel(audio: Sequence[np.ndarray], result: Result) -> None:
     seconds = sum(map(len, audio)) / SAMPLING_RATE
     for name in jobs:
         result.add(f"log-mel {name}", seconds / median(taken[name]), "audio-s/s")
-    result.ratio["mel.vs_transformers"] = ratio_of(taken, "transformers", "trim")
-    result.ratio["mel.full_vs_transformers"] = ratio_of(taken, "transformers", "full")
+    result.ratio["mel.vs_best"] = ratio_of(taken, "transformers trimmed", "trim")
+    result.ratio["mel.vs_30s_padding"] = ratio_of(taken, "transformers padded", "trim")
+    result.ratio["mel.full_vs_30s_padding"] = ratio_of(taken, "transformers padded", "full")
 
 
 def _time_decoding(paths: Sequence[tuple[Path, AudioSpan]], seconds: float, result: Result) -> None:

@@ -1,8 +1,9 @@
-"""Compare omni with the usual training loop for such a model, on the same corpus and models.
+"""Compare omni with a careful training loop for such a model, on the same corpus and models.
 
-`Peer` is that loop in one process: a torch DataLoader decodes and pads every clip to 30 s, the
-frozen encoder runs inline in every epoch, and batches are padded to their longest utterance. The
-objective (cross-entropy), optimizer, precision and batch size are omni's.
+`Peer` is that loop in one process: a torch DataLoader decodes clips and computes log-mels of their
+length, batches hold utterances of similar lengths, and the frozen encoder runs inline in every
+epoch. With `trim=False` every clip is padded to 30 s and batches are in random order, as half of
+the field does it. Objective (cross-entropy), optimizer, precision and mean batch size are omni's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from omni.audio.decode import AudioSpan, decode
 from omni.audio.windows import SAMPLING_RATE
+from omni.bench.baselines import budget_for, encode_trimmed, length_batches, reference_encoder
 from omni.bench.prepared_run import in_temporary_storage, progress
+from omni.bench.process_tree import ProcessTree
 from omni.bench.timing import Result, describe_machine, median
 from omni.bench.whole_run import JobRun, for_timing, run_job, steps_of_epochs
 from omni.config import Config
 from omni.model.batch import Batch
-from omni.model.encoder.weights import read_whisper_files, whisper_folder
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
@@ -37,13 +39,14 @@ from omni.train.evaluation import Layout
 from omni.train.optim import make_optimizers, set_rates, trainable
 
 _SLICE_SECONDS = 50.0
+_TRIAL_SECONDS = 10.0
 _ROUNDS = 2
 
 
 def bench_peer(config: Config) -> Result:
-    """Run the `peer` suite: alternate two epochs of omni with a time slice of the peer.
+    """Run the `peer` suite: alternate two epochs of omni with a time slice of each peer.
 
-    A slice is enough, since the peer does the same work in each epoch.
+    A slice is enough, since a peer does the same work in each epoch.
     """
     optim = config.optim.model_copy(update={"ctc_weight": 0.0})
     config = config.model_copy(update={"optim": optim})
@@ -52,67 +55,92 @@ def bench_peer(config: Config) -> Result:
         steps = steps_of_epochs(inside, 2)[1]
         timed = for_timing(inside, steps)
         prepared = prepare(timed)
-        peer = Peer(prepared)
-        rates: dict[str, list[float]] = {"omni": [], "with start": [], "peer": []}
+        peers = {"best": Peer(prepared), "30s_padding": Peer(prepared, trim=False)}
+        for name, peer in peers.items():
+            progress(f"the peer ({name}) chooses its threads")
+            peer.choose_threads()
+        rates: dict[str, list[Rate]] = {name: [] for name in ("omni", "with start", *peers)}
         for turn in range(_ROUNDS):
-            progress(f"round {turn + 1} of {_ROUNDS}: the peer for {_SLICE_SECONDS:.0f} s")
-            rates["peer"].append(peer.rate(_SLICE_SECONDS))
+            for name, peer in peers.items():
+                progress(f"round {turn + 1} of {_ROUNDS}: the peer ({name})")
+                rates[name].append(peer.rate(_SLICE_SECONDS))
             progress(f"round {turn + 1} of {_ROUNDS}: omni for {steps} steps, two epochs")
             job: JobRun = run_job(timed)
             total = job.over(0, steps)
-            rates["omni"].append(total["utterances"] / total["seconds"])
-            rates["with start"].append(total["utterances"] / job.wall_seconds)
+            count = total["utterances"]
+            rates["omni"].append(Rate(count / total["seconds"], job.samples_per_cpu_second))
+            rates["with start"].append(Rate(count / job.wall_seconds, count / job.cpu_seconds))
         # Losses are compared last, when the audio affects them.
-        result.ratio["peer.loss_difference"] = peer.difference_to_omni()
+        result.ratio["peer.loss_difference"] = peers["30s_padding"].difference_to_omni()
+    best, habit = peers["best"], peers["30s_padding"]
     result.notes.append(
         f"{prepared.splits['train'].table.num_rows} utterances, {steps} steps of "
-        f"{peer.batch_size} of them on average; the peer has {peer.threads} threads and a "
-        "DataLoader worker, omni one thread per process"
+        f"{best.batch_size} of them on average; the peers have {best.threads} and {habit.threads} "
+        "threads (the faster number of both) and a DataLoader worker, omni one thread per process"
     )
-    result.add("peer", median(rates["peer"]), "samples/s", "30 s padding, encoder inline")
-    result.add("omni", median(rates["omni"]), "samples/s", "two epochs, from first to last step")
-    result.add("omni", median(rates["with start"]), "samples/s", "with Ray's start and the scoring")
-    for name, key in (("omni", ""), ("with start", "_with_start")):
-        pairs = zip(rates[name], rates["peer"], strict=True)
-        ratio = median([ours / theirs for ours, theirs in pairs])
-        result.ratio[f"peer.samples_per_second_ratio{key}"] = ratio
+    for name, title, note in (
+        ("best", "peer", "real length, batches of similar lengths, encoder inline"),
+        ("30s_padding", "peer, 30 s padding", "random order, encoder inline"),
+        ("omni", "omni", "two epochs, from first to last step"),
+        ("with start", "omni", "with Ray's start and the scoring"),
+    ):
+        result.add(title, median([rate.wall for rate in rates[name]]), "samples/s", note)
+        result.add(title, median([rate.cpu for rate in rates[name]]), "samples/CPU-s", note)
+    for name, end in (("omni", ""), ("with start", "_with_start")):
+        for peer_name in peers:
+            pairs = list(zip(rates[name], rates[peer_name], strict=True))
+            key = f"peer.vs_{peer_name}"
+            result.ratio[key + end] = median([ours.wall / theirs.wall for ours, theirs in pairs])
+            ratio = median([ours.cpu / theirs.cpu for ours, theirs in pairs])
+            result.ratio[f"{key}_cpu{end}"] = ratio
     return result
 
 
+@dataclass(frozen=True)
+class Rate:
+    """Samples per second of wall time, and per second of CPU time of all processes."""
+
+    wall: float
+    cpu: float
+
+
 class Peer:
-    """Train with the usual loop, which the module docstring describes."""
+    """Train with the loop that the module docstring describes."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        from transformers import WhisperConfig
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder as Reference
-
-        self._config, self._prepared = prepared.config, prepared
+    def __init__(self, prepared: Prepared, *, trim: bool = True) -> None:
+        self._config, self._prepared, self._trim = prepared.config, prepared, trim
         train = prepared.splits["train"]
         self.threads = os.cpu_count() or 1
         self.batch_size = round(len(train.plan.members) / train.plan.steps)
         encoder = self._config.encoder
-        folder = whisper_folder(encoder.weights)
-        _, state = read_whisper_files(folder)
-        self._encoder = Reference(
-            WhisperConfig.from_pretrained(folder, trust_remote_code=False)
-        ).eval()
-        self._encoder.load_state_dict(state)
-        self._encoder.to(DTYPES[encoder.dtype])
+        dtype = DTYPES[encoder.dtype]
+        self._encoder = reference_encoder(encoder.weights, dtype, torch.device("cpu"))
         self._model = OmniModel(prepared.model)
         self._model.init_weights(self._config.run.seed)
         self._optimizers = make_optimizers(self._model, self._config.optim)
-        self._rows = _Clips(train.table.to_pylist())
+        self._rows = _Clips(train.table.to_pylist(), trim)
         self._steps = 0
         self._batches = self._endless_batches()
 
-    def rate(self, seconds: float) -> float:
-        """Measure samples per second over `seconds` of training, after one step to warm up."""
+    def choose_threads(self) -> None:
+        """Keep the faster of as many threads as cores and one less, for the DataLoader worker."""
+        cores = os.cpu_count() or 1
+        tried: dict[int, float] = {}
+        for self.threads in sorted({max(1, cores - 1), cores}):
+            tried[self.threads] = self.rate(_TRIAL_SECONDS).wall
+        self.threads = max(tried, key=lambda threads: tried[threads])
+
+    def rate(self, seconds: float) -> Rate:
+        """Measure at least `seconds` of training, after one step to warm up."""
         torch.set_num_threads(self.threads)
         self._step()
-        began, samples = time.perf_counter(), 0
+        tree = ProcessTree(os.getpid())
+        used, began, samples = tree.cpu_seconds(), time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
             samples += self._step()
-        return samples / (time.perf_counter() - began)
+            tree.cpu_seconds()  # The DataLoader worker of an epoch ends with it.
+        taken = time.perf_counter() - began
+        return Rate(samples / taken, samples / (tree.cpu_seconds() - used))
 
     def difference_to_omni(self) -> float:
         """Compute the relative difference between the peer's loss and omni's on six utterances.
@@ -153,20 +181,28 @@ class Peer:
     def _endless_batches(self) -> Iterator[list[dict[str, Any]]]:
         generator = torch.Generator().manual_seed(self._config.run.seed)
         while True:
-            yield from DataLoader(
-                self._rows,
-                batch_size=self.batch_size,
-                shuffle=True,
-                generator=generator,
-                num_workers=1,
-                collate_fn=list,
-            )
+            batches = self._epoch(generator)
+            yield from DataLoader(self._rows, batch_sampler=batches, num_workers=1, collate_fn=list)
+
+    def _epoch(self, generator: torch.Generator) -> list[list[int]]:
+        """Draw the batches of an epoch: of similar lengths, or in random order."""
+        count = len(self._rows)
+        if not self._trim:
+            order = torch.randperm(count, generator=generator).tolist()
+            return [order[n : n + self.batch_size] for n in range(0, count, self.batch_size)]
+        lengths = self._rows.lengths
+        batches = length_batches(lengths, budget_for(lengths, -(-count // self.batch_size)))
+        return [batches[n] for n in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _batch(self, rows: list[dict[str, Any]]) -> Batch:
         with torch.inference_mode():
-            mels = torch.stack([row["mel"] for row in rows]).to(self._encoder.dtype)
-            features = self._encoder(mels).last_hidden_state
-        return self._collate(rows, list(features.clone()), packed=False)
+            if self._trim:
+                features = encode_trimmed(self._encoder, [row["mel"] for row in rows])
+            else:
+                mels = torch.stack([row["mel"] for row in rows]).to(self._encoder.dtype)
+                features = list(self._encoder(mels).last_hidden_state)
+            features = [feature.clone() for feature in features]
+        return self._collate(rows, features, packed=False)
 
     def _collate(self, rows: list[dict[str, Any]], features: list[Tensor], packed: bool) -> Batch:
         members = [
@@ -181,13 +217,14 @@ class Peer:
 
 
 class _Clips(Dataset[dict[str, Any]]):
-    """Load rows of the index with their audio and its log-mel, padded to 30 s by transformers."""
+    """Load rows of the index with their audio and its log-mel by transformers."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[dict[str, Any]], trim: bool) -> None:
         from transformers import WhisperFeatureExtractor
 
-        self._rows = rows
+        self._rows, self._padding = rows, "do_not_pad" if trim else "max_length"
         self._extractor = WhisperFeatureExtractor()
+        self.lengths: list[int] = [row["samples"] for row in rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -195,5 +232,7 @@ class _Clips(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self._rows[number]
         audio: np.ndarray = decode(Path(row["uri"]), AudioSpan(row["start"], row["duration"]))
-        mel = self._extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+        mel = self._extractor(
+            audio, sampling_rate=SAMPLING_RATE, padding=self._padding, return_tensors="pt"
+        )
         return {**row, "audio": audio, "mel": mel.input_features[0]}

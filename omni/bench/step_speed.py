@@ -1,4 +1,8 @@
-"""Compare training steps on packed bins and on batches padded to their longest utterance."""
+"""Compare training steps on packed bins and on padded batches of the same utterances.
+
+Padded batches are sorted by length under a budget of padded positions, as a careful trainer makes
+them; those in random order are beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omni.bench.baselines import length_batches
 from omni.bench.prepared_run import Sample, in_temporary_storage, progress, take_sample
 from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.config import Config
@@ -36,8 +41,13 @@ def bench_train_step(config: Config) -> Result:
     torch.set_num_threads(config.train.threads)
     bins = sample.bins()
     packed = [sample.layout.batch([bin]) for bin in bins]
-    padded = _padded_batches(sample, [u for bin in bins for u in bin])
-    _describe(packed, padded, result)
+    members = [u for bin in bins for u in bin]
+    batches = {
+        "packed": packed,
+        "sorted": _sorted_batches(sample, members),
+        "random": _random_batches(sample, members),
+    }
+    _describe(batches, result)
     base, lm = sample.prepared.model, sample.prepared.model.lm
     if not isinstance(lm, GPTConfig) or base.source is not None:
         raise ConfigError(
@@ -51,11 +61,18 @@ def bench_train_step(config: Config) -> Result:
         layers, width, heads = shape
         gpt = replace(lm, n_layer=layers, n_embd=width, n_head=heads, n_kv_head=heads)
         model = replace(base, lm=gpt, projector_hidden=None)
-        _compare(name, model, config, packed, padded, device, result)
+        _compare(name, model, config, batches, device, result)
     return result
 
 
-def _padded_batches(sample: Sample, members: list[Utterance]) -> list[Batch]:
+def _sorted_batches(sample: Sample, members: list[Utterance]) -> list[Batch]:
+    """Batch utterances of similar lengths, with at most the positions of a bin in a batch."""
+    lengths = [sample.layout.length(member) for member in members]
+    batches = length_batches(lengths, sample.prepared.config.optim.bin_positions)
+    return [padded_batch(sample, [members[n] for n in batch]) for batch in batches]
+
+
+def _random_batches(sample: Sample, members: list[Utterance]) -> list[Batch]:
     """Batch utterances in random order, as many to a batch as a bin holds on average."""
     rows = max(1, round(len(members) / len(sample.bins())))
     order = np.random.default_rng(0).permutation(len(members)).tolist()
@@ -71,12 +88,13 @@ def padded_batch(sample: Sample, members: list[Utterance]) -> Batch:
     return replace(sample.layout, positions=longest).batch([[member] for member in members])
 
 
-def _describe(packed: list[Batch], padded: list[Batch], result: Result) -> None:
-    for name, batches in (("packed", packed), ("padded", padded)):
-        shapes = [batch.tokens_BT.numel() for batch in batches]
-        result.add(f"positions filled, {name}", _filled(batches) / sum(shapes), "of all")
+def _describe(batches: dict[str, list[Batch]], result: Result) -> None:
+    for name, some in batches.items():
+        shapes = [batch.tokens_BT.numel() for batch in some]
+        result.add(f"positions filled, {name}", _filled(some) / sum(shapes), "of all")
     result.notes.append(
-        f"{len(packed)} bins against {len(padded)} padded batches of the same utterances"
+        f"{len(batches['packed'])} bins against {len(batches['sorted'])} batches sorted by length "
+        f"and {len(batches['random'])} in random order, of the same utterances"
     )
 
 
@@ -88,22 +106,21 @@ def _compare(
     name: str,
     shape: OmniConfig,
     config: Config,
-    packed: list[Batch],
-    padded: list[Batch],
+    batches: dict[str, list[Batch]],
     device: torch.device,
     result: Result,
 ) -> None:
-    """Train two models of one shape in turns, on a quarter of the batches at a time."""
+    """Train models of one shape in turns, on a quarter of the batches of their kind at a time."""
     parameters = 0
     jobs: dict[str, Callable[[], None]] = {}
     saved: dict[str, int] = {}
-    done: dict[str, list[int]] = {"packed": [], "padded": []}
-    for kind, batches in (("packed", packed), ("padded", padded)):
+    done: dict[str, list[int]] = {kind: [] for kind in batches}
+    for kind, some in batches.items():
         step = _Step(shape, config, device)
         parameters = step.layer_parameters
-        saved[kind] = max(step.activation_bytes(batch) for batch in batches)
-        quarter = -(-len(batches) // 4)
-        groups = [batches[i : i + quarter] for i in range(0, len(batches), quarter)]
+        saved[kind] = max(step.activation_bytes(batch) for batch in some)
+        # Every fourth, so that each turn has batches of all lengths.
+        groups = [some[first::4] for first in range(min(4, len(some)))]
         turns = iter(range(1_000_000))
 
         def job(
@@ -134,7 +151,8 @@ def _compare(
         )
         result.add(f"{name}, {kind}", saved[kind] / 1e6, "MB", "kept for backward, at most")
     key = "" if name == "config" else f".{name.replace(' ', '')}"
-    result.ratio[f"train_step.packed_vs_padded{key}"] = ratio_of(per_position, "padded", "packed")
+    for kind, title in (("sorted", "best"), ("random", "random_padding")):
+        result.ratio[f"train_step.vs_{title}{key}"] = ratio_of(per_position, kind, "packed")
 
 
 class _Step:

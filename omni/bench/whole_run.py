@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni.bench.process_tree import ProcessTree
 from omni.config import Config
 from omni.metrics.run_files import read_json_lines
 from omni.run.prepare import prepare
+
+_LOOK_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,17 @@ class JobRun:
     summary: dict[str, Any]
     wall_seconds: float
     """Including the start of Ray and the scoring at the end."""
+    cpu_at_step: dict[int, float]
+    """CPU seconds of all processes, Ray's included, when a step was found in the metrics."""
+    cpu_seconds: float
+    """CPU seconds of all processes at the end of the job."""
+
+    @property
+    def samples_per_cpu_second(self) -> float:
+        """Return utterances per CPU second from the first step that was found to the last."""
+        first, last = min(self.cpu_at_step), max(self.cpu_at_step)
+        trained: float = sum(row["utterances"] for row in self.steps if first < row["step"] <= last)
+        return trained / (self.cpu_at_step[last] - self.cpu_at_step[first])
 
     def over(self, first: int, last: int) -> dict[str, float]:
         """Add up times and counts over the steps after `first` up to `last`, counted from 1.
@@ -68,7 +82,7 @@ def steps_of_epochs(config: Config, epochs: int) -> list[int]:
 
 
 def run_job(config: Config) -> JobRun:
-    """Train in a new folder, and so with an empty cache.
+    """Train in a new folder, and so with an empty cache. The config logs every step.
 
     Raises RuntimeError with the end of the job's output when it fails.
     """
@@ -77,16 +91,30 @@ def run_job(config: Config) -> JobRun:
         inside = config.model_copy(update={"run": run})
         path = Path(folder) / "config.yaml"
         path.write_text(inside.to_yaml())
+        run_dir = Path(str(inside.run_dir))
+        metrics, output = run_dir / "metrics.jsonl", Path(folder) / "output"
         began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "jobs.train", "--config", str(path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        with output.open("w") as file:
+            job = subprocess.Popen(
+                [sys.executable, "-m", "jobs.train", "--config", str(path)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            tree = ProcessTree(job.pid)
+            used: dict[int, float] = {}
+            while job.poll() is None:
+                now = tree.cpu_seconds()
+                if steps := sum(b'"kind": "train"' in line for line in _lines(metrics)):
+                    used.setdefault(steps, now)
+                time.sleep(_LOOK_SECONDS)
         wall = time.monotonic() - began
-        if done.returncode:
-            raise RuntimeError(f"the training job failed: {(done.stderr or done.stdout)[-500:]}")
-        rows = read_json_lines(inside.run_dir / "metrics.jsonl")
-        summary = json.loads((inside.run_dir / "summary.json").read_text())
-        return JobRun([row for row in rows if row["kind"] == "train"], summary, wall)
+        if job.returncode:
+            raise RuntimeError(f"the training job failed: {output.read_text()[-500:]}")
+        rows = [row for row in read_json_lines(metrics) if row["kind"] == "train"]
+        summary = json.loads((run_dir / "summary.json").read_text())
+        return JobRun(rows, summary, wall, used, tree.cpu_seconds())
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []

@@ -27,7 +27,7 @@ class LocalTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> Any:
         """Leave out the process that would end the workers if this one, and not Ray, died."""
-        callbacks = super()._create_default_callbacks()
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees V1's
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
