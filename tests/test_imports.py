@@ -24,6 +24,7 @@ WITH_RAY = {
     "omni.run.failures",
     "omni.run.fill_cache",
     "omni.run.preflight",
+    "omni.run.process_group",
     "omni.run.run",
     "omni.run.trial",
     "omni.run.train_worker",
@@ -45,9 +46,8 @@ def test_modules_outside_the_ray_rooms_import_without_ray() -> None:
 
 
 def test_processes_that_only_coordinate_do_not_import_torch() -> None:
-    code = (
-        "import sys, omni.stream.pipeline, omni.run.train_worker; sys.exit('torch' in sys.modules)"
-    )
+    modules = "omni.stream.pipeline, omni.run.train_worker, omni.run.process_group"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

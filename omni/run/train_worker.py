@@ -24,7 +24,6 @@ FATAL_FAILURE_FILE = "failure.txt"
 def run_worker(arguments: dict[str, Any]) -> None:
     """Run the training loop of one Ray Train worker. arguments: a reference to its spec."""
     # Ray Train's controller imports this module, and needs neither torch nor the model.
-    import ray.train.torch
     import torch
 
     from omni.metrics.prometheus import RayPublisher
@@ -40,7 +39,9 @@ def run_worker(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(spec.config.train.threads)
     context = ray.train.get_context()
     rank, node = context.get_world_rank(), ray.get_runtime_context().get_node_id()
-    device = ray.train.torch.get_device() if spec.config.train.gpus else torch.device("cpu")
+    device = torch.device("cpu")
+    if spec.config.train.gpus:
+        device = torch.device("cuda", torch.cuda.current_device())  # `join_group` has set it.
     limit_gpu_memory(spec.config.train.gpu_memory)
     blocks = _blocks(spec.config.optim.bins_per_block)
     failure_file = spec.config.run_dir / FATAL_FAILURE_FILE

@@ -10,13 +10,13 @@ import ray
 import ray.train
 from ray.data import ExecutionOptions, ExecutionResources
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from omni.cluster.capacity import bundle
 from omni.cluster.ray_init import owns_cluster
-from omni.cluster.ray_internals.train import LocalTrainer
+from omni.cluster.ray_internals.train import LocalTrainer, Trainer
 from omni.cluster.timeouts import collective_timeout
 from omni.plan.plan import Split
+from omni.run.process_group import ProcessGroup
 from omni.run.train_worker import STREAM, run_worker
 from omni.storage.path import ObjectPath, StoragePath
 from omni.stream.pipeline import SharedSettings, open_stream
@@ -25,7 +25,7 @@ from omni.train.worker_spec import WorkerSpec
 
 def make_trainer(
     spec: WorkerSpec, workers: int, splits: list[ray.ObjectRef[Split]], settings: SharedSettings
-) -> TorchTrainer:
+) -> Trainer:
     """Build the trainer of one attempt. splits: references to `Split`s in the object store."""
     config = spec.config
     options = ExecutionOptions(preserve_order=True)
@@ -35,13 +35,14 @@ def make_trainer(
         )
     first_step = 0 if spec.resume is None else spec.resume.step
     stream = functools.partial(open_stream, splits, settings, workers, first_step, spec.held_step)
-    trainer = LocalTrainer if owns_cluster() else TorchTrainer
+    trainer = LocalTrainer if owns_cluster() else Trainer
     return trainer(
         run_worker,
         # By reference: the controller would import the model to read it.
         train_loop_config={"spec": [ray.put(spec)]},
-        torch_config=TorchConfig(
-            timeout_s=max(1, round(collective_timeout(config.train.timeout_seconds)))
+        backend_config=ProcessGroup(
+            max(1, round(collective_timeout(config.train.timeout_seconds))),
+            gpus=config.train.gpus > 0,
         ),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees V1's
             num_workers=workers,

@@ -6,10 +6,16 @@ from typing import Any
 
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
-from ray.train.torch import TorchTrainer
+from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as Trainer
+
+__all__ = ["LocalTrainer", "Trainer", "free_address", "is_start_timeout"]
+
+free_address = get_address_and_port
+"""Find the address of this node, and a port that is free there."""
 
 
 def is_start_timeout(error: object) -> bool:
@@ -17,7 +23,7 @@ def is_start_timeout(error: object) -> bool:
     return isinstance(error, WorkerGroupStartupTimeoutError)
 
 
-class LocalTrainer(TorchTrainer):
+class LocalTrainer(Trainer):
     """Start the controller in an idle process of a cluster that this process has started.
 
     Ray Train would give the controller, and with it every process of the run, a runtime environment
@@ -27,7 +33,7 @@ class LocalTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> Any:
         """Leave out the process that would end the workers if this one, and not Ray, died."""
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees V1's
+        callbacks = super()._create_default_callbacks()
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
