@@ -18,6 +18,9 @@ from omni.config import Config
 from omni.errors import ConfigError, first_line
 
 _ADDRESS_SECONDS = 15.0  # A cluster that starts just now gets this long to answer.
+_COORDINATORS = 5
+"""Processes of Ray Train and Ray Data that ask for no CPU. Ray starts as many processes in advance
+as there are CPUs, side by side; without these, one after the other."""
 _own_nodes: set[str] = set()
 """Ids of the nodes of local clusters that this process has started."""
 _LONGEST_SOCKET = 107  # bytes of the name of a socket, on Linux
@@ -49,7 +52,7 @@ def start_ray(config: Config) -> None:
         # Ray would end an idle process for each that it starts, and start another in its place.
         os.environ.setdefault("RAY_num_workers_soft_limit", "16")
         t, e, d = config.train, config.encoder, config.data
-        need = t.most * t.cpus + e.actor_count * e.cpus + d.loaders + 1
+        need = t.most * t.cpus + e.actor_count * e.cpus + d.loaders + 1 + _COORDINATORS
         options |= {
             "address": "local",  # Without it, Ray may connect to a cluster that once ran here.
             "num_cpus": max(os.cpu_count() or 1, int(np.ceil(need))),

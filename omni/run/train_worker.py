@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,7 +25,12 @@ FATAL_FAILURE_FILE = "failure.txt"
 
 
 def run_worker(arguments: dict[str, Any]) -> None:
-    """Run the training loop of one Ray Train worker. arguments: a reference to its spec."""
+    """Run the training loop of one Ray Train worker.
+
+    arguments: a reference to its spec, and `optim.bins_per_block`, without which the stream cannot
+    begin.
+    """
+    blocks = _blocks(arguments["bins_per_block"])
     # Ray Train's controller imports this module, and needs neither torch nor the model.
     import torch
 
@@ -43,7 +51,6 @@ def run_worker(arguments: dict[str, Any]) -> None:
     if spec.config.train.gpus:
         device = torch.device("cuda", torch.cuda.current_device())  # `join_group` has set it.
     limit_gpu_memory(spec.config.train.gpu_memory)
-    blocks = _blocks(spec.config.optim.bins_per_block)
     failure_file = spec.config.run_dir / FATAL_FAILURE_FILE
     try:
         publisher = RayPublisher(spec.config.run.name, rank)
@@ -60,5 +67,28 @@ def run_worker(arguments: dict[str, Any]) -> None:
 
 
 def _blocks(rows: int) -> Iterator[pa.Table]:
+    """Iterate over this rank's share of the stream, which begins at once, and not when it is read.
+
+    Its processes start while this one builds the model.
+    """
+    first: Future[Iterator[pa.Table]] = Future()
     shard = ray.train.get_dataset_shard(STREAM)
-    yield from shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2)
+
+    def start() -> None:
+        try:
+            batches = iter(
+                shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2)
+            )
+            first.set_result(itertools.chain([next(batches)], batches))
+        except StopIteration:
+            first.set_result(iter(()))
+        except BaseException as error:
+            first.set_exception(error)
+
+    # A daemon: a rank that fails before it reads must not wait for the stream.
+    threading.Thread(target=start, daemon=True, name="stream").start()
+
+    def blocks() -> Iterator[pa.Table]:
+        yield from first.result()
+
+    return blocks()

@@ -39,7 +39,10 @@ def make_trainer(
     return trainer(
         run_worker,
         # By reference: the controller would import the model to read it.
-        train_loop_config={"spec": [ray.put(spec)]},
+        train_loop_config={
+            "spec": [ray.put(spec)],
+            "bins_per_block": config.optim.bins_per_block,
+        },
         backend_config=ProcessGroup(
             max(1, round(collective_timeout(config.train.timeout_seconds))),
             gpus=config.train.gpus > 0,
