@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+ROWS = ("Run", "RunAttempt", "Worker")
+"""What Ray Train's page lists."""
 _PRIVATE = re.compile(r"^\s*(from|import) ray[\w.]*\._|\bray\._(?!_)\w+", re.M)
 
 
@@ -30,6 +32,20 @@ def test_the_local_trainer_replaces_a_method_that_ray_train_calls() -> None:
     for name in names:
         assert callable(getattr(Trainer, name))
         assert f"self.{name}(" in inspect.getsource(Trainer)
+
+
+def test_reports_to_ray_train_would_wait_and_show_nothing() -> None:
+    """Reasons why `ray.train.report` is not called. Where one falls, see docs/architecture.md."""
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.execution.worker_group import worker
+    from ray.train.v2._internal.state import schema
+
+    rows = [getattr(schema, f"{kind}Train{row}") for kind in ("", "Decorated") for row in ROWS]
+    shown = {name for row in rows for name in row.model_fields}
+    assert {"status", "attempts", "workers", "gpus"} <= shown
+    assert not {name for name in shown if "metric" in name or "report" in name}
+    assert constants.DEFAULT_COLLECTIVE_TIMEOUT_S is None
+    assert "result_queue=queue.Queue(maxsize=1)" in inspect.getsource(worker)
 
 
 def test_another_release_of_ray_is_refused() -> None:
