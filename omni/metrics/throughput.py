@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -215,6 +216,32 @@ def peak_of(name: str) -> float | None:
     """name: as the driver gives it, such as "NVIDIA H100 80GB HBM3"."""
     words = f" {name.replace('-', ' ')} "
     return next((peak for known, peak in _PEAKS.items() if f" {known} " in words), None)
+
+
+# GiB as the vendors' data sheets have them; the largest where a GPU is sold with several.
+_MEMORY = {
+    "B200": 180,
+    "H200": 141,
+    "H100 NVL": 94,
+    "H100": 80,
+    "A100": 80,
+    "L40S": 48,
+    "L4": 24,
+    "A10G": 24,
+    "A10": 24,
+    "RTX 4090": 24,
+    "RTX 3090": 24,
+}
+
+
+def memory_of(name: str) -> int | None:
+    """Return the bytes of a GPU's memory by its name, such as "A100-40G"; None if not known."""
+    words = f" {name.replace('-', ' ')} "
+    known = next((size for known, size in _MEMORY.items() if f" {known} " in words), None)
+    said = re.search(r" (\d+)GB? ", words)
+    if known is None:
+        return None
+    return (int(said[1]) if said else known) << 30
 
 
 @dataclass(frozen=True)

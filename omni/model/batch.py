@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni.model.packed_attention import SegmentLayout
+
 IGNORED = -1  # target of a position that is not supervised
 
 
@@ -82,6 +84,10 @@ class Batch:
         """Copy the batch to `device`; copies to a GPU are asynchronous."""
         moved: Batch = _moved(self, device)
         return moved
+
+    def layout(self) -> SegmentLayout:
+        """Lay out the rows for the attention kernel of the batch's device."""
+        return SegmentLayout.packed(self.segments_BT)
 
 
 def _moved(item: Any, device: torch.device) -> Any:

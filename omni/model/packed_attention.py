@@ -8,9 +8,10 @@ a GPU, `flex_attention` runs over whole rows with a block mask, so that shapes s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,7 +111,7 @@ class SegmentLayout:
         """
         if self.segments_BT is not None:
             if window not in self.masks:
-                self.masks[window] = _block_mask(self.segments_BT, window)
+                self.masks[window] = block_mask(self.segments_BT, window)
             return _flex_attention(q_BTHD, k_BTGD, v_BTGD, self.masks[window])
         if self.groups is None or self.inverse is None:
             return causal_attention(q_BTHD, k_BTGD, v_BTGD, window)
@@ -198,13 +199,24 @@ def _additive_mask(length: int, window: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(length, length, dtype=dtype).masked_fill_(~visible, -math.inf)
 
 
+@contextlib.contextmanager
+def separate_masks() -> Iterator[None]:
+    """Share no cached mask with the calls outside the context: inside, tensors have no data."""
+    _additive_mask.cache_clear()
+    try:
+        yield
+    finally:
+        _additive_mask.cache_clear()
+
+
 def _visible(length: int, window: int, device: torch.device) -> Tensor:
     steps = torch.arange(length, device=device)
     distance = steps[:, None] - steps
     return (distance >= 0) & (distance <= window)
 
 
-def _block_mask(segments_BT: Tensor, window: int) -> BlockMask:
+def block_mask(segments_BT: Tensor, window: int) -> BlockMask:
+    """Build the mask of flex attention: causal, inside segments, at most `window` to the left."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, length = segments_BT.shape

@@ -20,7 +20,6 @@ from omni.model.lm.gpt_block import GPTConfig, rms
 from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.lm.lora import LoraShape, add_lora, is_adapter, without_adapters
 from omni.model.losses import Distillation, kl_divergence
-from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import LayerMix, Projector, make_projector
 
 
@@ -194,7 +193,7 @@ class OmniModel(nn.Module):
             x = torch.where(kept, x, self._hidden_input().to(x.dtype))
             has_id = has_id & kept.squeeze(-1)
         x = scatter_soft_tokens(x, audio_NC, batch.audio_at_N)
-        layout = SegmentLayout.packed(batch.segments_BT)
+        layout = batch.layout()
         hidden = self.lm.trunk(x, batch.tokens_BT, layout, has_id)
         # Logits of other positions are not needed: audio outnumbers text several times.
         hidden_SC, targets = _at(hidden, batch), _at(batch.targets_BT, batch)
@@ -247,8 +246,7 @@ class OmniModel(nn.Module):
         was_training = self.lm.training
         self.lm.eval()
         with torch.no_grad(), without_adapters(self.lm):
-            layout = SegmentLayout.packed(teacher.segments_BT)
-            ids = teacher.tokens_BT
+            layout, ids = teacher.layout(), teacher.tokens_BT
             has_id = torch.ones_like(ids, dtype=torch.bool)
             hidden = self.lm.trunk(self.lm.embed(ids), ids, layout, has_id)
             teacher_SC = _at(hidden, teacher)

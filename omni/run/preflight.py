@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -38,11 +39,14 @@ _SETTLE_SECONDS = 15.0  # Nodes of a new cluster may still be joining.
 _NODE_SECONDS = 60.0  # timeout of the check on a node
 
 
-def preflight(prepared: Prepared, say: Callable[[str], None], *, trial: bool) -> Prepared:
+def preflight(
+    prepared: Prepared, say: Callable[[str], None], *, trial: bool, dry: bool = False
+) -> Prepared:
     """Check the plan against the cluster; with `encoder.actors: auto`, choose their number.
 
     trial: also run a block through all stages and estimate the training time; a continued run does
-    without. Raises ConfigError naming the setting, and RuntimeError if the block fails.
+    without. dry: also show the memory that a worker needs where it is compared with nothing. Raises
+    ConfigError naming the setting, and RuntimeError if the block fails.
     """
     auto = is_auto(prepared.config)
     assumed = replace(prepared, config=assume_actors(prepared.config, 1))
@@ -50,7 +54,16 @@ def preflight(prepared: Prepared, say: Callable[[str], None], *, trial: bool) ->
     _check_nodes(assumed)
     if not trial and not auto:
         return prepared
-    tried = try_pipe(assumed, seconds=2.0 if auto else 0.0, blocks=8 if auto else 2)
+
+    def show_memory(block: pa.Table) -> None:
+        if dry or (trial and prepared.config.train.gpus):
+            # Torch's fake tensors take a second to import.
+            from omni.run.gpu_memory import check_memory
+
+            say(f"  {check_memory(prepared, block)}")
+
+    seconds, blocks = (2.0, 8) if auto else (0.0, 2)
+    tried = try_pipe(assumed, seconds, blocks, show_memory)
     missing = _missing(prepared)
     if auto:
         prepared = resolve_encoder_actors(prepared, tried, missing)

@@ -169,7 +169,7 @@ def dry_run(config: Config) -> None:
     from omni.run.preflight import preflight
 
     try:
-        preflight(prepared, view.show, trial=True)
+        preflight(prepared, view.show, trial=True, dry=True)
     finally:
         if not existed:
             remove_tree(config.run_dir)

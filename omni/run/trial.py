@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,11 +45,17 @@ class Trial:
     block: Cost | None
 
 
-def try_pipe(prepared: Prepared, seconds: float = 0.0, blocks: int = 2) -> Trial:
+def try_pipe(
+    prepared: Prepared,
+    seconds: float = 0.0,
+    blocks: int = 2,
+    before_training: Callable[[pa.Table], None] = lambda block: None,
+) -> Trial:
     """Load, encode and train the plan's first `blocks` blocks, for at least `seconds` per stage.
 
-    Keeps nothing. Raises ConfigError if a block exceeds the memory of a stage or the language model
-    is refused, and RuntimeError if a stage fails.
+    before_training: called with the first encoded block. Keeps nothing. Raises ConfigError if a
+    block exceeds the memory of a stage or the language model is refused, and RuntimeError if a
+    stage fails.
     """
     config = prepared.config
     encoder, train = config.encoder, config.train
@@ -64,6 +71,7 @@ def try_pipe(prepared: Prepared, seconds: float = 0.0, blocks: int = 2) -> Trial
     )
     found = _get(task.remote([split], bins.tolist(), settings, seconds), patience, "encoder")
     decode_rate, rate, encoded = found
+    before_training(encoded[0])
     task = ray.remote(_train).options(
         num_cpus=train.cpus, num_gpus=train.gpus, label_selector=train.labels, max_retries=1
     )

@@ -124,9 +124,7 @@ class ModelState:
 
     @functools.cached_property
     def _trains_little(self) -> bool:
-        every = list(self.model.parameters())
-        trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
-        return trained < _LITTLE * sum(parameter.numel() for parameter in every)
+        return trains_little(self.model)
 
     def losses(self, batch: Batch, ctc_only: bool = False) -> LossSums:
         """Run the forward pass.
@@ -257,6 +255,13 @@ class ModelState:
         """Load final weights, to be evaluated without averaging."""
         self.average = None
         self.load_weights(weights)
+
+
+def trains_little(model: nn.Module) -> bool:
+    """Tell whether the whole gradients of the trained weights cost little memory."""
+    every = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    return trained < _LITTLE * sum(parameter.numel() for parameter in every)
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

@@ -346,7 +346,7 @@ def test_a_microbatch_waits_for_the_device_nowhere(
         monkeypatch.setattr("omni.model.ctc._FULL_SOFTMAX_CLASSES", 10)
     # How segments attend differs between CPU and GPU.
     plain = staticmethod(lambda segments: SegmentLayout.plain(segments.shape, segments.device))
-    monkeypatch.setattr("omni.model.speech_lm.SegmentLayout.packed", plain)
+    monkeypatch.setattr("omni.model.batch.SegmentLayout.packed", plain)
     with FakeTensorMode() as mode:
         model = OmniModel(replace(CONFIG, **hidden)).train()
         model.task_weights = torch.ones(2)

@@ -75,6 +75,7 @@ def test_a_dry_run_takes_a_block_through_and_leaves_nothing(
     dry_run(_config(tiny, tmp_path, "--data.cache", str(tmp_path / "cache")))
     out = capsys.readouterr().out
     assert re.search(r"\babout \d+(\.\d)? (s|min|h)\b.*-bound\b", out)
+    assert re.search(r"\bmemory: .*\b\d+ MiB \(.*\bactivations \d+ MiB\b", out)
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").glob(".preflight*"))
 
