@@ -18,9 +18,9 @@ import soundfile
 
 import omni
 from jobs import encode
+from omni.metrics.run_files import read_events
 from omni.stream.codec import FeatureCodec
 from omni.stream.feature_cache import FeatureCache
-from tests.helpers.whole_runs import lines
 from tests.stream.test_feature_cache import write_old
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
@@ -96,7 +96,7 @@ def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_pat
     assert summary["cached_fraction"] == 1.0
     assert summary["encoder_audio_seconds_per_second"] is None
     assert "no encoders" in summary["throughput_verdict"]
-    [attempt] = [e for e in lines(tmp_path / "after" / "events.jsonl") if e["event"] == "attempt"]
+    [attempt] = [e for e in read_events(tmp_path / "after") if e["event"] == "attempt"]
     assert attempt["encoders"] == 0, "the recording that is no sound asks for none"
     assert len(FeatureCache(folder)) == kept
 
