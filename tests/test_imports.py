@@ -20,6 +20,7 @@ WITH_RAY = {
     "omni.cluster.ray_internals.train",
     "omni.metrics.prometheus",
     "omni.run.attempts",
+    "omni.run.early_trial",
     "omni.run.encoder_actors",
     "omni.run.failures",
     "omni.run.fill_cache",

@@ -18,7 +18,7 @@ from omni.config import Config
 from omni.errors import ConfigError, first_line
 
 _ADDRESS_SECONDS = 15.0  # A cluster that starts just now gets this long to answer.
-_COORDINATORS = 5
+_COORDINATORS = 6
 """Processes of Ray Train and Ray Data that ask for no CPU. Ray starts as many processes in advance
 as there are CPUs, side by side; without these, one after the other."""
 _own_nodes: set[str] = set()

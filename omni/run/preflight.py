@@ -25,6 +25,7 @@ from omni.config.plug_in import is_plug_in, load_plug_in
 from omni.corpus.index_row import recordings
 from omni.errors import ConfigError, first_line
 from omni.run.actor_count import assume_actors, is_auto
+from omni.run.early_trial import EarlyTrial
 from omni.run.encoder_actors import resolve_encoder_actors
 from omni.run.encoder_need import missing_share
 from omni.run.estimate import Estimate, estimate
@@ -40,13 +41,19 @@ _NODE_SECONDS = 60.0  # timeout of the check on a node
 
 
 def preflight(
-    prepared: Prepared, say: Callable[[str], None], *, trial: bool, dry: bool = False
+    prepared: Prepared,
+    say: Callable[[str], None],
+    *,
+    trial: bool,
+    early: EarlyTrial | None = None,
+    dry: bool = False,
 ) -> Prepared:
     """Check the plan against the cluster; with `encoder.actors: auto`, choose their number.
 
     trial: also run a block through all stages and estimate the training time; a continued run does
-    without. dry: also show the memory that a worker needs where it is compared with nothing. Raises
-    ConfigError naming the setting, and RuntimeError if the block fails.
+    without. early: the trial, where it has begun already. dry: also show the memory that a worker
+    needs where it is compared with nothing. Raises ConfigError naming the setting, and RuntimeError
+    if the block fails.
     """
     auto = is_auto(prepared.config)
     assumed = replace(prepared, config=assume_actors(prepared.config, 1))
@@ -62,8 +69,11 @@ def preflight(
 
             say(f"  {check_memory(prepared, block)}")
 
-    seconds, blocks = (2.0, 8) if auto else (0.0, 2)
-    tried = try_pipe(assumed, seconds, blocks, show_memory)
+    if early is not None:
+        tried = early.result()
+    else:
+        seconds, blocks = (2.0, 8) if auto else (0.0, 2)
+        tried = try_pipe(assumed, seconds, blocks, show_memory)
     missing = _missing(prepared)
     if auto:
         prepared = resolve_encoder_actors(prepared, tried, missing)

@@ -33,6 +33,7 @@ from omni.metrics.trackers import check_trackers
 from omni.report.run_page import write_report
 from omni.run.actor_count import assume_actors
 from omni.run.console import LiveView
+from omni.run.early_trial import EarlyTrial
 from omni.run.fingerprints import check_fingerprints
 from omni.run.history import (
     STARTED,
@@ -120,6 +121,7 @@ def _train(prepared: Prepared, lease: Lease, view: LiveView, began: float) -> di
         return done
     owner = asdict(this_process())
     write_event(config.run_dir, STARTED, step, wall_seconds=round(earlier, 1), owner=owner)
+    early = EarlyTrial.begin(prepared) if state is None else None
     _start_cluster(config)
     from omni.metrics.prometheus import driver_publisher
     from omni.run.attempts import Attempts
@@ -130,7 +132,7 @@ def _train(prepared: Prepared, lease: Lease, view: LiveView, began: float) -> di
     keep_lines(config.run_dir / METRICS, lambda row: row.get("step", 0) <= step)
     with Trackers(config, view.warn) as trackers:
         with Follower(config.run_dir, [view, trackers.tensorboard], view.warn):
-            prepared = preflight(prepared, view.show, trial=state is None)
+            prepared = preflight(prepared, view.show, trial=state is None, early=early)
             with signals, driver_publisher(config.run.name) as publisher:
                 finished = Attempts(prepared, signals, lease, publisher).run()
         if not finished:

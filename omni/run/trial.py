@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -57,19 +56,14 @@ def try_pipe(
     block exceeds the memory of a stage or the language model is refused, and RuntimeError if a
     stage fails.
     """
-    config = prepared.config
-    encoder, train = config.encoder, config.train
-    per_block = config.optim.bins_per_block
-    alone = config.optim.model_copy(update={"bins_per_step": per_block})
-    prepared = replace(prepared, config=config.model_copy(update={"optim": alone}))
-    bins = np.arange(min(blocks, -(-prepared.splits["train"].plan.bins // per_block)) * per_block)
+    prepared, bins, settings = _of_blocks(prepared, blocks)
+    encoder, train = prepared.config.encoder, prepared.config.train
     split = ray.put(prepared.splits["train"])
-    settings = without_cache(stream_settings(prepared.config, prepared.encoder))
-    patience = config.train.timeout_seconds
-    task: Any = ray.remote(_load_and_encode).options(
+    patience = train.timeout_seconds
+    task: Any = ray.remote(_load_and_encode_there).options(
         num_cpus=encoder.cpus, num_gpus=encoder.gpus, label_selector=encoder.labels, max_retries=1
     )
-    found = _get(task.remote([split], bins.tolist(), settings, seconds), patience, "encoder")
+    found = _get(task.remote([split], bins, settings, seconds), patience, "encoder")
     decode_rate, rate, encoded = found
     before_training(encoded[0])
     task = ray.remote(_train).options(
@@ -84,6 +78,42 @@ def try_pipe(
     return Trial(decode_rate, rate, cost)
 
 
+def try_here(prepared: Prepared, blocks: int = 2) -> Trial:
+    """Load, encode and train the plan's first blocks in this process. Raises as `try_pipe`."""
+    threads = torch.get_num_threads()
+    try:
+        return _try_here(prepared, blocks)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _try_here(prepared: Prepared, blocks: int) -> Trial:
+    prepared, bins, settings = _of_blocks(prepared, blocks)
+    who = "encoder"
+    try:
+        decode_rate, rate, encoded = _load_and_encode(
+            prepared.splits["train"], bins, settings, seconds=0.0
+        )
+        who = "trainer"
+        cost = _train(make_worker_spec(prepared), encoded, seconds=0.0)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _refusal(error, who) from error
+    return Trial(decode_rate, rate, cost)
+
+
+def _of_blocks(prepared: Prepared, blocks: int) -> tuple[Prepared, list[int], StreamSettings]:
+    """Return a run of one block per step, the bins of so many blocks, and settings for them."""
+    config = prepared.config
+    per_block = config.optim.bins_per_block
+    alone = config.optim.model_copy(update={"bins_per_step": per_block})
+    prepared = replace(prepared, config=config.model_copy(update={"optim": alone}))
+    count = min(blocks, -(-prepared.splits["train"].plan.bins // per_block)) * per_block
+    settings = without_cache(stream_settings(prepared.config, prepared.encoder))
+    return prepared, list(range(count)), settings
+
+
 class _NoRoom(ConfigError):
     pass
 
@@ -95,27 +125,37 @@ def _get(result: Any, patience: float, who: str) -> Any:
     except GetTimeoutError:
         raise RuntimeError(f"the {who} took over {patience:.0f} s for its first block") from None
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
-            raise _NoRoom(
-                f"optim.bins_per_block: a block does not fit into the {who}'s memory "
-                f"({first_line(cause)}); expected fewer or shorter bins (optim.bin_positions), or "
-                "train.recompute"
-            ) from None
-        if isinstance(cause, SourceError) and not isinstance(cause, HubError):
-            raise ConfigError(f"{first_line(cause)}") from None
-        reason = f"{type(cause).__name__}: {first_line(cause)}"
-        raise RuntimeError(f"the {who}'s first block failed: {reason}") from error
+        raise _refusal(error.cause, who) from error
     except RayError as error:
         raise RuntimeError(f"the {who} died over its first block: {first_line(error)}") from error
 
 
-def _load_and_encode(
+def _refusal(cause: Exception, who: str) -> Exception:
+    """Turn the failure of a first block into a ConfigError, or a RuntimeError."""
+    if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+        return _NoRoom(
+            f"optim.bins_per_block: a block does not fit into the {who}'s memory "
+            f"({first_line(cause)}); expected fewer or shorter bins (optim.bin_positions), or "
+            "train.recompute"
+        )
+    if isinstance(cause, SourceError) and not isinstance(cause, HubError):
+        return ConfigError(f"{first_line(cause)}")
+    reason = f"{type(cause).__name__}: {first_line(cause)}"
+    return RuntimeError(f"the {who}'s first block failed: {reason}")
+
+
+def _load_and_encode_there(
     splits: list[ray.ObjectRef[Split]], bins: list[int], settings: StreamSettings, seconds: float
+) -> tuple[float, float, list[pa.Table]]:
+    # In a list: Ray would resolve a reference that is an argument itself.
+    return _load_and_encode(ray.get(splits[0]), bins, settings, seconds)
+
+
+def _load_and_encode(
+    split: Split, bins: list[int], settings: StreamSettings, seconds: float
 ) -> tuple[float, float, list[pa.Table]]:
     """Return rates of loading and encoding in audio seconds per second, and encoded blocks."""
     torch.set_num_threads(settings.config.encoder.threads)
-    split: Split = ray.get(splits[0])
     loaded, took = loaded_blocks(split, bins, settings)
     audio = sum(map(audio_seconds, loaded))
     rate, encoded = encoder_rate(EncodeStage(settings), loaded, seconds)

@@ -25,13 +25,19 @@ def test_private_apis_of_ray_are_in_one_package() -> None:
 
 
 def test_the_local_trainer_replaces_a_method_that_ray_train_calls() -> None:
-    from omni.cluster.ray_internals.train import LocalTrainer, Trainer
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+    from omni.cluster.ray_internals.train import LocalTrainer, LocalWorkerGroup, Trainer
 
     names = [name for name in vars(LocalTrainer) if inspect.isfunction(vars(LocalTrainer)[name])]
     assert len(names) == 2
     for name in names:
         assert callable(getattr(Trainer, name))
         assert f"self.{name}(" in inspect.getsource(Trainer)
+    assert "self.worker_group_cls.create(" in inspect.getsource(TrainController)
+    [name] = (name for name in vars(LocalWorkerGroup) if name.endswith("runtime_env"))
+    assert f"self.{name}(" in inspect.getsource(WorkerGroup)
 
 
 def test_reports_to_ray_train_would_wait_and_show_nothing() -> None:
