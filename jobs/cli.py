@@ -223,6 +223,8 @@ def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> 
     ConfigError and RuntimeError end in one line on stderr; anything else is a bug and keeps its
     traceback. interrupted: the line after Ctrl-C, unless the job has a better one.
     """
+    # What transformers warns of, jobs say in their own words, or do not do.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # Escapes for what a terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
