@@ -19,6 +19,7 @@ from jobs import evaluate
 from omni.config import Config, parse_config
 from omni.inference.decode_batch import HeldUtterance
 from omni.metrics.rows import DevLosses
+from omni.metrics.run_files import read_events
 from omni.model.lm.lora import is_adapter
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import Trainer, encoder_rate, loaded_blocks, without_cache
@@ -219,4 +220,5 @@ def test_a_language_model_that_is_refused_is_refused_once(tmp_path: Path) -> Non
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: FalconForCausalLM") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "runs" / "run" / "events.jsonl").exists(), "no attempt, and no second"
+    events = [event["event"] for event in read_events(tmp_path / "runs" / "run")]
+    assert events == ["started"], "no attempt, and no second"
