@@ -24,6 +24,7 @@ WITH_RAY = {
     "omni.run.encoder_actors",
     "omni.run.failures",
     "omni.run.fill_cache",
+    "omni.run.gpu_memory",
     "omni.run.preflight",
     "omni.run.process_group",
     "omni.run.run",
