@@ -19,6 +19,7 @@ from omni.config import Config, load_config
 from omni.errors import ConfigError
 from omni.plan.plan import Plan
 from omni.run.estimate import duration, estimate
+from omni.run.gpu_memory import Gpu, find_gpu
 from omni.run.preflight import _look, _not_shared
 from omni.run.rates import Cost
 from omni.run.run import dry_run
@@ -31,7 +32,8 @@ def cluster() -> Iterator[Cluster]:
         initialize_head=True,
         head_node_args={"num_cpus": 4, "num_gpus": 1, "labels": {"pool": "encoder"}},
     )
-    found.add_node(num_cpus=4, num_gpus=2, labels={"pool": "trainer"})
+    kind = {"accelerator_type:L4": 1}
+    found.add_node(num_cpus=4, num_gpus=2, labels={"pool": "trainer"}, resources=kind)
     ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
     yield found
     ray.shutdown()
@@ -78,6 +80,14 @@ def test_a_dry_run_takes_a_block_through_and_leaves_nothing(
     assert re.search(r"\bmemory: .*\b\d+ MiB \(.*\bactivations \d+ MiB\b", out)
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").glob(".preflight*"))
+
+
+def test_the_gpu_of_a_worker_is_known_by_the_name_that_ray_has(
+    cluster: Cluster, tiny: Path, tmp_path: Path
+) -> None:
+    """A worker finds no GPU here to ask."""
+    settings = ["--train.gpus", "1", "--train.labels", "{pool: trainer}"]
+    assert find_gpu(_config(tiny, tmp_path, *settings)) == Gpu("L4", 24 << 30)
 
 
 @pytest.mark.slow
