@@ -28,7 +28,6 @@ from omni.run.gpu_memory import Gpu, check_memory, memory_share, named_gpus
 from omni.run.memory import Memory, estimate_memory, size_text
 from omni.run.prepare import Prepared
 from tests.helpers.peak_memory import (
-    Case,
     case,
     estimated_peak,
     llama,
@@ -58,7 +57,12 @@ SMALL = {
     [name if "lora" not in name else pytest.param(name, marks=pytest.mark.slow) for name in SMALL],
 )
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(name: str) -> None:
-    assert estimated_peak(SMALL[name]) == pytest.approx(measured_peak(SMALL[name]), rel=0.2)
+    estimated = estimated_peak(SMALL[name])
+    # Masks are cached: those of the estimate have no data.
+    layout = SegmentLayout.packed(torch.ones(1, 8, dtype=torch.int64), kernel="groups")
+    x = torch.randn(1, 8, 1, 4)
+    assert torch.isfinite(layout.attend(x, x, x, 8)).all()
+    assert estimated == pytest.approx(measured_peak(SMALL[name]), rel=0.2)
 
 
 @pytest.mark.slow
@@ -86,18 +90,6 @@ def eight_ranks() -> Iterator[None]:
 def test_the_estimate_of_a_shard_is_within_a_fifth(eight_ranks: None) -> None:
     of = case(GPT, optim={"bins_per_step": 8}, train={"workers": 8, "strategy": "fsdp"})
     assert estimated_peak(of) == pytest.approx(measured_peak(of), rel=0.2)
-
-
-def test_estimates_leave_no_masks_without_data_behind() -> None:
-    estimated_peak(replace_precision(SMALL["muon, averages, two blocks"]))
-    layout = SegmentLayout.packed(torch.ones(1, 8, dtype=torch.int64), kernel="groups")
-    x = torch.randn(1, 8, 1, 4)
-    assert torch.isfinite(layout.attend(x, x, x, 8)).all()
-
-
-def replace_precision(of: Case) -> Case:
-    train = of.config.train.model_copy(update={"precision": "fp32"})
-    return Case(of.config.model_copy(update={"train": train}), of.shape)
 
 
 def test_live_bytes_know_kinds_and_the_worst_moment() -> None:
@@ -167,12 +159,12 @@ def test_what_fits_is_one_line_and_what_does_not_names_the_settings(
     needed: list[Memory] = []
     room = [80 << 30]
     monkeypatch.setattr(gpu_memory, "find_gpu", lambda config: Gpu("H100", room[0]))
-    real, known = gpu_memory.estimate_memory, dict[tuple[bool, int], Memory]()
+    known: dict[tuple[bool, int], Memory] = {}
 
     def estimate(config: Config, *rest: Any) -> Memory:
         key = config.train.recompute, config.optim.bins_per_block
         if key not in known:
-            known[key] = real(config, *rest)
+            known[key] = estimate_memory(config, *rest)
         needed.append(known[key])
         return known[key]
 
@@ -196,10 +188,5 @@ def test_what_fits_is_one_line_and_what_does_not_names_the_settings(
         f"expected train.recompute true and optim.bins_per_block 1 ({size_text(one.needed)})"
     )
     assert "\n" not in str(got.value)
-
-
-def test_without_a_gpu_that_is_known_the_need_is_shown(
-    on_gpu: tuple[Prepared, pa.Table], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(gpu_memory, "find_gpu", lambda config: None)
-    assert "activations" in check_memory(*on_gpu)
+    assert str(whole) in check_memory(*on_gpu), "no GPU is known: the need is shown"
