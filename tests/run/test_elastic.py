@@ -76,12 +76,16 @@ def test_room_that_is_lost_between_choosing_and_starting_costs_one_timeout(
     assert audit.main([str(run)]) == 0
 
 
-def test_what_another_job_holds_is_no_room(cluster: Cluster) -> None:
+def test_what_another_job_holds_is_no_room(cluster: Cluster, tiny: Path) -> None:
     ray.init(address=cluster.address)
+    overrides = ["--train.workers", "[1,4]", "--encoder.cpus", "0.5", "--encoder.actors", "1"]
+    driver = object.__new__(attempts.Attempts)  # The rest of it needs a run that is prepared.
+    driver._config = load_config(str(tiny), overrides)
     mine = ray.util.placement_group([{"CPU": 1}])
     ray.get(mine.ready())
     [node] = free_nodes()
     assert node.resources["CPU"] == 6, "the own job's share can be used again"
+    assert driver._choose_workers() == 3, "beside an encoder, a loader and one to spare"
     other = subprocess.Popen(
         [sys.executable, "-c", OTHER_JOB], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -89,6 +93,7 @@ def test_what_another_job_holds_is_no_room(cluster: Cluster) -> None:
         assert other.stdout is not None and other.stdout.readline() == "holds\n"
         assert [n.resources["CPU"] for n in free_nodes()] == [2.5]
         assert [n.resources["CPU"] for n in cluster_nodes()] == [6]
+        assert driver._choose_workers() == 1
     finally:
         other.kill()
         other.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from jobs import audit
+from omni.errors import ExitCode
 from omni.metrics.run_files import read_events
 from omni.storage.digest import file_digest
 from tests.helpers.whole_runs import ROOT, command, curve
@@ -41,10 +43,25 @@ def _wait(until: Callable[[], bool], process: subprocess.Popen[str], seconds: fl
         time.sleep(0.05)
 
 
-def _contents(run: Path) -> dict[str, str]:
-    """Checksums of all files of a run but those of Ray."""
-    paths = [path for path in run.rglob("*") if path.is_file() and ".ray" not in path.parts]
-    return {str(path.relative_to(run)): file_digest(path, size=16) for path in paths}
+def _contents(run: Path) -> set[tuple[str, str]]:
+    """Checksums of files of a run and targets of its links, without Ray's and TensorBoard's."""
+    found = set()
+    for path in run.rglob("*"):
+        name = str(path.relative_to(run))
+        if name.startswith((".ray/", "tensorboard/")):
+            continue
+        if path.is_symlink():
+            found.add((name, str(path.readlink())))
+        elif path.is_file():
+            found.add((name, file_digest(path, size=16)))
+    return found
+
+
+def _errors_of(process: psutil.Process) -> str:
+    """Text that a worker process of Ray wrote to stderr."""
+    ray = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray"
+    logs = ray.glob(f"session_*/logs/worker-*-{process.pid}.err")
+    return max(logs, key=lambda path: path.stat().st_mtime).read_text()
 
 
 def _checkpoint_after(run: Path, step: int) -> bool:
@@ -65,7 +82,7 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
         others.append(refused := _start(tiny, tmp_path))
         _wait(lambda: refused.poll() is not None, first)
         said, _ = refused.communicate()
-        assert refused.returncode == 3, said
+        assert refused.returncode == ExitCode.RUN_TAKEN, said
         assert f"pid {first.pid}" in said.splitlines()[-1], said
         _wait(lambda: _checkpoint_after(run, 7), first)
         tree = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
@@ -82,19 +99,22 @@ def test_a_driver_that_was_away_finds_its_run_taken_over_and_publishes_nothing(
         assert second.returncode == 0, said
         assert f"pid {first.pid}" in said and "taking over" in said
         after_second = _contents(run)
+        assert (run / "summary.json").is_file()
+        ranks = [process for process in tree if "RayTrainWorker" in process.name()]
+        assert len(ranks) == 1
+        # Driver and cluster stay stopped, so that nobody but itself ends the rank.
+        ranks[0].resume()
+        gone, _ = psutil.wait_procs(ranks, timeout=120)
+        assert gone == ranks, "a rank whose run was taken over goes on"
+        assert f"pid {second.pid} has taken over" in _errors_of(ranks[0])
         for process in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
         said, _ = first.communicate(timeout=300)
-        assert first.returncode == 3, said
+        assert first.returncode == ExitCode.RUN_TAKEN, said
         assert f"pid {second.pid}" in said.splitlines()[-1], said
         time.sleep(3)
-        changed = {
-            name
-            for name, content in _contents(run).items()
-            if after_second.get(name) != content and not name.startswith("tensorboard/")
-        }
-        assert changed == set()
+        assert _contents(run) == after_second
     finally:
         for process in reversed(tree):
             with contextlib.suppress(psutil.NoSuchProcess):
