@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -110,10 +112,33 @@ def _streamed(settings: StreamSettings) -> list[dict[str, Any]]:
     return [row for table in tables for row in table.to_pylist()]
 
 
+@contextlib.contextmanager
+def _first_killed(task: str) -> Iterator[list[int]]:
+    """Kill the first process that runs such a task; its pid is in the list afterwards."""
+    killed: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not killed and not done.wait(0.01):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if task in " ".join(process.cmdline()) and not killed:
+                        process.kill()
+                        killed.append(process.pid)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_a_stream_whose_features_are_all_cached_has_no_encoder(
     cluster: None, tmp_path: Path
 ) -> None:
-    """It sends the same blocks, also where features have been damaged since the start."""
+    """It sends the same blocks, also where a loader is killed, or features are damaged."""
     prepared, folder = small_run(), tmp_path / "features"
     settings = stream_settings(prepared.config, prepared.encoder)
     settings = replace(settings, cache=str(folder))
@@ -129,7 +154,9 @@ def test_a_stream_whose_features_are_all_cached_has_no_encoder(
         for number in bins
     ]
     assert all(row["features"] for row in expected if row["ids"])
-    found = _streamed(replace(settings, encode=False))
+    with _first_killed("MapBatches(_ReadStage)") as killed:
+        found = _streamed(replace(settings, encode=False))
+    assert len(killed) == 1
     assert _encoder_actors() == 0
     for shard in folder.glob("*.bin"):
         shard.write_bytes(bytes(shard.stat().st_size))
