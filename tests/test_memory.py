@@ -132,7 +132,8 @@ def _peak(script: str, path: Path) -> int:
 
 
 @pytest.mark.slow  # The encoder reads 25 minutes and more.
-@pytest.mark.parametrize("minutes", [20, 120])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("minutes", [20, 60])
 def test_a_long_recording_is_written_down_in_flat_memory(recording: Path, minutes: int) -> None:
     # Five minutes fill the groups of pieces that are in memory together.
     base = _peak(_TRANSCRIBE, _recording(recording, 5))
