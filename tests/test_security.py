@@ -56,7 +56,7 @@ def test_nothing_runs_a_shell_or_unpickles() -> None:
         "omni/corpus/build_tasks.py"
     }
     assert {place.partition(":")[0] for place in found} <= programs
-    lists = ("subprocess.run([", "subprocess.run(command, ")
+    lists = ("subprocess.run([", "subprocess.run(command, ", "subprocess.Popen([")
     assert all(call.startswith(lists) for call in found.values()), found
 
 
