@@ -54,6 +54,7 @@ def test_room_that_is_lost_between_choosing_and_starting_costs_one_timeout(
     tiny: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doomed = [cluster.add_node(num_cpus=4)]
+    cluster.wait_for_nodes()
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     make, asked = attempts.make_trainer, []
 
