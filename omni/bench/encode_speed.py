@@ -27,7 +27,7 @@ from omni.model.encoder.weights import WhisperConfig
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.stream.codec import DTYPES
 
-_CLIPS = 12
+_CLIPS = 24
 _PADDED_BATCH = 8
 _BUDGETS = (600, 1500, 3000, 6000, 12_000)
 """Padded log-mel frames of a batch that are tried for transformers; the fastest is kept."""
