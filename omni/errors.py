@@ -18,7 +18,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 128 + 2
     """By Ctrl-C. From here on as a shell reports a signal."""
     PIPE_CLOSED = 128 + 13
-    """Whoever read the output has gone."""
+    """Reader of the output, such as `head`, ended before the job."""
     TERMINATED = 128 + 15
     """By SIGTERM, with the plan not trained."""
 

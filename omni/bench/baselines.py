@@ -1,4 +1,4 @@
-"""What a careful user of transformers and PyTorch would run: the things that omni is compared with.
+"""Run what a careful user of transformers and PyTorch would: baselines that omni is compared with.
 
 Audio is encoded at its length in batches of similar lengths, and batches of utterances are sorted
 by length under a budget of padded positions. The habit of padding to 30 s is beside them, since

@@ -28,7 +28,8 @@ class StepSums(LossTotals):
     encode_seconds: float = 0.0  # work of the encoder actors
     encoded_samples: float = 0.0  # of audio whose features were not in the cache
     rejected: float = 0.0  # utterances
-    halvings: float = 0.0  # of the batches of encoders that ran out of memory
+    halvings: float = 0.0
+    """Times that an encoder ran out of memory and halved its batches."""
     stop: float = 0.0  # ranks that were asked to stop
 
 

@@ -12,6 +12,7 @@ import re
 import secrets
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,23 +31,26 @@ _UPLOAD_SECONDS = 30.0  # between two copies of TensorBoard's files into object 
 _MLFLOW_BATCH = 100  # parameters that MLflow accepts in one request
 
 
-class Tracker:
-    """Adapter of an open run of a tracker. An exception ends its part in the run."""
+class Tracker(ABC):
+    """Adapter of an open run of a tracker. An exception ends its part in the run.
 
-    def rewind(self, step: int) -> None:
+    Methods that are not abstract do nothing where a package needs nothing.
+    """
+
+    def rewind(self, step: int) -> None:  # noqa: B027
         """Discard what was logged of `step` and later, if possible: those steps come again."""
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
-    def examples(self, step: int, examples: Sequence[Example]) -> None:
+    def examples(self, step: int, examples: Sequence[Example]) -> None:  # noqa: B027
         """Show references and hypotheses of an evaluation, if possible."""
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027
         """Send what is buffered, where the package does not do so itself."""
 
-    def close(self, complete: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self, complete: bool) -> None: ...
 
 
 def check_trackers(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -14,8 +15,8 @@ class _Range(io.RawIOBase):
     def __init__(self, length: int) -> None:
         self._length, self._place = length, 0
 
-    def _fetch(self, count: int, place: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _fetch(self, count: int, place: int) -> bytes: ...
 
     @property
     def size(self) -> int:
