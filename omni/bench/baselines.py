@@ -8,13 +8,16 @@ half of the field still has it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni.model.batch import Batch
 from omni.model.encoder.weights import read_whisper_files, whisper_folder
+from omni.model.packed_attention import SegmentLayout
 
 WINDOW_FRAMES = 3000
 """Log-mel frames of a window of 30 s."""
@@ -56,6 +59,26 @@ def encode_trimmed(model: Any, mels: Sequence[Tensor]) -> list[Tensor]:
         hidden = layer(hidden, mask)
     hidden = model.layer_norm(hidden)
     return [row[:count] for row, count in zip(hidden, frames, strict=True)]
+
+
+@dataclass(frozen=True)
+class PaddedBatch(Batch):
+    """Hold one utterance per row, padded on the right.
+
+    On a GPU, rows attend by torch's fused causal kernel, whose shapes may vary; packed rows need a
+    kernel that is compiled for each shape.
+    """
+
+    def layout(self) -> SegmentLayout:
+        device = self.segments_BT.device
+        if device.type == "cuda":
+            return SegmentLayout.plain(self.segments_BT.shape, device)
+        return super().layout()
+
+    @classmethod
+    def of(cls, batch: Batch) -> PaddedBatch:
+        """Mark a batch whose rows hold one utterance each."""
+        return cls(**vars(batch))
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -27,9 +27,14 @@ from omni.model.encoder.weights import WhisperConfig
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.stream.codec import DTYPES
 
-_CLIPS = 24
-_PADDED_BATCH = 8
-_BUDGETS = (600, 1500, 3000, 6000, 12_000)
+_CLIPS = {"cpu": 24, "cuda": 512}
+_PADDED_BATCH = {"cpu": 3, "cuda": 32}
+_PADDED_WINDOWS = {"cpu": 6, "cuda": 128}
+"""Windows of 30 s that are timed; they cost the same, so the time is scaled to all of them."""
+_BUDGETS = {
+    "cpu": (600, 1500, 3000, 6000, 12_000),
+    "cuda": (12_000, 24_000, 48_000, 96_000, 192_000),
+}
 """Padded log-mel frames of a batch that are tried for transformers; the fastest is kept."""
 # The short jobs are repeated, so that they last as long as the others.
 _TRIM_REPEATS, _CEILING_REPEATS = 8, 20
@@ -41,19 +46,21 @@ def bench_encode(config: Config) -> Result:
     torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if settings.gpus else "cpu")
     result = Result("encode", describe_machine(device, settings.threads))
-    paths = typical_clips(config)
+    paths = typical_clips(config, _CLIPS[device.type])
     audio = [decode(path, span) for path, span in paths]
     seconds = sum(map(len, audio)) / SAMPLING_RATE
     result.notes.append(
         f"{len(audio)} clips, {seconds:.0f} s, at even quantiles of the lengths of data.train"
     )
     _time_encoders(config, device, audio, result)
-    _time_log_mel(audio, result)
-    _time_decoding(paths, seconds, result)
+    # What runs on the CPU is measured on as many clips everywhere.
+    few = slice(None, None, -(-len(audio) // _CLIPS["cpu"]))
+    _time_log_mel(audio[few], result)
+    _time_decoding(paths[few], sum(map(len, audio[few])) / SAMPLING_RATE, result)
     return result
 
 
-def typical_clips(config: Config, count: int = _CLIPS) -> list[tuple[Path, AudioSpan]]:
+def typical_clips(config: Config, count: int) -> list[tuple[Path, AudioSpan]]:
     """Choose clips of data.train at even quantiles of length, to keep its distribution."""
     table = build_mixture(
         config.data.train, cache_dir=config.cache_dir, allow_absolute=config.data.allow_absolute
@@ -86,18 +93,23 @@ def _time_encoders(
         source, margin_seconds=config.encoder.margin_seconds, mode="trim", **shared
     )
     samples = [len(clip) for clip in audio]
-    full_mels, trim_mels = ([e.front_end(clip) for clip in audio] for e in (full, trim))
+    trim_mels = [trim.front_end(clip) for clip in audio]
+    # Clips of at most 30 s are one window each; longer ones are cut there, in both.
+    padded = audio[:: -(-len(audio) // _PADDED_WINDOWS[device.type])]
+    padded = [clip[:WINDOW_SAMPLES] for clip in padded]
+    padded_mels = [full.front_end(clip) for clip in padded]
     ceiling = Ceiling(dtype, device)
     reference = reference_encoder(source, dtype, device)
     best, budget = _best_job(reference, trim_mels, device)
+    tried = ", ".join(f"{b:,}" for b in _BUDGETS[device.type])
     result.notes.append(
         f"transformers trimmed: batches of similar lengths of at most {budget:,} log-mel frames, "
-        f"the fastest of {', '.join(f'{b:,}' for b in _BUDGETS)}"
+        f"the fastest of {tried}; padded: {len(padded)} windows, scaled to all"
     )
     jobs: dict[str, Callable[[], Any]] = {
-        "transformers padded": _padded_job(reference, full_mels, device),
+        "transformers padded": _padded_job(reference, padded_mels, device),
         "transformers trimmed": lambda: [best() for _ in range(_TRIM_REPEATS)],
-        "full": lambda: full.encode_mels(full_mels, samples),
+        "full": lambda: full.encode_mels(padded_mels, list(map(len, padded))),
         "trim": lambda: [trim.encode_mels(trim_mels, samples) for _ in range(_TRIM_REPEATS)],
         "matmul": lambda: ceiling.multiply(_CEILING_REPEATS),
         "copy": ceiling.copy,
@@ -109,6 +121,8 @@ def _time_encoders(
     taken["matmul"] = [t / _CEILING_REPEATS for t in taken["matmul"]]
 
     windows = sum(-(-count // WINDOW_SAMPLES) for count in samples)
+    for name in ("transformers padded", "full"):
+        taken[name] = [t * windows / len(padded) for t in taken[name]]
     full_flops = windows * encoder_flops(full.config, 1500)
     trim_flops = sum(encoder_flops(full.config, mel.shape[1] // 2) for mel in trim_mels)
     seconds = sum(samples) / SAMPLING_RATE
@@ -136,9 +150,8 @@ def _time_encoders(
 
 def _padded_job(model: Any, mels: Sequence[Tensor], device: torch.device) -> Callable[[], Any]:
     """Return a job that runs transformers' encoder over windows padded to 30 s, in batches."""
-    windows = torch.stack([part for mel in mels for part in mel.split(WINDOW_FRAMES, dim=1)])
-    batches = [batch.to(device, model.dtype) for batch in windows.split(_PADDED_BATCH)]
-    return lambda: [model(batch).last_hidden_state for batch in batches]
+    batches = torch.stack(list(mels)).to(model.dtype).split(_PADDED_BATCH[device.type])
+    return lambda: [model(batch.to(device)).last_hidden_state for batch in batches]
 
 
 def _best_job(
@@ -152,7 +165,7 @@ def _best_job(
         batches = [[parts[n] for n in batch] for batch in length_batches(lengths, budget)]
         return lambda: [encode_trimmed(model, batch) for batch in batches]
 
-    jobs = {str(budget): job_of(budget) for budget in _BUDGETS}
+    jobs = {str(budget): job_of(budget) for budget in _BUDGETS[device.type]}
     with torch.inference_mode():
         taken = alternate(jobs, rounds=2, device=device)
     best = min(taken, key=lambda name: median(taken[name]))

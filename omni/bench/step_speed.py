@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.bench.baselines import length_batches
+from omni.bench.baselines import PaddedBatch, length_batches
 from omni.bench.prepared_run import Sample, in_temporary_storage, progress, take_sample
 from omni.bench.timing import Ceiling, Result, alternate, describe_machine, median, ratio_of
 from omni.config import Config
@@ -25,6 +25,7 @@ from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.stream.codec import DTYPES
 from omni.stream.collate import Utterance
+from omni.train.model_state import compile_layers
 from omni.train.optim import make_optimizers, trainable
 
 _SIZES = {"2 x 128": (2, 128, 2), "6 x 256": (6, 256, 4), "8 x 384": (8, 384, 6)}
@@ -82,10 +83,11 @@ def _random_batches(sample: Sample, members: list[Utterance]) -> list[Batch]:
     ]
 
 
-def padded_batch(sample: Sample, members: list[Utterance]) -> Batch:
+def padded_batch(sample: Sample, members: list[Utterance]) -> PaddedBatch:
     """Build a batch with one utterance per row, padded to the longest."""
     longest = max(sample.layout.length(member) for member in members)
-    return replace(sample.layout, positions=longest).batch([[member] for member in members])
+    rows = [[member] for member in members]
+    return PaddedBatch.of(replace(sample.layout, positions=longest).batch(rows))
 
 
 def _describe(batches: dict[str, list[Batch]], result: Result) -> None:
@@ -163,6 +165,8 @@ class _Step:
         self._model = OmniModel(shape)
         self._model.init_weights(config.run.seed)
         self._model.to(device).train()
+        if device.type == "cuda" and config.train.compile:
+            compile_layers(self._model)
         self._optimizers = make_optimizers(self._model, config.optim)
 
     @property

@@ -450,6 +450,8 @@ class TrainConfig(Section):
     """Number format of forward and backward passes; parameters stay in fp32."""
     recompute: bool = False
     """Keep only the inputs of layers and recompute the rest: less memory, a third more time."""
+    compile: bool = True
+    """On a GPU, compile the layers of a GPT that is not sharded; it takes seconds at the start."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Failures in a row without a new checkpoint that are retried; -1: no limit."""
     timeout_seconds: PositiveFloat = 600

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Kernel = Literal["groups", "flex"]
 GROUP_FILL = 0.7  # minimum ratio of the shortest to the longest segment of a group
+_SHAPES = 256
+"""Shapes for which a function may be compiled: of batches in training and evaluation."""
 # Scores of longer sequences do not fit in the CPU's caches, and fused kernels are faster.
 MATMUL_MAX_LENGTH = 512
 
@@ -104,15 +106,21 @@ class SegmentLayout:
             return self.positions_BT[:, -1] + 1
         return self.positions_BT[:, 0] + self.lengths_B
 
+    def fixed(self, window: int) -> FlexLayout:
+        """Return what attention with one window needs of the layout, for kernel "flex"."""
+        if self.segments_BT is None:
+            raise ValueError("expected a layout for the kernel flex")
+        if window not in self.masks:
+            self.masks[window] = block_mask(self.segments_BT, window)
+        return FlexLayout(self.masks[window])
+
     def attend(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
         """Attend inside segments: each position sees itself and at most `window` to its left.
 
         Returns (B, T, H, D).
         """
         if self.segments_BT is not None:
-            if window not in self.masks:
-                self.masks[window] = block_mask(self.segments_BT, window)
-            return _flex_attention(q_BTHD, k_BTGD, v_BTGD, self.masks[window])
+            return self.fixed(window).attend(q_BTHD, k_BTGD, v_BTGD)
         if self.groups is None or self.inverse is None:
             return causal_attention(q_BTHD, k_BTGD, v_BTGD, window)
         if not self.groups:
@@ -128,6 +136,24 @@ class SegmentLayout:
             outs.append(causal_attention(picked[0], picked[1], picked[2], window).flatten(0, 1))
         outs.append(torch.zeros(1, *q.shape[1:], dtype=v.dtype, device=v.device))
         return torch.cat(outs).index_select(0, self.inverse).view(q_BTHD.shape)
+
+
+@dataclass(frozen=True)
+class FlexLayout:
+    """Block mask of packed rows for one window. Compiled layers take it as an input."""
+
+    mask: BlockMask
+
+    def attend(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int = 0) -> Tensor:
+        """See `SegmentLayout.attend`; the window is that of the mask."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTGD, v_BTGD))
+        # Inside a compiled layer it is part of the layer's graph.
+        inside = torch.compiler.is_compiling()
+        kernel: Any = flex_attention if inside else _flex_kernel(q.device.type)
+        out: Tensor = kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -220,19 +246,14 @@ def block_mask(segments_BT: Tensor, window: int) -> BlockMask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, length = segments_BT.shape
+    # As a tensor, all windows share a compiled kernel.
+    left = torch.full((), window, device=segments_BT.device)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same = segments_BT[b, q] == segments_BT[b, k]
-        return same & (q >= k) & (q - k <= window)
+        return same & (q >= k) & (q - k <= left)
 
     return create_block_mask(visible, rows, None, length, length, device=segments_BT.device)
-
-
-def _flex_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, mask: BlockMask) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTGD, v_BTGD))
-    grouped = q.shape[1] != k.shape[1]
-    out: Tensor = _flex_kernel(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
-    return out.transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=2)
@@ -241,7 +262,24 @@ def _flex_kernel(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     kernel: Any = flex_attention
-    return torch.compile(kernel, dynamic=False) if device == "cuda" else kernel
+    return compile_fully(kernel) if device == "cuda" else kernel
+
+
+def compile_fully(
+    function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., Any]:
+    """Compile a function anew for each shape, and raise an error where that is not possible.
+
+    backend: torch's compiler. By default torch runs the function uncompiled from the ninth shape
+    on, and says so in a log: attention would then store all scores.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
+    compiled: Callable[..., Any] = torch.compile(
+        function, dynamic=False, fullgraph=True, backend=backend
+    )
+    return compiled
 
 
 def _group(segments_BT: Tensor, continues_BT: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError
 from omni.config import Config
 from omni.model.batch import Batch
+from omni.model.lm.gpt import GPT
 from omni.model.lm.pretrained import load_lm
 from omni.model.losses import Distillation
 from omni.model.precision import compute_dtype
@@ -70,6 +71,8 @@ class ModelState:
             self._shard()
         else:
             self.model.to(device)
+        if config.train.compile and device.type == "cuda" and not self.sharded:
+            compile_layers(self.model)
         self.optimizers = make_optimizers(self.model, config.optim)
         self.average = WeightAverage(self.model, config.optim.ema) if config.optim.ema else None
         self._unreduced = False
@@ -275,3 +278,9 @@ def _copied(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
         if keep:
             copies[name] = full.to("cpu", copy=True)
     return copies
+
+
+def compile_layers(model: OmniModel) -> None:
+    """Compile the layers of a GPT; transformers' models run as they are."""
+    if isinstance(model.lm, GPT):
+        model.lm.compile_layers()

@@ -41,3 +41,9 @@ def awake_gpt(config: GPTConfig = SMALL, seed: int = 0) -> GPT:
 
 def random_ids(*shape: int, seed: int = 1, vocab_size: int = SMALL.vocab_size) -> torch.Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_row(lengths: list[int], positions: int) -> torch.Tensor:
+    """Segments 1, 2, ... of the given lengths, then padding."""
+    row = [number for number, length in enumerate(lengths, start=1) for _ in range(length)]
+    return torch.tensor([row + [0] * (positions - len(row))])

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from omni.model.lm.gpt import GPT
 from omni.model.packed_attention import Kernel, SegmentLayout, causal_attention
-from tests.helpers.small_gpt import SMALL, awake_gpt, random_ids
+from tests.helpers.small_gpt import SMALL, awake_gpt, packed_row, random_ids
 
 KERNELS: tuple[Kernel, Kernel] = ("groups", "flex")
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
-
-
-def packed_row(lengths: list[int], positions: int) -> Tensor:
-    """Segments 1, 2, ... of the given lengths, then padding."""
-    row = [number for number, length in enumerate(lengths, start=1) for _ in range(length)]
-    return torch.tensor([row + [0] * (positions - len(row))])
 
 
 def assert_each_segment_stands_alone(model: GPT, idx: Tensor, segments: Tensor) -> None:

@@ -8,7 +8,10 @@ G = n_kv_head, D = C / H, V = vocab_size.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,7 @@ from omni.model.lm.gpt_block import (
     rms,
 )
 from omni.model.losses import token_losses
-from omni.model.packed_attention import SegmentLayout
+from omni.model.packed_attention import FlexLayout, SegmentLayout, compile_fully
 
 SOFTCAP = 15.0
 
@@ -46,8 +49,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.dropout = dropout
         self._recompute = False
+        self._compiled: Callable[..., Tensor] | None = None
         vocabulary, width = config.padded_vocab_size, config.n_embd
         kv_width = config.n_kv_head * (width // config.n_head)
         with_value = [i for i in range(config.n_layer) if i % 2 == (config.n_layer - 1) % 2]
@@ -61,6 +64,7 @@ class GPT(nn.Module):
         self.smear_gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
         self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        self.dropout = dropout
         self.init_weights()
 
     @torch.no_grad()
@@ -87,6 +91,17 @@ class GPT(nn.Module):
         self.x0_lambdas.copy_(0.20 - 0.15 * depth)
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
+
+    @property
+    def dropout(self) -> float:
+        """Rate of dropout on embeddings and residual branches."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        self._dropout = rate
+        for block in self.blocks():
+            block.dropout = rate
 
     def blocks(self) -> list[Block]:
         return [block for block in self.transformer.h if isinstance(block, Block)]
@@ -128,14 +143,24 @@ class GPT(nn.Module):
 
         cos_sin = self._rotary(layout.positions_BT, x)
         x0, middle = x, x
+        compiled = self._compiled if self.training and cache is None else None
+        if layout.segments_BT is None:
+            compiled = None
+        if compiled is not None:
+            x0 = x.clone()  # The compiler would make a graph of its own for a layer with x as x0.
         for i, (block, window) in enumerate(zip(self.blocks(), self.config.windows(), strict=True)):
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            scales = (self.resid_lambdas[i], self.x0_lambdas[i])
             value = self._value(i, idx_BT, value_mask_BT)
-            if self._recompute and cache is None and torch.is_grad_enabled():
-                arguments = (value, cos_sin, layout, window, None)
-                x = checkpoint(self._apply_block, x, block, *arguments, use_reentrant=False)
+            run: Callable[..., Tensor]
+            if compiled is not None:
+                run = functools.partial(compiled, block, layout=layout.fixed(window))
             else:
-                x = self._apply_block(x, block, value, cos_sin, layout, window, cache)
+                run = functools.partial(block, layout=layout, window=window, cache=cache)
+            arguments = (x, x0, *scales, value, cos_sin)
+            if self._recompute and cache is None and torch.is_grad_enabled():
+                x = checkpoint(run, *arguments, use_reentrant=False)
+            else:
+                x = run(*arguments)
             if i == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
@@ -143,18 +168,13 @@ class GPT(nn.Module):
             cache.longest += x_BTC.shape[1]
         return rms(x - self.backout_lambda * middle)
 
-    def _apply_block(
-        self,
-        x: Tensor,
-        block: Block,
-        value: Tensor | None,
-        cos_sin: tuple[Tensor, Tensor],
-        layout: SegmentLayout,
-        window: int,
-        cache: KVCache | None,
-    ) -> Tensor:
-        x = x + self._drop(block.attn(rms(x), value, cos_sin, layout, window, cache))
-        return x + self._drop(block.mlp(rms(x)))
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the layers' computation in training, whose shapes are few.
+
+        backend: torch's compiler. Layers share one compiled graph, or two where some have value
+        embeddings. Evaluation and decoding, whose shapes vary, stay as they are.
+        """
+        self._compiled = compile_fully(_run_block, backend)
 
     def recompute(self) -> None:
         """Store only the inputs of layers, and recompute activations in the backward pass."""
@@ -253,3 +273,9 @@ def scatter_soft_tokens(x_BTC: Tensor, audio_MC: Tensor, at_M: Tensor) -> Tensor
     """Put M soft tokens at M positions, counted through the rows."""
     flat = x_BTC.flatten(0, 1)
     return flat.index_copy(0, at_M, audio_MC.to(flat.dtype)).view_as(x_BTC)
+
+
+def _run_block(block: Block, *arguments: Any, layout: FlexLayout) -> Tensor:
+    """Call a layer. Compiled, it takes the layer as an input, so that layers share a graph."""
+    out: Tensor = block(*arguments, layout=layout)
+    return out

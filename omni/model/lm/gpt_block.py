@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.model.packed_attention import SegmentLayout
+from omni.model.packed_attention import FlexLayout, SegmentLayout
 
 ROTARY_BASE = 100_000.0
 QK_SCALE = 1.2
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         x_BTC: Tensor,
         value_BTGD: Tensor | None,
         cos_sin: tuple[Tensor, Tensor],
-        layout: SegmentLayout,
+        layout: SegmentLayout | FlexLayout,
         window: int,
         cache: KVCache | None,
     ) -> Tensor:
@@ -139,6 +139,7 @@ class Attention(nn.Module):
         q = (rms(rotate(q, cos_sin)) * QK_SCALE).to(v.dtype)
         k = (rms(rotate(k, cos_sin)) * QK_SCALE).to(v.dtype)
         if cache is not None:
+            assert isinstance(layout, SegmentLayout)
             cache.store(self.layer, k, v, layout.positions_BT)
         if cache is not None and length == 1:
             out = self._decode(q, cache, window)
@@ -177,3 +178,24 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer, has_value_embedding)
         self.mlp = MLP(config.n_embd)
+        self.dropout = 0.0
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        first_BTC: Tensor,
+        scale: Tensor,
+        first_scale: Tensor,
+        value_BTGD: Tensor | None,
+        cos_sin: tuple[Tensor, Tensor],
+        layout: SegmentLayout | FlexLayout,
+        window: int = 0,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Run the layer over x, scaled and with a share of the first layer's input."""
+        x = scale * x_BTC + first_scale * first_BTC
+        x = x + self._drop(self.attn(rms(x), value_BTGD, cos_sin, layout, window, cache))
+        return x + self._drop(self.mlp(rms(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
