@@ -42,7 +42,7 @@ def speak(text: str, take: Take, folder: Path) -> tuple[np.ndarray, int]:
         return np.asarray(audio, np.float32), 24000
     path = folder / "spoken.wav"
     path.unlink(missing_ok=True)
-    code, _ = _run(_command(text, take, path))
+    code, _, _ = _run(_command(text, take, path))
     if code:
         raise SpeechError(f"{take.program} ended with {code}")
     try:
@@ -61,8 +61,8 @@ def _command(text: str, take: Take, path: Path) -> list[str]:
     return ["espeak-ng", *voice, "-w", str(path), "--", text]
 
 
-def _run(command: list[str]) -> tuple[int, str]:
-    """Run a program; return its exit code and what it printed. Raises SpeechError."""
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Run a program; return its exit code, output and error output. Raises SpeechError."""
     try:
         done = subprocess.run(
             command,
@@ -76,7 +76,7 @@ def _run(command: list[str]) -> tuple[int, str]:
         raise SpeechError(f"{command[0]} took over {_TIMEOUT_SECONDS} s") from None
     except OSError as error:
         raise SpeechError(f"{command[0]} did not start: {error.strerror}") from None
-    return done.returncode, done.stdout
+    return done.returncode, done.stdout, done.stderr
 
 
 @functools.lru_cache(maxsize=1)
@@ -93,21 +93,25 @@ def missing(programs: Iterable[str]) -> dict[str, str]:
         is_there = importlib.util.find_spec(name) if name == "hibari" else shutil.which(name)
         if not is_there:
             found[name] = f"{name} is not installed: {SOURCES[name][0]}"
-        elif name != "hibari" and (lacking := _lacking(name)):
-            found[name] = f"{name} lacks its voice {lacking[0]}: {SOURCES[name][0]}"
+        elif name != "hibari":
+            try:
+                lacking = _lacking(name)
+            except SpeechError as error:
+                found[name] = str(error)
+                continue
+            if lacking:
+                found[name] = f"{name} lacks its voice {lacking[0]}: {SOURCES[name][0]}"
     return found
 
 
 def _lacking(program: str) -> list[str]:
-    """List the voices that a command does not have."""
-    try:
-        if program == "flite":
-            known = set(_printed("flite", "-lv").split())
-            return [voice for voice in VOICES["flite"] if voice not in known]
-        known = {line.split()[1] for line in _printed("espeak-ng", "--voices=en").splitlines()[1:]}
-        variants = _printed("espeak-ng", "--voices=variant")
-    except (SpeechError, IndexError):
-        return ["en"]
+    """List the voices that a command does not have. Raises SpeechError if it does not run."""
+    if program == "flite":
+        known = set(_printed("flite", "-lv").split())
+        return [voice for voice in VOICES["flite"] if voice not in known]
+    lines = [line.split() for line in _printed("espeak-ng", "--voices=en").splitlines()[1:]]
+    known = {fields[1] for fields in lines if len(fields) > 1}
+    variants = _printed("espeak-ng", "--voices=variant")
     names = set(re.findall(r"!v/(\S+)", variants))
     return [name for name in ACCENTS if name not in known] + [
         name for name in VARIANTS if name not in names
@@ -135,8 +139,15 @@ def _package(name: str) -> str:
 
 
 def _printed(*command: str) -> str:
-    """Return what a program prints; flite --version does so with exit code 1."""
-    return _run(list(command))[1]
+    """Return what a program prints; flite --version does so with exit code 1.
+
+    Raises SpeechError where it prints nothing, as one does whose shared libraries are missing.
+    """
+    code, printed, error = _run(list(command))
+    if not printed:
+        reason = error.strip().splitlines()[-1:] or [f"it printed nothing and ended with {code}"]
+        raise SpeechError(f"{command[0]} does not run: {reason[0]}")
+    return printed
 
 
 def _version(text: str) -> str:

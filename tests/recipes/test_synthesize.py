@@ -122,6 +122,20 @@ def test_a_command_without_the_voices_is_refused(
     assert "kal16" in found["flite"] and "en-us" in found["espeak-ng"]
 
 
+def test_a_command_that_does_not_run_says_why_and_not_that_it_lacks_a_voice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("flite", "espeak-ng"):
+        (tmp_path / name).write_text(
+            "#!/bin/sh\necho 'libasound.so.2: cannot open' >&2\nexit 127\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = missing(["flite", "espeak-ng"])
+    assert set(found) == {"flite", "espeak-ng"}
+    assert all("libasound.so.2" in reason and "voice" not in reason for reason in found.values())
+
+
 @pytest.mark.parametrize("program", [pytest.param(name, marks=needs(name)) for name in VOICES])
 def test_each_program_speaks_every_voice_again_alike(program: str, tmp_path: Path) -> None:
     text = "The old man who lives by the sea."
