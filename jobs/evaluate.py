@@ -1,4 +1,8 @@
-"""Measure the WER and CER of a checkpoint, with Whisper's text normalizer."""
+"""Measure WER and CER of checkpoints on corpora, with intervals and paired tests.
+
+Texts are compared after Whisper's normaliser. It prints JSON: the figures of one checkpoint on one
+corpus, or {"results", "differences"} of several; differences are to the first checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,37 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from jobs.cli import (
     CHECKPOINT,
     add_corpus_limits,
     add_decoding,
-    checkpoint_path,
     corpus_spec,
     download_limits,
     job_parser,
     positive,
     run_job,
 )
+from omni.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        action="append",
+        required=True,
+        help=f"{CHECKPOINT}; may be repeated",
+    )
     add(
         "--data",
         type=corpus_spec,
+        action="append",
         required=True,
-        help="corpus (any SPEC of omni index), or embedded:test",
+        help="corpus (any SPEC of omni index), or embedded:test; may be repeated",
     )
     add_corpus_limits(parser)
     add(
@@ -39,6 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         help="metric of your own beside WER and CER (docs/plug-ins.md); may be repeated",
     )
     add("--out", type=Path, help="write one JSON line per utterance here")
+    add(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="write tables here: .md, or .html with the worst utterances to hear",
+    )
+    add("--worst", type=positive, default=50, help="utterances on the page (default 50)")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
     add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
     add_decoding(parser)
@@ -50,31 +69,76 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from omni.checkpoint.base import checkpoint_folder
+    from omni.inference.decode_batch import without_counts
     from omni.inference.rows import evaluate
+    from omni.inference.scores import compare, worst
     from omni.inference.transcriber import Transcriber
     from omni.metrics.run_files import append_json
     from omni.metrics.text_metric import load_metrics
+    from omni.report.score_page import Scores, markdown, page
+    from omni.storage.uri import public_uri
 
     torch.set_num_threads(arguments.threads)
     metrics = load_metrics(arguments.metric, "--metric")
-    transcriber = Transcriber.load(
-        arguments.checkpoint,
-        arguments.device,
-        arguments.max_new_tokens,
-        arguments.decode,
-        arguments.ctc_weight,
-    )
-    summary, rows = evaluate(
-        transcriber,
-        arguments.data,
-        allow_absolute=arguments.allow_absolute,
-        downloads=download_limits(arguments),
-        metrics=metrics,
-    )
-    if arguments.out is not None:
-        arguments.out.unlink(missing_ok=True)
-        append_json(arguments.out, rows)
-    print(json.dumps(summary, indent=1, ensure_ascii=False))
+    names, corpora = _distinct(arguments, "checkpoint"), _distinct(arguments, "data")
+    paths = {name: checkpoint_folder(name) for name in names}
+    if arguments.table is not None and arguments.table.suffix not in (".md", ".html"):
+        raise ConfigError(f"--table: expected a name in .md or .html, got {str(arguments.table)!r}")
+    for option, file in (("table", arguments.table), ("out", arguments.out)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"--{option}: {file.parent}: no such folder")
+    results: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, path in paths.items():
+        transcriber = Transcriber.load(
+            path,
+            arguments.device,
+            arguments.max_new_tokens,
+            arguments.decode,
+            arguments.ctc_weight,
+        )
+        for corpus in corpora:
+            summary, scored = evaluate(
+                transcriber,
+                corpus,
+                allow_absolute=arguments.allow_absolute,
+                downloads=download_limits(arguments),
+                metrics=metrics,
+            )
+            results.append({"checkpoint": public_uri(name), **summary})
+            of = {"checkpoint": public_uri(name), "corpus": summary["manifest"]}
+            rows[name, corpus] = [{**of, **row} for row in scored]
+            if arguments.out is not None:
+                if len(results) == 1:  # What was there before is replaced by results only.
+                    arguments.out.unlink(missing_ok=True)
+                append_json(arguments.out, [without_counts(row) for row in rows[name, corpus]])
+    first, *others = names
+    differences = [
+        {
+            "manifest": public_uri(corpus),
+            "first": public_uri(first),
+            "second": public_uri(other),
+            **found,
+        }
+        for corpus in corpora
+        for other in others
+        if (found := compare(rows[first, corpus], rows[other, corpus])) is not None
+    ]
+    every = [row for of_one in rows.values() for row in of_one]
+    scores = Scores(results, differences, worst(every, arguments.worst))
+    single = len(results) == 1
+    print(json.dumps(results[0] if single else scores.to_dict(), indent=1, ensure_ascii=False))
+    if arguments.table is not None:
+        write = page if arguments.table.suffix == ".html" else markdown
+        arguments.table.write_text(write(scores))
+
+
+def _distinct(arguments: argparse.Namespace, name: str) -> list[str]:
+    given: list[str] = getattr(arguments, name)
+    if len(set(given)) < len(given):
+        raise ConfigError(f"--{name}: given twice: {', '.join(given)}")
+    return given
 
 
 if __name__ == "__main__":

@@ -24,19 +24,11 @@ from omni.corpus.manifest import ManifestError, manifest_path
 from omni.corpus.messages import messages_of
 from omni.corpus.text import apply_policy
 from omni.errors import ConfigError
-from omni.inference.decode_batch import (
-    by_language,
-    count_cut,
-    count_decoders,
-    location_of,
-    summarize,
-    transcript_row,
-    wer_alone,
-    without_counts,
-)
+from omni.inference.decode_batch import location_of, transcript_row
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
+from omni.inference.scores import summarize
 from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
-from omni.metrics.text_metric import TextMetric, score
+from omni.metrics.text_metric import TextMetric
 from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.uri import public_uri, reason_of
 
@@ -51,8 +43,9 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a manifest, and return the summary and one transcript row per utterance.
 
-    Recordings that cannot be read are counted as rejects and left out of the error rates. Raises
-    ConfigError when the manifest cannot be used, RuntimeError when storage does not answer.
+    Rows keep their counts of edits; `without_counts` removes them. Recordings that cannot be read
+    are counted as rejects and left out of the error rates. Raises ConfigError when the manifest
+    cannot be used, RuntimeError when storage does not answer.
     """
     try:
         index = build_index(
@@ -77,29 +70,17 @@ def evaluate(
         language = row["language"] or "en"
         location = location_of(row["uri"], span_of(row))
         scored = transcript_row(row["id"], location, row["text"], language, found)
+        scored |= {name: row[name] for name in ("speaker", "task") if row[name] is not None}
         rows.append(scored | ({"pieces": found.pieces} if found.pieces > 1 else {}))
         whole += row["messages"] is not None and _has_long(transcriber, row)
-    errors = summarize(rows)
     summary = {
         "manifest": public_uri(manifest),
-        "utterances": len(rows),
-        "wer": errors["all"].wer,
-        "wer_short": errors["short"].wer,
-        "wer_long": errors["long"].wer,
-        "cer": errors["all"].cer,
-        "words": errors["all"].words,
-        "word_errors": errors["all"].word_errors,
-        **{f"{decoder}_wer": wer for decoder, wer in wer_alone(rows).items()},
-        "decoders": count_decoders(rows),
-        **({"languages": languages} if (languages := by_language(rows)) else {}),
-        **({"metrics": score(rows, metrics)} if metrics else {}),
-        "cut": count_cut(rows),
-        "in_pieces": sum("pieces" in row for row in rows),
+        **summarize(rows, metrics),
         **({"long_conversations": whole} if whole else {}),
         "rejects": dict(rejects),
         **({"notes": notes} if (notes := notes_of(index)) else {}),
     }
-    return summary, [without_counts(row) for row in rows]
+    return summary, rows
 
 
 def transcribe_index(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import jiwer
 import regex
@@ -74,14 +74,17 @@ class Errors:
     words: int = 0
     char_errors: int = 0
     chars: int = 0
+    insertions: int = 0
+    """Words that were written and not said; part of `word_errors`, as are deletions."""
+    deletions: int = 0
 
     def __add__(self, other: Errors) -> Errors:
-        return Errors(
-            self.word_errors + other.word_errors,
-            self.words + other.words,
-            self.char_errors + other.char_errors,
-            self.chars + other.chars,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Errors(*(mine + theirs for mine, theirs in pairs))
+
+    @property
+    def substitutions(self) -> int:
+        return self.word_errors - self.insertions - self.deletions
 
     @property
     def wer(self) -> float | None:
@@ -102,7 +105,8 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> Error
     if by_characters(language):
         reference, hypothesis = ("".join(text.split()) for text in (reference, hypothesis))
     if not reference:
-        return Errors(word_errors=len(written.split()), char_errors=len(hypothesis))
+        extra = len(written.split())
+        return Errors(word_errors=extra, char_errors=len(hypothesis), insertions=extra)
     words = jiwer.process_words(spoken, written)
     chars = jiwer.process_characters(reference, hypothesis)
     return Errors(
@@ -110,6 +114,8 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> Error
         words.hits + words.substitutions + words.deletions,
         chars.substitutions + chars.deletions + chars.insertions,
         chars.hits + chars.substitutions + chars.deletions,
+        words.insertions,
+        words.deletions,
     )
 
 

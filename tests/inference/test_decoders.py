@@ -87,7 +87,6 @@ def test_evaluate_scores_each_decoder_on_what_both_can_decode(
         assert summaries[decoder][f"{decoder}_wer"] == summaries["joint"][f"{decoder}_wer"]
     assert "lm_wer" not in summaries["ctc"], "the language model was not run"
     assert texts["lm"][0]["hypothesis"] != texts["ctc"][0]["hypothesis"]
-    assert not any("errors" in key for row in texts["joint"] for key in row)
 
 
 def test_transcribed_files_say_who_wrote_them(both: Transcriber) -> None:

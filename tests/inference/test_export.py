@@ -100,6 +100,7 @@ def voxtral_like(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "checkpoints", config, shape, model, chat_tokenizer())
 
 
+@pytest.mark.slow
 def test_transformers_alone_writes_the_same_transcripts(
     voxtral_like: Path, speech: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

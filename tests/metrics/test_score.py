@@ -75,7 +75,7 @@ def test_substitutions_deletions_and_insertions_count_one_each(
 @pytest.mark.parametrize("reference", ["", "  ", "?!", "[silence]"])
 def test_an_empty_reference_counts_insertions_and_has_no_rate(reference: str) -> None:
     errors = count_errors(reference, "made up words")
-    assert errors == Errors(word_errors=3, words=0, char_errors=13, chars=0)
+    assert errors == Errors(word_errors=3, words=0, char_errors=13, chars=0, insertions=3)
     assert errors.wer is None and errors.cer is None
     assert count_errors(reference, "") == Errors()
 
@@ -157,8 +157,8 @@ def test_languages_without_spaces() -> None:
 
 
 def test_nothing_said_in_chinese() -> None:
-    assert count_errors("……", "你好", "zh") == Errors(2, 0, 2, 0)
-    assert count_errors("你好", "", "zh") == Errors(2, 2, 2, 2)
+    assert count_errors("……", "你好", "zh") == Errors(2, 0, 2, 0, insertions=2)
+    assert count_errors("你好", "", "zh") == Errors(2, 2, 2, 2, deletions=2)
 
 
 # -- languages apart ---------------------------------------------------------------------------
@@ -187,3 +187,10 @@ def test_short_is_two_words_or_four_characters() -> None:
     rows = [_row("en", "hello there", ""), _row("zh", "你好世界", ""), _row("zh", "你好新世界", "")]
     found = summarize(rows)
     assert (found["short"].words, found["long"].words) == (2 + 4, 5)
+
+
+def test_edits_are_told_apart() -> None:
+    errors = count_errors("press two now please", "press to now right please please")
+    assert (errors.substitutions, errors.insertions, errors.deletions) == (1, 2, 0)
+    assert count_errors("press two", "two").deletions == 1
+    assert (errors + errors).insertions == 4 and (errors + errors).word_errors == 6

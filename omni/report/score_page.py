@@ -1,0 +1,132 @@
+"""Tables of `omni evaluate`: systems by corpora, differences, groups and the worst utterances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni.report.audio_embed import embed_row
+from omni.report.number_text import count, percent
+from omni.report.render import render
+from omni.report.word_marks import compare_words
+
+_MOST_GROUPS = 20
+"""Groups of a table; of more, those with the most words."""
+_HEAD = ("checkpoint", "corpus", "utterances", "words", "WER", "95 %", "sub", "ins", "del", "CER")
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: Sequence[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `omni evaluate` measured. worst: transcript rows, with checkpoint and corpus."""
+
+    results: list[dict[str, Any]]
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    worst: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"results": self.results, "differences": self.differences}
+
+
+def tables(scores: Scores) -> list[Table]:
+    """Lay out results, differences and groups."""
+    found = [
+        Table(
+            "Error rates",
+            _HEAD,
+            [_result(result) for result in scores.results],
+            "95 %: bootstrap over utterances. sub, ins, del: shares of the references' words.",
+        )
+    ]
+    if scores.differences:
+        head = ("corpus", "", "utterances", "of one alone", "WER difference", "95 %", "p")
+        rows = [_difference(difference) for difference in scores.differences]
+        note = "Paired bootstrap over the utterances that both have; negative: fewer errors."
+        found.append(Table("Differences", head, rows, note))
+    names = dict.fromkeys(name for result in scores.results for name in result["groups"])
+    for name in names:
+        rows = [row for result in scores.results for row in _groups(result, name)]
+        columns = ("checkpoint", "corpus", name, "utterances", "words", "WER")
+        more = max(len(result["groups"].get(name, {})) for result in scores.results) > _MOST_GROUPS
+        note = f"The {_MOST_GROUPS} with the most words." if more else ""
+        found.append(Table(f"By {name}", columns, rows, note))
+    return found
+
+
+def _result(result: Mapping[str, Any]) -> list[str]:
+    words = result["words"]
+    shares = [result[kind] / words if words else None for kind in _KINDS]
+    return [
+        result["checkpoint"],
+        result["manifest"],
+        count(result["utterances"]),
+        count(words),
+        percent(result["wer"]),
+        _range(result["wer_interval"]),
+        *map(percent, shares),
+        percent(result["cer"]),
+    ]
+
+
+_KINDS = ("substitutions", "insertions", "deletions")
+
+
+def _difference(found: Mapping[str, Any]) -> list[str]:
+    return [
+        found["manifest"],
+        f"{found['second']} against {found['first']}",
+        count(found["utterances"]),
+        count(found["left_out"]),
+        f"{100 * found['difference']:+.1f}",
+        f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}",
+        f"{found['p']:.2g}",
+    ]
+
+
+def _groups(result: Mapping[str, Any], name: str) -> Iterator[list[str]]:
+    groups: Mapping[str, Mapping[str, Any]] = result["groups"].get(name, {})
+    most = sorted(groups, key=lambda key: -groups[key]["words"])[:_MOST_GROUPS]
+    for key in (key for key in groups if key in most):
+        rates = groups[key]
+        cells = [count(rates["utterances"]), count(rates["words"]), percent(rates["wer"])]
+        yield [result["checkpoint"], result["manifest"], key, *cells]
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else " to ".join(f"{100 * x:.1f}" for x in interval)
+
+
+def markdown(scores: Scores) -> str:
+    """Write the tables in Markdown."""
+    parts = []
+    for table in tables(scores):
+        lines = [f"## {table.title}", "", _line(table.head), _line(["---"] * len(table.head))]
+        lines += [_line(row) for row in table.rows]
+        parts.append("\n".join([*lines, *(["", table.note] if table.note else [])]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def page(scores: Scores) -> str:
+    """Write the tables as a page, with the worst utterances to hear."""
+    shown = [
+        {
+            **{name: row[name] for name in ("checkpoint", "corpus", "id", "reference")},
+            "audio": embed_row(row),
+            "marked": compare_words(row["reference"], row["hypothesis"]),
+            "wer": row["wer"],
+        }
+        for row in scores.worst
+    ]
+    return render("scores.html", name="Scores", tables=tables(scores), worst=shown)
