@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = settings_parser("bench", __doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON here")
-    parser.set_defaults(config="smoke")
+    parser.set_defaults(config="scratch")
 
     def job() -> None:
         arguments, config = parse_settings(parser, argv)

@@ -19,7 +19,7 @@ from omni.storage.uri import CREDENTIALS, has_credentials, redact
 if TYPE_CHECKING:
     from omni.storage.http import DownloadLimits
 
-CHECKPOINT = "run directory (its best checkpoint), or one of its checkpoints"
+CHECKPOINT = "run directory (its best checkpoint), one of its checkpoints, or omni-tiny"
 
 
 class JobParser(argparse.ArgumentParser):
@@ -209,12 +209,12 @@ def corpus_spec(text: str) -> str:
 
 def checkpoint_path(text: str) -> StoragePath:
     """Return the checkpoint that --checkpoint names; of a run's folder, its best one."""
-    path = location(text)
-    best = path / "checkpoints" / "best"
+    from omni.checkpoint.base import checkpoint_folder
+
     try:
-        return best if best.is_dir() else path
-    except OSError:  # Reading the checkpoint says what is wrong with its storage.
-        return path
+        return checkpoint_folder(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -1,4 +1,4 @@
-"""Write a checkpoint in another project's format: nanochat, or transformers (Voxtral)."""
+"""Write a checkpoint for nanochat, for transformers (Voxtral), or as a base of runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 
 from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
 
+_FORMATS = "format; hf is Voxtral's, omni a small checkpoint for model.base"
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("export", __doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
-    add("--to", choices=("nanochat", "hf"), required=True, help="format; hf is Voxtral's")
+    add("--to", choices=("nanochat", "hf", "omni"), required=True, help=_FORMATS)
     add("--out", type=Path, required=True, help="folder to make")
     arguments = parser.parse_args(argv)
 

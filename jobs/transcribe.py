@@ -22,6 +22,7 @@ from jobs.cli import (
     positive,
     run_job,
 )
+from omni.config.field_types import OMNI_TINY
 from omni.errors import ConfigError, counted
 from omni.storage.filesystem import StorageError
 from omni.storage.path import as_path
@@ -31,7 +32,8 @@ from omni.storage.uri import public_uri, report_storage_errors
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("transcribe", __doc__)
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
+    usual = f"{CHECKPOINT} (default omni-tiny, a small model for English)"
+    add("--checkpoint", metavar="DIR", type=checkpoint_path, default=OMNI_TINY, help=usual)
     add(
         "files",
         nargs="+",

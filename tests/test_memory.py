@@ -52,7 +52,7 @@ from omni.stream.stream_settings import stream_settings
 from omni.run.prepare import prepare
 from omni.run.rates import loaded_blocks, without_cache
 overrides = ["--data.train", sys.argv[1] + ".jsonl", "--run.storage", sys.argv[1] + ".runs"]
-config = load_config("configs/smoke.yaml", [*overrides, "--optim.steps", "5"])
+config = load_config("configs/scratch.yaml", [*overrides, "--optim.steps", "5"])
 prepared = prepare(config)
 settings = without_cache(stream_settings(config, prepared.encoder))
 plan = prepared.splits["train"].plan

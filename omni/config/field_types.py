@@ -70,9 +70,12 @@ _Seconds = Annotated[float, Field(gt=0, le=5)]
 SecondsRange = Annotated[tuple[_Seconds, _Seconds], AfterValidator(_ascending)]
 SpeedFactor = Annotated[float, Field(ge=0.5, le=2)]
 
+OMNI_TINY = "omni-tiny"
+"""Name of the checkpoint that comes with omni, where a checkpoint or base is asked for."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Language = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+([-_][A-Za-z0-9]+)*$")]
 AbsolutePath = Annotated[str, AfterValidator(absolute)]
+Base = Annotated[str, AfterValidator(lambda name: name if name == OMNI_TINY else absolute(name))]
 Paths = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 PlugIns = Annotated[
     list[Annotated[str, AfterValidator(check_plug_in)]],

@@ -22,6 +22,7 @@ from pydantic import (
 
 from omni.config.field_types import (
     AbsolutePath,
+    Base,
     DecibelRange,
     Fingerprints,
     Language,
@@ -302,6 +303,8 @@ class ModelConfig(Section):
 
     lm: LanguageModel = "scratch"
     """scratch, nanochat:DIR[@STEP], hf:ID_OR_DIR[@REVISION] or ms:ID[@REVISION]."""
+    base: Base | None = None
+    """Checkpoint of omni whose weights and tokenizer training starts from, or omni-tiny."""
     n_layer: _GptSize = 6
     """Number of transformer layers of a GPT from scratch."""
     n_head: _GptSize = 4

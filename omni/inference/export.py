@@ -1,9 +1,10 @@
-"""Export a trained model to the formats of other projects.
+"""Export a trained model to the formats of other projects, or to a small folder of our own.
 
 nanochat: a nanochat checkpoint folder (language model and tokenizer), with the audio weights and
 the CTC head in files of their own, since nanochat has none for them. hf: the Voxtral format of
 transformers, which takes a Whisper encoder on whole 30 s windows, the mlp projector, and a language
-model that does not scale or cap its logits; it has no place for a CTC head.
+model that does not scale or cap its logits; it has no place for a CTC head. omni: a checkpoint in
+bf16 without optimizer state, for `model.base` and for every job that takes a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from omni.checkpoint.base import write_base
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from omni.errors import ConfigError
 from omni.inference.export_script import transcribe_script
@@ -35,7 +37,7 @@ from omni.model.projector import Projector
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.storage.path import StoragePath
 
-Format = Literal["nanochat", "hf"]
+Format = Literal["nanochat", "hf", "omni"]
 _MAX_NEW_TOKENS = 200  # of checkpoints of older versions
 FORMATS: tuple[Format, ...] = get_args(Format)
 
@@ -63,6 +65,9 @@ def export(checkpoint: StoragePath, to: Format, out: Path) -> Exported:
         raise ConfigError(f"--checkpoint: {error}") from None
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out: {out}: expected a new or empty folder")
+    if to == "omni":
+        write_base(found, out)
+        return Exported(sorted(out.iterdir()))
     if model.config.lora is not None:
         merge_lora(model.lm)
     if missing := missing_for(to, model.config, found.encoder):
@@ -212,6 +217,8 @@ def missing_for(to: Format, shape: OmniConfig, encoder: Mapping[str, Any]) -> li
 
     encoder: `EncoderFacts.to_dict()` of the features that it is trained on.
     """
+    if to == "omni":
+        return []
     gpt = isinstance(shape.lm, GPTConfig)
     if to == "nanochat":
         return [] if gpt else ["model.lm scratch or nanochat:DIR"]

@@ -6,6 +6,8 @@ from datetime import datetime
 
 import yaml
 
+from omni.checkpoint.base import differences, has_language_model, read_base
+from omni.checkpoint.checkpoint import Checkpoint, CheckpointError
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.errors import ConfigError
@@ -37,20 +39,55 @@ def find_language_model(config: Config) -> Pretrained | None:
         raise ConfigError(f"model.lm: {error}") from None
 
 
+def find_base(config: Config) -> Checkpoint | None:
+    """Read the checkpoint that `model.base` names. Raises ConfigError."""
+    if config.model.base is None:
+        return None
+    if config.tokenizer.path is not None:
+        raise ConfigError("tokenizer.path: model.base brings its tokenizer; leave out one of them")
+    try:
+        return read_base(config.model.base)
+    except CheckpointError as error:
+        raise ConfigError(f"model.base: {error}") from None
+
+
+def check_base(base: Checkpoint, config: Config, model: OmniConfig, encoder: EncoderFacts) -> None:
+    """Raise ConfigError where the weights of the base do not fit the model of the run."""
+    if base.model.source and has_language_model(base) and "lm" not in config.model.train:
+        raise ConfigError(
+            f"model.train: {config.model.train}; expected lm in it: model.base has trained the "
+            "language model, which a run that does not train it loads as it was published"
+        )
+    if base.encoder["fingerprint"] != encoder.fingerprint:
+        raise ConfigError(
+            f"encoder.weights: {encoder.source}; expected the weights on whose features model.base "
+            f"was trained ({base.encoder['source']}, fingerprint {base.encoder['fingerprint']})"
+        )
+    if unequal := differences(base.model, model):
+        raise ConfigError(f"{'; '.join(unequal)}, as model.base has it")
+
+
 def choose_tokenizer(
-    config: Config, resume: StoragePath | None, train: Index, lm: Pretrained | None
+    config: Config,
+    resume: StoragePath | None,
+    train: Index,
+    lm: Pretrained | None,
+    base: Checkpoint | None = None,
 ) -> SpeechTokenizer:
     """Load or train the tokenizer: the first of those that there are.
 
     A chat template that prints the date prints that of the run's beginning.
 
-    The run's own, if it continues with the same tokenizer settings; `tokenizer.path`; that of the
-    language model; one trained on the corpus. resume: folder of the checkpoint to continue from.
+    The run's own, if it continues with the same tokenizer settings; that of `model.base`;
+    `tokenizer.path`; that of the language model; one trained on the corpus. resume: folder of the
+    checkpoint to continue from.
     """
     if resume is not None:
         saved = yaml.safe_load((resume / "config.yaml").read_text())
         if saved.get("tokenizer") == config.tokenizer.model_dump(mode="json"):
             return SpeechTokenizer.from_json((resume / "tokenizer.json").read_text())
+    if base is not None:
+        return base.tokenizer()
     if config.tokenizer.path is not None:
         try:
             return SpeechTokenizer.load(config.tokenizer.path).at(datetime.now())

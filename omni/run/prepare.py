@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from omni.augment.plug_in import check_effect
+from omni.checkpoint.base import resolved_name
 from omni.checkpoint.checkpoint import Checkpoint
 from omni.checkpoint.resume import ResumePoint, newest_checkpoint
 from omni.cluster.versions import differences
@@ -43,8 +44,10 @@ from omni.plan.sequences import (
 )
 from omni.run.augmentation import augmentation_notes, augmentation_of
 from omni.run.model_setup import (
+    check_base,
     choose_template,
     choose_tokenizer,
+    find_base,
     find_language_model,
     language_model_shape,
     model_config,
@@ -112,13 +115,19 @@ def prepare(config: Config) -> Prepared:
         if not getattr(config.data, name):
             raise ConfigError(f"data.{name}: expected at least one manifest")
     lm = find_language_model(config)
+    base = find_base(config) if resume is None else None
     language_model_shape(config, lm, config.tokenizer.vocab_size)  # Before a corpus is read.
     indexes = build_indexes(config)
     encoder = describe_encoder(config, indexes["train"])
     tokenizer = choose_tokenizer(
-        config, None if resume is None else resume.path, indexes["train"], lm
+        config, None if resume is None else resume.path, indexes["train"], lm, base
     )
     model = model_config(config, tokenizer, encoder, lm)
+    if base is not None:
+        check_base(base, config, model, encoder)
+        named = resolved_name(base, config.model.base or "")
+        given = config.model.model_copy(update={"base": named})
+        config = config.model_copy(update={"model": given})
     config = _with_decoder(config, model)
     template = choose_template(config, tokenizer)
     tasks = task_names(config, indexes)

@@ -81,7 +81,13 @@ class TrainLoop:
         self.recorder = Recorder(spec, rank, world, device, publisher)
         self.reader = BlockReader(spec, blocks, rank, world, device, self.recorder.watch)
         self.model_state = ModelState(
-            spec.config, spec.model, device, world, tasks=spec.tasks, end=self.template.end
+            spec.config,
+            spec.model,
+            device,
+            world,
+            tasks=spec.tasks,
+            end=self.template.end,
+            resuming=spec.resume is not None,
         )
         self.state = TrainState(fingerprints=spec.fingerprints)
         self.last_norm = 0.0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omni.checkpoint.base import initial_weights, read_base
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError
 from omni.config import Config
 from omni.model.batch import Batch
@@ -50,13 +51,17 @@ class ModelState:
         *,
         tasks: Sequence[str] = ("transcribe",),
         end: int = -1,
+        resuming: bool = False,
     ) -> None:
-        """tasks: names of the tasks, by number. end: token id that ends an answer."""
+        """tasks: names of the tasks, by number. end: token id that ends an answer. resuming: the
+        weights will be loaded, so that those of `model.base` are not needed."""
         self.config, self.device, self.world = config, device, world
         lm = load_lm(shape, None if "lm" in config.model.train else self._dtype)
         self.model = OmniModel(shape, lm, config.run.seed)
         self.model.init_weights(config.run.seed)
         self.model.train_parts(config.model.train)
+        if config.model.base is not None and not resuming:
+            self._start_from(config.model.base)
         if len(tasks) > 1:
             known = config.data.tasks
             weights = [known[name].weight if name in known else 1.0 for name in tasks]
@@ -82,6 +87,18 @@ class ModelState:
             self.wrapped = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    def _start_from(self, base: str) -> None:
+        """Load the weights of another run. Checkpoints leave a frozen published model out."""
+        targets = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if not self.model.kept_by_reference(name)
+        }
+        shapes = {name: parameter.shape for name, parameter in targets.items()}
+        with torch.no_grad():
+            for name, weight in initial_weights(read_base(base), shapes).items():
+                targets[name].copy_(weight)
 
     def _shard(self) -> None:
         """Split the model over the ranks; the parts move to the device one at a time.

@@ -47,7 +47,7 @@ SMALL = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     overrides = ["--run.storage", str(tmp_path), "--optim.ctc_weight", "0.0", *SMALL]
-    return load_config("configs/smoke.yaml", overrides)
+    return load_config("configs/scratch.yaml", overrides)
 
 
 def test_things_are_measured_in_turns_after_one_round_that_does_not_count() -> None:
@@ -118,7 +118,7 @@ def test_a_trainer_alone_repeats_its_steps_and_touches_no_run(config: Config) ->
 def test_a_step_that_blocks_do_not_divide_is_filled_up_as_in_training(tmp_path: Path) -> None:
     geometry = ["--optim.bins_per_step", "3", "--optim.bins_per_block", "2"]
     storage = ["--run.storage", str(tmp_path)]
-    sample = take_sample(load_config("configs/smoke.yaml", [*geometry, *storage, *SMALL]), 6, 0)
+    sample = take_sample(load_config("configs/scratch.yaml", [*geometry, *storage, *SMALL]), 6, 0)
     trainer = Trainer(make_worker_spec(sample.prepared), sample.encoded, torch.device("cpu"))
     assert trainer.blocks_per_step == 2 and len(sample.encoded) == 4
     assert sum(trainer.step() for _ in range(2)) == sum(map(audio_seconds, sample.encoded))

@@ -91,7 +91,7 @@ def sent(cluster: RunningCluster, prometheus: Prometheus, storage: Path) -> Sent
 
 def _command(cluster: RunningCluster, storage: Path, name: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "jobs.submit", "--config", str(ROOT / "configs/smoke.yaml")),
+        *(sys.executable, "-m", "jobs.submit", "--config", str(ROOT / "configs/scratch.yaml")),
         *("--address", cluster.address, "--run.name", name, "--run.storage", str(storage)),
         *("--encoder.labels", "{pool: encoder}", "--train.labels", "{pool: trainer}"),
     ]

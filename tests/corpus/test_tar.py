@@ -119,7 +119,7 @@ def test_the_job_says_so_and_exits_2(
     shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = shard(*_corpus(), ("../../etc/passwd", b"root"))
-    arguments = ["--config", "smoke", "--data.train", str(path)]
+    arguments = ["--config", "scratch", "--data.train", str(path)]
     arguments += ["--run.storage", str(tmp_path / "runs")]
     assert train.main(arguments) == 2
     error = capsys.readouterr().err

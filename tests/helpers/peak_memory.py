@@ -131,7 +131,7 @@ _GPT = GPTConfig(2048, 4096, 12, 8, 8, 512)
 _ONE = {"bins_per_step": 1}
 _LORA = {"lm": "hf:x", "train": ["projector", "lora"]}
 CASES: dict[str, Callable[[], Case]] = {
-    "GPT 6 x 256 (configs/smoke.yaml), 2 blocks a step, EMA": lambda: case(
+    "GPT 6 x 256 (configs/scratch.yaml), 2 blocks a step, EMA": lambda: case(
         OmniConfig(
             GPTConfig(2048, 512, 6, 4, 4, 256),
             384,

@@ -214,7 +214,7 @@ def test_a_run_without_its_weights_fails_in_one_error_and_leaves_nothing(
             "-m",
             "jobs.train",
             "--config",
-            "smoke",
+            "scratch",
             "--run.storage",
             str(storage),
             *f"--{setting}".split(),

@@ -121,7 +121,7 @@ def test_caches_are_compacted_by_one_command(
         for shard in range(3):
             part = {key: items[key] for key in list(items)[4 * shard : 4 * shard + 4]}
             write_old(tmp_path / "cache" / encoder, f"shard{shard}", part)
-    arguments = ["--config", "smoke", "--run.storage", str(tmp_path), "--compact"]
+    arguments = ["--config", "scratch", "--run.storage", str(tmp_path), "--compact"]
     for _ in range(2):
         assert encode.main(arguments) == 0
     said = capsys.readouterr().out

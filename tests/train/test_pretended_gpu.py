@@ -45,9 +45,10 @@ def _small(path: Path, changes: dict[str, dict[str, Any]]) -> Config:
         "data": {"train": ["embedded:train"], "dev": ["embedded:dev"]},
         "encoder": {"weights": "embedded"},
         "optim": {"bin_positions": 64, "steps": 4, "ctc_only_steps": 0},
+        "train": {"compile": False},  # Compilers know nothing of a GPU that is not there.
     }
     if values["model"].get("lm") is None:
-        small["model"] = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+        small["model"] = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "base": None}
     for section, fields in [*small.items(), *changes.items()]:
         values.setdefault(section, {}).update(fields)
     return parse_config(values)
@@ -138,7 +139,7 @@ VARIANTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "optim": {"kl_weight": 1.0},
         "train": {"recompute": True},
     }),
-    "CTC alone": ("smoke", {"optim": {"ctc_only_steps": 4}}),
+    "CTC alone": ("scratch", {"optim": {"ctc_only_steps": 4}}),
 }  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_a_step_waits_twice_and_mixes_nothing(name: str) -> None:
     file, changes = VARIANTS[name]
     [path] = [p for p in CONFIGS if p.stem == file]
     config = _small(path, changes)
-    steps = 2 if name == "smoke" else 1
+    steps = 2 if name == "scratch" else 1
     with Gpu() as gpu:
         state, waits = _step(config, gpu, steps)
         assert waits == [WAITS] * steps
@@ -175,7 +176,7 @@ def test_the_encoder_waits_for_nothing(mode: Any, layers: Any) -> None:
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("file", "most"), [("smoke", 1), ("smollm2", 2)])
+@pytest.mark.parametrize(("file", "most"), [("scratch", 1), ("smollm2", 2)])
 def test_generating_waits_seldom(file: str, most: int) -> None:
     """A GPT waits once per token, for the token; transformers' loop waits once more."""
     [path] = [p for p in CONFIGS if p.stem == file]

@@ -28,7 +28,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     small = ["--model.n_layer", "2", "--model.n_embd", "64", "--model.n_head", "2"]
     settings = ["--train.precision", "fp32", "--encoder.dtype", "fp32", "--run.storage", storage]
     steps = ["--optim.warmup_steps", "0", "--optim.bin_positions", "256"]
-    return prepare(load_config("configs/smoke.yaml", [*small, *settings, *steps]))
+    return prepare(load_config("configs/scratch.yaml", [*small, *settings, *steps]))
 
 
 def _blocks(prepared: Prepared, **encoder: Any) -> list[Any]:
