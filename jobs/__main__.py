@@ -12,7 +12,7 @@ from omni.errors import ExitCode
 JOBS = {
     "Corpora": ("index", "inspect", "encode", "synthesize"),
     "Training": ("train", "submit", "audit", "compare"),
-    "Checkpoints": ("evaluate", "transcribe", "export"),
+    "Checkpoints": ("evaluate", "transcribe", "serve", "export"),
     "This machine": ("bench",),
 }
 

@@ -28,9 +28,10 @@ WITH_RAY = {
     "omni.run.preflight",
     "omni.run.process_group",
     "omni.run.run",
-    "omni.run.trial",
     "omni.run.train_worker",
+    "omni.run.trial",
     "omni.run.worker_group",
+    "omni.serve.deploy",
     "omni.stream.pipeline",
 }
 

@@ -119,7 +119,7 @@ class OpenRecording:
             # Whatever a decoder raises for a damaged file: the recording is named and left out.
             known = (OSError, EOFError, soundfile.LibsndfileError, *av_stream.errors())
             kind = "" if isinstance(error, known) else f"{type(error).__name__}: "
-            detail = f"{self.name}: {kind}{first_line(error)}"
+            detail = f"{self.name}: {kind}{_reason(error)}"
             raise AudioError("unreadable", detail) from None
         _raise_storage_error(self)
 
@@ -202,12 +202,12 @@ class OpenRecording:
         if not has_av():
             ending = self.name.rpartition(".")[2].lower()
             advice = f" ({INSTALL_AV} reads .{ending})" if ending in AV_ENDINGS else ""
-            raise AudioError("unreadable", f"{self.name}: {first_line(error)}{advice}") from None
+            raise AudioError("unreadable", f"{self.name}: {_reason(error)}{advice}") from None
         self._file.seek(0)
         try:
             stream = av_stream.AVStream(self._file)
         except av_stream.errors() as other:
-            detail = f"{self.name}: {first_line(error)}; PyAV: {first_line(other)}"
+            detail = f"{self.name}: {_reason(error)}; PyAV: {_reason(other)}"
             raise AudioError("unreadable", detail) from None
         self._closing.callback(stream.close)
         return stream
@@ -323,3 +323,10 @@ def _open_object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
             return io.BytesIO(file.read_at(length, offset) if length else b"")
     except FileNotFoundError:
         raise AudioError("missing", f"no such object: {path}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return why a decoder failed, without its name of a file in memory."""
+    if isinstance(error, soundfile.LibsndfileError):
+        return str(error.error_string)
+    return first_line(error).removesuffix(": '<none>'")

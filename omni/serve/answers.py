@@ -1,0 +1,223 @@
+"""Answer requests with one model: recordings to timed texts, conversations to texts.
+
+No web framework and no Ray in here; `omni.serve.deploy` runs it in replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from omni.audio.decode import AudioError, decode, decode_blocks, measure
+from omni.audio.vad import Segmenting, speech_spans
+from omni.audio.windows import SAMPLING_RATE
+from omni.inference.decode_batch import Decoded, decode_batch
+from omni.inference.pieces import cut_at_pauses
+from omni.inference.transcriber import Transcriber
+from omni.model.chat_template import AUDIO, Message, RefusedRow, check_messages
+
+
+class RefusedRequest(ValueError):
+    """A request cannot be answered. status: of HTTP; field: of the request."""
+
+    def __init__(self, message: str, status: int = 400, field: str | None = None) -> None:
+        super().__init__(message, status, field)
+        self.message, self.status, self.field = message, status, field
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A conversation up to its answer, with its recordings, (S,) fp32 mono at 16 kHz each.
+
+    limit: most tokens of the answer; None: that of the checkpoint.
+    """
+
+    messages: Sequence[Message]
+    recordings: Sequence[np.ndarray]
+    transcription: bool = True
+    limit: int | None = None
+    start: float = 0.0
+    """Seconds from the beginning of the recording that it is a part of."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(map(len, self.recordings)) / SAMPLING_RATE
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A recording that can be read, and its length."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """What is said from `start` on, for `duration` seconds. cut: its end is missing."""
+
+    start: float
+    duration: float
+    text: str
+    cut: bool = False
+
+
+class Answers:
+    """Prepare requests, and decode them in batches. Preparing is for one thread at a time."""
+
+    def __init__(self, transcriber: Transcriber, longest_seconds: float) -> None:
+        """longest_seconds: of a recording; a longer one is refused with status 413."""
+        self._transcriber, self._longest = transcriber, longest_seconds
+
+    def split(self, data: bytes, language: str | None, timed: bool) -> Iterator[Opened | Piece]:
+        """Split a recording into pieces to be decoded; yield its length first.
+
+        data: the bytes of an audio file. timed: at the spans of speech, whose times are wanted;
+        else at pauses, where it is too long. Memory does not grow with the recording. Raises
+        RefusedRequest.
+        """
+        self._check_language(language)
+        try:
+            seconds = measure(data) / SAMPLING_RATE
+            if seconds > self._longest:
+                raise RefusedRequest(
+                    f"the recording lasts {seconds:.0f} s; expected at most {self._longest:g} s",
+                    413,
+                    "file",
+                )
+            yield Opened(seconds)
+            longest = self._transcriber.longest_piece
+            if timed:
+                spans = speech_spans(data, Segmenting(longest=longest))
+                parts = _slices(decode_blocks(data), spans)
+            else:
+                parts = _consecutive(cut_at_pauses(decode_blocks(data), longest))
+            for start, audio in parts:
+                request = self._transcriber.request("", [audio], language)
+                yield Piece(request.messages, [audio], start=start)
+        except AudioError as error:
+            raise RefusedRequest(str(error), field="file") from None
+
+    def _check_language(self, language: str | None) -> None:
+        """Raise RefusedRequest for a language that the model does not take."""
+        policy = self._transcriber.policy
+        if language is None or (not policy.language_tag and language == (policy.language or "en")):
+            return
+        if not policy.language_tag:
+            raise RefusedRequest(
+                f"the model was trained without language tags and writes {policy.language or 'en'} "
+                f"only, got {language}",
+                field="language",
+            )
+        try:
+            policy.prompt("", language)
+        except ValueError as error:
+            raise RefusedRequest(str(error), field="language") from None
+
+    def conversation(
+        self, messages: Sequence[Message], recordings: Sequence[bytes], limit: int | None
+    ) -> Piece:
+        """Prepare a conversation whose last message is the user's. Raises RefusedRequest."""
+        decoded = list(self._decoded(recordings))
+        if not decoded and self._transcriber.template.kind == "plain":
+            raise RefusedRequest(
+                "messages: this model answers recordings; expected a part of type input_audio",
+                field="messages",
+            )
+        # A recording without words around it is to be written down.
+        bare = [message.parts for message in messages] == [(AUDIO,)]
+        given: Sequence[Message] = [*messages, Message("assistant", ("",))]
+        if bare:
+            given = self._transcriber.request("", []).messages
+        try:
+            check_messages(list(given))
+            _check_turns(given)
+            self._transcriber.template.prompt(given)
+        except (RefusedRow, ValueError) as error:
+            raise RefusedRequest(f"messages: {error}", field="messages") from None
+        return Piece(given, decoded, bare, limit)
+
+    def _decoded(self, recordings: Sequence[bytes]) -> Iterator[np.ndarray]:
+        """Decode the recordings of a conversation, which are not cut into pieces."""
+        most = min(self._longest, 2 * max(30.0, self._transcriber.longest_seconds))
+        seconds = 0.0
+        for number, data in enumerate(recordings):
+            try:
+                seconds += measure(data) / SAMPLING_RATE
+                if seconds > most:
+                    raise RefusedRequest(
+                        f"the recordings last {seconds:.0f} s or more; expected at most "
+                        f"{most:.0f} s in a conversation",
+                        413,
+                        "messages",
+                    )
+                yield decode(data)
+            except AudioError as error:
+                raise RefusedRequest(f"recording {number}: {error}", field="messages") from None
+
+    def decode(self, pieces: Sequence[Piece]) -> list[Decoded]:
+        """Answer pieces in one batch for each limit of tokens."""
+        found: dict[int, Decoded] = {}
+        order = sorted(range(len(pieces)), key=lambda n: pieces[n].limit or 0)
+        for limit, group in groupby(order, key=lambda n: pieces[n].limit):
+            numbers = list(group)
+            answers = self._decode([pieces[n] for n in numbers], limit)
+            found.update(zip(numbers, answers, strict=True))
+        return [found[number] for number in range(len(pieces))]
+
+    def _decode(self, pieces: Sequence[Piece], limit: int | None) -> list[Decoded]:
+        transcriber = self._transcriber
+        decoding = transcriber.decoding
+        if limit is not None:
+            most = decoding.max_new_tokens
+            decoding = replace(decoding, max_new_tokens=limit if most is None else min(limit, most))
+        with torch.inference_mode():
+            utterances = [
+                transcriber.utterance(piece.recordings, piece.messages, number, piece.transcription)
+                for number, piece in enumerate(pieces)
+            ]
+            with torch.autocast(
+                transcriber.encoder.device.type, torch.bfloat16, enabled=transcriber.bf16
+            ):
+                return decode_batch(transcriber.model, transcriber.template, utterances, decoding)
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    """Raise ValueError unless user and assistant take turns, after at most one system message."""
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != [("user", "assistant")[n % 2] for n in range(len(turns))]:
+        raise ValueError("expected the user and the assistant to take turns, beginning with user")
+
+
+def _consecutive(pieces: Iterable[np.ndarray]) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield pieces that follow each other with their starts in seconds."""
+    seen = 0
+    for audio in pieces:
+        yield seen / SAMPLING_RATE, audio
+        seen += len(audio)
+
+
+def _slices(
+    blocks: Iterable[np.ndarray], spans: Iterable[tuple[float, float]]
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Take spans (start, duration in seconds), in order, out of blocks of one recording."""
+    rest = iter(blocks)
+    audio, position = np.zeros(0, dtype=np.float32), 0
+    for start, duration in spans:
+        first = round(start * SAMPLING_RATE)
+        last = first + round(duration * SAMPLING_RATE)
+        while position + len(audio) < last and (block := next(rest, None)) is not None:
+            audio = np.concatenate((audio, block))
+            # Silence before the span is not kept.
+            dropped = min(max(0, first - position), len(audio))
+            audio, position = audio[dropped:], position + dropped
+        dropped = min(max(0, first - position), len(audio))
+        audio, position = audio[dropped:], position + dropped
+        yield start, audio[: last - position]
