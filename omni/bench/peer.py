@@ -123,7 +123,8 @@ class Peer:
         self.threads, self.workers = os.cpu_count() or 1, 1
         self.batch_size = round(len(train.plan.members) / train.plan.steps)
         encoder = self._config.encoder
-        dtype = DTYPES[encoder.dtype]
+        # A CPU without bf16 instructions computes faster in fp32, as omni does there.
+        dtype = compute_dtype(DTYPES[encoder.dtype], self._device)
         self._encoder = reference_encoder(encoder.weights, dtype, self._device)
         self._model = OmniModel(prepared.model)
         self._model.init_weights(self._config.run.seed)
