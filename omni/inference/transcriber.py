@@ -221,12 +221,17 @@ class Transcriber:
 
     def _decode(self, batch: list[tuple[_Open, Utterance]]) -> None:
         """Decode the utterances of a batch, and empty it."""
-        utterances = [utterance for _, utterance in batch]
-        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
-            found = decode_batch(self.model, self.template, utterances, self.decoding)
+        found = self.decode([utterance for _, utterance in batch])
         for (opened, _), answer in zip(batch, found, strict=True):
             opened.decoded.append(answer)
         batch.clear()
+
+    def decode(
+        self, utterances: Sequence[Utterance], decoding: Decoding | None = None
+    ) -> list[Decoded]:
+        """Decode utterances that have features. decoding: None for the transcriber's own."""
+        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
+            return decode_batch(self.model, self.template, utterances, decoding or self.decoding)
 
     def request(
         self, name: str, pieces: Iterable[np.ndarray], language: str | None = None

@@ -26,7 +26,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `omni evaluate` measured. worst: transcript rows, with checkpoint and corpus."""
+    """Hold the figures of `omni evaluate`. worst: transcript rows, with checkpoint and corpus."""
 
     results: list[dict[str, Any]]
     differences: list[dict[str, Any]] = field(default_factory=list)

@@ -15,7 +15,7 @@ import torch
 from omni.audio.decode import AudioError, decode, decode_blocks, measure
 from omni.audio.vad import Segmenting, speech_spans
 from omni.audio.windows import SAMPLING_RATE
-from omni.inference.decode_batch import Decoded, decode_batch
+from omni.inference.decode_batch import Decoded
 from omni.inference.pieces import cut_at_pauses
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import AUDIO, Message, RefusedRow, check_messages
@@ -60,7 +60,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Span:
-    """What is said from `start` on, for `duration` seconds. cut: its end is missing."""
+    """Hold the text of `duration` seconds from `start` on. cut: its end is missing."""
 
     start: float
     duration: float
@@ -182,10 +182,7 @@ class Answers:
                 transcriber.utterance(piece.recordings, piece.messages, number, piece.transcription)
                 for number, piece in enumerate(pieces)
             ]
-            with torch.autocast(
-                transcriber.encoder.device.type, torch.bfloat16, enabled=transcriber.bf16
-            ):
-                return decode_batch(transcriber.model, transcriber.template, utterances, decoding)
+            return transcriber.decode(utterances, decoding)
 
 
 def _check_turns(messages: Sequence[Message]) -> None:

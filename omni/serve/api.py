@@ -39,7 +39,7 @@ class Reply:
 
 
 class Model(Protocol):
-    """What answers requests. All raise RefusedRequest."""
+    """Answer requests. Every method may raise RefusedRequest."""
 
     def spans(self, data: bytes, language: str | None, timed: bool) -> AsyncIterator[Opened | Span]:
         """Yield the length of a recording, then what is said in it as soon as it is known."""
