@@ -74,7 +74,8 @@ def has_language_model(base: Checkpoint) -> bool:
 def differences(base: OmniConfig, run: OmniConfig) -> list[str]:
     """Describe settings that the weights of `base` do not fit, each as "field: has X, expected Y".
 
-    Dropouts may differ; a CTC head that only one of them has is left out, or begins anew.
+    Dropouts may differ; a CTC head, and summary tokens, that only one of them has are left out, or
+    begin anew.
     """
     given, wanted = _shape(run), _shape(base)
     return [
@@ -90,7 +91,7 @@ def _shape(config: OmniConfig) -> dict[str, Any]:
     if set(language_model.get("window_pattern", "")) == {"L"}:
         # Positions are rotary: without short windows, weights serve any length.
         language_model.pop("sequence_len")
-    free = ("dropout", "token_dropout", "audio_dropout", "ctc")
+    free = ("dropout", "token_dropout", "audio_dropout", "ctc", "summary_tokens")
     return {
         **{f"model.{name}": value for name, value in language_model.items()},
         **{f"model.{name}": value for name, value in values.items() if name not in free},
@@ -101,7 +102,7 @@ def initial_weights(base: Checkpoint, names: Mapping[str, torch.Size]) -> dict[s
     """Read the base's weights of the parameters `names`, with their shapes.
 
     Those of a published language model to which the base refers are not among them. Raises
-    CheckpointError where one is missing, other than the CTC head's.
+    CheckpointError where one is missing, other than those of the CTC head and of summary tokens.
     """
     weights = base.weights()
     whole = has_language_model(base)
@@ -109,7 +110,7 @@ def initial_weights(base: Checkpoint, names: Mapping[str, torch.Size]) -> dict[s
         name
         for name in names
         if name not in weights
-        and not name.startswith("ctc_head.")
+        and not name.startswith(("ctc_head.", "summary."))
         and (whole or not name.startswith("lm.") or is_adapter(name))
     ]
     odd = [n for n, shape in names.items() if n in weights and weights[n].shape != shape]

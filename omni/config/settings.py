@@ -330,6 +330,8 @@ class ModelConfig(Section):
     """Kind or package.module:Class; null: mlp for a GPT (scratch or nanochat), else swiglu."""
     projector_hidden: Positive | None = None
     """Hidden width of the projector; null: the language model's width."""
+    summary_tokens: NotNegative = 0
+    """Soft tokens per recording that summarise all of it, before those of its frames; 0: none."""
     dropout: Rate = 0.0
     """Dropout on embeddings and residual branches of a GPT."""
     token_dropout: Rate = 0.0

@@ -232,6 +232,8 @@ def missing_for(to: Format, shape: OmniConfig, encoder: Mapping[str, Any]) -> li
         required.append("encoder.layers last")
     if shape.projector != "mlp" or shape.projector_hidden not in (None, shape.lm.width):
         required.append("model.projector mlp, as wide as the language model")
+    if shape.summary_tokens:
+        required.append("model.summary_tokens 0")
     if shape.stack != 4:
         required.append("model.stack 4")
     if any(shape.lm.architecture.get(name) for name in caps):  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ class CTCLabels:
 
 @dataclass(frozen=True)
 class Batch:
-    """B bins of T positions; N audio positions over all bins, of width F = stack x frame width."""
+    """B bins of T positions; N stacks of frames over all bins, of width F = stack x frame width."""
 
     tokens_BT: Tensor
     """Token ids, int64."""
@@ -63,15 +63,17 @@ class Batch:
     segments_BT: Tensor
     """Numbers of the utterances of a bin from 1, int64; 0 is padding."""
     audio_mask_BT: Tensor
-    """True at audio positions."""
+    """True at the positions of soft tokens."""
     audio_NF: Tensor
-    """Stacked encoder frames in row-major order of the mask, bf16 or fp32."""
+    """Stacked encoder frames in the order of their positions, bf16 or fp32."""
     audio_at_N: Tensor
-    """Audio positions, counted through the rows, int64."""
+    """Positions of the frames' soft tokens, counted through the rows, int64."""
     supervised_S: Tensor
     """Supervised positions, counted through the rows, int64."""
     audio_starts_N: Tensor
     """True where a recording begins."""
+    summary_at_M: Tensor
+    """Positions of the recordings' summary tokens, counted through the rows, int64."""
     tasks_BT: Tensor
     """Numbers of the tasks, int64."""
     ctc: CTCLabels | None = None

@@ -21,6 +21,7 @@ from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.lm.lora import LoraShape, add_lora, is_adapter, without_adapters
 from omni.model.losses import Distillation, kl_divergence
 from omni.model.projector import LayerMix, Projector, make_projector
+from omni.model.summary import SummaryPool
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class OmniConfig:
     """A name in `PROJECTORS`, or package.module:Class."""
     projector_hidden: int | None = None
     """Hidden width of the projector; None: the width of the language model."""
+    summary_tokens: int = 0
+    """Soft tokens per recording that summarise all of it, see `omni.model.summary`."""
     dropout: float = 0.0
     """Dropout on a GPT's embeddings and residual branches, in training."""
     token_dropout: float = 0.0
@@ -67,7 +70,10 @@ class OmniConfig:
         return self.layers * self.feature_dim
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if not self.summary_tokens:
+            del values["summary_tokens"]  # Fingerprints of models without them stay as they were.
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OmniConfig:
@@ -123,6 +129,11 @@ class OmniModel(nn.Module):
             config.projector, config.stack, config.feature_dim, width, config.projector_hidden
         )
         self.mix = LayerMix(config.layers, config.feature_dim) if config.layers > 1 else None
+        self.summary: SummaryPool | None = None
+        if config.summary_tokens:
+            self.summary = SummaryPool(
+                config.summary_tokens, config.stack, config.layers, config.feature_dim, width
+            )
         self.lm = lm if lm is not None else _build(config.lm)
         self.soft_size: nn.Parameter | None = None
         if isinstance(self.lm, HFLanguageModel):
@@ -155,6 +166,8 @@ class OmniModel(nn.Module):
             self.lm.init_weights(generator)
         if self.ctc_head is not None:
             self.ctc_head.init_weights(generator)
+        if self.summary is not None:
+            self.summary.init_weights(generator)
 
     def train_parts(self, parts: Sequence[str]) -> None:
         """Freeze all parameters but those of the named parts: projector, lora, lm."""
@@ -177,6 +190,16 @@ class OmniModel(nn.Module):
         soft: Tensor = self.projector(x, starts_N)
         return soft if self.soft_size is None else soft * self.soft_size
 
+    def summarize(self, audio_NF: Tensor, starts_N: Tensor, recordings: int) -> Tensor:
+        """Summarise the recordings in stacked features, to (recordings * summary_tokens, C).
+
+        Without summary tokens the result is empty.
+        """
+        if self.summary is None:
+            return audio_NF.new_zeros(0, self.config.lm.width)
+        soft: Tensor = self.summary(audio_NF, starts_N, recordings)
+        return soft if self.soft_size is None else soft * self.soft_size
+
     def forward(self, batch: Batch, ctc_only: bool = False) -> LossSums:
         """Compute the losses of a batch; ctc_only skips the language model."""
         soft_NC = self.project(batch.audio_NF, batch.audio_starts_N)
@@ -193,6 +216,8 @@ class OmniModel(nn.Module):
             x = torch.where(kept, x, self._hidden_input().to(x.dtype))
             has_id = has_id & kept.squeeze(-1)
         x = scatter_soft_tokens(x, audio_NC, batch.audio_at_N)
+        if self.summary is not None:
+            x = scatter_soft_tokens(x, self._summaries(batch), batch.summary_at_M)
         layout = batch.layout()
         hidden = self.lm.trunk(x, batch.tokens_BT, layout, has_id)
         # Logits of other positions are not needed: audio outnumbers text several times.
@@ -209,6 +234,15 @@ class OmniModel(nn.Module):
             zero if batch.teacher is None else self._kl(hidden_SC, targets, batch.teacher),
             self._by_task(losses, correct, tasks),
         )
+
+    def _summaries(self, batch: Batch) -> Tensor:
+        """Return the summary tokens of a batch (M, C), some of them masked in training."""
+        recordings = len(batch.summary_at_M) // self.config.summary_tokens
+        summary_MC = self.summarize(batch.audio_NF, batch.audio_starts_N, recordings)
+        if not (self.training and self.config.audio_dropout):
+            return summary_MC
+        kept = _keep(summary_MC, self.config.audio_dropout)
+        return torch.where(kept, summary_MC, self._hidden_input().to(summary_MC.dtype))
 
     def _hidden_input(self) -> Tensor:
         """Return what hidden positions hold (C,): the mean embedding at the RMS of embeddings.

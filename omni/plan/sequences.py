@@ -83,7 +83,9 @@ def with_tokens(
         capacity = config.optim.bin_positions
         for i, (row, sequence) in enumerate(zip(rows, rendered, strict=True), start=first):
             frames = [encoder_frames(r["samples"], config.encoder.mode) for r in recordings(row)]
-            need = sequence_positions(frames, len(sequence.ids), config.model.stack)
+            need = sequence_positions(
+                frames, len(sequence.ids), config.model.stack, config.model.summary_tokens
+            )
             if need <= capacity:
                 lengths[i] = need
                 continue
@@ -113,7 +115,7 @@ def with_tokens(
     return table, lengths, rejects
 
 
-def ctc_fit(table: pa.Table, lengths: np.ndarray) -> tuple[int, int]:
+def ctc_fit(table: pa.Table, lengths: np.ndarray, summary_tokens: int = 0) -> tuple[int, int]:
     """Count the utterances of the plan that CTC learns nothing from.
 
     Returns those without a transcript of any recording, and those with more tokens in it than soft
@@ -121,7 +123,7 @@ def ctc_fit(table: pa.Table, lengths: np.ndarray) -> tuple[int, int]:
     """
     tokens = _list_counts(table["tokens"])
     audio = _list_counts(table["tokens"], AUDIO)
-    soft = lengths - (tokens - audio - 1)
+    soft = lengths - (tokens - audio - 1) - summary_tokens * audio
     said = _nested_counts(table["transcript_tokens"])
     planned = lengths > 0
     return int((planned & (said == 0)).sum()), int((planned & (said > soft)).sum())
@@ -191,10 +193,12 @@ def _transcript_tokens(
     return [[None if text is None else encoded[text] for text in of_row] for of_row in texts]
 
 
-def sequence_positions(frames: Sequence[int], ids: int, stack: int) -> int:
+def sequence_positions(frames: Sequence[int], ids: int, stack: int, summary_tokens: int = 0) -> int:
     """Count the positions of an utterance in a bin.
 
-    frames: encoder frames of each recording, which becomes soft tokens in the place of its AUDIO.
-    ids: token ids with those of the recordings. The last id is a target, not an input.
+    frames: encoder frames of each recording, which becomes soft tokens in the place of its AUDIO,
+    after `summary_tokens` others. ids: token ids with those of the recordings. The last id is a
+    target, not an input.
     """
-    return sum(soft_tokens(count, stack) for count in frames) + ids - len(frames) - 1
+    soft = sum(summary_tokens + soft_tokens(count, stack) for count in frames)
+    return soft + ids - len(frames) - 1

@@ -134,10 +134,13 @@ def plan_section(made: RunPlan, seed: int) -> dict[str, Any]:
 
 def soft_of(index: Index, config: Config) -> np.ndarray:
     """Return (n,) soft tokens of each utterance."""
-    mode, stack = config.encoder.mode, config.model.stack
+    mode, stack, summary = config.encoder.mode, config.model.stack, config.model.summary_tokens
     return np.array(
         [
-            sum(soft_tokens(encoder_frames(r["samples"], mode), stack) for r in recordings(row))
+            sum(
+                summary + soft_tokens(encoder_frames(r["samples"], mode), stack)
+                for r in recordings(row)
+            )
             for row in index.table.select(["samples", "audios"]).to_pylist()
         ]
     )

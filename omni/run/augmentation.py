@@ -67,7 +67,9 @@ def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:
         for i, (of_row, count) in enumerate(zip(samples, ids, strict=True)):
             changed = [changed_length(n, speed) for n in of_row]
             frames = [encoder_frames(n, config.encoder.mode) for n in changed]
-            need = sequence_positions(frames, count, config.model.stack)
+            need = sequence_positions(
+                frames, count, config.model.stack, config.model.summary_tokens
+            )
             positions[number, i] = need if need <= config.optim.bin_positions else 0
     return Speeds(
         tuple(speeds), positions, lengths, names_of(table["key"].to_pylist()), config.run.seed

@@ -180,6 +180,7 @@ def model_config(
         stack=m.stack,
         projector=projector,
         projector_hidden=m.projector_hidden,
+        summary_tokens=m.summary_tokens,
         dropout=m.dropout,
         token_dropout=m.token_dropout,
         audio_dropout=m.audio_dropout,

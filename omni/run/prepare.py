@@ -173,7 +173,8 @@ def prepare(config: Config) -> Prepared:
             weights = index.weights
             shortest = lengths if speeds is None else speeds.shortest
             if config.optim.ctc_weight:
-                notes += _ctc_notes(table, shortest, speeds is not None)
+                summaries = config.model.summary_tokens
+                notes += _ctc_notes(table, shortest, speeds is not None, summaries)
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
     notes += [note for index in indexes.values() for note in index.notes]
     config = _with_answer_limit(config, answers["train"])
@@ -253,12 +254,12 @@ def _held_step(config: Config, resume: ResumePoint | None) -> int:
     return held_out_step(first, steps, log_every, config.eval.every)
 
 
-def _ctc_notes(table: pa.Table, lengths: np.ndarray, sped: bool) -> list[str]:
+def _ctc_notes(table: pa.Table, lengths: np.ndarray, sped: bool, summary_tokens: int) -> list[str]:
     """Count the utterances that CTC learns nothing from. Raises ConfigError if it is all of them.
 
     lengths: (n,) positions, at their fastest if they are `sped`.
     """
-    silent, beyond = ctc_fit(table, lengths)
+    silent, beyond = ctc_fit(table, lengths, summary_tokens)
     if silent == int((lengths > 0).sum()):
         raise ConfigError(
             "optim.ctc_weight: no row of data.train has a transcript: rows of other tasks than "

@@ -52,13 +52,15 @@ def collate(
     positions: int,
     stack: int,
     frame_dim: int,
+    summary_tokens: int = 0,
     teacher: bool = False,
     ctc: bool = False,
 ) -> Batch:
     """Lay out bins of utterances as a `Batch` of (len(bins), positions).
 
-    teacher: add a batch of the same utterances as text, for distillation. ctc: add what is said in
-    the recordings, as far as it is known.
+    summary_tokens: positions before the soft tokens of each recording, for its summary. teacher:
+    add a batch of the same utterances as text, for distillation. ctc: add what is said in the
+    recordings, as far as it is known.
     """
     shape = (len(bins), positions)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -74,7 +76,8 @@ def collate(
             if utterance.features is None or not all(map(len, utterance.features)):
                 continue
             stacked = [stack_frames(features, stack) for features in utterance.features]
-            ids, supervised = _expand(utterance, [len(part) for part in stacked])
+            places = [summary_tokens + len(part) for part in stacked]
+            ids, supervised = _expand(utterance, places)
             stop = cursor + len(ids) - 1
             if stop > positions:
                 raise ValueError(f"bin {row} holds {stop} positions, expected at most {positions}")
@@ -88,19 +91,25 @@ def collate(
             tasks[row, cursor:stop] = utterance.task
             cursor = stop
     empty = torch.zeros(0, stack * frame_dim, dtype=torch.bfloat16)
-    starts = np.zeros(sum(map(len, audio)), dtype=bool)
-    starts[np.cumsum([0, *map(len, audio)])[:-1]] = True
+    soft = [len(part) for part in audio]
+    starts = np.zeros(sum(soft), dtype=bool)
+    starts[np.cumsum([0, *soft])[:-1]] = True
+    at = np.flatnonzero(mask)
+    is_summary = np.tile([True, False], len(soft)).repeat(
+        [count for frames in soft for count in (summary_tokens, frames)]
+    )
     return Batch(
         tokens_BT=torch.from_numpy(tokens),
         targets_BT=torch.from_numpy(targets),
         segments_BT=torch.from_numpy(segments),
         audio_mask_BT=torch.from_numpy(mask),
         audio_NF=torch.cat(audio) if audio else empty,
-        audio_at_N=torch.from_numpy(np.flatnonzero(mask)),
+        audio_at_N=torch.from_numpy(at[~is_summary]),
         supervised_S=torch.from_numpy(np.flatnonzero(targets != IGNORED)),
         audio_starts_N=torch.from_numpy(starts),
+        summary_at_M=torch.from_numpy(at[is_summary]),
         tasks_BT=torch.from_numpy(tasks),
-        ctc=CTCLabels.of([len(part) for part in audio], said) if ctc else None,
+        ctc=CTCLabels.of(soft, said) if ctc else None,
         teacher=_teacher_batch(bins, positions) if teacher else None,
     )
 
@@ -141,7 +150,7 @@ def _transcripts(utterance: Utterance) -> list[Sequence[int]]:
 
 
 def _expand(utterance: Utterance, soft: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Repeat each AUDIO id, and its flag, as often as its recording has soft tokens."""
+    """Repeat each AUDIO id, and its flag, as often as its recording has soft tokens (`soft`)."""
     ids = np.asarray(utterance.ids, dtype=np.int64)
     repeats = np.ones(len(ids), dtype=np.int64)
     repeats[ids == AUDIO] = soft

@@ -34,6 +34,7 @@ class Layout:
 
     positions: int
     stack: int
+    summary_tokens: int
     frame_dim: int
     teacher: bool = False
     ctc: bool = False
@@ -41,7 +42,14 @@ class Layout:
     @classmethod
     def of(cls, config: Config, model: OmniConfig) -> Layout:
         teacher = config.optim.kl_weight > 0
-        return cls(config.optim.bin_positions, model.stack, model.frame_dim, teacher, model.ctc)
+        return cls(
+            config.optim.bin_positions,
+            model.stack,
+            model.summary_tokens,
+            model.frame_dim,
+            teacher,
+            model.ctc,
+        )
 
     def batch(self, bins: list[list[Utterance]]) -> Batch:
         return collate(
@@ -49,6 +57,7 @@ class Layout:
             positions=self.positions,
             stack=self.stack,
             frame_dim=self.frame_dim,
+            summary_tokens=self.summary_tokens,
             teacher=self.teacher,
             ctc=self.ctc,
         )
@@ -56,7 +65,7 @@ class Layout:
     def length(self, utterance: Utterance) -> int:
         """Return the positions that an utterance takes in a bin."""
         frames = [len(part) for part in utterance.features or ()]
-        return sequence_positions(frames, len(utterance.ids), self.stack)
+        return sequence_positions(frames, len(utterance.ids), self.stack, self.summary_tokens)
 
     def pack(self, utterances: list[Utterance]) -> list[Batch]:
         """Pack utterances into batches of one bin; leave out those longer than a bin."""

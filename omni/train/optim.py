@@ -77,6 +77,7 @@ def describe_groups(optimizers: Optimizers) -> list[dict[str, Any]]:
 
 RATES = {
     "projector": "projector_lr",
+    "summary": "projector_lr",
     "ctc_head": "lr",
     "adapters": "lora_lr",
     "embeddings": "embedding_lr",
@@ -112,7 +113,7 @@ class _Roles:
             return "adapters"
         parts = name.split(".")
         if "lm" not in parts:
-            return "ctc_head" if "ctc_head" in parts else "projector"
+            return parts[0] if parts[0] in ("ctc_head", "summary") else "projector"
         return self._by_id.get(id(parameter), "matrices" if parameter.ndim >= 2 else "scalars")
 
 

@@ -152,3 +152,13 @@ def test_a_runs_folder_names_its_best_checkpoint(tmp_path: Path) -> None:
     assert checkpoint_folder(str(tmp_path)) == tmp_path
     (tmp_path / "checkpoints" / "best").mkdir(parents=True)
     assert checkpoint_folder(str(tmp_path)) == tmp_path / "checkpoints" / "best"
+
+
+def test_summary_tokens_that_the_base_lacks_begin_anew(base: Path, tmp_path: Path) -> None:
+    prepared = prepare(_config(tmp_path, base=str(base), summary_tokens=2))
+    state = ModelState(prepared.config, prepared.model, CPU, 1)
+    weights = read_base(str(base)).weights()
+    assert state.model.summary is not None
+    assert not any(name.startswith("summary.") for name in weights)
+    given = state.model.projector.state_dict()["fc1.weight"]
+    assert torch.equal(given, weights["projector.fc1.weight"].float())

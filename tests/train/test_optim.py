@@ -204,7 +204,7 @@ def test_a_step_at_the_peak_decays_all_matrices_by_the_same_share() -> None:
 
 def test_groups_are_listed_for_the_record() -> None:
     groups = {group["role"]: group for group in describe_groups(make_optimizers(_model(), MUON))}
-    assert groups.keys() == RATES.keys() - {"adapters"}
+    assert groups.keys() == RATES.keys() - {"adapters", "summary"}
     assert groups["matrices"] == {
         **{"role": "matrices", "optimizer": "muon", "lr": 2e-2, "first_step": 0},
         **{"weight_decay": 0.05, "tensors": 12, "parameters": 2 * (3 * 32 * 32 + 8 * 32 * 32)},

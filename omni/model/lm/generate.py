@@ -37,7 +37,7 @@ class EmbeddedPrompt:
     ids_T: Tensor
     """Token ids; AUDIO for soft tokens."""
     soft_NC: Tensor
-    """Soft tokens of its recordings, one after another."""
+    """Soft tokens of the frames of its recordings, one after another."""
     seconds: float
     """Audio in it."""
 
@@ -119,10 +119,12 @@ def _embed_prompt(
             text.append(token)
             continue
         flush()
-        soft = model.project(stack_frames(next(recordings).to(device), model.config.stack))
-        parts.append(soft)
+        stacked = stack_frames(next(recordings).to(device), model.config.stack)
+        soft = model.project(stacked)
+        starts = torch.arange(len(stacked), device=device) == 0
+        parts += [model.summarize(stacked, starts, 1), soft]
         heard.append(soft)
-        ids.append(torch.full((len(soft),), AUDIO, device=device))
+        ids.append(torch.full((len(parts[-2]) + len(soft),), AUDIO, device=device))
     flush()
     like = model.lm.embed(torch.zeros(1, 1, dtype=torch.long, device=device))
     return EmbeddedPrompt(
