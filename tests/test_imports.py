@@ -32,6 +32,7 @@ WITH_RAY = {
     "omni.run.trial",
     "omni.run.worker_group",
     "omni.serve.deploy",
+    "omni.serve.replica",
     "omni.stream.pipeline",
 }
 

@@ -1,6 +1,6 @@
 """Answer requests with one model: recordings to timed texts, conversations to texts.
 
-No web framework and no Ray in here; `omni.serve.deploy` runs it in replicas.
+No web framework and no Ray in here; `omni.serve.replica` runs it.
 """
 
 from __future__ import annotations
