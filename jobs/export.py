@@ -1,4 +1,4 @@
-"""Write a checkpoint for nanochat, for transformers (Voxtral), or as a base of runs."""
+"""Write a checkpoint for transformers, for nanochat, or as a base of runs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from pathlib import Path
 
 from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
 
-_FORMATS = "format; hf is Voxtral's, omni a small checkpoint for model.base"
+_FORMATS = "transformers: with its code; hf: Voxtral's format; omni: a small checkpoint"
+_ADAPTERS = "merge adapters into the language model, or keep them apart (--to transformers)"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = job_parser("export", __doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=checkpoint_path, required=True, help=CHECKPOINT)
-    add("--to", choices=("nanochat", "hf", "omni"), required=True, help=_FORMATS)
+    add("--to", choices=("transformers", "hf", "nanochat", "omni"), required=True, help=_FORMATS)
     add("--out", type=Path, required=True, help="folder to make")
+    add("--adapters", choices=("merged", "apart"), default="merged", help=_ADAPTERS)
     arguments = parser.parse_args(argv)
 
     def job() -> None:
         from omni.inference.export import export
 
-        exported = export(arguments.checkpoint, arguments.to, arguments.out)
+        exported = export(arguments.checkpoint, arguments.to, arguments.out, arguments.adapters)
         for path in exported.files:
             print(path)
         for note in exported.notes:

@@ -1,10 +1,12 @@
 """Export a trained model to the formats of other projects, or to a small folder of our own.
 
-nanochat: a nanochat checkpoint folder (language model and tokenizer), with the audio weights and
-the CTC head in files of their own, since nanochat has none for them. hf: the Voxtral format of
-transformers, which takes a Whisper encoder on whole 30 s windows, the mlp projector, and a language
-model that does not scale or cap its logits; it has no place for a CTC head. omni: a checkpoint in
-bf16 without optimizer state, for `model.base` and for every job that takes a checkpoint.
+transformers: a folder with the code in it, which decodes any model as omni does
+(`omni.inference.standalone`). nanochat: a nanochat checkpoint folder (language model and
+tokenizer), with the audio weights and the CTC head in files of their own, since nanochat has none
+for them. hf: the Voxtral format of transformers, which takes a Whisper encoder on whole 30 s
+windows, the mlp projector, and a language model that does not scale or cap its logits; it has no
+place for a CTC head. omni: a checkpoint in bf16 without optimizer state, for `model.base` and for
+every job that takes a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +25,7 @@ from omni.checkpoint.base import write_base
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from omni.errors import ConfigError
 from omni.inference.export_script import transcribe_script
+from omni.inference.standalone.folder import Adapters, Source, write_folder
 from omni.inference.transcriber import longest_piece
 from omni.model.chat_template import PLACEHOLDER, Template, make_template, transcription
 from omni.model.decode import Decoding
@@ -33,13 +36,12 @@ from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFLanguageModel
 from omni.model.lm.lora import merge_lora
 from omni.model.lm.nanochat import save_nanochat
-from omni.model.projector import Projector
+from omni.model.projector import PROJECTORS, Projector
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.storage.path import StoragePath
 
-Format = Literal["nanochat", "hf", "omni"]
+Format = Literal["transformers", "hf", "nanochat", "omni"]
 _MAX_NEW_TOKENS = 200  # of checkpoints of older versions
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-def export(checkpoint: StoragePath, to: Format, out: Path) -> Exported:
+def export(
+    checkpoint: StoragePath, to: Format, out: Path, adapters: Adapters = "merged"
+) -> Exported:
     """Write the model in the format `to` into the folder `out`.
 
-    Raises ConfigError when the checkpoint cannot be used, `out` is not empty, or the format cannot
+    adapters: merged into the language model, or, for transformers, apart from it. Raises
+    ConfigError when the checkpoint cannot be used, `out` is not empty, or the format cannot
     represent the model.
     """
     try:
@@ -68,24 +73,33 @@ def export(checkpoint: StoragePath, to: Format, out: Path) -> Exported:
     if to == "omni":
         write_base(found, out)
         return Exported(sorted(out.iterdir()))
-    if model.config.lora is not None:
-        merge_lora(model.lm)
+    if adapters == "apart" and (to != "transformers" or model.config.lora is None):
+        raise ConfigError(
+            "--adapters apart: expected --to transformers and a model with adapters (model.train)"
+        )
     if missing := missing_for(to, model.config, found.encoder):
         raise ConfigError(
             f"--to {to}: {found.path} was trained without what this format needs: "
             f"{', '.join(missing)}"
         )
+    if model.config.lora is not None and adapters == "merged":
+        merge_lora(model.lm)
     try:
         decoding = Decoding.of_config(config, head=model.ctc_head is not None)
     except ValueError as error:
         raise ConfigError(f"--checkpoint: {checkpoint}: eval.decode: {error}") from None
-    if to == "nanochat":
+    if to == "transformers":
+        try:
+            write_folder(Source(found, model, template, config, decoding), out)
+        except SourceError as error:
+            raise ConfigError(f"--checkpoint: {error}") from None
+    elif to == "nanochat":
         _export_nanochat(found, model, template, decoding, out)
     else:
         limit = decoding.max_new_tokens
         _export_voxtral(found, model, template, config["data"]["prompt"], limit, out)
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    if decoding.decoder == "lm":
+    if decoding.decoder == "lm" or to == "transformers":
         return Exported(files)
     where = (
         "is left out" if to == "hf" else "is in ctc_head.safetensors, which nanochat does not read"
@@ -219,6 +233,8 @@ def missing_for(to: Format, shape: OmniConfig, encoder: Mapping[str, Any]) -> li
     """
     if to == "omni":
         return []
+    if to == "transformers":
+        return [] if shape.projector in PROJECTORS else [f"model.projector {', '.join(PROJECTORS)}"]
     gpt = isinstance(shape.lm, GPTConfig)
     if to == "nanochat":
         return [] if gpt else ["model.lm scratch or nanochat:DIR"]

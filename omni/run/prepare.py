@@ -26,10 +26,11 @@ from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.rejects import Reject
 from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError
-from omni.inference.export import FORMATS, missing_for
+from omni.inference.export import missing_for
 from omni.metrics.score import normalize
 from omni.metrics.text_metric import load_metrics
 from omni.model.decode import Decoding
+from omni.model.lm.gpt_block import GPTConfig
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
 from omni.model.tokenizer import SpeechTokenizer
@@ -339,13 +340,22 @@ def _schedule_notes(config: Config) -> list[str]:
 
 
 def _export_notes(model: OmniConfig, encoder: EncoderFacts) -> list[str]:
-    """Say before the training to which formats its model cannot be exported."""
+    """Say before the training where its model could not be exported.
+
+    transformers takes any but those with a projector of their own. Voxtral's format, which other
+    programs read too, is for transformers' language models.
+    """
     facts = encoder.to_dict()
-    missing = {to: missing_for(to, model, facts) for to in FORMATS}
+    if needed := missing_for("transformers", model, facts):
+        return [
+            "omni export --to transformers will not take this model: that needs "
+            f"{', '.join(needed)}"
+        ]
+    needed = [] if isinstance(model.lm, GPTConfig) else missing_for("hf", model, facts)
+    if not needed:
+        return []
     return [
-        f"omni export --to {to} will not take this model: that needs {', '.join(needed)}"
-        for to, needed in missing.items()
-        if needed
+        f"omni export --to transformers takes this model; --to hf would need {', '.join(needed)}"
     ]
 
 

@@ -24,6 +24,7 @@ from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.sequences import sequence_positions
 from omni.run.fingerprints import check_fingerprints
 from omni.run.prepare import Prepared, prepare
+from tests.helpers.hf_folders import save_folder
 
 CORPUS = Path(omni.__file__).parent / "assets" / "prompts-en"
 TRAIN = [json.loads(line) for line in (CORPUS / "train.jsonl").read_text().splitlines()]
@@ -385,9 +386,8 @@ def test_a_run_continues_with_its_own_tokenizer(configure: Configure, first: Pre
 
 
 def _notes(prepared: Prepared) -> list[str]:
-    """Leave out the notes about this machine, and about what any GPT cannot be exported to."""
-    usual = ("train.precision", "omni export --to hf")
-    return [note for note in prepared.notes if not note.startswith(usual)]
+    """Leave out the note about this machine."""
+    return [note for note in prepared.notes if not note.startswith("train.precision")]
 
 
 def test_held_out_sentences_that_were_trained_on_are_counted(configure: Configure) -> None:
@@ -411,6 +411,15 @@ def test_a_warm_up_longer_than_the_run_is_noted(
     assert any("optim.warmup_steps" in note for note in _notes(prepare(config))) is noted
 
 
-def test_formats_that_the_model_cannot_be_exported_to_are_noted(configure: Configure) -> None:
-    notes = [note for note in prepare(configure()).notes if "omni export" in note]
-    assert [("--to hf" in note, "model.lm" in note) for note in notes] == [(True, True)]
+def test_formats_that_the_model_cannot_be_exported_to_are_noted(
+    configure: Configure, tmp_path: Path
+) -> None:
+    def notes(**model: Any) -> list[str]:
+        prepared = prepare(configure(model=model))
+        return [note for note in prepared.notes if note.startswith("omni export")]
+
+    assert notes() == [], "what is trained by default has a format"
+    lm = save_folder(tmp_path / "lm")
+    shape = {"n_layer": None, "n_head": None, "n_embd": None}
+    [note] = notes(lm=f"hf:{lm}", train=["projector"], **shape)
+    assert "--to transformers takes" in note and "encoder.mode full" in note

@@ -6,6 +6,7 @@ them. Parameter names are those of transformers' `WhisperEncoder`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,14 +31,14 @@ class EncoderOutput(NamedTuple):
 class WhisperTransformer(nn.Module):
     """Two convolutions, position embeddings, pre-norm transformer layers and a final LayerNorm.
 
-    The parameters are frozen.
+    The parameters are frozen. state: None leaves them uninitialised, to be loaded later.
     """
 
-    def __init__(self, config: WhisperConfig, state: dict[str, Tensor]) -> None:
+    def __init__(self, config: WhisperConfig, state: dict[str, Tensor] | None) -> None:
         super().__init__()
         self.config = config
         width = config.d_model
-        with torch.device("meta"):
+        with contextlib.nullcontext() if state is None else torch.device("meta"):
             self.conv1 = nn.Conv1d(config.num_mel_bins, width, 3, padding=1)
             self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
             # Passing a weight skips an initialisation that would import torch's compiler.
@@ -48,7 +49,8 @@ class WhisperTransformer(nn.Module):
                 for _ in range(config.encoder_layers)
             )
             self.layer_norm = nn.LayerNorm(width)
-        self.load_state_dict(state, assign=True)
+        if state is not None:
+            self.load_state_dict(state, assign=True)
         self.requires_grad_(False)
         self.eval()
 

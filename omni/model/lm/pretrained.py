@@ -81,6 +81,11 @@ def load_lm(config: OmniConfig, frozen: torch.dtype | None = None) -> GPT | HFLa
     return lm
 
 
+def source_folder(uri: str) -> Path:
+    """Return the folder of a language model, downloaded if needed. Raises SourceError."""
+    return _locate(uri)[1]
+
+
 def hf_tokenizer(folder: Path) -> SpeechTokenizer:
     """Load the fast tokenizer in a transformers model's folder. Raises SourceError."""
     from transformers import AutoTokenizer
