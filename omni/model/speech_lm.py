@@ -21,6 +21,7 @@ from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.lm.lora import LoraShape, add_lora, is_adapter, without_adapters
 from omni.model.losses import Distillation, kl_divergence
 from omni.model.projector import LayerMix, Projector, make_projector
+from omni.model.speech_input import SpeechInput
 from omni.model.summary import SummaryPool
 
 
@@ -108,7 +109,7 @@ class LossSums:
     """(tasks, 3): unweighted cross-entropy, tokens and correct tokens of each task."""
 
 
-class OmniModel(nn.Module):
+class OmniModel(SpeechInput, nn.Module):
     """Projector, language model and optional CTC head.
 
     The CTC head predicts the transcript from the soft tokens alone (see `omni.model.ctc`). It
@@ -182,24 +183,6 @@ class OmniModel(nn.Module):
             return False
         return not self.get_parameter(name).requires_grad
 
-    def project(self, audio_NF: Tensor, starts_N: Tensor | None = None) -> Tensor:
-        """Project stacked features (N, F) to soft tokens (N, C); starts_N: see `Batch`."""
-        x = audio_NF.to(next(self.projector.parameters()).dtype)
-        if self.mix is not None:
-            x = self.mix(x)
-        soft: Tensor = self.projector(x, starts_N)
-        return soft if self.soft_size is None else soft * self.soft_size
-
-    def summarize(self, audio_NF: Tensor, starts_N: Tensor, recordings: int) -> Tensor:
-        """Summarise the recordings in stacked features, to (recordings * summary_tokens, C).
-
-        Without summary tokens the result is empty.
-        """
-        if self.summary is None:
-            return audio_NF.new_zeros(0, self.config.lm.width)
-        soft: Tensor = self.summary(audio_NF, starts_N, recordings)
-        return soft if self.soft_size is None else soft * self.soft_size
-
     def forward(self, batch: Batch, ctc_only: bool = False) -> LossSums:
         """Compute the losses of a batch; ctc_only skips the language model."""
         soft_NC = self.project(batch.audio_NF, batch.audio_starts_N)
@@ -239,6 +222,7 @@ class OmniModel(nn.Module):
         """Return the summary tokens of a batch (M, C), some of them masked in training."""
         recordings = len(batch.summary_at_M) // self.config.summary_tokens
         summary_MC = self.summarize(batch.audio_NF, batch.audio_starts_N, recordings)
+        assert summary_MC is not None
         if not (self.training and self.config.audio_dropout):
             return summary_MC
         kept = _keep(summary_MC, self.config.audio_dropout)

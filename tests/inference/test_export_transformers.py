@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,7 @@ def _gpt(place: Path) -> Path:
     tokenizer = SpeechTokenizer.train([row["text"] for row in ROWS], 300)
     gpt = GPTConfig(1024, tokenizer.vocab_size, 2, 2, 1, 32, "SL")
     shape = OmniConfig(gpt, 384, layers=2, stack=8, projector="conv", projector_hidden=48, ctc=True)
+    shape = replace(shape, summary_tokens=2)
     model = OmniModel(shape)
     _awaken(model)
     config = parse_config(

@@ -402,5 +402,5 @@ def test_a_batch_moves_as_a_whole(utterances: list[Utterance]) -> None:
     batch = lay_out(utterances)
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
-    assert len(tensors) == 9 and {tensor.device.type for tensor in tensors} == {"meta"}
+    assert len(tensors) == 10 and {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.audio_NF.shape == batch.audio_NF.shape

@@ -14,9 +14,9 @@ class OmniSpeechConfig(PretrainedConfig):  # type: ignore[misc]  # transformers 
     are concatenated; empty: the last one alone. feature_dtype, feature_format: rounding of the
     features that the model was trained with, see `FeatureCodec`. gpt_config: shape of a language
     model of nanochat's architecture; None: text_config is that of a language model of transformers.
-    stack: encoder frames per soft token. projector, projector_hidden: see `PROJECTORS`. layers:
-    encoder layers that are mixed. ctc: there is a CTC head. lora: rank, alpha and targets of
-    adapters that are not merged.
+    stack: encoder frames per soft token. projector, projector_hidden: see `PROJECTORS`.
+    summary_tokens: see `SummaryPool`. layers: encoder layers that are mixed. ctc: there is a CTC
+    head. lora: rank, alpha and targets of adapters that are not merged.
     """
 
     model_type = "omni_speech"
@@ -33,6 +33,7 @@ class OmniSpeechConfig(PretrainedConfig):  # type: ignore[misc]  # transformers 
         stack: int = 4,
         projector: str = "mlp",
         projector_hidden: int | None = None,
+        summary_tokens: int = 0,
         layers: int = 1,
         ctc: bool = False,
         lora: dict[str, Any] | None = None,
@@ -48,6 +49,7 @@ class OmniSpeechConfig(PretrainedConfig):  # type: ignore[misc]  # transformers 
         self.text_config = text_config
         self.stack = stack
         self.projector, self.projector_hidden = projector, projector_hidden
+        self.summary_tokens = summary_tokens
         self.layers, self.ctc, self.lora = layers, ctc, lora
         others.setdefault("tie_word_embeddings", False)
         super().__init__(**others)

@@ -88,6 +88,7 @@ def _config(source: Source, facts: EncoderFacts, whisper: dict[str, int]) -> dic
         "stack": shape.stack,
         "projector": shape.projector,
         "projector_hidden": shape.projector_hidden,
+        "summary_tokens": shape.summary_tokens,
         "layers": shape.layers,
         "ctc": shape.ctc,
     }

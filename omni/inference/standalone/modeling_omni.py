@@ -28,6 +28,8 @@ from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import PROJECTORS, LayerMix
 from omni.model.special_marks import AUDIO
+from omni.model.speech_input import SpeechInput
+from omni.model.summary import SummaryPool
 from omni.stream.codec import DTYPES, FeatureCodec
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class OmniSpeechLogits(ModelOutput):  # type: ignore[misc]
     """(P, T), False beyond the end of a prompt."""
 
 
-class OmniSpeechModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A speech language model. Its inputs are what `OmniSpeechProcessor` returns."""
 
     config_class = OmniSpeechConfig
@@ -92,6 +94,11 @@ class OmniSpeechModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             config.stack * whisper.d_model, width, config.projector_hidden, **extra
         )
         self.mix = LayerMix(config.layers, whisper.d_model) if config.layers > 1 else None
+        self.summary: SummaryPool | None = None
+        if config.summary_tokens:
+            self.summary = SummaryPool(
+                config.summary_tokens, config.stack, config.layers, whisper.d_model, width
+            )
         head = LinearCTC if config.gpt_config is not None else TiedCTC
         self.ctc_head: Any = head(width, vocabulary) if config.ctc else None
         if config.lora is not None:
@@ -122,14 +129,6 @@ class OmniSpeechModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def lm(self) -> GPT | HFLanguageModel:
         """Return the language model with the interface that decoding uses."""
         return self._wrapped[0] if self._wrapped else self.language_model
-
-    def project(self, audio_NF: Tensor, starts_N: Tensor | None = None) -> Tensor:
-        """Project stacked features (N, F) to soft tokens (N, C)."""
-        x = audio_NF.to(next(self.projector.parameters()).dtype)
-        if self.mix is not None:
-            x = self.mix(x)
-        soft: Tensor = self.projector(x, starts_N)
-        return soft if self.soft_size is None else soft * self.soft_size
 
     @torch.inference_mode()
     def encode(

@@ -122,9 +122,11 @@ def _embed_prompt(
         stacked = stack_frames(next(recordings).to(device), model.config.stack)
         soft = model.project(stacked)
         starts = torch.arange(len(stacked), device=device) == 0
-        parts += [model.summarize(stacked, starts, 1), soft]
+        summary = model.summarize(stacked, starts, 1)
+        both = soft if summary is None else torch.cat((summary, soft))
+        parts.append(both)
         heard.append(soft)
-        ids.append(torch.full((len(parts[-2]) + len(soft),), AUDIO, device=device))
+        ids.append(torch.full((len(both),), AUDIO, device=device))
     flush()
     like = model.lm.embed(torch.zeros(1, 1, dtype=torch.long, device=device))
     return EmbeddedPrompt(
