@@ -41,6 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", metavar="DIR", type=location, required=True, help="folder or URI of the index")
     add("--language", metavar="CODE", help="language of utterances that name none")
     add("--audio_folder", metavar="DIR", default="", help="prefix of the paths of recordings")
+    add(
+        "--keep",
+        metavar="COLUMN,...",
+        type=_columns,
+        action="extend",
+        default=[],
+        help="columns that become labels of the utterances, for tasks; may be repeated",
+    )
     add("--number_ids", action="store_true", help="make ids from positions in the source")
     add_corpus_limits(parser)
     add(
@@ -98,6 +106,7 @@ def _index(arguments: argparse.Namespace) -> None:
         downloads=download_limits(arguments),
         segment=_segmenting(arguments),
         duration_tolerance=arguments.duration_tolerance,
+        keep=tuple(dict.fromkeys(arguments.keep)),
     )
     specs, out = arguments.source, arguments.out
     done = make_index(specs, out, options, lambda line: print(f"  {line}", flush=True))
@@ -108,6 +117,15 @@ def _index(arguments: argparse.Namespace) -> None:
         print(f"transcribe it with python -m jobs.transcribe --checkpoint CHECKPOINT {out}")
     else:
         print(f"train on it with --data.train {out}")
+
+
+def _columns(text: str) -> list[str]:
+    from omni.config.field_types import kept_columns
+
+    try:
+        return kept_columns(name.strip() for name in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _segmenting(arguments: argparse.Namespace) -> Segmenting | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -33,6 +34,23 @@ def _distinct(value: Any) -> Any:
     return value
 
 
+def kept_columns(names: Iterable[str]) -> list[str]:
+    """Return the names of columns to keep as labels, without those that every index has.
+
+    Raises ValueError for a name that cannot be kept.
+    """
+    kept: list[str] = []
+    for name in names:
+        if not name.strip() or name in _RESERVED_LABELS:
+            raise ValueError(
+                f"expected the name of a column, got {name!r} "
+                f"({', '.join(_RESERVED_LABELS)} have a meaning of their own)"
+            )
+        if name not in (*_INDEX_COLUMNS, *kept):
+            kept.append(name)
+    return kept
+
+
 def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     if not value[0] <= value[1]:
         raise ValueError("expected [least, most] with least <= most")
@@ -56,6 +74,8 @@ def _projector(value: Any) -> Any:
     return value
 
 
+_INDEX_COLUMNS = ("id", "text", "language", "speaker", "task", "prompt")
+_RESERVED_LABELS = ("labels", "seconds")
 _ProjectorKind = Literal["mlp", "swiglu", "conv"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -76,6 +96,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Language = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+([-_][A-Za-z0-9]+)*$")]
 AbsolutePath = Annotated[str, AfterValidator(absolute)]
 Base = Annotated[str, AfterValidator(lambda name: name if name == OMNI_TINY else absolute(name))]
+Columns = Annotated[
+    list[str],
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+    AfterValidator(kept_columns),
+]
 Paths = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 PlugIns = Annotated[
     list[Annotated[str, AfterValidator(check_plug_in)]],

@@ -23,6 +23,7 @@ from pydantic import (
 from omni.config.field_types import (
     AbsolutePath,
     Base,
+    Columns,
     DecibelRange,
     Fingerprints,
     Language,
@@ -137,6 +138,8 @@ class DataConfig(Section):
     """Language code of rows that name none; null: scored as English and not tagged."""
     language_tag: bool = False
     """End each prompt with the row's language, such as lang:fr."""
+    keep: Columns = []
+    """Columns of manifests that become labels, for tasks; an index has those of `omni index`."""
     tasks: dict[str, TaskConfig] = {}
     """Tasks by name, each with `prompt` and `weight`; empty: the rows' own, weighted alike."""
     template: Literal["auto", "plain", "chat"] = "auto"

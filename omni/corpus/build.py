@@ -100,7 +100,7 @@ def index_sources(
         few = len(todo) <= FEW_PARTS and options.segment is None
         make = _make_here if few or make_many is None else make_many
         make(tasks, todo, options, out, say)
-    result = finish(tasks, out)
+    result = finish(tasks, out, options.keep)
     known = set(names)
     for old in [*(out / "parts").glob("*.parquet"), *(out / "audio").glob("*.bin")]:
         if old.stem not in known:  # made from an earlier state of the corpus

@@ -64,6 +64,8 @@ def write_part(source: Source, part: Part, options: Options, folder: StoragePath
     Raises ManifestError where the source is not what it should be.
     """
     name = part_name(source, part)
+    # Without labels the files stay what they were before there was such a column.
+    schema = SCHEMA if options.keep else SCHEMA.remove(SCHEMA.get_field_index("labels"))
     made: dict[str, Any] = {"rows": 0, "samples": 0, "rejects": [], "bytes": 0}
     audio, table = folder / "audio" / f"{name}.bin", folder / "parts" / f"{name}.parquet"
     for path in (table, audio):
@@ -72,7 +74,7 @@ def write_part(source: Source, part: Part, options: Options, folder: StoragePath
     with (
         open_atomic(table) as sink,
         open_atomic(audio) as sound,
-        pq.ParquetWriter(sink, SCHEMA) as writer,
+        pq.ParquetWriter(sink, schema) as writer,
     ):
         rows = source.read(part)
         if options.number_ids:
@@ -83,7 +85,7 @@ def write_part(source: Source, part: Part, options: Options, folder: StoragePath
         measuring = Measuring(options.duration_tolerance)
         while taken := _next_batch(rows, kept, untranscribed, measuring):
             good, bad = _measured(taken, folder, untranscribed, measuring)
-            writer.write_table(pa.Table.from_pylist(good, SCHEMA))
+            writer.write_table(pa.Table.from_pylist(good, schema))
             made["rows"] += len(good)
             made["samples"] += sum(row["samples"] for row in good)
             made["rejects"] += bad

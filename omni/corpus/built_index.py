@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.build_part import about_part, part_name
 from omni.corpus.index import INDEX_VERSION, repeated_id
+from omni.corpus.labels import label_counts
 from omni.corpus.languages import unknown_languages
 from omni.corpus.manifest import INDEX_FILE
 from omni.corpus.rejects import count_reasons
@@ -30,14 +32,14 @@ CHARACTERS = [0, 10, 20, 40, 80, 160, 320, 640]  # and of the texts'
 Task = tuple[Source, Part]
 
 
-def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
+def finish(tasks: list[Task], out: StoragePath, keep: Sequence[str] = ()) -> dict[str, Any]:
     """Look over all parts, few in memory at a time but for the ids, and write what belongs to all.
 
     Returns utterances, seconds, rejects by reason, languages, speakers, without_text (utterances
     that nobody has written down), lengths and texts (utterances from each edge of SECONDS and
-    CHARACTERS), and notes.
+    CHARACTERS), notes, and labels (utterances that have each column of `keep`).
 
-    Raises ManifestError for an id that occurs twice.
+    Raises ManifestError for an id that occurs twice, and for a label that no utterance has.
     """
     ids: list[pa.ChunkedArray] = []
     languages: Counter[str | None] = Counter()
@@ -47,7 +49,8 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
     samples = 0
     rejects: list[str] = []
     names = [part_name(*task) for task in tasks]
-    columns = ["id", "samples", "text", "language", "speaker"]
+    columns = ["id", "samples", "text", "language", "speaker", *(["labels"] if keep else [])]
+    labels: Counter[str] = Counter(dict.fromkeys(keep, 0))
 
     def read(name: str) -> tuple[pa.Table, dict[str, Any] | None]:
         with open_ranges(out / "parts" / f"{name}.parquet") as file:
@@ -58,6 +61,8 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
         for entry in pc.value_counts(table["language"]).to_pylist():
             languages[entry["values"]] += entry["counts"]
         speakers.update(pc.unique(table["speaker"].drop_null()).to_pylist())
+        if keep:
+            labels.update(label_counts(table["labels"]))
         samples += int(pc.sum(table["samples"]).as_py() or 0)
         lengths += _histogram(pc.divide(table["samples"], SAMPLING_RATE), SECONDS)
         said = table["text"].filter(pc.not_equal(table["text"], ""))
@@ -75,6 +80,8 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
     if not len(every):
         first = f"; the first: {rejects[0].strip()}" if rejects else ""
         raise ManifestError(f"all {len(rejects)} rows were rejected{first}")
+    if without := [name for name in keep if not labels[name]]:
+        raise ManifestError(f"no utterance has the column {without[0]!r} (--keep)")
     result = {
         "utterances": len(every),
         "seconds": samples / SAMPLING_RATE,
@@ -85,6 +92,7 @@ def finish(tasks: list[Task], out: StoragePath) -> dict[str, Any]:
         "lengths": lengths.tolist(),
         "texts": texts.tolist(),
         "notes": unknown_languages(languages),
+        **({"labels": dict(labels)} if keep else {}),
     }
     with open_atomic(out / "rejects.jsonl") as file:
         file.write("".join(rejects).encode(errors="replace"))
@@ -121,6 +129,8 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"speakers    {result['speakers'] or 'unknown'}",
         f"left out    {_listed(result['rejects']) if result['rejects'] else 'none'}",
     ]
+    if "labels" in result:
+        lines.append(f"labels      {_listed(result['labels'])}")
     lines += [f"note        {note}" for note in result["notes"]]
     if result["without_text"]:
         lines.insert(

@@ -61,6 +61,7 @@ SCHEMA = pa.schema(
         # them, `text` the last answer.
         ("messages", pa.large_string()),  # JSON, see omni.corpus.messages
         ("audios", pa.large_list(pa.struct([*_LOCATION, ("text", pa.large_string())]))),
+        ("labels", pa.large_string()),  # JSON object, see omni.corpus.labels
     ]
 )
 
@@ -104,13 +105,15 @@ def build_index(
     allow_absolute: bool = False,
     duration_tolerance: float = DURATION_TOLERANCE,
     downloads: DownloadLimits = DEFAULT_LIMITS,
+    keep: Sequence[str] = (),
 ) -> Index:
     """Index manifests, tar shards, index folders and small corpora of any shape, in order.
 
     Rows with bad audio or without text become rejects; so do recordings that lack more than the
     share `duration_tolerance` of the duration in the manifest. A manifest may name files in its own
     folder only, unless `allow_absolute`: its author may not be allowed to read all files of this
-    machine. downloads: limits for recordings that rows name on web servers.
+    machine. downloads: limits for recordings that rows name on web servers. keep: columns that
+    become labels; an index folder keeps those that it was made with.
     Raises ManifestError for a missing manifest, a malformed row, a repeated id, or no usable row.
     """
     tables: list[pa.Table] = []
@@ -119,7 +122,7 @@ def build_index(
     for spec in specs:
         path = _find_manifest(spec)
         if path is None:
-            options = Options(allow_absolute=allow_absolute, downloads=downloads)
+            options = Options(allow_absolute=allow_absolute, downloads=downloads, keep=tuple(keep))
             path = _index_small(spec, cache_dir, options) / INDEX_FILE
         if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
             table, bad = read_index_folder(path.parent, prompt)
@@ -127,7 +130,7 @@ def build_index(
             rejects += _without_text(table.filter(pc.invert(spoken))) + bad
             tables.append(table.filter(spoken))
             continue
-        parsed = list(read_manifest(path, prompt, allow_absolute))
+        parsed = list(read_manifest(path, prompt, allow_absolute, keep))
         unusable = [row for row in parsed if isinstance(row, Reject)]
         rows = [row for row in parsed if not isinstance(row, Reject)]
         if not parsed:
@@ -175,6 +178,8 @@ def _index_small(spec: str, cache_dir: StoragePath | None, options: Options) -> 
         folder: StoragePath = Path(name)
     else:
         identity = f"{Path.cwd()} {spec} {options.allow_absolute}"
+        if options.keep:
+            identity += f" {options.keep}"
         folder = cache_dir / "indexes" / digest(identity, size=8)
     index_few(spec, folder, options)
     return folder
@@ -245,4 +250,7 @@ def _large(text: str) -> pa.Scalar:
 
 def _part(file: StoragePath) -> pa.Table:
     with open_ranges(file) as source:
-        return pq.read_table(source).select(SCHEMA.names).cast(SCHEMA)
+        table = pq.read_table(source)
+    if "labels" not in table.column_names:  # Nothing was kept, or by an older version.
+        table = table.append_column("labels", pa.nulls(len(table), pa.large_string()))
+    return table.select(SCHEMA.names).cast(SCHEMA)

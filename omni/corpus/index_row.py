@@ -49,6 +49,8 @@ class IndexRow(Recording):
     """JSON of a conversation, see `omni.corpus.messages`; None: one recording and its text."""
     audios: list[MessageRecording] | None
     """Recordings of a conversation, in order; None: the row itself is the recording."""
+    labels: str | None
+    """JSON object of kept columns, see `omni.corpus.labels.labels_of`; None: there are none."""
 
 
 def recordings(row: IndexRow) -> Sequence[Recording]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omni.corpus.audio_paths import AddressError, recording_uri
+from omni.corpus.labels import kept_fields, labels_json
 from omni.corpus.messages import answer_of, messages_json, parse_messages
 from omni.corpus.other_files import utf8_name
 from omni.corpus.rejects import Reject
@@ -72,14 +73,19 @@ def absolute(spec: str) -> StoragePath:
 
 
 def read_manifest(
-    path: StoragePath, prompt: str, allow_absolute: bool
+    path: StoragePath, prompt: str, allow_absolute: bool, keep: Sequence[str] = ()
 ) -> Iterator[dict[str, Any] | Reject]:
     """Yield rows with absolute `uri`, checked types and defaults, without audio measurements.
 
-    Utterances of a tar that cannot be used are rejects. Raises ManifestError.
+    keep: fields that become labels. Utterances of a tar that cannot be used are rejects.
+    Raises ManifestError.
     """
+
+    def labelled(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "labels": kept_fields(row, keep)}
+
     if path.suffix == ".tar":
-        yield from tar_rows(path, prompt=prompt)
+        yield from tar_rows(path, labelled, prompt)
         return
     with path.open("rb") as lines:
         for position, row in json_lines(path, lines):
@@ -89,7 +95,9 @@ def read_manifest(
                     "reads cuts of lhotse and other names of fields"
                 )
             try:
-                yield checked_row(path, position, row, prompt=prompt, allow_absolute=allow_absolute)
+                yield checked_row(
+                    path, position, labelled(row), prompt=prompt, allow_absolute=allow_absolute
+                )
             except AddressError as error:
                 yield Reject(id_of(path, position, row), "", "address", str(error))
 
@@ -125,7 +133,8 @@ def checked_row(
 ) -> dict[str, Any]:
     """Turn a row of the manifest at `path` into one of the index, without measurements.
 
-    row: where it has `bytes` (offset, length), its recording is that range of the manifest itself.
+    row: where it has `bytes` (offset, length), its recording is that range of the manifest itself;
+    where it has `labels` from `kept_fields`, the index keeps them.
     position: file and line (or member), for messages. Raises ManifestError, and AddressError for a
     row to be left out.
     """
@@ -158,6 +167,7 @@ def checked_row(
             {**location, "text": item.get("text")}
             for location, item in zip(locations, recordings, strict=True)
         ],
+        "labels": labels_json(position, row.get("labels")),
     }
 
 

@@ -25,6 +25,7 @@ def build_mixture(
     allow_absolute: bool = False,
     duration_tolerance: float = DURATION_TOLERANCE,
     downloads: DownloadLimits = DEFAULT_LIMITS,
+    keep: Sequence[str] = (),
 ) -> Index:
     """Index the sources in order; plain paths alone give what `build_index` gives.
 
@@ -39,6 +40,7 @@ def build_mixture(
             allow_absolute=allow_absolute,
             duration_tolerance=duration_tolerance,
             downloads=downloads,
+            keep=keep,
         )
     parts, weights = [], []
     for source in sources:
@@ -50,6 +52,7 @@ def build_mixture(
             allow_absolute=allow_absolute,
             duration_tolerance=duration_tolerance,
             downloads=downloads,
+            keep=keep,
         )
         parts.append(_in_language(part, entry.language))
         weights.append(np.full(len(part), entry.weight))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from omni.config import Config
 from omni.corpus.index import Index, notes_of
+from omni.corpus.labels import label_counts
 from omni.corpus.mixture import build_mixture
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError, ManifestError
@@ -49,6 +50,7 @@ def build_indexes(config: Config) -> dict[str, Index]:
                         config.data.download_seconds,
                         config.data.allow_private_hosts,
                     ),
+                    keep=config.data.keep,
                 )
                 for name, specs in (
                     ("train", config.data.train),
@@ -59,6 +61,13 @@ def build_indexes(config: Config) -> dict[str, Index]:
             }
     except ManifestError as error:
         raise ConfigError(f"data: {error}") from None
+    if config.data.keep:
+        found = {name for index in indexes.values() for name in label_counts(index.table["labels"])}
+        if absent := [name for name in config.data.keep if name not in found]:
+            raise ConfigError(
+                f"data.keep: no row has the column {absent[0]!r} (an index folder has the columns "
+                "of its `omni index --keep`)"
+            )
     try:
         indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
     except ValueError as error:

@@ -63,6 +63,7 @@ def test_a_row_holds_what_the_manifest_says(record: Record, manifest: Manifest) 
         "task": "dictation",
         "messages": None,
         "audios": None,
+        "labels": None,
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from omni.audio.vad import Segmenting
 from omni.corpus.audio_paths import AddressError, recording_uri
+from omni.corpus.labels import kept_fields
 from omni.corpus.lengths import DURATION_TOLERANCE
 from omni.corpus.manifest import absolute
 from omni.corpus.other_files import utf8_name
@@ -48,6 +49,7 @@ class Options:
     segment: Segmenting | None = None  # Rows may lack text; their long recordings are cut.
     duration_tolerance: float = DURATION_TOLERANCE  # share of a stated duration that may be missing
     downloads: DownloadLimits = DEFAULT_LIMITS
+    keep: tuple[str, ...] = ()  # the corpus's own names of columns that become labels
 
     @property
     def fingerprint(self) -> str:
@@ -61,6 +63,8 @@ class Options:
             settings = (*settings, self.duration_tolerance)
         if self.downloads != DEFAULT_LIMITS:
             settings = (*settings, self.downloads)
+        if self.keep:
+            settings = (*settings, "keep", self.keep)
         return repr(settings)
 
 
@@ -84,7 +88,7 @@ class Row:
 
     uri, offset, length: a file, or a range of its bytes. start, duration: seconds in the recording.
     stated_duration: seconds of the whole recording, where the corpus states them.
-    messages, audios: of a conversation, as the index has them.
+    messages, audios: of a conversation, as the index has them. labels: as `labels_json` makes them.
     error: reason and detail of a row that cannot be used; its location is then ignored.
     """
 
@@ -102,6 +106,7 @@ class Row:
     task: str | None = None
     messages: str | None = None
     audios: list[dict[str, Any]] | None = None
+    labels: str | None = None
     data: bytes | None = None
     error: tuple[str, str] | None = None
 
@@ -136,8 +141,8 @@ def source_of_part(source: Source, part: Part) -> Source:
 
 
 def manifest_fields(row: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Rename a row's fields to those of a manifest."""
-    found: dict[str, Any] = {}
+    """Rename a row's fields to those of a manifest; `labels` holds those of `options.keep`."""
+    found: dict[str, Any] = {"labels": kept_fields(row, options.keep)}
     for name, usual in COLUMNS.items():
         candidates = (options.columns[name],) if name in options.columns else usual
         column = next((c for c in candidates if c in row), None)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from omni.corpus.audio_paths import AddressError
+from omni.corpus.labels import kept_fields
 from omni.corpus.manifest import checked_row, id_of
 from omni.corpus.sources.base import Options, Part, Row, explain_missing, manifest_fields
 from omni.corpus.text_file import decode_text, json_lines, open_lines
@@ -107,7 +108,7 @@ class LineSource:
         rows = json_objects(self.path, part) if self.kind == "jsonl" else self._csv(part)
         for position, fields in rows:
             if "messages" in fields:  # A conversation has its own field names.
-                row = fields
+                row = {**fields, "labels": kept_fields(fields, self.options.keep)}
             else:
                 row = manifest_fields(fields, self.options)
                 for name in ("audio", "text"):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from omni.audio.container import streamed_wav_length
 from omni.corpus.audio_paths import AddressError
+from omni.corpus.labels import labels_json
 from omni.corpus.manifest import check_row
 from omni.corpus.sources.base import (
     Options,
@@ -41,7 +42,7 @@ class KaldiSource:
     def parts(self) -> list[Part]:
         if not self.options.segment and not (self.folder / "text").is_file():
             raise ManifestError(f"{self.folder}: expected a file `text` beside {self.list.name}")
-        files = [self.folder / name for name in _BESIDE]
+        files = [self.folder / name for name in (*_BESIDE, *map(_label_file, self.options.keep))]
         mark = [file_fingerprint(file) for file in files if file.is_file() and file != self.list]
         parts = cut(self.list, self.options.rows_per_part)
         return [replace(part, fingerprint=fingerprint_of(part.fingerprint, mark)) for part in parts]
@@ -56,6 +57,7 @@ class KaldiSource:
         texts, speakers, languages = (
             self._look_up(name, ids) for name in ("text", "utt2spk", "utt2lang")
         )
+        labels = {name: self._look_up(_label_file(name), ids) for name in self.options.keep}
         lengths = {} if self.segments else self._look_up("utt2dur", ids)
         named = {fields[1] for _, fields in lines} if self.segments else set()
         scp = self._look_up("wav.scp", named)
@@ -73,6 +75,9 @@ class KaldiSource:
                 stated_duration=_seconds(f"{self.folder}/utt2dur: {name}", lengths.get(name)),
                 speaker=speakers.get(name),
                 language=languages.get(name, self.options.language),
+                labels=labels_json(
+                    position, tuple((label, of[name]) for label, of in labels.items() if name in of)
+                ),
             )
             named_row = {"id": name, "text": row.text, "speaker": row.speaker}
             check_row(position, {**named_row, "audio": recording})
@@ -142,6 +147,11 @@ class KaldiSource:
         said = int.from_bytes(head[4:8], "little") + 8 if streamed is None else streamed
         length = min(said, total - offset)
         return replace(row, uri=path, offset=offset, length=length)
+
+
+def _label_file(name: str) -> str:
+    """Name the file of a label, as Kaldi names utt2spk."""
+    return f"utt2{name}"
 
 
 def _seconds(position: str, value: str | None) -> float | None:

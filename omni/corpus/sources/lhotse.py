@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from omni.corpus.audio_paths import AddressError, shown
+from omni.corpus.labels import Kept, kept_fields, labels_json
 from omni.corpus.manifest import check_row
 from omni.corpus.sources.base import Options, Part, Row, fingerprint_of, resolve_audio
 from omni.corpus.sources.jsonl_csv import cut as cut_lines
@@ -110,7 +111,22 @@ def row_of_cut(
         stated_duration=total if whole else None,
         speaker=row["speaker"],
         language=row["language"],
+        labels=labels_json(position, _kept(cut, spoken, options)),
     )
+
+
+def _kept(cut: dict[str, Any], spoken: list[dict[str, Any]], options: Options) -> Kept:
+    """Return the kept fields that all supervisions share, or their `custom` or the cut's has."""
+
+    def custom(holder: dict[str, Any]) -> dict[str, Any]:
+        return holder["custom"] if isinstance(holder.get("custom"), dict) else {}
+
+    fields = custom(cut)
+    for name in options.keep:
+        values = [own for s in spoken if (own := {**custom(s), **s}.get(name)) is not None]
+        if values and all(value == values[0] for value in values):
+            fields = {**fields, name: values[0]}
+    return kept_fields(fields, options.keep)
 
 
 def _channels(recording: dict[str, Any]) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from omni.corpus.labels import labels_json
 from omni.corpus.manifest import check_row, stated_duration
 from omni.corpus.other_files import NOT_A_RECORDING, is_system_file
 from omni.corpus.rejects import Reject
@@ -148,7 +149,8 @@ def _labelled(position: str, fields: dict[str, Any], labels: Labels) -> dict[str
 
 
 def wanted_columns(options: Options) -> set[str]:
-    return {name for usual in COLUMNS.values() for name in usual} | set(options.columns.values())
+    usual = {name for names in COLUMNS.values() for name in names}
+    return usual | set(options.columns.values()) | set(options.keep)
 
 
 def rows_of(
@@ -175,6 +177,7 @@ def rows_of(
                 missing = explain_missing(field, columns, options)
                 raise ManifestError(f"{position}:{number}: {missing}")
         row["text"] = "" if row["text"] is None else row["text"]
+        row["labels"] = labels_json(f"{position}:{number}", row["labels"])
         audio = row.pop("audio")
         held = _held(f"{position}:{number}", audio)
         if held is not None:
