@@ -79,12 +79,46 @@ class RunConfig(Section):
 
 
 class TaskConfig(Section):
-    """Prompt and weight of one task; rows name their task in the field `task`."""
+    """Prompt, answer, scoring and weights of one task.
+
+    Rows name their task in the field `task`; with `answer`, every recording also serves the task.
+    """
 
     prompt: str = ""
     """Prompt of the task's rows that have none of their own."""
+    prompts: list[str] = []
+    """Paraphrases; training draws one per utterance by seed, evaluation asks the first."""
+    answer: str | None = None
+    """Template of the answer over the labels and columns of a row, such as {{ gender }}."""
+    choices: list[str] = []
+    """All answers of a closed task, to be scored by likelihood; empty: any text."""
+    metric: Literal["wer", "cer", "accuracy", "macro_f1", "exact_match", "bleu", "chrf"] | None = (
+        None
+    )
+    """Figure that sums up the task; null: accuracy of choices, wer of what is said and of tags."""
     weight: PositiveFloat = 1.0
     """Weight in the loss of each token of the task's answers."""
+    share: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """Occurrences of each of the task's utterances in an epoch; 0: the task is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_prompt(cls, given: Any) -> Any:
+        prompts = given.get("prompts") if isinstance(given, dict) else None
+        if isinstance(prompts, list) and prompts and not given.get("prompt"):
+            return {**given, "prompt": prompts[0]}
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskConfig:
+        if self.prompts and self.prompt != self.prompts[0]:
+            raise ValueError("prompts: expected prompt or prompts, not both")
+        if self.answer is not None and not self.prompt:
+            raise ValueError("prompt: expected one beside answer: it says what is asked")
+        known = [" ".join(choice.casefold().split()) for choice in self.choices]
+        if self.choices and (len(known) < 2 or len(set(known)) < len(known) or "" in known):
+            raise ValueError("choices: expected two or more texts that differ beyond their case")
+        return self
 
 
 class SourceConfig(Section):
@@ -141,7 +175,7 @@ class DataConfig(Section):
     keep: Columns = []
     """Columns of manifests that become labels, for tasks; an index has those of `omni index`."""
     tasks: dict[str, TaskConfig] = {}
-    """Tasks by name, each with `prompt` and `weight`; empty: the rows' own, weighted alike."""
+    """Tasks by name (docs/tasks.md); empty: the rows' own, weighted alike."""
     template: Literal["auto", "plain", "chat"] = "auto"
     """Layout of a sequence; auto: the chat template of a chat model of hf: or ms:, else plain."""
     allow_absolute: bool = False

@@ -8,6 +8,7 @@ from omni.config import Config
 from omni.corpus.index import Index, notes_of
 from omni.corpus.labels import label_counts
 from omni.corpus.mixture import build_mixture
+from omni.corpus.tasks import check_rules, draw_prompts, expand_tasks, task_rules
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError, ManifestError
 from omni.storage.flat_folder import open_folder
@@ -17,7 +18,12 @@ from omni.storage.uri import reason_of, redact, report_storage_errors
 
 
 def build_indexes(config: Config) -> dict[str, Index]:
-    """Index each split that the config names. Raises ConfigError."""
+    """Index each split that the config names, with the utterances of its tasks.
+
+    Raises ConfigError.
+    """
+    rules = task_rules(config.data.model_dump())
+    check_rules(rules.values())
     try:
         if config.cache is not None:
             open_folder(join(config.cache, "encoder"))
@@ -68,10 +74,18 @@ def build_indexes(config: Config) -> dict[str, Index]:
                 f"data.keep: no row has the column {absent[0]!r} (an index folder has the columns "
                 "of its `omni index --keep`)"
             )
+    seed = config.run.seed
+    indexes["train"] = draw_prompts(indexes["train"], rules, seed)
     try:
         indexes = {name: apply_policy(index, policy) for name, index in indexes.items()}
     except ValueError as error:
         raise ConfigError(f"data.language_tag: {error}") from None
+    indexes = {
+        name: expand_tasks(
+            index, rules, name, seed=seed if name == "train" else None, form=policy.form
+        )
+        for name, index in indexes.items()
+    }
     indexes = {
         name: replace(index, notes=[f"data.{name}: {note}" for note in notes_of(index)])
         for name, index in indexes.items()

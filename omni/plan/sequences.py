@@ -47,12 +47,14 @@ def task_names(config: Config, indexes: dict[str, Index]) -> list[str]:
     for name, index in indexes.items():
         for task in index.table["task"].unique().to_pylist():
             found.setdefault(task or DEFAULT_TASK, name)
-    known = config.data.tasks
+    known = set(config.data.tasks)
+    if any(task.answer for task in config.data.tasks.values()):
+        known.add(DEFAULT_TASK)  # The rows themselves, which need no settings.
     for task, split in found.items():
         if known and task not in known:
             raise ConfigError(
                 f"data.tasks: data.{split} has rows of the task {task!r}; expected one of: "
-                f"{', '.join(known)}"
+                f"{', '.join(sorted(known))}"
             )
     return sorted(known or found)
 
