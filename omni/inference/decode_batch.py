@@ -35,6 +35,11 @@ class HeldUtterance:
     """Position of the recording in the file at `uri`."""
 
     @property
+    def recording(self) -> tuple[str, AudioSpan]:
+        """Name the recording: utterances of several tasks may have the same one."""
+        return self.uri, self.span
+
+    @property
     def location(self) -> dict[str, Any]:
         """Return the columns that say where the recording is."""
         return location_of(self.uri, self.span)

@@ -127,22 +127,32 @@ def train_row(measured: Measured) -> TrainRow:
     return TrainRow("train", **values)
 
 
-def by_task(names: Sequence[str], sums: Tensor) -> dict[str, TaskFigures] | None:
-    """Return the means of each task; None for a run with one task. sums: (tasks, 3)."""
+def by_task(
+    names: Sequence[str], sums: Tensor, shuffled: Tensor | None = None
+) -> dict[str, TaskFigures] | None:
+    """Return the means of each task; None for a run with one task.
+
+    sums: (tasks, 3). shuffled: those with another recording's audio, for the gap of each task.
+    """
     if len(names) < 2:
         return None
     rows = sums.expand(len(names), 3).tolist()  # one row of zeros before the first update
-    return {
+    found: dict[str, TaskFigures] = {
         name: {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
         for name, (loss, tokens, right) in zip(names, rows, strict=True)
         if tokens
     }
+    others = [] if shuffled is None else shuffled.expand(len(names), 3).tolist()
+    for name, (loss, tokens, _) in zip(names, others, strict=False):
+        if tokens and name in found:
+            found[name]["gap"] = loss / tokens - found[name]["loss"]
+    return found
 
 
 @dataclass(frozen=True)
 class DevLosses:
     """Means per token over a held-out split. gap: the loss with another utterance's audio, minus
-    the loss. tasks: (tasks, 3) sums, see `LossSums`.
+    the loss. tasks: (tasks, 3) sums, see `LossSums`; shuffled_tasks: those with the other audio.
     """
 
     loss: float
@@ -151,6 +161,7 @@ class DevLosses:
     ctc: float
     kl: float
     tasks: Tensor
+    shuffled_tasks: Tensor
 
     @classmethod
     def of(cls, true: LossTotals, shuffled: LossTotals) -> DevLosses:
@@ -164,7 +175,12 @@ class DevLosses:
             ctc=true.ctc / tokens,
             kl=true.kl / tokens,
             tasks=true.tasks,
+            shuffled_tasks=shuffled.tasks,
         )
+
+    def by_task(self, names: Sequence[str]) -> dict[str, TaskFigures] | None:
+        """Return the means of each task, with its shuffled-audio gap."""
+        return by_task(names, self.tasks, self.shuffled_tasks)
 
 
 def eval_row(
@@ -179,10 +195,12 @@ def eval_row(
     metrics: dict[str, float | None] | None = None,
     alone: Mapping[str, float | None] | None = None,
     decoders: Mapping[str, int] | None = None,
+    scores: dict[str, Any] | None = None,
 ) -> EvalRow:
     """cut: transcripts cut at the limit. names: of the tasks. layers: weights of the encoder's
     layers. languages: error rates of each language, where there are several. metrics: rates of
-    `eval.metrics`. alone: WER of each decoder alone. decoders: transcripts by decoder.
+    `eval.metrics`. alone: WER of each decoder alone. decoders: transcripts by decoder. scores: by
+    task, where there is more to say than the WER.
     """
     return EvalRow(
         kind="eval",
@@ -194,7 +212,14 @@ def eval_row(
         shuffled_audio_gap=losses.gap,
         dev_ctc=losses.ctc or None,
         dev_kl=losses.kl or None,
-        dev_tasks=by_task(names, losses.tasks),
+        dev_tasks=losses.by_task(names),
+        dev_task_metrics={
+            name: figures["value"]
+            for name, figures in (scores or {}).items()
+            if figures["value"] is not None
+        }
+        or None,
+        dev_scores=scores or None,
         layers=layers or None,
         dev_wer=errors.wer,
         dev_cer=errors.cer,

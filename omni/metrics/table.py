@@ -38,7 +38,12 @@ throughput = partial(metric, group="throughput")
 no_curve = partial(metric, group="")
 
 
-class TaskFigures(TypedDict):
+class _TaskGap(TypedDict, total=False):
+    gap: float
+    """Loss with another recording's audio, minus loss; of evaluations."""
+
+
+class TaskFigures(_TaskGap):
     """Means per token of one task."""
 
     loss: float
@@ -60,7 +65,17 @@ class _Cut(TypedDict, total=False):
     """Present where the transcript ends at `eval.max_new_tokens`."""
 
 
-class Example(_Location, _Cut):
+class _Answered(TypedDict, total=False):
+    """Fields of rows of named tasks, see `omni.metrics.task_scores`."""
+
+    task: str
+    metric: str
+    right: bool
+    tags: dict[str, dict[str, str | None]]
+    choices: dict[str, float]
+
+
+class Example(_Location, _Cut, _Answered):
     """A transcript of an evaluation."""
 
     id: str
@@ -199,7 +214,19 @@ class EvalRow:
         "nats/token", "divergence from the language model given the transcript", optional=True
     )
     dev_tasks: dict[str, TaskFigures] | None = metric(
-        "", "loss, accuracy and tokens by task, of several", optional=True
+        "", "loss, accuracy, shuffled-audio gap and tokens by task, of several", optional=True
+    )
+    dev_task_metrics: dict[str, float] | None = metric(
+        "of 1 (BLEU, chrF: of 100)",
+        "figure that sums up each task (`data.tasks`: `metric`)",
+        prometheus="omni_dev_task_metric",
+        labels=("task",),
+        optional=True,
+    )
+    dev_scores: dict[str, Any] | None = no_curve(
+        "",
+        "all figures of each task: accuracy, macro F1, confusion, calibration, tags",
+        optional=True,
     )
     layers: dict[str, float] | None = metric(
         "of 1", "weights of the layers (`encoder.layers`)", group="layers", optional=True

@@ -18,11 +18,21 @@ from omni.report.charts import (
     LEARNING_WIDE,
     SPEED,
     Chart,
+    Figure,
     Row,
 )
 from omni.report.number_text import clock, count, finite, percent, short
 from omni.report.render import render
 from omni.report.run_record import read_rows, read_run
+from omni.report.task_parts import (
+    HEAD,
+    NOTE,
+    choice_shares,
+    claims,
+    confusions,
+    metric_text,
+    task_rows,
+)
 from omni.report.word_marks import compare_words
 from omni.storage.path import StoragePath
 
@@ -43,7 +53,11 @@ def write_report(run: StoragePath) -> StoragePath:
     train, evals, figures = record.train, record.evals, record.figures
     small = LEARNING_SMALL + [CTC] * any(row.get("ctc") for row in train)
     small += [KL] * any(row.get("kl") for row in train) + _by_task(evals) + _by_language(evals)
-    small += _by_metric(evals) + [DECODERS] * any(row.get("dev_ctc_wer") for row in evals)
+    small += (
+        _task_metrics(evals)
+        + _by_metric(evals)
+        + [DECODERS] * any(row.get("dev_ctc_wer") for row in evals)
+    )
     drawn = {
         name: [chart.draw(train + evals, figures.get("best_step")) for chart in charts]
         for name, charts in (
@@ -67,6 +81,10 @@ def write_report(run: StoragePath) -> StoragePath:
         tiles=_tiles(figures),
         layers=_layers(evals),
         languages=_languages(figures),
+        tasks=_tasks(figures),
+        task_head=HEAD,
+        task_note=NOTE,
+        confusions=_confusions(figures),
         verdict=limit in ADVICE
         and figures.get("throughput_verdict", f"{limit}-bound at the last log line"),
         advice=ADVICE.get(limit),
@@ -156,6 +174,36 @@ def _by_task(evals: list[Row]) -> list[Chart]:
     return [Chart("Dev loss by task", "nats per token", curves)] if curves else []
 
 
+def _task_metrics(evals: list[Row]) -> list[Chart]:
+    """Chart the figure that sums up each task, but those of 100."""
+    found = [scores for row in evals if isinstance(scores := row.get("dev_scores"), dict)]
+    scores = found[-1] if found else {}
+    curves = [
+        (f"{name} {metric_text(f.get('metric'), None).removesuffix(' –')}",
+         f"dev_task_metrics:{name}")
+        for name, f in scores.items()
+        if isinstance(f, dict) and f.get("metric") not in ("bleu", "chrf") and ":" not in name
+    ]  # fmt: skip
+    return [Chart("Dev metric by task", "percent", curves[:_CURVES], 100)] if curves else []
+
+
+def _tasks(figures: Row) -> list[tuple[str, ...]]:
+    return [
+        row
+        for split in ("dev", "test")
+        for row in task_rows(
+            split,
+            figures.get(f"{split}_scores"),
+            figures.get("dev_tasks") if split == "dev" else None,
+        )
+    ]
+
+
+def _confusions(figures: Row) -> list[Figure]:
+    drawn = (confusions(split, figures.get(f"{split}_scores")) for split in ("dev", "test"))
+    return [figure for of_split in drawn for figure in of_split]
+
+
 def _by_metric(evals: list[Row]) -> list[Chart]:
     """Chart the rates of the run's own metrics."""
     names = sorted({name for row in evals for name in row.get("dev_metrics") or {}})
@@ -207,6 +255,10 @@ def _utterance(row: Row, audio: Audio | None = None) -> dict[str, Any]:
         "audio": audio,
         "reference": reference,
         "words": compare_words(reference, hypothesis),
+        "task": row.get("task"),
+        "claims": claims(row),
+        "choices": choice_shares(row),
+        "right": row.get("right"),
         "has_wer": "wer" in row,
         "wer": row.get("wer"),
         "cut": row.get("cut") is True,

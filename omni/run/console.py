@@ -13,8 +13,10 @@ from rich.text import Text
 
 from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.checkpoint.train_state import TrainState
+from omni.corpus.index_row import DEFAULT_TASK
 from omni.errors import counted, printable
 from omni.metrics.listening import listening_note
+from omni.report.task_parts import metric_text, task_line
 from omni.run.prepare import Prepared
 from omni.storage.path import StoragePath
 
@@ -98,6 +100,9 @@ class LiveView:
         for name in ("dev_cut", "test_cut"):
             if cut := summary.get(name):
                 table.add_row(name, f"{cut} (eval.max_new_tokens)")
+        for split in ("dev", "test"):
+            for task, figures in summary.get(f"{split}_scores", {}).items():
+                table.add_row(f"{split} {task}", _text(task_line(figures)))
         for split, rates in summary.get("languages", {}).items():
             table.add_row(f"{split} by language", _text(_by_language(rates).strip(" ()")))
         self._console.print(table)
@@ -160,6 +165,7 @@ def _row(row: dict[str, Any], resumed_step: int, resumed_seconds: float) -> list
             # Rows of older versions do not count cut transcripts.
             f" ({cut} cut)" if (cut := row.get("dev_cut")) else "",
             _by_language(row.get("dev_languages", {})),
+            _by_task(row.get("dev_scores", {})),
         ]
     done, total = row["step"], row["steps"]
     pace = (row["seconds"] - resumed_seconds) / max(1, done - resumed_step)
@@ -172,6 +178,13 @@ def _row(row: dict[str, Any], resumed_step: int, resumed_seconds: float) -> list
         f"{row['tokens_per_second']:.0f} tok/s  wait {row['data_wait_fraction']:.0%} "
         f"({_limit(row['limit'])})  ETA {_clock(pace * (total - done))}"
     ]
+
+
+def _by_task(scores: dict[str, dict[str, Any]]) -> str:
+    """Return the figure that sums up each task, but the WER of transcripts, which the line has."""
+    shown = {name: f for name, f in scores.items() if name != DEFAULT_TASK}
+    parts = [f"{name} {metric_text(f['metric'], f['value'])}" for name, f in shown.items()]
+    return f"  [{', '.join(parts)}]" if parts else ""
 
 
 def describe_event(event: dict[str, Any]) -> str | None:

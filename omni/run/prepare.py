@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from omni.augment.plug_in import check_effect
 from omni.checkpoint.base import resolved_name
@@ -25,9 +26,11 @@ from omni.corpus.index import Index
 from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.rejects import Reject
 from omni.corpus.splits import build_indexes
+from omni.corpus.tasks import names_of_tasks, task_rules
 from omni.errors import ConfigError
 from omni.inference.export import missing_for
 from omni.metrics.score import normalize
+from omni.metrics.task_scores import SPOKEN, Scoring
 from omni.metrics.text_metric import load_metrics
 from omni.model.decode import Decoding
 from omni.model.lm.gpt_block import GPTConfig
@@ -180,7 +183,9 @@ def prepare(config: Config) -> Prepared:
     notes += [note for index in indexes.values() for note in index.notes]
     config = _with_answer_limit(config, answers["train"])
     notes += _long_answers(config, answers)
-    notes += _overlap(indexes) + augmentation_notes(config) + _precision_notes(config)
+    scoring = Scoring(task_rules(config.data.model_dump()), tasks)
+    _check_best(config, indexes["dev"], scoring)
+    notes += _overlap(indexes, scoring) + augmentation_notes(config) + _precision_notes(config)
     notes += _schedule_notes(config) + _export_notes(model, encoder)
     augmentation = splits["train"].augmentation
     fingerprints = {
@@ -359,11 +364,27 @@ def _export_notes(model: OmniConfig, encoder: EncoderFacts) -> list[str]:
     ]
 
 
-def _overlap(indexes: dict[str, Index]) -> list[str]:
-    """Count held-out sentences that also occur in training, where a WER says little."""
+def _check_best(config: Config, dev: Index, scoring: Scoring) -> None:
+    """Raise ConfigError where the best checkpoint would be chosen by a WER that nothing has."""
+    best, names = config.eval.best, names_of_tasks(dev.table)
+    if best != "dev_loss" and not any(scoring.metric(name) in SPOKEN for name in names):
+        raise ConfigError(
+            f"eval.best: {best}: no task of data.dev is scored by WER ({', '.join(names)}); "
+            "expected dev_loss, or data.tasks.NAME.metric: wer"
+        )
+
+
+def _overlap(indexes: dict[str, Index], scoring: Scoring) -> list[str]:
+    """Count held-out sentences that also occur in training, where a WER says little.
+
+    Answers of tasks that are not scored by WER, such as classes, are no sentences.
+    """
+    said = [n for n in scoring.names if scoring.metric(n) in SPOKEN and not scoring.rule(n).answer]
 
     def sentences(name: str) -> Iterator[str]:
-        for text in indexes[name].table["text"]:
+        table = indexes[name].table
+        own = table["task"].fill_null(DEFAULT_TASK)
+        for text in table["text"].filter(pc.is_in(own, pa.array(said, pa.large_string()))):
             # The English normalizer takes "zero" and the letter "o" for one word.
             yield normalize(text.as_py(), language="")
 
@@ -375,7 +396,7 @@ def _overlap(indexes: dict[str, Index]) -> list[str]:
         known = sum(sentence in trained for sentence in of_split)
         if known:
             notes.append(
-                f"{known} of {len(indexes[name])} {name} sentences also occur in training, so its "
+                f"{known} of {len(of_split)} {name} sentences also occur in training, so its "
                 "WER is too low"
             )
     return notes

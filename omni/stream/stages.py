@@ -57,6 +57,7 @@ def load_bin(
     errors: list[str | None] = []
     notes: list[str | None] = []
     decoded = 0
+    loaded: dict[str, bytes] = {}  # Utterances of several tasks may have the same recording.
     for row, of_row, from_cache in zip(rows, scheduled, features, strict=True):
         error = None
         noted: list[str] = []
@@ -64,9 +65,14 @@ def load_bin(
         for recording, feature in zip(of_row, from_cache, strict=True):
             mel = None
             if feature is None and error is None:
+                if recording.key in loaded:
+                    row_mels.append(loaded[recording.key])
+                    continue
                 try:
                     mel = _log_mel(recording, settings, noted)
                     decoded += recording.row["samples"]
+                    if recording.key is not None and not noted:
+                        loaded[recording.key] = mel
                 except AudioError as problem:
                     error = f"{problem.reason}\n{problem.detail}"
                 except OSError:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from omni.config import Config
+from omni.inference.choices import add_choice_scores, another_recording, audio_for
 from omni.inference.decode_batch import HeldUtterance, summarize, transcribe
 from omni.metrics.rows import DevLosses
 from omni.metrics.score import Errors
 from omni.metrics.sums import LossTotals, pack_losses, zero_losses
+from omni.metrics.task_scores import Scoring, spoken
 from omni.model.batch import Batch
 from omni.model.chat_template import Template
 from omni.model.decode import Decoding
@@ -83,12 +85,14 @@ class HeldOut:
         self._device = device
         usable = [h.utterance for h in held]
         self._batches = layout.pack(usable)
-        # Pair each text with another utterance's audio: the loss that text alone explains.
+        # Pair each text with another recording: the loss that text alone explains.
+        others = another_recording([h.recording for h in held])
         shuffled = [
-            replace(u, features=_audio_for(u, other))
-            for u, other in zip(usable, usable[1:] + usable[:1], strict=True)
+            replace(u, features=audio_for(u, usable[other]))
+            for u, other in zip(usable, others, strict=True)
+            if other is not None
         ]
-        self._shuffled = layout.pack(shuffled) if len(usable) > 1 else []
+        self._shuffled = layout.pack(shuffled)
 
     def loss(self, model: OmniModel) -> DevLosses:
         """Compute losses and accuracy per token and the shuffled-audio gap, over all ranks."""
@@ -109,19 +113,25 @@ class HeldOut:
         template: Template,
         decoding: Decoding,
         limit: int | None = None,
+        scoring: Scoring | None = None,
     ) -> tuple[dict[str, Errors], list[dict[str, Any]]]:
-        """Transcribe the index rows below `limit`. A collective call.
+        """Transcribe the index rows below `limit`, and score the choices of closed tasks.
 
-        Returns edit counts over all, short and long references, and the transcripts of all ranks
-        in the order of the index.
+        A collective call. Returns edit counts over all, short and long references of the tasks
+        whose answer is what is said, and the transcripts of all ranks in the order of the index.
         """
         chosen = [h for h in self.held if limit is None or h.utterance.number < limit]
         rows = transcribe(model, template, chosen, decoding)
+        if scoring is not None and scoring.named:
+            for row, held in zip(rows, chosen, strict=True):
+                scoring.label(row, scoring.names[held.utterance.task])
+            add_choice_scores(
+                rows,
+                [h.utterance for h in chosen],
+                [h.recording for h in chosen],
+                scoring.closed,
+                model,
+                template,
+            )
         rows = sorted(all_gather(rows), key=lambda row: row["number"])
-        return summarize(rows), rows
-
-
-def _audio_for(utterance: Utterance, other: Utterance) -> list[Tensor]:
-    """Return as many recordings as `utterance` has, taken from `other`."""
-    given = other.features or ()
-    return [given[i % len(given)] for i in range(len(utterance.features or ()))]
+        return summarize(spoken(rows)), rows

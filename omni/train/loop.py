@@ -27,6 +27,7 @@ from omni.checkpoint.writer import CheckpointWriter
 from omni.cluster.stacks import place_of_thread, waits_for_ranks, write_stacks
 from omni.cluster.timeouts import rank_timeout
 from omni.cluster.watchdog import Watchdog
+from omni.corpus.tasks import task_rules
 from omni.inference.decode_batch import (
     by_language,
     count_cut,
@@ -36,6 +37,7 @@ from omni.inference.decode_batch import (
 )
 from omni.metrics.rows import eval_row
 from omni.metrics.run_files import append_json, keep_lines, remove_lines
+from omni.metrics.task_scores import Scoring, spoken
 from omni.metrics.text_metric import load_metrics, score
 from omni.model.chat_template import Template
 from omni.model.decode import Decoding
@@ -92,6 +94,7 @@ class TrainLoop:
         self.state = TrainState(fingerprints=spec.fingerprints)
         self.last_norm = 0.0
         self._metrics = load_metrics(spec.config.eval.metrics, "eval.metrics")
+        self._scoring = Scoring(task_rules(spec.config.data.model_dump()), spec.tasks)
         settings = spec.config.eval
         self._decoding = Decoding.of(
             settings.decode, settings.ctc_weight, settings.max_new_tokens, head=spec.model.ctc
@@ -199,7 +202,7 @@ class TrainLoop:
         ):
             losses = dev.loss(model)
             errors, rows = dev.transcribe(
-                model, self.template, self._decoding, settings.wer_utterances
+                model, self.template, self._decoding, settings.wer_utterances, self._scoring
             )
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
@@ -211,10 +214,11 @@ class TrainLoop:
             count_cut(rows),
             self.spec.tasks,
             layers,
-            by_language(rows),
-            score(rows, self._metrics),
+            by_language(spoken(rows)),
+            score(spoken(rows), self._metrics),
             wer_alone(rows),
             count_decoders(rows),
+            self._scoring.score(rows),
         )
         self.recorder.log_evaluation(row)
         value: float | None = getattr(row, settings.best)
@@ -365,7 +369,9 @@ class TrainLoop:
         with self.model_state.evaluating() as model:
             losses = self._held["dev"].loss(model)
             for name, split in self._held.items():
-                errors, rows = split.transcribe(model, self.template, self._decoding)
+                errors, rows = split.transcribe(
+                    model, self.template, self._decoding, scoring=self._scoring
+                )
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer
                 results[f"{name}_cer"] = errors["all"].cer
@@ -373,10 +379,12 @@ class TrainLoop:
                     results[f"{name}_{decoder}_wer"] = wer
                 results[f"{name}_decoders"] = count_decoders(rows)
                 results[f"{name}_cut"] = count_cut(rows)
-                if rates := by_language(rows):
+                if rates := by_language(spoken(rows)):
                     languages[name] = rates
                 if self._metrics:
-                    results[f"{name}_metrics"] = score(rows, self._metrics)
+                    results[f"{name}_metrics"] = score(spoken(rows), self._metrics)
+                if scores := self._scoring.score(rows):
+                    results[f"{name}_scores"] = scores
                 if self.rank == 0:
                     path = self.run_dir / f"transcripts-{name}.jsonl"
                     remove_lines(path)
@@ -388,6 +396,7 @@ class TrainLoop:
                 "dev_loss": losses.loss,
                 "dev_accuracy": losses.accuracy,
                 "shuffled_audio_gap": losses.gap,
+                **({"dev_tasks": by_task} if (by_task := losses.by_task(self.spec.tasks)) else {}),
                 "test_wer": None,
                 **results,
                 **({"languages": languages} if languages else {}),
