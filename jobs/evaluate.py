@@ -75,6 +75,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from omni.inference.scores import compare, worst
     from omni.inference.transcriber import Transcriber
     from omni.metrics.run_files import append_json
+    from omni.metrics.task_scores import spoken
     from omni.metrics.text_metric import load_metrics
     from omni.report.score_page import Scores, markdown, page
     from omni.storage.uri import public_uri
@@ -123,10 +124,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         }
         for corpus in corpora
         for other in others
-        if (found := compare(rows[first, corpus], rows[other, corpus])) is not None
+        if (found := compare(spoken(rows[first, corpus]), spoken(rows[other, corpus]))) is not None
     ]
     every = [row for of_one in rows.values() for row in of_one]
-    scores = Scores(results, differences, worst(every, arguments.worst))
+    scores = Scores(results, differences, worst(spoken(every), arguments.worst))
     single = len(results) == 1
     print(json.dumps(results[0] if single else scores.to_dict(), indent=1, ensure_ascii=False))
     if arguments.table is not None:

@@ -82,7 +82,7 @@ def build_indexes(config: Config) -> dict[str, Index]:
         raise ConfigError(f"data.language_tag: {error}") from None
     indexes = {
         name: expand_tasks(
-            index, rules, name, seed=seed if name == "train" else None, form=policy.form
+            index, rules, f"data.{name}", seed=seed if name == "train" else None, form=policy.form
         )
         for name, index in indexes.items()
     }

@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.index import Index, repeated_id
-from omni.corpus.index_row import DEFAULT_TASK, IndexRow, is_transcription
+from omni.corpus.index_row import DEFAULT_TASK, IndexRow, MessageRecording, is_transcription
 from omni.corpus.labels import labels_of
 from omni.corpus.rejects import Reject
 from omni.errors import ConfigError, first_line
@@ -130,9 +130,10 @@ def expand_tasks(
 ) -> Index:
     """Add the utterances of tasks with a template of the answer, each after its row.
 
-    split: name for messages. seed: of training, which draws prompts, leaves out classes with one
-    member, takes a task by its share, and needs every task; None: evaluation, which asks the first
-    prompt. form: Unicode form of answers. Raises ConfigError naming the setting and the row.
+    split: such as data.train, for messages. seed: of training, which draws prompts, leaves out
+    classes with one member, takes a task by its share, and needs every task; None: evaluation,
+    which asks the first prompt. form: Unicode form of answers. Raises ConfigError naming the
+    setting and the row.
     """
     check_rules(rules.values())
     made = {name: _Made() for name, rule in rules.items() if rule.answer and rule.share}
@@ -175,7 +176,7 @@ def expand_tasks(
                 rejects += [_lone(table, position, rules[name]) for position in alone]
     table, weighted = table.filter(pa.array(kept)).combine_chunks(), np.asarray(weights)[kept]
     if (twice := repeated_id(table["id"])) is not None:
-        raise ConfigError(f"data.{split}: the id {twice!r} is also that of a task's utterance")
+        raise ConfigError(f"{split}: the id {twice!r} is also that of a task's utterance")
     given = index.weights is not None or (seed is not None and bool((weighted != 1).any()))
     return Index(table, rejects, weighted if given else None, notes)
 
@@ -195,7 +196,7 @@ def _answer(
         return None
     except Exception as error:
         raise ConfigError(
-            f"{rule.setting}.answer: {row['id']} of data.{split}: "
+            f"{rule.setting}.answer: {row['id']} of {split}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
     if not answer:
@@ -222,19 +223,23 @@ def context_of(row: IndexRow) -> dict[str, Any]:
 
 def _task_row(row: IndexRow, task: str, prompt: str, answer: str) -> IndexRow:
     """Make the row of a task's utterance; `audios` keeps what is said in the recording."""
-    recording: Any = {
-        name: row[name]  # type: ignore[literal-required]
-        for name in ("uri", "offset", "length", "start", "duration", "samples", "key")
+    recording: MessageRecording = {
+        "uri": row["uri"],
+        "offset": row["offset"],
+        "length": row["length"],
+        "start": row["start"],
+        "duration": row["duration"],
+        "samples": row["samples"],
+        "key": row["key"],
+        "text": row["text"] if is_transcription(row) else None,
     }
-    said = row["text"] if is_transcription(row) else None
-    audios = [{**recording, "text": said}]
     return {
         **row,
         "id": _id_of(row, task),
         "text": answer,
         "prompt": prompt,
         "task": task,
-        "audios": audios,
+        "audios": [recording],
     }
 
 
@@ -256,11 +261,11 @@ def _check_classes(rule: TaskRule, found: _Made, split: str) -> None:
         if found.without:
             lacking = found.without.most_common(1)[0][0]
             reason = f"{found.first_without}: {lacking} (data.keep, omni index --keep)"
-        raise ConfigError(f"{rule.setting}.answer: no row of data.{split} has one: {reason}")
+        raise ConfigError(f"{rule.setting}.answer: no row of {split} has one: {reason}")
     if rule.choices and len(found.positions) == 1:
         [answer] = found.positions
         raise ConfigError(
-            f"{rule.setting}.answer: all {found.count} rows of data.{split} have {answer!r}: there "
+            f"{rule.setting}.answer: all {found.count} rows of {split} have {answer!r}: there "
             "is nothing to tell apart"
         )
 

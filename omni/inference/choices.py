@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from omni.model.chat_template import Template, transcription
-from omni.model.lm.answer_scores import answer_log_probs
-from omni.model.lm.generate import embed_prompts
+from omni.model.lm.gpt import scatter_soft_tokens
 from omni.model.speech_lm import OmniModel
-from omni.stream.collate import Utterance
+from omni.plan.sequences import sequence_positions
+from omni.storage.digest import digest
+from omni.stream.collate import Utterance, collate
 
-_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The answers of a closed task, as text and as token ids without the end token."""
-
-    texts: tuple[str, ...]
-    ids: list[list[int]]
-
-    @classmethod
-    def of(cls, texts: Sequence[str], template: Template) -> Choices:
-        rendered = template.render([transcription("", text) for text in texts])
-        answers = []
-        for one in rendered:
-            first = len(one.ids)
-            while first and one.supervised[first - 1]:
-                first -= 1
-            answers.append(one.ids[first : one.ids.index(template.end, first)])
-        return cls(tuple(texts), answers)
+_POSITIONS = 16_384
+"""Most positions of a forward pass; one utterance may have more."""
 
 
+def answers_of(texts: Sequence[str], template: Template) -> list[list[int]]:
+    """Encode choices as the answers that a model learns: token ids up to the end token."""
+    answers = []
+    for one in template.render([transcription("", text) for text in texts]):
+        first = len(one.ids)
+        while first and one.supervised[first - 1]:
+            first -= 1
+        answers.append(one.ids[first : one.ids.index(template.end, first) + 1])
+    return answers
+
+
+@torch.inference_mode()
 def score_choices(
     model: OmniModel,
     template: Template,
@@ -47,21 +43,56 @@ def score_choices(
     choices: of each utterance. The end token is part of each answer, so that a choice which begins
     another one is not favoured by being its prefix.
     """
-    known = {tuple(texts): Choices.of(texts, template) for texts in choices}
-    of_row = [known[tuple(texts)] for texts in choices]
-    order = sorted(range(len(utterances)), key=lambda i: sum(map(len, _features(utterances[i]))))
-    found: dict[int, dict[str, float]] = {}
-    for first in range(0, len(order), _BATCH):
-        group = order[first : first + _BATCH]
-        embedded = embed_prompts(
-            model,
-            [utterances[i].prompt for i in group],
-            [_features(utterances[i]) for i in group],
-        )
-        scores = answer_log_probs(model, embedded, [of_row[i].ids for i in group], template.end)
-        for i, values in zip(group, scores, strict=True):
-            found[i] = dict(zip(of_row[i].texts, values, strict=True))
-    return [found[i] for i in range(len(utterances))]
+    known = {texts: answers_of(texts, template) for texts in dict.fromkeys(map(tuple, choices))}
+    rows = [
+        [_answered(utterance, answer) for answer in known[tuple(texts)]]
+        for utterance, texts in zip(utterances, choices, strict=True)
+    ]
+    lengths = [sum(_positions(model, segment) for segment in row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
+    found: dict[int, list[float]] = {}
+    while order:
+        group = [order.pop()]  # the longest, whose length is that of the rows
+        width = lengths[group[0]]
+        while order and (len(group) + 1) * width <= _POSITIONS:
+            group.append(order.pop())
+        scored = _log_probs(model, [rows[i] for i in group], width)
+        found |= dict(zip(group, scored, strict=True))
+    return [dict(zip(texts, found[i], strict=True)) for i, texts in enumerate(map(tuple, choices))]
+
+
+def _answered(utterance: Utterance, answer: Sequence[int]) -> Utterance:
+    """Put a choice in the place of the answer of an utterance."""
+    given = list(utterance.prompt)
+    flags = [False] * len(given) + [True] * len(answer)
+    return replace(utterance, ids=[*given, *answer], supervised=flags, task=0)
+
+
+def _positions(model: OmniModel, utterance: Utterance) -> int:
+    frames = [len(part) for part in _features(utterance)]
+    return sequence_positions(frames, len(utterance.ids), model.config.stack)
+
+
+def _log_probs(
+    model: OmniModel, rows: Sequence[Sequence[Utterance]], positions: int
+) -> list[list[float]]:
+    """Compute the log-probability of each answer of packed rows."""
+    config = model.config
+    batch = collate(rows, positions=positions, stack=config.stack, frame_dim=config.frame_dim).to(
+        next(model.projector.parameters()).device
+    )
+    x = model.lm.embed(batch.tokens_BT)
+    soft_NC = model.project(batch.audio_NF, batch.audio_starts_N)
+    x = scatter_soft_tokens(x, soft_NC, batch.audio_at_N)
+    hidden = model.lm.trunk(x, batch.tokens_BT, batch.layout(), ~batch.audio_mask_BT)
+    hidden_SC, targets = (
+        of.flatten(0, 1).index_select(0, batch.supervised_S) for of in (hidden, batch.targets_BT)
+    )
+    losses: Tensor
+    losses, _ = model.lm.loss(hidden_SC, targets)
+    counts = [sum(segment.supervised) for row in rows for segment in row]
+    sums = iter([-float(part.sum()) for part in torch.split(losses.float().cpu(), counts)])
+    return [[next(sums) for _ in row] for row in rows]
 
 
 def add_choice_scores(
@@ -79,6 +110,8 @@ def add_choice_scores(
     is no other recording.
     """
     closed = [i for i, row in enumerate(rows) if row.get("task") in choices]
+    # In a random order: those that follow each other in a bin may be alike, such as in length.
+    closed.sort(key=lambda i: digest(f"{recordings[i]} {rows[i]['id']}"))
     texts = [choices[rows[i]["task"]] for i in closed]
     true = [utterances[i] for i in closed]
     for i, scores in zip(closed, score_choices(model, template, true, texts), strict=True):

@@ -22,12 +22,15 @@ from omni.corpus.index_row import (
 )
 from omni.corpus.manifest import ManifestError, manifest_path
 from omni.corpus.messages import messages_of
+from omni.corpus.tasks import expand_tasks, names_of_tasks
 from omni.corpus.text import apply_policy
 from omni.errors import ConfigError
+from omni.inference.closed_rows import score_closed
 from omni.inference.decode_batch import location_of, transcript_row
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
 from omni.inference.scores import summarize
 from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
+from omni.metrics.task_scores import Scoring, spoken
 from omni.metrics.text_metric import TextMetric
 from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.uri import public_uri, reason_of
@@ -43,9 +46,10 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a manifest, and return the summary and one transcript row per utterance.
 
-    Rows keep their counts of edits; `without_counts` removes them. Recordings that cannot be read
-    are counted as rejects and left out of the error rates. Raises ConfigError when the manifest
-    cannot be used, RuntimeError when storage does not answer.
+    Rows keep their counts of edits; `without_counts` removes them. Every task of the training that
+    applies is asked, and error rates are about the answers that are what is said. Recordings that
+    cannot be read are counted as rejects and left out of the error rates. Raises ConfigError when
+    the manifest cannot be used, RuntimeError when storage does not answer.
     """
     try:
         index = build_index(
@@ -53,13 +57,16 @@ def evaluate(
             prompt=transcriber.prompt,
             allow_absolute=allow_absolute,
             downloads=downloads,
+            keep=transcriber.keep,
         )
         index = apply_policy(index, transcriber.policy)
+        index = expand_tasks(index, transcriber.tasks, "it", form=transcriber.policy.form)
     except ValueError as error:
         raise ConfigError(f"--data: {error}") from None
     except OSError as error:
         # Storage may answer later, so the config is not to blame.
         raise RuntimeError(f"--data: {reason_of(error)}") from error
+    scoring = Scoring(transcriber.tasks, names_of_tasks(index.table))
     rows: list[dict[str, Any]] = []
     rejects = Counter(reject.reason for reject in index.rejects)
     whole = 0  # long conversations
@@ -71,11 +78,14 @@ def evaluate(
         location = location_of(row["uri"], span_of(row))
         scored = transcript_row(row["id"], location, row["text"], language, found)
         scored |= {name: row[name] for name in ("speaker", "task") if row[name] is not None}
+        scored = scoring.label(scored, row["task"] or DEFAULT_TASK)
         rows.append(scored | ({"pieces": found.pieces} if found.pieces > 1 else {}))
         whole += row["messages"] is not None and _has_long(transcriber, row)
+    score_closed(transcriber, index.table, rows, scoring)
     summary = {
         "manifest": public_uri(manifest),
-        **summarize(rows, metrics),
+        **summarize(spoken(rows), metrics),
+        **({"tasks": scores} if (scores := scoring.score(rows)) else {}),
         **({"long_conversations": whole} if whole else {}),
         "rejects": dict(rejects),
         **({"notes": notes} if (notes := notes_of(index)) else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from omni.audio.decode import AudioError, decode_blocks
 from omni.checkpoint.checkpoint import CheckpointError, read_checkpoint
 from omni.corpus.index_row import DEFAULT_TASK
+from omni.corpus.tasks import TaskRule, task_rules
 from omni.corpus.text import TextPolicy, join
 from omni.errors import ConfigError, located
 from omni.inference.decode_batch import Decoded, decode_batch
@@ -121,6 +122,10 @@ class Transcriber:
     policy: TextPolicy = TextPolicy()
     decoding: Decoding = Decoding()
     """Its max_new_tokens is None for checkpoints of older versions, see `generate`."""
+    tasks: Mapping[str, TaskRule] = field(default_factory=dict)
+    """Tasks of the training by name."""
+    keep: Sequence[str] = ()
+    """Columns of manifests that are labels, for its tasks."""
 
     @classmethod
     def load(
@@ -172,6 +177,8 @@ class Transcriber:
             facts.longest_seconds,
             TextPolicy.of(config["data"]),
             decoding,
+            task_rules(config["data"]),
+            config["data"].get("keep", ()),
         )
 
     def features_of(self, audio: np.ndarray) -> Tensor:

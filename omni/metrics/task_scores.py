@@ -74,8 +74,8 @@ class Scoring:
         row |= {"task": name, "metric": self.metric(name)}
         if tags := self.rule(name).tags:
             row["tags"] = compare_tags(row["reference"], row["hypothesis"], tags)
-            plain = (without_tags(row[side], tags) for side in ("reference", "hypothesis"))
-            row["errors"] = count_errors(*plain, row["language"])
+            said, written = (without_tags(row[side], tags) for side in ("reference", "hypothesis"))
+            row["errors"] = count_errors(said, written, row["language"])
             row["wer"] = row["errors"].wer
         elif row["metric"] not in SPOKEN:
             row["right"] = same(row["reference"], row["hypothesis"])
@@ -267,7 +267,8 @@ def _tag_figures(name: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _corpus_score(metric: str, rows: Sequence[Row]) -> float:
     """Compute BLEU or chrF of the corpus with sacrebleu, from 0 to 100."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     references = [[row["reference"] for row in rows]]
     hypotheses = [row["hypothesis"] for row in rows]

@@ -9,6 +9,8 @@ from typing import Any
 from omni.report.audio_embed import embed_row
 from omni.report.number_text import count, percent
 from omni.report.render import render
+from omni.report.task_parts import HEAD, confusions, task_rows
+from omni.report.task_parts import NOTE as NOTE_OF_TASKS
 from omni.report.word_marks import compare_words
 
 _MOST_GROUPS = 20
@@ -51,6 +53,8 @@ def tables(scores: Scores) -> list[Table]:
         rows = [_difference(difference) for difference in scores.differences]
         note = "Paired bootstrap over the utterances that both have; negative: fewer errors."
         found.append(Table("Differences", head, rows, note))
+    if rows := [row for result in scores.results for row in _tasks(result)]:
+        found.append(Table("Tasks", ("checkpoint", *HEAD[:-1]), rows, NOTE_OF_TASKS))
     names = dict.fromkeys(name for result in scores.results for name in result["groups"])
     for name in names:
         rows = [row for result in scores.results for row in _groups(result, name)]
@@ -100,6 +104,11 @@ def _groups(result: Mapping[str, Any], name: str) -> Iterator[list[str]]:
         yield [result["checkpoint"], result["manifest"], key, *cells]
 
 
+def _tasks(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    for row in task_rows(result["manifest"], result.get("tasks"), None):
+        yield [result["checkpoint"], *row[:-1]]
+
+
 def _range(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else " to ".join(f"{100 * x:.1f}" for x in interval)
 
@@ -129,4 +138,13 @@ def page(scores: Scores) -> str:
         }
         for row in scores.worst
     ]
-    return render("scores.html", name="Scores", tables=tables(scores), worst=shown)
+    drawn = [
+        figure
+        for result in scores.results
+        for figure in confusions(
+            f"{result['manifest']}, {result['checkpoint']}", result.get("tasks")
+        )
+    ]
+    return render(
+        "scores.html", name="Scores", tables=tables(scores), confusions=drawn, worst=shown
+    )

@@ -13,8 +13,8 @@ from omni.report.number_text import count, finite, percent, short
 Row = dict[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]  # figures by task
 HEAD = (
-    "Task", "Split", "Utterances", "Metric", "", "Most frequent", "Chance", "With other audio",
-    "Macro F1", "Calibration error", "Exact match", "Shuffled-audio gap",
+    "Task", "Corpus", "Utterances", "Metric", "Value", "Most frequent", "Chance",
+    "With other audio", "Macro F1", "Calibration error", "Exact match", "Shuffled-audio gap",
 )  # fmt: skip
 NOTE = (
     "Most frequent: share of the most frequent class. With other audio: accuracy when each "
