@@ -25,7 +25,7 @@ def template() -> Template:
 @pytest.fixture(scope="module")
 def model(template: Template) -> OmniModel:
     lm = replace(SMALL, vocab_size=template.tokenizer.vocab_size)
-    made = OmniModel(OmniConfig(lm=lm, d_model=8, stack=2)).eval()
+    made = OmniModel(OmniConfig(lm=lm, feature_dim=8, stack=2)).eval()
     awaken(made)
     return made
 
