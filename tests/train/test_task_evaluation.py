@@ -34,6 +34,7 @@ TASKS = {
 
 
 def _prepared(folder: Path, tasks: dict[str, Any], **optim: float) -> Prepared:
+    data = {"train": "embedded:dev", "dev": "embedded:test", "cache": None, "tasks": tasks}
     return prepare(
         parse_config(
             {
