@@ -30,7 +30,7 @@ from omni.inference.decode_batch import location_of, transcript_row
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
 from omni.inference.scores import summarize
 from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
-from omni.metrics.task_scores import Scoring, spoken
+from omni.metrics.task_scores import Scoring
 from omni.metrics.text_metric import TextMetric
 from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.uri import public_uri, reason_of
@@ -84,7 +84,7 @@ def evaluate(
     score_closed(transcriber, index.table, rows, scoring)
     summary = {
         "manifest": public_uri(manifest),
-        **summarize(spoken(rows), metrics),
+        **summarize(rows, metrics),
         **({"tasks": scores} if (scores := scoring.score(rows)) else {}),
         **({"long_conversations": whole} if whole else {}),
         "rejects": dict(rejects),

@@ -12,6 +12,7 @@ from omni.inference.decode_batch import by_language, count_cut, count_decoders, 
 from omni.inference.decode_batch import summarize as sum_errors
 from omni.metrics.bootstrap import paired_test, rate_interval
 from omni.metrics.score import Errors, total, units
+from omni.metrics.task_scores import spoken
 from omni.metrics.text_metric import TextMetric, score
 
 Row = dict[str, Any]
@@ -23,15 +24,17 @@ GROUPS = ("length", "language", "speaker", "task")
 def summarize(rows: list[Row], metrics: Sequence[TextMetric] = ()) -> dict[str, Any]:
     """Compute the figures of one system on one corpus.
 
-    rows: transcript rows with their counts of edits. wer_interval: 95 % over utterances, None for
-    fewer than two.
+    rows: transcript rows with their counts of edits. Error rates and `utterances` are of those whose
+    answer is what is said; decoders, cut and in_pieces of all. wer_interval: 95 % over utterances,
+    None for fewer than two.
     """
-    errors = sum_errors(rows)
+    said = spoken(rows)
+    errors = sum_errors(said)
     every = errors["all"]
     return {
-        "utterances": len(rows),
+        "utterances": len(said),
         "wer": every.wer,
-        "wer_interval": _interval(rows),
+        "wer_interval": _interval(said),
         "wer_short": errors["short"].wer,
         "wer_long": errors["long"].wer,
         "cer": every.cer,
@@ -42,9 +45,9 @@ def summarize(rows: list[Row], metrics: Sequence[TextMetric] = ()) -> dict[str, 
         "deletions": every.deletions,
         **{f"{decoder}_wer": wer for decoder, wer in wer_alone(rows).items()},
         "decoders": count_decoders(rows),
-        **({"languages": languages} if (languages := by_language(rows)) else {}),
-        "groups": groups(rows),
-        **({"metrics": score(rows, metrics)} if metrics else {}),
+        **({"languages": languages} if (languages := by_language(said)) else {}),
+        "groups": groups(said),
+        **({"metrics": score(said, metrics)} if metrics else {}),
         "cut": count_cut(rows),
         "in_pieces": sum("pieces" in row for row in rows),
     }

@@ -39,12 +39,7 @@ def _prepared(folder: Path, tasks: dict[str, Any], **optim: float) -> Prepared:
         parse_config(
             {
                 "run": {"storage": str(folder)},
-                "data": {
-                    "train": "embedded:dev",
-                    "dev": "embedded:test",
-                    "cache": None,
-                    "tasks": tasks,
-                },
+                "data": data,
                 "tokenizer": {"vocab_size": 300},
                 "model": {"n_layer": 1, "n_head": 2, "n_embd": 32},
                 "optim": {"bin_positions": 256, "bins_per_step": 2, "steps": 40, **optim},
