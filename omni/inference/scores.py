@@ -24,7 +24,7 @@ GROUPS = ("length", "language", "speaker", "task")
 def summarize(rows: list[Row], metrics: Sequence[TextMetric] = ()) -> dict[str, Any]:
     """Compute the figures of one system on one corpus.
 
-    rows: transcript rows with their counts of edits. Error rates and `utterances` are of those whose
+    rows: transcript rows with counts of edits. Error rates and `utterances` are of those whose
     answer is what is said; decoders, cut and in_pieces of all. wer_interval: 95 % over utterances,
     None for fewer than two.
     """
