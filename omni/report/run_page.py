@@ -189,7 +189,7 @@ def _task_metrics(evals: list[Row]) -> list[Chart]:
 
 def _tasks(figures: Row) -> list[tuple[str, ...]]:
     return [
-        row
+        tuple(cell.replace(" %", "\u00a0%") for cell in row)
         for split in ("dev", "test")
         for row in task_rows(
             split,

@@ -26,6 +26,7 @@ from omni.model.decode import Decoding
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.plan.packing import pack
 from omni.plan.sequences import sequence_positions
+from omni.storage.digest import digest
 from omni.stream.collate import Utterance, collate
 from omni.train.distributed import all_gather, all_sum
 
@@ -86,10 +87,11 @@ class HeldOut:
         usable = [h.utterance for h in held]
         self._batches = layout.pack(usable)
         # Pair each text with another recording: the loss that text alone explains.
-        others = another_recording([h.recording for h in held])
+        order = _shuffled_order(held)
+        others = another_recording([held[i].recording for i in order])
         shuffled = [
-            replace(u, features=audio_for(u, usable[other]))
-            for u, other in zip(usable, others, strict=True)
+            replace(usable[i], features=audio_for(usable[i], usable[order[other]]))
+            for i, other in zip(order, others, strict=True)
             if other is not None
         ]
         self._shuffled = layout.pack(shuffled)
@@ -135,3 +137,15 @@ class HeldOut:
             )
         rows = sorted(all_gather(rows), key=lambda row: row["number"])
         return summarize(spoken(rows)), rows
+
+
+def _shuffled_order(held: list[HeldUtterance]) -> list[int]:
+    """Order the utterances in which each is paired with the next one.
+
+    Those of a bin may be alike, such as in length, which a task may be about: where several tasks
+    share recordings the order is random.
+    """
+    names = [h.recording for h in held]
+    if len(set(names)) == len(names):
+        return list(range(len(held)))
+    return sorted(range(len(held)), key=lambda i: digest(f"{names[i]} {held[i].id}"))

@@ -65,7 +65,7 @@ def test_the_page_of_a_run_shows_tasks(tmp_path: Path) -> None:
            "dev_tasks": {"mood": {"loss": 1.0, "gap": 0.25}}}  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     text = write_report(tmp_path).read_text()
-    assert 'class="heat"' in text and "<td>73.3 %</td>" in text and HOSTILE not in text
+    assert 'class="heat"' in text and "<td>73.3\u00a0%</td>" in text and HOSTILE not in text
     assert "label: fast" in text
 
 
