@@ -5,16 +5,16 @@ omni/assets/omni-tiny is a checkpoint like those of a run, without optimizer sta
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import Tensor
 
 from omni.checkpoint.checkpoint import (
     FORMAT,
@@ -24,6 +24,7 @@ from omni.checkpoint.checkpoint import (
     document_digest,
     read_checkpoint,
 )
+from omni.checkpoint.tensor_files import TensorFiles
 from omni.checkpoint.train_state import TrainState
 from omni.config.field_types import OMNI_TINY
 from omni.model.lm.lora import is_adapter
@@ -98,13 +99,28 @@ def _shape(config: OmniConfig) -> dict[str, Any]:
     }
 
 
-def initial_weights(base: Checkpoint, names: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Read the base's weights of the parameters `names`, with their shapes.
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights of a base that a run starts from."""
+
+    files: TensorFiles
+    names: list[str]
+
+
+@contextlib.contextmanager
+def initial_weights(base: Checkpoint, names: Mapping[str, torch.Size]) -> Iterator[InitialWeights]:
+    """Open the base's weights of the parameters `names`, with their shapes.
 
     Those of a published language model to which the base refers are not among them. Raises
     CheckpointError where one is missing, other than those of the CTC head and of summary tokens.
     """
-    weights = base.weights()
+    with base.open_weights() as files:
+        yield InitialWeights(files, _fitting(base, files.shapes, names))
+
+
+def _fitting(
+    base: Checkpoint, weights: Mapping[str, tuple[int, ...]], names: Mapping[str, torch.Size]
+) -> list[str]:
     whole = has_language_model(base)
     missing = [
         name
@@ -113,13 +129,13 @@ def initial_weights(base: Checkpoint, names: Mapping[str, torch.Size]) -> dict[s
         and not name.startswith(("ctc_head.", "summary."))
         and (whole or not name.startswith("lm.") or is_adapter(name))
     ]
-    odd = [n for n, shape in names.items() if n in weights and weights[n].shape != shape]
+    odd = [n for n, shape in names.items() if n in weights and weights[n] != tuple(shape)]
     if missing or odd:
         raise CheckpointError(
             f"{base.path}: tensors missing {missing}, of another shape {odd}; expected a base of "
             "the same model"
         )
-    return {name: weights[name].float() for name in names if name in weights}
+    return [name for name in names if name in weights]
 
 
 def write_base(found: Checkpoint, out: Path) -> None:

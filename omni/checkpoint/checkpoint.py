@@ -7,6 +7,10 @@ checkpoints/step-000400/
     config.yaml, tokenizer.json
 checkpoints/last, checkpoints/best -> step-...
 
+Ranks of a sharded model each write their rows of the tensors, as model.rank-0000.safetensors and
+optimizer.rank-0000.safetensors (see `omni.checkpoint.tensor_files`); state.json has the checksums
+of all of them.
+
 Nothing is pickled. `last` and `best` are links on disk, and objects that hold the name in object
 storage, which has no links.
 """
@@ -19,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor
 
+from omni.checkpoint.tensor_files import CheckpointError as CheckpointError
+from omni.checkpoint.tensor_files import TensorFiles
 from omni.checkpoint.train_state import TrainState
 from omni.model.lm.lora import is_adapter
 from omni.model.lm.pretrained import load_lm
@@ -32,11 +38,9 @@ from omni.storage.digest import digest, file_digest
 from omni.storage.path import ObjectPath, StoragePath, raise_if_unreachable
 
 FORMAT = 1
+SHARDED_FORMAT = 2
+"""Format of checkpoints whose tensors are split by rows over the files of several ranks."""
 STATE_FILE = "state.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged or of another kind; the message names file and reason."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,20 @@ class Checkpoint:
         return model
 
     def weights(self) -> dict[str, Tensor]:
-        return self._tensors("model.safetensors")
+        """Read all weights into memory."""
+        return self._tensors("model")
 
     def optimizer(self) -> dict[str, Tensor]:
-        return self._tensors("optimizer.safetensors")
+        """Read all optimizer state into memory."""
+        return self._tensors("optimizer")
+
+    def open_weights(self) -> TensorFiles:
+        """Open the weights, to read some of them or rows of them. Raises CheckpointError."""
+        return self._open("model")
+
+    def open_optimizer(self) -> TensorFiles:
+        """Open the optimizer state; see `open_weights`."""
+        return self._open("optimizer")
 
     def tokenizer(self) -> SpeechTokenizer:
         path = self.path / "tokenizer.json"
@@ -85,14 +99,20 @@ class Checkpoint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each stored weight, by name."""
-        path = self.path / "model.safetensors"
-        if isinstance(path, Path):
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        return {name: tuple(tensor.shape) for name, tensor in self.weights().items()}
+        with self.open_weights() as weights:
+            return weights.shapes
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+    def _open(self, part: str) -> TensorFiles:
+        names = [name for name in self.digests if part_of(name) == part]
+        if not names:
+            raise CheckpointError(f"{self.path}: it has no {part}.safetensors")
+        return TensorFiles([self.path / name for name in sorted(names)], self.digests)
+
+    def _tensors(self, part: str) -> dict[str, Tensor]:
+        name = f"{part}.safetensors"
+        if any(part_of(other) == part for other in self.digests.keys() - {name}):
+            with self._open(part) as files:
+                return {name: files.whole(name) for name in files.shapes}
         path = self.path / name
         try:
             if isinstance(path, Path):
@@ -122,9 +142,10 @@ def read_checkpoint(path: StoragePath, *, verify: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: {STATE_FILE} is missing or damaged ({error})") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: {STATE_FILE} is not a checkpoint's")
-    if document.get("format") != FORMAT:
+    if document.get("format") not in (FORMAT, SHARDED_FORMAT):
         raise CheckpointError(
-            f"{path}: format {document.get('format')!r}, this version reads {FORMAT}"
+            f"{path}: format {document.get('format')!r}, this version reads {FORMAT} and "
+            f"{SHARDED_FORMAT}"
         )
     if document.pop("checksum", None) != document_digest(document):
         raise CheckpointError(f"{path}: {STATE_FILE} is damaged (checksum differs)")
@@ -155,6 +176,14 @@ def link_target(path: StoragePath) -> StoragePath:
     if isinstance(path, Path):
         return path.resolve()
     return path.with_name(path.read_text()) if path.is_file() else path
+
+
+def part_of(name: str) -> str | None:
+    """Return `model` or `optimizer` for a file of tensors, whole ones or the rows of a rank."""
+    part, _, rest = name.partition(".")
+    ranks = rest.removesuffix(".safetensors")
+    whole = rest == "safetensors"
+    return part if whole or (ranks != rest and ranks.startswith("rank-")) else None
 
 
 def document_digest(document: dict[str, Any]) -> str:

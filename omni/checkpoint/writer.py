@@ -14,8 +14,8 @@ from omni.storage.path import StoragePath
 from omni.storage.retry import NO_SPACE
 from omni.storage.uri import reason_of
 
-_RETRY_SECONDS = 2.0
-_FINAL_SAVE_TIMEOUT = 180.0
+RETRY_SECONDS = 2.0
+FINAL_SAVE_TIMEOUT = 180.0
 """Seconds that the end of a run waits for storage."""
 
 
@@ -68,7 +68,7 @@ class CheckpointWriter:
             self._pending.append(_Pending(step, write, best))
             self._changed.notify_all()
 
-    def wait(self, seconds: float = _FINAL_SAVE_TIMEOUT) -> None:
+    def wait(self, seconds: float = FINAL_SAVE_TIMEOUT) -> None:
         """Block until all is written. Raises CheckpointError if storage refuses for `seconds`."""
         with self._changed:
             done = self._changed.wait_for(
@@ -125,7 +125,7 @@ class CheckpointWriter:
             else:
                 self._log.log_failed_checkpoint(job.step, reason, reason == reported)
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closing, timeout=_RETRY_SECONDS)
+                    self._changed.wait_for(lambda: self._closing, timeout=RETRY_SECONDS)
                     if self._closing:
                         return
 

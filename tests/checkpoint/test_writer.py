@@ -98,7 +98,7 @@ def test_each_write_is_reported_with_its_time(
 def test_a_full_disk_is_said_once_and_only_newest_and_best_are_kept(
     saver: CheckpointWriter, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
     full = threading.Event()
     full.set()
 
