@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omni.model.batch import CTCLabels
 from omni.model.losses import LOGITS_PER_CHUNK
+from omni.model.shards import normal_
 
 _RMS_ROWS = 4096  # Embeddings whose RMS is measured.
 _FULL_SOFTMAX_CLASSES = 4096  # Up to this vocabulary the softmax over all classes is small.
@@ -41,7 +42,7 @@ class LinearCTC(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         self.bias.zero_()
-        self.weight.normal_(0.0, 0.02, generator=generator)
+        normal_(self.weight, 0.0, 0.02, generator)
 
     def forward(self, soft_NC: Tensor, lm: Embeds) -> Tensor:
         return F.linear(soft_NC, self.weight, self.bias)
@@ -75,7 +76,7 @@ class TiedCTC(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        self.blank.normal_(0.0, 1.0, generator=generator)
+        normal_(self.blank, 0.0, 1.0, generator)
         self.log_scale.zero_()
         self.blank_bias.zero_()
 

@@ -18,9 +18,16 @@ from omni.model.ctc import CTCHead, Embeds, LinearCTC, TiedCTC, ctc_losses
 from omni.model.lm.gpt import GPT, scatter_soft_tokens
 from omni.model.lm.gpt_block import GPTConfig, rms
 from omni.model.lm.hf import HFConfig, HFLanguageModel
-from omni.model.lm.lora import LoraShape, add_lora, is_adapter, without_adapters
+from omni.model.lm.lora import (
+    LoraShape,
+    add_lora,
+    init_adapters,
+    is_adapter,
+    without_adapters,
+)
 from omni.model.losses import Distillation, kl_divergence
 from omni.model.projector import LayerMix, Projector, make_projector
+from omni.model.shards import copy_, is_sharded
 from omni.model.speech_input import SpeechInput
 from omni.model.summary import SummaryPool
 
@@ -126,9 +133,7 @@ class OmniModel(SpeechInput, nn.Module):
         super().__init__()
         self.config = config
         width = config.lm.width
-        self.projector = make_projector(
-            config.projector, config.stack, config.feature_dim, width, config.projector_hidden
-        )
+        self.projector = self._make_projector()
         self.mix = LayerMix(config.layers, config.feature_dim) if config.layers > 1 else None
         self.summary: SummaryPool | None = None
         if config.summary_tokens:
@@ -139,7 +144,8 @@ class OmniModel(SpeechInput, nn.Module):
         self.soft_size: nn.Parameter | None = None
         if isinstance(self.lm, HFLanguageModel):
             # The RMS of the embeddings before training, which may change them; saved as a weight.
-            size = 1.0 if lm is None else self.lm.embedding_size()
+            there = lm is not None and not self.lm.embedding_matrix().is_meta
+            size = self.lm.embedding_size() if there else 1.0
             self.soft_size = nn.Parameter(torch.tensor([size]), requires_grad=False)
         else:
             self.lm.dropout = config.dropout
@@ -157,18 +163,35 @@ class OmniModel(SpeechInput, nn.Module):
     def tasks(self) -> int:
         return 1 if self.task_weights is None else len(self.task_weights)
 
+    def _make_projector(self) -> nn.Module:
+        c = self.config
+        return make_projector(c.projector, c.stack, c.feature_dim, c.lm.width, c.projector_hidden)
+
+    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initialise everything that is not pretrained from a seed."""
+        """Initialise everything that is not pretrained from a seed, sharded or not alike."""
         generator = torch.Generator().manual_seed(seed)
-        self.projector.init_weights(generator)  # type: ignore[operator]
-        if isinstance(self.projector, Projector):
-            self.projector.init_output(generator)
+        sharded = any(map(is_sharded, self.parameters()))
+        # A plug-in may do anything to its weights, so that it needs them whole.
+        projector = self._make_projector() if sharded else self.projector
+        projector.init_weights(generator)  # type: ignore[operator]
+        if isinstance(projector, Projector):
+            projector.init_output(generator)
+        if sharded:
+            for name, parameter in projector.named_parameters():
+                copy_(self.projector.get_parameter(name), parameter)
+            for name, buffer in projector.named_buffers():
+                self.projector.get_buffer(name).copy_(buffer)
+            if self.mix is not None:
+                self.mix.logits.zero_()
         if self.config.source is None and isinstance(self.lm, GPT):
             self.lm.init_weights(generator)
         if self.ctc_head is not None:
             self.ctc_head.init_weights(generator)
         if self.summary is not None:
             self.summary.init_weights(generator)
+        if sharded and self.config.lora is not None:
+            init_adapters(self.lm, seed)
 
     def train_parts(self, parts: Sequence[str]) -> None:
         """Freeze all parameters but those of the named parts: projector, lora, lm."""

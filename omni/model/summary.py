@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from omni.model.shards import uniform_
+
 _HIDDEN = 128  # Width of the attention, as in ECAPA-TDNN (Desplanques et al. 2020).
 _LEAST_VARIANCE = 1e-5  # The square root of zero has no finite gradient.
 
@@ -37,9 +39,9 @@ class SummaryPool(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         bound = math.sqrt(3.0 / self.width)
-        self.hidden.weight.uniform_(-bound, bound, generator=generator)
+        uniform_(self.hidden.weight, -bound, bound, generator)
         bound = math.sqrt(3.0 / (2 * self.width))
-        self.out.uniform_(-bound, bound, generator=generator)
+        uniform_(self.out, -bound, bound, generator)
         self.scores.zero_()
         for norm in (self.norm_in, self.norm_out):
             norm.weight.fill_(1.0)

@@ -46,23 +46,27 @@ _LAYERS_GATHERED = 3
 _LAYERS_REDUCED = 2
 """Layers whose whole gradients FSDP holds for their reduction: this one's and the last one's."""
 _FP32_BYTES = 4
+_CHECKPOINTS_HELD = 2
+"""Checkpoints of which a rank holds copies: one that is written, and the next."""
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank, by kind, at the moment of a step at which their sum is largest.
 
-    evaluation: bytes between two steps, where an evaluation gathers the whole model (FSDP only).
+    host: bytes of tensors in the memory of the node, beside those of a step, that rank 0 holds at
+    the worst moment (any rank with FSDP): on a GPU the model while it is built, then the copies of
+    two checkpoints that wait for storage; on a CPU these copies.
     """
 
     kinds: dict[str, int]
     device: Device
-    evaluation: int = 0
+    host: int = 0
 
     @property
     def peak(self) -> int:
         """Bytes of all tensors at the worst moment."""
-        return max(sum(self.kinds.values()), self.evaluation)
+        return sum(self.kinds.values())
 
     @property
     def least(self) -> int:
@@ -77,9 +81,7 @@ class Memory:
     def __str__(self) -> str:
         found = sorted(self.kinds.items(), key=lambda item: -item[1])
         parts = [f"{name} {size_text(size)}" for name, size in found if size >= 1 << 20]
-        if self.evaluation > sum(self.kinds.values()):
-            parts.append(f"in evaluations {size_text(self.evaluation)}")
-        return ", ".join(parts)
+        return f"{', '.join(parts)}; at most {size_text(self.host)} of host memory beside them"
 
 
 def size_text(size: float) -> str:
@@ -129,6 +131,7 @@ class _Step:
         fake = fake_batch(batch, mode, self._device)
         with separate_masks(), mode, live:
             fake_parameters(self._model, self._dtype_held)
+            built = sum(p.numel() * p.element_size() for p in self._model.parameters())
             update, states = self._update(live)
             # Gradients stay where others are added to them, and in the buckets of DDP.
             if self._blocks == 1 and self._workers == 1:
@@ -137,7 +140,7 @@ class _Step:
             self._losses(fake, live, lambda p: live.mark("gradients", _gradient(p)))
             found = max(update, live.peak, key=Counter.total)
             del states
-        return Memory(self._with_batches(found), self._device)
+        return Memory(self._with_batches(found), self._device, self._host(update, built))
 
     def sharded(self, batch: Batch) -> Memory:
         """Estimate a rank of FSDP.
@@ -158,6 +161,7 @@ class _Step:
         with separate_masks(), mode:
             with whole:
                 fake_parameters(model, self._dtype_held)
+                built = self._built()
                 held, states = self._update(whole)
                 self._clear_gradients()
                 del states
@@ -192,9 +196,7 @@ class _Step:
             kinds["whole gradients"] = _FP32_BYTES * sum(
                 p.numel() for p in trainable(model).values()
             )
-        copy = _FP32_BYTES * sum(p.numel() for p in model.parameters())
-        between = shards.total() - shards["gradients"] + copy
-        return Memory(self._with_batches(kinds), self._device, between)
+        return Memory(self._with_batches(kinds), self._device, self._host(shards, built))
 
     # -- parts of a step -----------------------------------------------------------------------
 
@@ -228,6 +230,27 @@ class _Step:
         found = Counter(live.kinds)
         found["update"] = top - found.total()
         return found, (optimizers, average)
+
+    def _built(self) -> int:
+        """Return the bytes that a rank of FSDP holds on the host while it builds the model.
+
+        One tensor at a time is drawn whole, or the projector.
+        """
+        every = [p.numel() * p.element_size() for p in self._model.parameters()]
+        projector = sum(p.numel() * p.element_size() for p in self._model.projector.parameters())
+        return max(*every, projector)
+
+    def _host(self, held: Counter[str], built: int) -> int:
+        """Return the bytes on the host; held: those of the weights and optimizers, by kind."""
+        model = self._model
+        referenced = sum(
+            p.numel() * p.element_size()
+            for name, p in model.named_parameters()
+            if model.kept_by_reference(name)
+        ) // (self._workers if self.is_sharded else 1)
+        without = held["gradients"] + held["activations"] + held["update"] + referenced
+        copies = _CHECKPOINTS_HELD * max(0, held.total() - without)
+        return max(built, copies) if self._device == "cuda" else copies
 
     def _clear_gradients(self) -> None:
         for parameter in self._model.parameters():

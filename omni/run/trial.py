@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import ray
 import torch
@@ -17,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from omni.errors import ConfigError, first_line
 from omni.model.download import HubError, SourceError
 from omni.model.precision import limit_gpu_memory
+from omni.model.speech_lm import OmniModel
 from omni.plan.plan import Split
 from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.rates import (
@@ -162,9 +164,29 @@ def _load_and_encode(
     return audio / took, rate, encoded
 
 
-def _train(job: WorkerSpec, blocks: list[pa.Table], seconds: float) -> Cost:
-    """Measure the seconds of a block on a worker that never waits for data."""
+def _train(job: WorkerSpec, blocks: list[pa.Table], seconds: float) -> Cost | None:
+    """Measure the seconds of a block on a worker that never waits for data.
+
+    None for a sharded model that the memory of this node does not hold whole.
+    """
+    train = job.config.train
+    if train.strategy == "fsdp" and train.most > 1:
+        available = psutil.virtual_memory().available
+        if whole_bytes(job) > available:
+            return None
     torch.set_num_threads(job.config.train.threads)
     device = torch.device("cuda" if job.config.train.gpus else "cpu")
     limit_gpu_memory(job.config.train.gpu_memory)
     return Trainer(job, blocks, device).cost(seconds)
+
+
+def whole_bytes(job: WorkerSpec) -> int:
+    """Return the bytes of the host that one worker takes for the whole model in fp32.
+
+    On a CPU also those of gradients and of AdamW's state.
+    """
+    with torch.device("meta"):
+        model = OmniModel(job.model)
+    model.train_parts(job.config.model.train)
+    trained = 0 if job.config.train.gpus else 12
+    return sum(p.numel() * (4 + trained * p.requires_grad) for p in model.parameters())

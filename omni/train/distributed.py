@@ -1,42 +1,14 @@
-"""Reduce and gather over all ranks; gather and shard tensors. Without a process group: one rank."""
+"""Reduce and gather over all ranks. Without a process group: one rank."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor (a collective call); return any other as it is."""
-    if not is_sharded(tensor):
-        return tensor
-    gathered: Any = tensor
-    full: Tensor = gathered.full_tensor()
-    return full
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether this rank holds a part of the tensor only (a DTensor)."""
-    # Where nothing is sharded, the module is not imported: it takes a second of each process.
-    module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Move a full tensor to the device of `parameter`, and into its shards where it has any."""
-    value = value.to(parameter.device)
-    if is_sharded(parameter) and value.shape == parameter.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded: Any = parameter
-        return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
-    return value
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -56,6 +28,17 @@ def all_gather(items: list[T]) -> list[T]:
     gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+def broadcast(values: Tensor) -> Tensor:
+    """Overwrite a contiguous tensor with that of rank 0, and return it. A collective call."""
+    # As bytes: not every backend knows every dtype.
+    dist.broadcast(values.view(-1).view(torch.uint8), 0)
+    return values
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def barrier() -> None:

@@ -29,6 +29,7 @@ from omni.plan.sequences import sequence_positions
 from omni.storage.digest import digest
 from omni.stream.collate import Utterance, collate
 from omni.train.distributed import all_gather, all_sum
+from omni.train.lockstep import in_step
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class HeldOut:
 
     def loss(self, model: OmniModel) -> DevLosses:
         """Compute losses and accuracy per token and the shuffled-audio gap, over all ranks."""
-        sums = torch.stack([self._sums(model, b) for b in (self._batches, self._shuffled)])
+        with in_step(model):
+            sums = torch.stack([self._sums(model, b) for b in (self._batches, self._shuffled)])
         return DevLosses.of(*(LossTotals.of_losses(packed) for packed in all_sum(sums)))
 
     def _sums(self, model: OmniModel, batches: list[Batch]) -> Tensor:
@@ -123,18 +125,19 @@ class HeldOut:
         whose answer is what is said, and the transcripts of all ranks in the order of the index.
         """
         chosen = [h for h in self.held if limit is None or h.utterance.number < limit]
-        rows = transcribe(model, template, chosen, decoding)
-        if scoring is not None and scoring.named:
-            for row, held in zip(rows, chosen, strict=True):
-                scoring.label(row, scoring.names[held.utterance.task])
-            add_choice_scores(
-                rows,
-                [h.utterance for h in chosen],
-                [h.recording for h in chosen],
-                scoring.closed,
-                model,
-                template,
-            )
+        with in_step(model):
+            rows = transcribe(model, template, chosen, decoding)
+            if scoring is not None and scoring.named:
+                for row, held in zip(rows, chosen, strict=True):
+                    scoring.label(row, scoring.names[held.utterance.task])
+                add_choice_scores(
+                    rows,
+                    [h.utterance for h in chosen],
+                    [h.recording for h in chosen],
+                    scoring.closed,
+                    model,
+                    template,
+                )
         rows = sorted(all_gather(rows), key=lambda row: row["number"])
         return summarize(spoken(rows)), rows
 

@@ -8,8 +8,6 @@ loss curve does not depend on the number of workers, and a resumed run repeats i
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -21,9 +19,7 @@ import torch
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from omni.checkpoint.resume import find_resume_point
 from omni.checkpoint.retention import checkpoint_path, set_link
-from omni.checkpoint.save import save_checkpoint
 from omni.checkpoint.train_state import TrainState
-from omni.checkpoint.writer import CheckpointWriter
 from omni.cluster.stacks import place_of_thread, waits_for_ranks, write_stacks
 from omni.cluster.timeouts import rank_timeout
 from omni.cluster.watchdog import Watchdog
@@ -52,6 +48,7 @@ from omni.train.ledger import rewind_ledgers
 from omni.train.model_state import ModelState
 from omni.train.optim import describe_groups
 from omni.train.recorder import Publisher, Recorder
+from omni.train.saving import Saver
 from omni.train.step import StepRunner
 from omni.train.stop_request import StopRequest
 from omni.train.worker_spec import WorkerSpec
@@ -123,7 +120,7 @@ class TrainLoop:
         self._watchdog = Watchdog(
             rank_timeout(train.timeout_seconds), self._log_stall, self._stop_timeout, self._log_slow
         )
-        self._writer = CheckpointWriter(self.checkpoints, train.keep_checkpoints, self.recorder)
+        self._saver = Saver(self.spec, self.rank, self.model_state.sharded, self.recorder)
         try:
             return self._run()
         except Exception as error:
@@ -132,7 +129,7 @@ class TrainLoop:
         finally:
             # The watchdog comes last: the storage of the last checkpoint may be what hangs.
             self._watchdog.beat("writing the last checkpoint", _LAST_CHECKPOINT_TIMEOUT_FACTOR)
-            self._writer.close()
+            self._saver.close()
             self._watchdog.close()
 
     def _run(self) -> dict[str, Any] | None:
@@ -147,6 +144,7 @@ class TrainLoop:
             self._watchdog.beat(f"training step {self.state.step + 1}", patience)
             patience = 1.0
             self.step()
+            self._saver.poll()
             step, last = self.state.step, self.state.step == config.optim.steps
             if step % config.train.log_every == 0 or last or self._stopping:
                 self.recorder.log_steps(self.state, self.last_norm, self.model_state, self.reader)
@@ -250,32 +248,13 @@ class TrainLoop:
         self.reader.ledger.write()
         self.state.rejects = self.reader.rejects.counts
         self.state.totals = self.recorder.totals.to_dict()
-        # The snapshot gathers shards, and the barrier makes sure that the ledgers of all ranks are
-        # on disk before a checkpoint says that these steps are done.
         with self.recorder.watch.phase("checkpoint", on_device=False):
-            weights, optimizer = self.model_state.snapshot(keep=self.rank == 0)
-            barrier()
-        if self.rank:
-            return
-        write = functools.partial(
-            save_checkpoint,
-            self.checkpoints,
-            state=copy.deepcopy(self.state),
-            model=self.spec.model,
-            encoder=self.spec.encoder.to_dict(),
-            weights=weights,
-            optimizer=optimizer,
-            config_yaml=self.config.to_yaml(),
-            tokenizer_json=self.spec.tokenizer_json,
-        )
-        self._writer.save(self.state.step, write, best)
+            self._saver.save(self.model_state, self.state, best)
 
     def _finish_saving(self) -> None:
         """Wait until all checkpoints are written. A collective call."""
         with self._watchdog.off():
-            if self.rank == 0:
-                self._writer.wait()
-            barrier()
+            self._saver.finish()
 
     # -- events, stop requests -----------------------------------------------------------------
 
@@ -363,7 +342,7 @@ class TrainLoop:
         """Score the best weights on all of dev and test, and write the summary."""
         self._finish_saving()
         best = self._best()
-        self.model_state.load_best(best.weights())
+        self.model_state.load_best(best)
         results: dict[str, Any] = {}
         languages: dict[str, Any] = {}
         with self.model_state.evaluating() as model:

@@ -1,8 +1,8 @@
 """Hold the model, optimizers and averaged weights of one rank, replicated or sharded.
 
 With `ddp` every rank holds everything; with `fsdp` (torch's fully_shard) parameters, gradients,
-optimizer state and averages are split over the ranks, and a device holds its shards and the layer
-that is at work. Checkpoints hold full tensors either way.
+optimizer state and averages are split over the ranks, and a rank holds its shards and the layer
+that is at work: the model is built without data, split, and each rank then reads or draws its rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +17,18 @@ from torch import Tensor, nn
 
 from omni.checkpoint.base import initial_weights, read_base
 from omni.checkpoint.checkpoint import Checkpoint, CheckpointError
+from omni.checkpoint.tensor_files import Rows
 from omni.config import Config
 from omni.model.batch import Batch
 from omni.model.lm.gpt import GPT
 from omni.model.lm.pretrained import load_lm
 from omni.model.losses import Distillation
 from omni.model.precision import compute_dtype
+from omni.model.shards import full_tensor, is_sharded, local_part, local_rows, set_rows
 from omni.model.speech_lm import LossSums, OmniConfig, OmniModel
-from omni.train.distributed import all_sum, full_tensor, shard_like
+from omni.train.build_sharded import build_sharded
+from omni.train.distributed import all_sum
+from omni.train.lockstep import whole_root
 from omni.train.optim import (
     WeightAverage,
     load_optimizer_tensors,
@@ -35,6 +38,8 @@ from omni.train.optim import (
     trainable,
 )
 
+_RAW = "raw/"
+"""Prefix of the weights that are trained, where the checkpoint's are an average of them."""
 _LITTLE = 0.1
 """Share of the weights that are trained, below which their whole gradients cost little memory."""
 
@@ -56,10 +61,14 @@ class ModelState:
         """tasks: names of the tasks, by number. end: token id that ends an answer. resuming: the
         weights will be loaded, so that those of `model.base` are not needed."""
         self.config, self.device, self.world = config, device, world
-        lm = load_lm(shape, None if "lm" in config.model.train else self._dtype)
-        self.model = OmniModel(shape, lm, config.run.seed)
-        self.model.init_weights(config.run.seed)
-        self.model.train_parts(config.model.train)
+        self.sharded = config.train.strategy == "fsdp" and world > 1
+        frozen = None if "lm" in config.model.train else self._dtype
+        if self.sharded:
+            self.model = build_sharded(config, shape, device, world, frozen, resuming)
+        else:
+            self.model = OmniModel(shape, load_lm(shape, frozen), config.run.seed)
+            self.model.init_weights(config.run.seed)
+            self.model.train_parts(config.model.train)
         if config.model.base is not None and not resuming:
             self._start_from(config.model.base)
         if len(tasks) > 1:
@@ -71,10 +80,7 @@ class ModelState:
             self.model.distillation = Distillation(optim.kl_temperature, end, optim.kl_end_weight)
         if config.train.recompute:
             self.model.lm.recompute()
-        self.sharded = config.train.strategy == "fsdp" and world > 1
-        if self.sharded:
-            self._shard()
-        else:
+        if not self.sharded:
             self.model.to(device)
         if config.train.compile and device.type == "cuda" and not self.sharded:
             compile_layers(self.model)
@@ -96,27 +102,9 @@ class ModelState:
             if not self.model.kept_by_reference(name)
         }
         shapes = {name: parameter.shape for name, parameter in targets.items()}
-        with torch.no_grad():
-            for name, weight in initial_weights(read_base(base), shapes).items():
-                targets[name].copy_(weight)
-
-    def _shard(self) -> None:
-        """Split the model over the ranks; the parts move to the device one at a time.
-
-        Layers compute in weights that are gathered in the dtype of autocast: it would otherwise
-        keep a copy of every layer until the end of a step. Their inputs stay as they are, so that
-        the residual stream has the dtype that it has without sharding.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if self._dtype != torch.float32:
-            policy = replace(policy, param_dtype=self._dtype, reduce_dtype=torch.float32)
-        for part in self.model.lm.shards():
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh)
+        with initial_weights(read_base(base), shapes) as weights:
+            for name in weights.names:
+                set_rows(targets[name], functools.partial(weights.files.rows, name))
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -199,42 +187,25 @@ class ModelState:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[OmniModel]:
-        """Yield the model in eval mode, under autocast, with averaged weights. Collective."""
-        model = self.model
-        if self.sharded:
-            model = self._gathered()
-        elif self.average is not None:
-            self.average.swap(self.model)
-        model.eval()
-        try:
-            with self.autocast():
-                yield model
-        finally:
-            model.train()
-            if not self.sharded and self.average is not None:
-                self.average.swap(self.model)
+        """Yield the model in eval mode, under autocast, with averaged weights. Collective.
 
-    def _gathered(self) -> OmniModel:
-        """Gather a full copy of the model, which lives as long as the evaluation.
-
-        Ranks decode different numbers of utterances; sharded layers would wait in collectives for
-        ranks that have finished.
+        A sharded one is sharded still: see `omni.train.lockstep`.
         """
-        gathered = OmniModel(self.model.config).to(self.device)
-        gathered.task_weights = self.model.task_weights
-        gathered.distillation = self.model.distillation
-        averaged = {} if self.average is None else self.average.weights
-        with torch.no_grad():
-            target = dict(gathered.named_parameters())
-            for name, parameter in self.model.named_parameters():
-                target[name].copy_(full_tensor(averaged.get(name, parameter.detach())))
-        return gathered
+        if self.average is not None:
+            self.average.swap(self.model)
+        self.model.eval()
+        with self.autocast(), whole_root(self.model):
+            yield self.model
+        # Not after an error, which ends the attempt: a layer may be whole then.
+        self.model.train()
+        if self.average is not None:
+            self.average.swap(self.model)
 
-    def snapshot(self, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def snapshot(self, rank: int = 0) -> tuple[dict[str, Tensor | Rows], dict[str, Tensor | Rows]]:
         """Copy weights (averaged ones) and optimizer state to CPU, for a checkpoint.
 
-        Frozen weights of a pretrained model are stored by reference and left out. A collective
-        call; only ranks that `keep` the copies get them.
+        Of sharded tensors, the rows of this rank; of others, all on rank 0 and nothing on the rest.
+        Frozen weights of a pretrained model are stored by reference and left out.
         """
         weights = {
             name: p.detach()
@@ -243,38 +214,40 @@ class ModelState:
         }
         rest = dict(optimizer_tensors(self.optimizers, self.model))
         if self.average is not None:
-            rest |= {f"raw/{name}": weights[name] for name in self.average.weights}
+            rest |= {f"{_RAW}{name}": weights[name] for name in self.average.weights}
             weights |= self.average.weights
-        return _copied(weights, keep), _copied(rest, keep)
+        return _copied(weights, rank), _copied(rest, rank)
 
     def load(self, found: Checkpoint) -> None:
         """Load a checkpoint, whatever world size and strategy wrote it."""
-        tensors, weights = found.optimizer(), found.weights()
-        raw = {
-            k.removeprefix("raw/"): tensors.pop(k) for k in list(tensors) if k.startswith("raw/")
-        }
-        if self.average is not None:
-            for name, held in self.average.weights.items():
-                _copy(held, weights[name])
-        self.load_weights(weights | raw)
-        try:
-            load_optimizer_tensors(self.optimizers, self.model, tensors)
-        except KeyError as error:
-            raise CheckpointError(
-                f"{found.path}: optimizer state of {error} does not fit this run; expected the "
-                "optim.muon_lr and model.train that the run began with"
-            ) from None
+        with found.open_optimizer() as rest, found.open_weights() as weights:
+            if self.average is not None:
+                for name, held in self.average.weights.items():
+                    set_rows(held, functools.partial(weights.rows, name))
+            raw = {name.removeprefix(_RAW) for name in rest.shapes if name.startswith(_RAW)}
+            for name, parameter in self._stored_parameters():
+                if name in raw:
+                    set_rows(parameter, functools.partial(rest.rows, f"{_RAW}{name}"))
+                else:
+                    set_rows(parameter, functools.partial(weights.rows, name))
+            try:
+                load_optimizer_tensors(self.optimizers, self.model, rest)
+            except KeyError as error:
+                raise CheckpointError(
+                    f"{found.path}: optimizer state of {error} does not fit this run; expected the "
+                    "optim.muon_lr and model.train that the run began with"
+                ) from None
 
-    @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not self.model.kept_by_reference(name):
-                _copy(parameter, weights[name])
-
-    def load_best(self, weights: dict[str, Tensor]) -> None:
-        """Load final weights, to be evaluated without averaging."""
+    def load_best(self, found: Checkpoint) -> None:
+        """Load the weights of a checkpoint alone, to be evaluated without averaging."""
         self.average = None
-        self.load_weights(weights)
+        with found.open_weights() as weights:
+            for name, parameter in self._stored_parameters():
+                set_rows(parameter, functools.partial(weights.rows, name))
+
+    def _stored_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        every = self.model.named_parameters()
+        return [(name, p) for name, p in every if not self.model.kept_by_reference(name)]
 
 
 def trains_little(model: nn.Module) -> bool:
@@ -284,16 +257,16 @@ def trains_little(model: nn.Module) -> bool:
     return trained < _LITTLE * sum(parameter.numel() for parameter in every)
 
 
-def _copy(target: Tensor, value: Tensor) -> None:
-    target.copy_(shard_like(value, target))
-
-
-def _copied(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    copies = {}
+def _copied(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor | Rows]:
+    copies: dict[str, Tensor | Rows] = {}
     for name, tensor in tensors.items():
-        full = full_tensor(tensor.detach())
-        if keep:
-            copies[name] = full.to("cpu", copy=True)
+        if is_sharded(tensor):
+            first, end = local_rows(tensor)
+            if end > first:
+                values = local_part(tensor).to("cpu", copy=True)
+                copies[name] = Rows(values, first, len(tensor))
+        elif rank == 0:
+            copies[name] = tensor.detach().to("cpu", copy=True)
     return copies
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from omni.config import OptimConfig
 from omni.model.lm.gpt import GPT
 from omni.model.lm.hf import HFLanguageModel
 from omni.model.lm.lora import is_adapter
-from omni.train.distributed import shard_like
+from omni.model.shards import like_shard
 
 Optimizers = dict[str, torch.optim.Optimizer]
 
@@ -191,21 +192,37 @@ def optimizer_tensors(optimizers: Optimizers, model: nn.Module) -> Iterator[tupl
                 yield f"{kind}/{names[id(parameter)]}/{field}", torch.as_tensor(value)
 
 
-def load_optimizer_tensors(
-    optimizers: Optimizers, model: nn.Module, tensors: dict[str, Tensor]
-) -> None:
-    """Load what `optimizer_tensors` yielded.
+class StoredTensors(Protocol):
+    """Stored tensors, read one by one (see `omni.checkpoint.tensor_files.TensorFiles`)."""
 
-    Raises KeyError for a parameter that its optimizer does not train.
+    shapes: dict[str, tuple[int, ...]]
+
+    def whole(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, first: int, end: int) -> Tensor: ...
+
+
+def load_optimizer_tensors(
+    optimizers: Optimizers, model: nn.Module, tensors: StoredTensors
+) -> None:
+    """Load what `optimizer_tensors` yielded, of sharded parameters this rank's rows.
+
+    Other tensors are left out. Raises KeyError for a parameter that its optimizer does not train.
     """
     parameters = trainable(model)
     held = {
         kind: {id(p) for group in optimizer.param_groups for p in group["params"]}
         for kind, optimizer in optimizers.items()
     }
-    for key, value in tensors.items():
-        kind, name, field = key.split("/")
+    for key, shape in tensors.shapes.items():
+        kind, name, *fields = key.split("/")
+        if not fields:
+            continue
         parameter = parameters[name]
         if id(parameter) not in held[kind]:
             raise KeyError(key)
-        optimizers[kind].state[parameter][field] = shard_like(value, parameter)
+        if shape == tuple(parameter.shape):
+            value = like_shard(parameter, functools.partial(tensors.rows, key))
+        else:
+            value = tensors.whole(key).to(parameter.device, copy=True)
+        optimizers[kind].state[parameter][fields[0]] = value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch.distributed as dist
 
 from omni.checkpoint.checkpoint import Checkpoint
 from omni.checkpoint.resume import newest_checkpoint
-from omni.checkpoint.save import save_checkpoint
+from omni.checkpoint.save import Facts, save_checkpoint
+from omni.checkpoint.sharded_writer import ShardedCheckpoint, ShardedWriter
 from omni.checkpoint.train_state import TrainState
 from omni.config import parse_config
 from omni.model.batch import Batch
@@ -25,8 +27,9 @@ from omni.model.lm.lora import LoraShape
 from omni.model.lm.pretrained import find_pretrained
 from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
-from omni.train.distributed import all_sum
+from omni.train.distributed import all_gather, all_sum
 from omni.train.evaluation import Layout
+from omni.train.lockstep import in_step
 from omni.train.model_state import ModelState
 
 BLOCKS = 6  # of a step, over all ranks: equally many for one, two and three
@@ -50,14 +53,22 @@ class Groups:
         self._pool = pool
 
     def train(
-        self, folder: Path, world: int, strategy: str, steps: int, lm: str = "", **optim: Any
+        self,
+        folder: Path,
+        world: int,
+        strategy: str,
+        steps: int,
+        lm: str = "",
+        parts: Sequence[str] = ADAPTED,
+        **optim: Any,
     ) -> Checkpoint:
         """Train to step `steps` from the newest checkpoint in `folder`, and write one.
 
-        lm: URI of a transformers model that gets adapters; empty: a small GPT. optim: settings.
+        lm: URI of a transformers model, of which `parts` train; empty: a small GPT. optim:
+        settings.
         """
         with tempfile.TemporaryDirectory() as meeting:
-            job = (world, strategy, steps, str(folder), f"{meeting}/store", lm, optim)
+            job = (world, strategy, steps, str(folder), f"{meeting}/store", lm, parts, optim)
             if world == 1:
                 _work(0, *job)
             else:
@@ -83,6 +94,7 @@ def _work(
     folder: str,
     store: str,
     lm: str,
+    parts: Sequence[str],
     optim: dict[str, Any],
 ) -> None:
     torch.set_num_threads(1)
@@ -95,14 +107,21 @@ def _work(
             timeout=timedelta(seconds=100),
         )
     try:
-        _train(rank, world, strategy, steps, folder, lm, optim)
+        _train(rank, world, strategy, steps, folder, lm, parts, optim)
     finally:
         if world > 1:
             dist.destroy_process_group()
 
 
 def _train(
-    rank: int, world: int, strategy: str, steps: int, folder: str, lm: str, optim: dict[str, Any]
+    rank: int,
+    world: int,
+    strategy: str,
+    steps: int,
+    folder: str,
+    lm: str,
+    parts: Sequence[str],
+    optim: dict[str, Any],
 ) -> None:
     config = parse_config(
         {
@@ -110,9 +129,11 @@ def _train(
             "optim": {"ema": 0.9, "lr": 1e-3, "warmup_steps": 0, "steps": 100, "ctc_weight": 0.5}
             | optim,
         }
-        | ({"model": {"lm": lm, "train": ADAPTED}} if lm else {})
+        | ({"model": {"lm": lm, "train": list(parts)}} if lm else {})
     )
     shape = adapted(lm) if lm else SHAPE
+    if lm and "lora" not in parts:
+        shape = replace(shape, lora=None)
     trained = ModelState(config, shape, torch.device("cpu"), world)
     assert trained.sharded == (strategy == "fsdp" and world > 1)
     found, first = newest_checkpoint(Path(folder)), 0
@@ -121,24 +142,40 @@ def _train(
         first = found.state.step
     for step in range(first, steps):
         _step(trained, step, rank, world)
-    weights, rest = trained.snapshot(keep=rank == 0)
-    with trained.evaluating() as model, torch.no_grad():
+    weights, rest = trained.snapshot(rank)
+    with trained.evaluating() as model, in_step(model), torch.inference_mode():
         # Ranks may evaluate different amounts.
         losses = [float(model(_batch(99, place)).loss) for place in range(rank + 1)]
-    if rank == 0:
-        state = TrainState(step=steps, best_value=losses[0])
+    state = TrainState(step=steps, best_value=losses[0])
+    if trained.sharded:
+        writer = ShardedWriter(Path(folder), 9, Log(), rank, all_gather)
+        facts = Facts(state, shape, {}, "", "")
+        writer.save(ShardedCheckpoint(facts, weights, rest, best=False))
+        writer.wait()
+        writer.close()
+    elif rank == 0:
         save_checkpoint(
             Path(folder),
             state=state,
             model=shape,
             encoder={},
-            weights=weights,
-            optimizer=rest,
+            weights=weights,  # type: ignore[arg-type]
+            optimizer=rest,  # type: ignore[arg-type]
             config_yaml="",
             tokenizer_json="",
         )
     if world > 1:
         dist.barrier()
+
+
+class Log:
+    """Receiver of what became of checkpoints; nothing may fail."""
+
+    def log_checkpoint(self, step: int, seconds: float) -> None:
+        pass
+
+    def log_failed_checkpoint(self, step: int, reason: str, known: bool) -> None:
+        raise AssertionError(reason)
 
 
 def _step(trained: ModelState, step: int, rank: int, world: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 
 from omni.errors import ConfigError
 from omni.run.early_trial import EarlyTrial
-from omni.run.prepare import Prepared
-from omni.run.trial import try_here
+from omni.run.prepare import Prepared, make_worker_spec
+from omni.run.trial import try_here, whole_bytes
 from tests.helpers.worker_specs import small_run
 
 
@@ -47,3 +48,14 @@ def test_a_block_without_room_names_the_setting(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("omni.model.speech_lm.OmniModel.forward", exhausted)
     with pytest.raises(ConfigError, match=r"^optim\.bins_per_block\b.*\btrainer\b.*\b3 GB"):
         try_here(small_run())
+
+
+def test_a_sharded_model_that_no_node_holds_whole_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = _with(small_run(), "train", strategy="fsdp", workers=2)
+    assert try_here(prepared).block is not None
+    needed = whole_bytes(make_worker_spec(prepared))
+    free = SimpleNamespace(available=needed - 1)
+    monkeypatch.setattr("omni.run.trial.psutil.virtual_memory", lambda: free)
+    assert try_here(prepared).block is None

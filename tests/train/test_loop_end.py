@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omni.run.prepare import make_worker_spec
-from omni.train import loop
+from omni.train import loop, saving
 from tests.helpers.worker_specs import small_run
 
 
@@ -27,13 +27,13 @@ def test_the_watchdog_outlives_the_writer_of_checkpoints(
             order.append("watchdog ends")
             super().close()
 
-    class Writer(loop.CheckpointWriter):
+    class Writer(saving.CheckpointWriter):
         def close(self) -> None:
             order.append("writer ends")
             super().close()
 
     monkeypatch.setattr(loop, "Watchdog", Dog)
-    monkeypatch.setattr(loop, "CheckpointWriter", Writer)
+    monkeypatch.setattr(saving, "CheckpointWriter", Writer)
     prepared = small_run()
     run = prepared.config.run.model_copy(update={"storage": str(tmp_path)})
     config = prepared.config.model_copy(update={"run": run})

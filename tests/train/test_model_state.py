@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from omni.checkpoint.checkpoint import Checkpoint
 from omni.config import parse_config
@@ -75,7 +76,7 @@ def test_ctc_alone_trains_nothing_of_the_language_model_under_any_strategy(
 ) -> None:
     """No update, no weight decay and no state of its optimizer; then its own warm-up."""
     optim = {"ctc_only_steps": 2, "weight_decay": 10.0, "warmup_steps": 2}
-    initial = ModelState(parse_config({}), SHAPE, torch.device("cpu"), 1).snapshot(True)[0]
+    initial = ModelState(parse_config({}), SHAPE, torch.device("cpu"), 1).snapshot()[0]
     alone = groups.train(tmp_path / "whole", 1, "ddp", 2, **optim)
     for name, value in alone.weights().items():
         assert torch.equal(value, initial[name]) == name.startswith("lm."), name
@@ -85,3 +86,44 @@ def test_ctc_alone_trains_nothing_of_the_language_model_under_any_strategy(
     for strategy in ("fsdp", "ddp"):
         found = groups.train(tmp_path / strategy, 2, strategy, 3, **optim)
         _assert_same_weights(found, joined)
+
+
+@pytest.mark.parametrize("parts", [("projector", "lora"), ("projector", "lm")])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_sharded_model_starts_from_the_same_published_weights(
+    groups: Groups, tmp_path: Path, parts: tuple[str, ...], by_rows: bool
+) -> None:
+    """Bit for bit: read by rows, or sent by rank 0 where the files are not the model's tensors."""
+    folder = save_folder(tmp_path / "lm", num_hidden_layers=2, initializer_range=0.1)
+    if not by_rows:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        save_file({**tensors, "lm_head.weight_scale": torch.ones(1)}, path, {"format": "pt"})
+    lm = f"hf:{folder}"
+    whole = groups.train(tmp_path / "whole", 1, "ddp", 0, lm, parts)
+    found = groups.train(tmp_path / "sharded", 3, "fsdp", 0, lm, parts)
+    assert {name for name in found.digests if ".rank-" in name}
+    weights, expected = found.weights(), whole.weights()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert any(name.startswith("lm.model") for name in weights)
+    assert found.state.best_value == pytest.approx(whole.state.best_value, rel=1e-5)
+
+
+def test_a_sharded_model_starts_from_the_same_random_weights(
+    groups: Groups, tmp_path: Path
+) -> None:
+    whole = groups.train(tmp_path / "whole", 1, "ddp", 0).weights()
+    found = groups.train(tmp_path / "sharded", 3, "fsdp", 0).weights()
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_a_sharded_model_continues_bit_for_bit(groups: Groups, tmp_path: Path) -> None:
+    """Two steps and two after a restart are four; weights, averages and optimizer state."""
+    once = groups.train(tmp_path / "once", 2, "fsdp", 4)
+    groups.train(tmp_path / "twice", 2, "fsdp", 2)
+    twice = groups.train(tmp_path / "twice", 2, "fsdp", 4)
+    for a, b in ((once.weights(), twice.weights()), (once.optimizer(), twice.optimizer())):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(value, b[name]) for name, value in a.items())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import omni.train.build_sharded
 import omni.train.model_state
 from omni.config import parse_config
 from omni.model.batch import Batch
@@ -20,7 +20,9 @@ from omni.model.chat_template import AUDIO
 from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
 from omni.train.evaluation import Layout
+from omni.train.lockstep import in_step
 from omni.train.model_state import ModelState
+from tests.helpers.peak_memory import peak_bytes
 
 WORLD = 8
 SHAPE = OmniConfig.from_dict(
@@ -36,7 +38,8 @@ SHAPE = OmniConfig.from_dict(
 @pytest.fixture(autouse=True)
 def pretended_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # In bf16 also where this processor has no instructions for it.
-    monkeypatch.setattr(omni.train.model_state, "compute_dtype", lambda wanted, device: wanted)
+    for module in (omni.train.model_state, omni.train.build_sharded):
+        monkeypatch.setattr(module, "compute_dtype", lambda wanted, device: wanted)
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     yield
     dist.destroy_process_group()
@@ -94,14 +97,30 @@ def test_layers_are_gathered_in_bf16_and_their_gradients_are_summed_in_fp32() ->
     assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_the_copy_for_evaluation_is_freed() -> None:
-    state = _state()
-    with state.evaluating() as model:
-        copy = weakref.ref(model)
-        assert copy() is not state.model
-    del model
-    gc.collect()
-    assert copy() is None
+def _whole_bytes(state: ModelState) -> int:
+    return sum(p.numel() * p.element_size() for p in state.model.parameters())
+
+
+def test_no_rank_holds_the_model_while_it_builds_saves_or_evaluates_it() -> None:
+    """Bytes that are allocated at once: its eighth, and the tensor or layer that is at work."""
+    made: list[ModelState] = []
+    built = peak_bytes(lambda: made.append(_state()))
+    (state,) = made
+    whole = _whole_bytes(state)
+    largest = max(p.numel() * p.element_size() for p in state.model.parameters())
+    assert whole / WORLD < built < whole / WORLD + 2.5 * largest < whole / 2
+    assert peak_bytes(lambda: made.append(state.snapshot())) < whole / WORLD + largest  # type: ignore[func-returns-value,arg-type]
+    layers = {id(p) for part in state.model.lm.shards() for p in part.parameters()}
+    root = sum(
+        p.numel() * p.element_size() for p in state.model.parameters() if id(p) not in layers
+    )
+
+    def evaluate() -> None:
+        with state.evaluating() as model, in_step(model), torch.inference_mode():
+            assert math.isfinite(float(model(_batch()).loss))
+
+    assert peak_bytes(evaluate) < root + whole / 4 < whole
+    _backward(state)  # Nothing that evaluation left is in the way of training.
 
 
 @pytest.mark.parametrize("train, early", [(("projector",), 0), (("projector", "lm"), 1)])

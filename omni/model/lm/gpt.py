@@ -28,6 +28,7 @@ from omni.model.lm.gpt_block import (
 )
 from omni.model.losses import token_losses
 from omni.model.packed_attention import FlexLayout, SegmentLayout, compile_fully
+from omni.model.shards import copy_, normal_, uniform_
 
 SOFTCAP = 15.0
 
@@ -73,22 +74,22 @@ class GPT(nn.Module):
         matrices of branches zero.
         """
         bound = math.sqrt(3.0 / self.config.n_embd)
-        self.transformer.wte.weight.normal_(0.0, 0.8, generator=generator)
-        self.lm_head.weight.normal_(0.0, 0.001, generator=generator)
+        normal_(self.transformer.wte.weight, 0.0, 0.8, generator)
+        normal_(self.lm_head.weight, 0.0, 0.001, generator)
         for table in self.value_embeds.parameters():
-            table.uniform_(-bound, bound, generator=generator)
+            uniform_(table, -bound, bound, generator)
         for block in self.blocks():
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
-                linear.weight.uniform_(-bound, bound, generator=generator)
-            block.mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
+                uniform_(linear.weight, -bound, bound, generator)
+            uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound, generator)
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
             if block.attn.ve_gate is not None:
-                block.attn.ve_gate.weight.uniform_(0.0, 0.02, generator=generator)
-        self.smear_gate.weight.uniform_(0.0, 0.02, generator=generator)
+                uniform_(block.attn.ve_gate.weight, 0.0, 0.02, generator)
+        uniform_(self.smear_gate.weight, 0.0, 0.02, generator)
         depth = torch.linspace(0, 1, self.config.n_layer)
-        self.resid_lambdas.copy_(1.15 - 0.10 * depth)
-        self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        copy_(self.resid_lambdas, 1.15 - 0.10 * depth)
+        copy_(self.x0_lambdas, 0.20 - 0.15 * depth)
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
 

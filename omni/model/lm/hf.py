@@ -26,6 +26,9 @@ from omni.model.packed_attention import SegmentLayout
 
 _ATTENTION = "omni_packed"
 _UNLIMITED = 1 << 30  # window in positions
+ALLOWED_FP32, ALLOWED_BF16 = 1e-3, 0.1
+"""Relative differences of logits: rounding accumulates over layers; a missing factor or cap changes
+more than that."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,18 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
 class HFLanguageModel(nn.Module):
     """A transformers model with the interface of `GPT`.
 
-    model: None builds one with random weights. Raises SourceError for a model that is not
-    supported.
+    model: None builds one with random weights in `dtype`. Raises SourceError for a model that is
+    not supported.
     """
 
     model: Any  # transformers' classes have no common type with the methods used here.
 
-    def __init__(self, config: HFConfig, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: HFConfig,
+        model: nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -121,9 +129,7 @@ class HFLanguageModel(nn.Module):
         if model is None:
             values = dict(config.architecture)
             found = AutoConfig.for_model(values.pop("model_type"), **values)
-            model = AutoModelForCausalLM.from_config(
-                found, dtype=torch.float32, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=False)
         self.model = model
         self.model.set_attn_implementation(_ATTENTION)
         if self.model.config._attn_implementation != _ATTENTION:
@@ -216,10 +222,11 @@ class HFLanguageModel(nn.Module):
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @torch.no_grad()
-    def check_head(self) -> None:
+    def check_head(self, allowed: float | None = None) -> None:
         """Compare logits with the model's own on six tokens.
 
-        Raises SourceError where they differ: its forward pass has a step that this class lacks.
+        allowed: largest relative difference; None: by the dtype of the weights. Raises SourceError
+        where they differ more: its forward pass has a step that this class lacks.
         """
         ids = torch.arange(6, device=self.device)[None]
         x = self.model.get_input_embeddings()(ids)
@@ -230,8 +237,8 @@ class HFLanguageModel(nn.Module):
             reason = first_line(error)
             raise SourceError(f"{type(self.model).__name__} is not supported: {reason}") from None
         wanted = self.model(inputs_embeds=x, use_cache=False).logits.float()
-        # Rounding accumulates over layers; a missing factor or cap changes more than that.
-        allowed = 1e-3 if x.dtype == torch.float32 else 0.1
+        if allowed is None:
+            allowed = ALLOWED_FP32 if x.dtype == torch.float32 else ALLOWED_BF16
         if float((logits - wanted).norm() / wanted.norm()) > allowed:
             raise SourceError(
                 f"{type(self.model).__name__} is not supported: it changes the logits of its head"
@@ -262,6 +269,7 @@ class HFLanguageModel(nn.Module):
             inputs_embeds=x,
             attention_mask=(places >= longest - lengths[:, None]).long(),
             generation_config=settings,
+            synced_gpus=False,  # The ranks of a sharded model are kept in step layer by layer.
         )
         answers = []
         for answer, limit in zip(generated.tolist(), limits, strict=True):

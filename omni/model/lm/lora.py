@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from omni.model.lm.gpt import GPT
+from omni.model.shards import copy_
 
 GPT_TARGETS = ("c_q", "c_k", "c_v", "c_proj", "c_fc")
 
@@ -43,6 +45,35 @@ def add_lora(lm: nn.Module, shape: LoraShape, seed: int = 0) -> None:
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):
             parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def init_adapters(lm: nn.Module, seed: int) -> None:
+    """Draw the adapters of a sharded model as `add_lora` draws those of a whole one.
+
+    peft draws the two linear layers of an adapter when it makes them, and A once more. Raises
+    ValueError for an adapter of another kind of layer.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in lm.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            if len(module.lora_embedding_A) or not len(module.lora_A):
+                raise ValueError(
+                    f"model.lora_targets: {name}: train.strategy fsdp has adapters of linear "
+                    "layers only"
+                )
+            for adapter, layer in module.lora_A.items():
+                rank, wide = layer.weight.shape
+                outputs = module.lora_B[adapter].weight
+                first = nn.Linear(wide, rank, bias=False)
+                nn.Linear(rank, len(outputs), bias=False)
+                nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5))
+                copy_(layer.weight, first.weight)
+                outputs.zero_()
 
 
 @contextlib.contextmanager

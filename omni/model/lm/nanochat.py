@@ -28,17 +28,24 @@ def load_nanochat(
     step: None takes the largest. Residual scalars that older checkpoints lack get values without
     effect. Raises SourceError naming the file and what was expected.
     """
+    state = {name: tensor.float() for name, tensor in open_nanochat(folder, step).items()}
+    with torch.device("meta"):
+        model = GPT(find_nanochat(folder, step)[0])
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True)
+    return model.to(device).eval()
+
+
+def open_nanochat(folder: str | Path, step: int | None = None) -> dict[str, Tensor]:
+    """Map the tensors of a checkpoint into memory as they are stored; see `load_nanochat`."""
     config, path = find_nanochat(folder, step)
-    state = _read_state(path)
-    state = {name.removeprefix(_COMPILED): tensor.float() for name, tensor in state.items()}
+    state = {name.removeprefix(_COMPILED): tensor for name, tensor in _read_state(path).items()}
     state.setdefault("resid_lambdas", torch.ones(config.n_layer))
     state.setdefault("x0_lambdas", torch.zeros(config.n_layer))
     with torch.device("meta"):
         model = GPT(config)
     _check_shapes(path, state, {name: tuple(p.shape) for name, p in model.named_parameters()})
-    model.load_state_dict(state, assign=True)
-    model.requires_grad_(True)
-    return model.to(device).eval()
+    return state
 
 
 def find_nanochat(folder: str | Path, step: int | None = None) -> tuple[GPTConfig, Path]:

@@ -25,7 +25,13 @@ from omni.model.lm.hf import (
     read_config,
     source_error,
 )
-from omni.model.lm.nanochat import find_nanochat, find_tokenizer, load_nanochat
+from omni.model.lm.lm_rows import LMRows, open_hf
+from omni.model.lm.nanochat import (
+    find_nanochat,
+    find_tokenizer,
+    load_nanochat,
+    open_nanochat,
+)
 from omni.model.speech_lm import LMSource, OmniConfig
 from omni.model.tokenizer import Rendering, SpeechTokenizer
 
@@ -63,15 +69,7 @@ def load_lm(config: OmniConfig, frozen: torch.dtype | None = None) -> GPT | HFLa
     """
     if config.source is None:
         return None
-    uri = config.source.uri
-    kind, folder, step = _locate(uri)
-    path = find_nanochat(folder, step)[1] if kind == "nanochat" else None
-    found = _digest([path] if path is not None else _weight_files(folder))
-    if found != config.source.fingerprint:
-        raise SourceError(
-            f"{uri}: its weights have the hash {found}, expected {config.source.fingerprint}, "
-            "which the model was trained with"
-        )
+    kind, folder, step = _verified(config.source)
     if kind == "nanochat":
         model = load_nanochat(folder, step).train()
         return model if frozen is None else model.to(frozen)
@@ -84,6 +82,36 @@ def load_lm(config: OmniConfig, frozen: torch.dtype | None = None) -> GPT | HFLa
 def source_folder(uri: str) -> Path:
     """Return the folder of a language model, downloaded if needed. Raises SourceError."""
     return _locate(uri)[1]
+
+
+def empty_lm(config: OmniConfig, frozen: torch.dtype | None = None) -> GPT | HFLanguageModel:
+    """Build the language model that `load_lm` would load, to be filled by `lm_rows`."""
+    if isinstance(config.lm, HFConfig):
+        return HFLanguageModel(config.lm, dtype=frozen or torch.float32)
+    lm = GPT(config.lm)
+    return lm if config.source is None or frozen is None else lm.to(frozen)
+
+
+def lm_rows(config: OmniConfig, lm: GPT | HFLanguageModel) -> LMRows:
+    """Open the published weights of `lm`, without adapters. Raises as `load_lm`, and NotByRows."""
+    assert config.source is not None
+    kind, folder, step = _verified(config.source)
+    if isinstance(lm, HFLanguageModel):
+        return open_hf(folder, lm)
+    return LMRows.of(open_nanochat(folder, step))
+
+
+def _verified(source: LMSource) -> tuple[str, Path, int | None]:
+    """Locate a language model. Raises SourceError where its weights have another hash."""
+    kind, folder, step = _locate(source.uri)
+    path = find_nanochat(folder, step)[1] if kind == "nanochat" else None
+    found = _digest([path] if path is not None else _weight_files(folder))
+    if found != source.fingerprint:
+        raise SourceError(
+            f"{source.uri}: its weights have the hash {found}, expected {source.fingerprint}, "
+            "which the model was trained with"
+        )
+    return kind, folder, step
 
 
 def hf_tokenizer(folder: Path) -> SpeechTokenizer:
