@@ -142,7 +142,7 @@ def publish_parts(folder: StoragePath, facts: Facts, parts: Sequence[WrittenFile
     else:
         staging = _on_disk(staging_path(final))
         _write_facts(staging, final, facts, SHARDED_FORMAT, parts)
-        _rename(staging, final)
+        _rename(staging, _on_disk(final))
     set_link(folder / "last", final)
     return final
 
@@ -191,7 +191,7 @@ def _staging_folder(final: StoragePath) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    _rename(temporary, final)
+    _rename(temporary, _on_disk(final))
 
 
 def _upload(folder: Path, final: ObjectPath) -> None:
@@ -200,7 +200,7 @@ def _upload(folder: Path, final: ObjectPath) -> None:
         (final / path.name).upload(path)
 
 
-def _rename(staging: Path, final: StoragePath) -> None:
+def _rename(staging: Path, final: Path) -> None:
     for path in staging.iterdir():
         _sync(path)
     check_fence(final, fresh=True)

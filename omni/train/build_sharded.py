@@ -9,6 +9,7 @@ them whole, and sends them to the others tensor by tensor.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -52,7 +53,8 @@ def build_sharded(
         model.init_weights(seed)
     if shape.source is not None:
         _read_published(model, frozen, resuming)
-        if isinstance(model.lm, HFLanguageModel):
+        # A checkpoint brings the size, and weights that have no values yet.
+        if isinstance(model.lm, HFLanguageModel) and not resuming:
             _measure(model, model.lm, dtype)
     return model
 
@@ -92,7 +94,7 @@ def _read_published(model: OmniModel, frozen: torch.dtype | None, resuming: bool
         set_rows(parameter, functools.partial(rows.read, name))
 
 
-def _receive(model: OmniModel, wanted: dict[str, Tensor], frozen: torch.dtype | None) -> None:
+def _receive(model: OmniModel, wanted: Mapping[str, Tensor], frozen: torch.dtype | None) -> None:
     """Let rank 0 load the published language model, and send it tensor by tensor."""
     whole = load_lm(model.config, frozen) if is_first_rank() else None
     tensors = None if whole is None else dict(whole.named_parameters())

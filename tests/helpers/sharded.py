@@ -134,9 +134,9 @@ def _train(
     shape = adapted(lm) if lm else SHAPE
     if lm and "lora" not in parts:
         shape = replace(shape, lora=None)
-    trained = ModelState(config, shape, torch.device("cpu"), world)
-    assert trained.sharded == (strategy == "fsdp" and world > 1)
     found, first = newest_checkpoint(Path(folder)), 0
+    trained = ModelState(config, shape, torch.device("cpu"), world, resuming=found is not None)
+    assert trained.sharded == (strategy == "fsdp" and world > 1)
     if found is not None:
         trained.load(found)
         first = found.state.step
