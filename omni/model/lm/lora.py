@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,9 +59,10 @@ def init_adapters(lm: nn.Module, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, module in lm.named_modules():
-            if not isinstance(module, LoraLayer):
+        for name, found in lm.named_modules():
+            if not isinstance(found, LoraLayer):
                 continue
+            module: Any = found
             if len(module.lora_embedding_A) or not len(module.lora_A):
                 raise ValueError(
                     f"model.lora_targets: {name}: train.strategy fsdp has adapters of linear "
