@@ -11,11 +11,11 @@ from omni.audio.decode import AudioSpan
 from omni.corpus.languages import language_code
 from omni.metrics.score import Errors, by_characters, count_errors, total, units
 from omni.model.chat_template import Template
-from omni.model.decode import Decoder, Decoding, decode
+from omni.model.decode import Choice, Decoder, Decoding, Request, decode
+from omni.model.lm.generate import Answer
 from omni.model.speech_lm import OmniModel
 from omni.stream.collate import Utterance
 
-_DECODE_BATCH = 32
 # References of at most this many words are scored apart: without context they are hard to hear.
 SHORT_WORDS = 2
 # A language without spaces is counted in characters, and this many stand for a word.
@@ -62,6 +62,32 @@ class Decoded:
     cut: bool
     decoder: Decoder = "lm"
     alone: Mapping[Decoder, str] = field(default_factory=dict)
+    log_prob: float | None = field(default=None, compare=False)
+    """Log-probability of the answer by its decoder (with `joint`, by the language model), in nats."""
+    tokens: int = 0
+    """Tokens that this is about: those of the answer, and its end."""
+
+
+def request_of(utterance: Utterance) -> Request:
+    """Ask for the answer to an utterance that has features."""
+    return Request(utterance.prompt, utterance.features or (), utterance.transcription)
+
+
+def as_text(template: Template, choice: Choice) -> Decoded:
+    """Return an answer as text."""
+
+    def text(answer: Answer) -> str:
+        return template.tokenizer.decode(answer.ids).strip()
+
+    answer = choice.answer
+    return Decoded(
+        text(answer),
+        answer.cut,
+        choice.decoder,
+        {decoder: text(other) for decoder, other in choice.alone.items()},
+        answer.log_prob,
+        len(answer.ids) + (not answer.cut),
+    )
 
 
 def decode_batch(
@@ -70,33 +96,10 @@ def decode_batch(
     utterances: Sequence[Utterance],
     decoding: Decoding,
 ) -> list[Decoded]:
-    """Decode utterances that have features, in batches of similar length."""
-
-    def text(ids: list[int]) -> str:
-        return template.tokenizer.decode(ids).strip()
-
-    order = sorted(range(len(utterances)), key=lambda i: _length(utterances[i]))
-    decoded: dict[int, Decoded] = {}
-    for first in range(0, len(order), _DECODE_BATCH):
-        chosen = order[first : first + _DECODE_BATCH]
-        group = [utterances[i] for i in chosen]
-        choices = decode(
-            model,
-            [utterance.prompt for utterance in group],
-            [utterance.features or () for utterance in group],
-            [utterance.transcription for utterance in group],
-            end=template.end,
-            settings=decoding,
-        )
-        for i, choice in zip(chosen, choices, strict=True):
-            alone: dict[Decoder, str] = {d: text(a.ids) for d, a in choice.alone.items()}
-            answer = choice.answer
-            decoded[i] = Decoded(text(answer.ids), answer.cut, choice.decoder, alone)
-    return [decoded[i] for i in range(len(utterances))]
-
-
-def _length(utterance: Utterance) -> tuple[int, int]:
-    return sum(map(len, utterance.features or ())), utterance.number
+    """Decode utterances that have features."""
+    requests = [request_of(utterance) for utterance in utterances]
+    choices = decode(model, requests, end=template.end, settings=decoding)
+    return [as_text(template, choice) for choice in choices]
 
 
 def transcribe(

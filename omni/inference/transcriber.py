@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.tasks import TaskRule, task_rules
 from omni.corpus.text import TextPolicy, join
 from omni.errors import ConfigError, located
-from omni.inference.decode_batch import Decoded, decode_batch
+from omni.inference.decode_batch import Decoded, as_text, decode_batch, request_of
 from omni.inference.pieces import cut_at_pauses
 from omni.model.chat_template import Message, RefusedRow, Template, make_template, transcription
-from omni.model.decode import Decoding
+from omni.model.decode import Decoding, Engine
 from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
@@ -33,8 +33,12 @@ from omni.stream.codec import FeatureCodec
 from omni.stream.collate import Utterance
 from omni.stream.encoder_facts import EncoderFacts
 
-# At most this many recordings, or pieces of one, are in memory at a time.
-ENCODE_BATCH = 64
+ENCODE_BATCH = 16
+"""Recordings, or pieces of one, that are encoded at a time."""
+
+
+Sound: TypeAlias = "np.ndarray | Tensor"
+"""A recording: (S,) fp32 mono at 16 kHz, or its features (T, d_model)."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,13 @@ class Request:
     """A transcript to be written.
 
     name: of the row or file. messages: the last one is the answer, whose text does not matter.
-    pieces: the recordings of the messages, (S,) fp32 mono at 16 kHz each, once for each piece of a
-    long recording. Reading them may raise ValueError.
+    pieces: the recordings of the messages, once for each piece of a long recording. Reading them
+    may raise ValueError.
     """
 
     name: str
     messages: Sequence[Message]
-    pieces: Iterable[Sequence[np.ndarray]]
+    pieces: Iterable[Sequence[Sound]]
     transcription: bool = True
     """True where the answer is what is said in the only recording."""
 
@@ -72,10 +76,11 @@ class _Open:
 
     pieces: int = 0
     whole: bool = False  # All pieces have been read.
-    decoded: list[Decoded] = field(default_factory=list)
+    decoded: dict[int, Decoded] = field(default_factory=dict)
+    """By the number of the piece."""
     error: ValueError | None = None
 
-    def read(self, pieces: Iterator[Sequence[np.ndarray]]) -> Sequence[np.ndarray] | None:
+    def read(self, pieces: Iterator[Sequence[Sound]]) -> Sequence[Sound] | None:
         """Read a piece; None after the last one, or an error."""
         try:
             spoken = next(pieces, None)
@@ -92,14 +97,28 @@ class _Open:
     def result(self) -> Transcript | ValueError:
         if self.error is not None:
             return self.error
-        first = self.decoded[0] if self.decoded else Decoded("", False)
+        answers = [self.decoded[number] for number in range(self.pieces)]
+        first = answers[0] if answers else Decoded("", False)
+        known = [answer.log_prob for answer in answers if answer.log_prob is not None]
         return Transcript(
-            _join(answer.text for answer in self.decoded),
-            any(answer.cut for answer in self.decoded),
+            _join(answer.text for answer in answers),
+            any(answer.cut for answer in answers),
             first.decoder,
-            {d: _join(answer.alone[d] for answer in self.decoded) for d in first.alone},
+            {d: _join(answer.alone[d] for answer in answers) for d in first.alone},
+            sum(known) if known and len(known) == len(answers) else None,
+            sum(answer.tokens for answer in answers),
             self.pieces,
         )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of a request, to be encoded and decoded."""
+
+    of: _Open
+    number: int
+    request: Request
+    spoken: Sequence[Sound]
 
 
 def _join(texts: Iterable[str]) -> str:
@@ -121,7 +140,7 @@ class Transcriber:
     """Seconds that nearly all training utterances stay under."""
     policy: TextPolicy = TextPolicy()
     decoding: Decoding = Decoding()
-    """Its max_new_tokens is None for checkpoints of older versions, see `generate`."""
+    """Its max_new_tokens is None for checkpoints of older versions, see `Decoding`."""
     tasks: Mapping[str, TaskRule] = field(default_factory=dict)
     """Tasks of the training by name."""
     keep: Sequence[str] = ()
@@ -187,57 +206,57 @@ class Transcriber:
 
     def utterance(
         self,
-        spoken: Sequence[np.ndarray],
+        spoken: Sequence[Sound],
         messages: Sequence[Message],
         number: int = 0,
         transcription: bool = True,
     ) -> Utterance:
         """Build the model's input: the conversation before its last answer, and its recordings."""
-        features = [self.features_of(audio) for audio in spoken]
+        features = [self._features(sound) for sound in spoken]
         prompt = self.template.prompt(messages)
         given = [False] * len(prompt)
         return Utterance(features, prompt, given, number, transcription=transcription)
 
+    def _features(self, sound: Sound) -> Tensor:
+        return sound if isinstance(sound, Tensor) else self.features_of(sound)
+
+    def encode(self, spoken: Sequence[Sound]) -> list[Tensor]:
+        """Encode recordings as `features_of` does, all that have no features in one batch."""
+        audio = [sound for sound in spoken if not isinstance(sound, Tensor)]
+        encoded = iter(self.encoder.encode(audio) if audio else [])
+        return [
+            sound if isinstance(sound, Tensor) else self.codec.roundtrip(next(encoded))
+            for sound in spoken
+        ]
+
+    def engine(self, decoding: Decoding | None = None) -> Engine:
+        """Make an engine that decodes by the model. decoding: None for the transcriber's own."""
+        return Engine(self.model, end=self.template.end, settings=decoding or self.decoding)
+
     def answers(self, requests: Iterable[Request]) -> Iterator[Transcript | ValueError]:
         """Answer requests in order, or return the error of a recording that cannot be read.
 
-        Pieces are decoded ENCODE_BATCH at a time, of whichever requests they are. Raises
-        ConfigError naming a request whose messages the chat template refuses.
+        Pieces are decoded side by side, of whichever requests they are. Raises ConfigError naming a
+        request whose messages the chat template refuses.
         """
-        waiting: deque[_Open] = deque()
-        batch: list[tuple[_Open, Utterance]] = []
+        run = _Answering(self)
         for request in requests:
-            opened, pieces = _Open(), iter(request.pieces)
-            waiting.append(opened)
+            opened, pieces = run.open(), iter(request.pieces)
             while (spoken := opened.read(pieces)) is not None:
-                try:
-                    made = self.utterance(
-                        spoken, request.messages, len(batch), request.transcription
-                    )
-                except RefusedRow as error:
-                    raise ConfigError(f"{request.name}: {error}") from None
-                except Exception as error:
-                    raise located(error, request.name) from error
-                batch.append((opened, made))
-                if len(batch) == ENCODE_BATCH:
-                    self._decode(batch)
-            while waiting and waiting[0].done:
-                yield waiting.popleft().result()
-        self._decode(batch)
-        yield from (opened.result() for opened in waiting)
+                run.add(_Piece(opened, opened.pieces - 1, request, spoken))
+            yield from run.complete()
+        run.finish()
+        yield from run.complete()
 
-    def _decode(self, batch: list[tuple[_Open, Utterance]]) -> None:
-        """Decode the utterances of a batch, and empty it."""
-        found = self.decode([utterance for _, utterance in batch])
-        for (opened, _), answer in zip(batch, found, strict=True):
-            opened.decoded.append(answer)
-        batch.clear()
+    def autocast(self) -> torch.autocast:
+        """Compute in the precision of the training."""
+        return torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16)
 
     def decode(
         self, utterances: Sequence[Utterance], decoding: Decoding | None = None
     ) -> list[Decoded]:
         """Decode utterances that have features. decoding: None for the transcriber's own."""
-        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             return decode_batch(self.model, self.template, utterances, decoding or self.decoding)
 
     def request(
@@ -278,6 +297,72 @@ class Transcriber:
             self.policy.prompt("", language)
         except ValueError as error:
             raise ConfigError(f"--language: {error}") from None
+
+
+class _Answering:
+    """Pieces on their way through encoder and engine."""
+
+    def __init__(self, transcriber: Transcriber) -> None:
+        self._transcriber, self._engine = transcriber, transcriber.engine()
+        self._open: deque[_Open] = deque()
+        self._unencoded: list[_Piece] = []
+        self._decoding: dict[int, _Piece] = {}
+        self._count = 0
+
+    def open(self) -> _Open:
+        opened = _Open()
+        self._open.append(opened)
+        return opened
+
+    def add(self, piece: _Piece) -> None:
+        """Add a piece; few are in memory at a time."""
+        self._unencoded.append(piece)
+        if len(self._unencoded) == ENCODE_BATCH:
+            self._encode()
+        while not self._engine.room:
+            self._step()
+
+    def finish(self) -> None:
+        """Decode what is left."""
+        self._encode()
+        while self._engine.busy:
+            self._step()
+
+    def complete(self) -> Iterator[Transcript | ValueError]:
+        """Yield what is complete, in order."""
+        while self._open and self._open[0].done:
+            yield self._open.popleft().result()
+
+    def _encode(self) -> None:
+        pieces, self._unencoded = self._unencoded, []
+        transcriber = self._transcriber
+        for piece, features in zip(pieces, self._features(pieces), strict=True):
+            request = piece.request
+            try:
+                made = transcriber.utterance(features, request.messages, 0, request.transcription)
+            except RefusedRow as error:
+                raise ConfigError(f"{request.name}: {error}") from None
+            self._decoding[self._count] = piece
+            with transcriber.autocast():
+                self._engine.add(self._count, request_of(made))
+            self._count += 1
+
+    def _features(self, pieces: Sequence[_Piece]) -> list[list[Tensor]]:
+        """Encode the recordings of pieces; the error of one names its request."""
+        try:
+            every = iter(self._transcriber.encode([s for piece in pieces for s in piece.spoken]))
+            return [[next(every) for _ in piece.spoken] for piece in pieces]
+        except Exception as error:
+            if len(pieces) == 1:
+                raise located(error, pieces[0].request.name) from error
+            return [self._features([piece])[0] for piece in pieces]
+
+    def _step(self) -> None:
+        with self._transcriber.autocast():
+            done = self._engine.step()
+        for key, choice in done:
+            piece = self._decoding.pop(key)
+            piece.of.decoded[piece.number] = as_text(self._transcriber.template, choice)
 
 
 def longest_piece(longest_seconds: float) -> float:

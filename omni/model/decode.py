@@ -8,8 +8,8 @@ only what is said in a recording, so other answers are the language model's alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,20 +18,20 @@ from torch import Tensor
 from omni.model.ctc import ctc_log_probs, posteriors
 from omni.model.ctc_beam import prefix_beam_search
 from omni.model.lm.answer_scores import answer_log_probs
-from omni.model.lm.generate import (
-    Answer,
-    EmbeddedPrompt,
-    answer_limit,
-    continue_prompts,
-    embed_prompts,
-)
+from omni.model.lm.generate import SLOTS, Answer, Finished, Generator, within
 from omni.model.lm.gpt_block import rms
 from omni.model.lm.hf import HFLanguageModel
+from omni.model.lm.prompts import EmbeddedPrompt, embed_prompt
+from omni.model.lm.sampling import Sampling
 from omni.model.speech_lm import OmniModel
 
 Decoder = Literal["lm", "ctc", "joint"]
 _BEAM = 8  # Prefixes of the search, all of which are candidates.
 _LABELS_PER_FRAME = 8  # Most probable labels at a soft token that may extend a prefix.
+_COMPARED = 16
+"""Answers that are compared with those of the CTC head at a time."""
+_PATIENCE = 16
+"""Steps after which they are, however few."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class Decoding:
     ctc_weight: float = 0.5
     """Weight of log P_CTC beside log P_LM, for the decoder `joint`."""
     max_new_tokens: int | None = None
-    """Most tokens of an answer, see `generate`."""
+    """Most tokens of an answer, its end included; None, for models of older versions, whose
+    training said nothing about it: see `EmbeddedPrompt.usual_limit`."""
+    sampling: Sampling = Sampling()
+    beam: int = 1
+    """Hypotheses of the language model; more than one: see `omni.model.lm.beam`."""
 
     @classmethod
     def of(
@@ -85,53 +89,153 @@ class Choice:
     alone: Mapping[Decoder, Answer] = field(default_factory=dict)
 
 
-@torch.inference_mode()
-def decode(
-    model: OmniModel,
-    prompts: Sequence[Sequence[int]],
-    features: Sequence[Sequence[Tensor]],
-    transcriptions: Sequence[bool],
-    *,
-    end: int,
-    settings: Decoding,
-) -> list[Choice]:
-    """Decode the answer to each prompt.
+@dataclass(frozen=True)
+class Request:
+    """An answer to be decoded.
 
-    prompts, features, end: see `generate`. transcriptions: True where the answer is what is said in
-    the only recording; the others are decoded by the language model, whatever the decoder.
+    prompt: ids, with AUDIO for each recording. features: (T, d) at 50 frames/s of each recording.
+    transcription: True where the answer is what is said in the only recording; others are decoded
+    by the language model, whatever the decoder. limit: most tokens of this answer, its end
+    included, where that is less than `Decoding.max_new_tokens`.
     """
-    embedded = embed_prompts(model, prompts, features)
-    every = range(len(embedded))
-    spoken = [i for i in every if transcriptions[i] and model.ctc_head is not None]
-    written = [i for i in every if i not in {*spoken}] if settings.decoder == "ctc" else [*every]
-    limit = settings.max_new_tokens
-    answers = continue_prompts(model, [embedded[i] for i in written], end, limit)
-    by_lm = dict(zip(written, answers, strict=True))
-    by_ctc, joint = _decode_spoken(
-        model, [embedded[i] for i in spoken], [by_lm.get(i) for i in spoken], end, settings
-    )
-    choices = {i: Choice(answer, "lm") for i, answer in by_lm.items()}
-    for i, ctc, best in zip(spoken, by_ctc, joint, strict=True):
-        alone: dict[Decoder, Answer] = {"ctc": ctc}
-        if i in by_lm:
-            alone["lm"] = by_lm[i]
-        chosen = best if settings.decoder == "joint" else alone.pop(settings.decoder)
-        assert chosen is not None
-        choices[i] = Choice(chosen, settings.decoder, alone)
-    return [choices[i] for i in every]
+
+    prompt: Sequence[int]
+    features: Sequence[Tensor]
+    transcription: bool = True
+    limit: int | None = None
+
+
+@dataclass
+class _Spoken:
+    """An answer that is to be compared with that of the CTC head."""
+
+    key: int
+    prompt: EmbeddedPrompt
+    limit: int
+    by_lm: Finished | None
+    age: int = 0
+    """Steps for which it has waited."""
+
+
+class Engine:
+    """Decode answers with continuous batching: requests are added at any time.
+
+    end: the token that ends an answer. slots: answers that are written side by side.
+    """
+
+    def __init__(
+        self, model: OmniModel, *, end: int, settings: Decoding, slots: int = SLOTS
+    ) -> None:
+        self._model, self._end, self._settings = model, end, settings
+        self._generator = Generator(
+            model.lm,
+            end,
+            slots=slots,
+            sampling=settings.sampling,
+            beam=settings.beam,
+            keep=model.ctc_head is not None and settings.decoder == "joint",
+        )
+        self._limits: dict[int, int] = {}
+        self._to_compare: set[int] = set()
+        self._spoken: list[_Spoken] = []
+
+    @property
+    def room(self) -> int:
+        """Requests that are worth adding before the next step: as many wait as there are places,
+        so that those of similar length are read together."""
+        most = 2 * self._generator.slots
+        return max(0, most - self._generator.waiting - self._generator.active - len(self._spoken))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._generator.waiting or self._generator.active or self._spoken)
+
+    @torch.inference_mode()
+    def add(self, key: int, request: Request) -> None:
+        """Add a request. key: any number, which `step` returns with its answer; with a
+        temperature, the draws depend on it."""
+        settings = self._settings
+        prompt = embed_prompt(self._model, request.prompt, request.features)
+        most = settings.max_new_tokens
+        limit = prompt.usual_limit if most is None else most
+        if request.limit is not None:
+            limit = min(limit, request.limit)
+        compared = request.transcription and self._model.ctc_head is not None
+        if compared and settings.decoder == "ctc":
+            self._spoken.append(_Spoken(key, prompt, limit, None))
+            return
+        if compared:
+            self._to_compare.add(key)
+        self._limits[key] = limit
+        self._generator.add(key, prompt, limit)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Choice]]:
+        """Write one token of each answer; return the choices that are complete, by their keys."""
+        found: list[tuple[int, Choice]] = []
+        for spoken in self._spoken:
+            spoken.age += 1
+        for finished in self._generator.step():
+            limit = self._limits.pop(finished.key)
+            if self._settings.max_new_tokens is None:
+                finished = replace(finished, answer=within(finished.answer, limit))
+            if finished.key in self._to_compare:
+                self._to_compare.discard(finished.key)
+                spoken = _Spoken(finished.key, finished.prompt, limit, finished)
+                self._spoken.append(spoken)
+            else:
+                found.append((finished.key, Choice(finished.answer, "lm")))
+        idle = not self._generator.active and not self._generator.waiting
+        oldest = max((spoken.age for spoken in self._spoken), default=0)
+        if self._spoken and (idle or len(self._spoken) >= _COMPARED or oldest >= _PATIENCE):
+            batch, self._spoken = self._spoken[:_COMPARED], self._spoken[_COMPARED:]
+            found += self._compare(batch)
+        return found
+
+    def _compare(self, batch: Sequence[_Spoken]) -> list[tuple[int, Choice]]:
+        """Choose between the language model's answers and those of the CTC head."""
+        settings = self._settings
+        found = _decode_spoken(self._model, batch, self._end, settings)
+        choices = []
+        for spoken, (ctc, best) in zip(batch, found, strict=True):
+            alone: dict[Decoder, Answer] = {"ctc": ctc}
+            if spoken.by_lm is not None:
+                alone["lm"] = spoken.by_lm.answer
+            chosen = best if settings.decoder == "joint" else alone.pop(settings.decoder)
+            assert chosen is not None
+            choices.append((spoken.key, Choice(chosen, settings.decoder, alone)))
+        return choices
+
+
+def decode_stream(engine: Engine, requests: Iterable[Request]) -> Iterator[tuple[int, Choice]]:
+    """Decode requests, read as there is room for them; yield each answer, when it is complete,
+    with the number of its request."""
+    numbered, more = enumerate(requests), True
+    while more or engine.busy:
+        while more and engine.room:
+            if (item := next(numbered, None)) is None:
+                more = False
+            else:
+                engine.add(*item)
+        yield from engine.step()
+
+
+def decode(
+    model: OmniModel, requests: Sequence[Request], *, end: int, settings: Decoding
+) -> list[Choice]:
+    """Decode the answer to each request; see `Engine`."""
+    engine = Engine(model, end=end, settings=settings)
+    found = dict(decode_stream(engine, requests))
+    return [found[number] for number in range(len(requests))]
 
 
 def _decode_spoken(
-    model: OmniModel,
-    prompts: Sequence[EmbeddedPrompt],
-    by_lm: Sequence[Answer | None],
-    end: int,
-    settings: Decoding,
-) -> tuple[list[Answer], list[Answer | None]]:
-    """Return the answers of CTC alone, and the joint ones where the decoder is `joint`."""
-    if not prompts:
-        return [], []
+    model: OmniModel, batch: Sequence[_Spoken], end: int, settings: Decoding
+) -> list[tuple[Answer, Answer | None]]:
+    """Return the answer of CTC alone, and the joint one where the decoder is `joint`."""
     assert model.ctc_head is not None
+    prompts = [spoken.prompt for spoken in batch]
+    by_lm = [None if spoken.by_lm is None else spoken.by_lm.answer for spoken in batch]
     soft = [rms(prompt.soft_NC) for prompt in prompts]
     lengths = [len(part) for part in soft]
     written = {token for answer in by_lm if answer is not None for token in answer.ids}
@@ -139,36 +243,37 @@ def _decode_spoken(
     parts = torch.split(found.log_probs_NK, lengths)
     log_probs = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
     tokens = found.tokens_K.tolist()
-    beams = [
-        [hypothesis.labels for hypothesis in beam]
-        for beam in prefix_beam_search(
-            log_probs, lengths, beam=_BEAM, labels_per_frame=_LABELS_PER_FRAME
-        )
-    ]
-    limits = [answer_limit(prompt, settings.max_new_tokens) for prompt in prompts]
-    alone = [
-        Answer([tokens[label] for label in beam[0][:limit]], len(beam[0]) >= limit)
-        for beam, limit in zip(beams, limits, strict=True)
-    ]
-    if settings.decoder != "joint":
-        return alone, [None] * len(alone)
-    classes = {token: label for label, token in enumerate(tokens)}
+    beams = prefix_beam_search(log_probs, lengths, beam=_BEAM, labels_per_frame=_LABELS_PER_FRAME)
+    alone: list[Answer] = []
     candidates: list[list[Answer]] = []
-    for prompt, beam, limit, answer in zip(prompts, beams, limits, by_lm, strict=True):
+    for spoken, answer, beam in zip(batch, by_lm, beams, strict=True):
+        limit, first = spoken.limit, beam[0].labels
+        ids = [tokens[label] for label in first[:limit]]
+        alone.append(Answer(ids, len(first) >= limit, beam[0].log_prob))
+        if settings.decoder != "joint":
+            continue
         assert answer is not None
-        most = min(limit - 1, _positions(model) - len(prompt.x_TC))
-        ids = [[tokens[label] for label in labels] for labels in beam if len(labels) <= most]
-        others = [Answer(labels, False) for labels in ids if labels != answer.ids]
-        candidates.append([answer, *others])
+        most = min(limit - 1, _positions(model) - len(spoken.prompt.x_TC))
+        others = [
+            [tokens[label] for label in hypothesis.labels]
+            for hypothesis in beam
+            if len(hypothesis.labels) <= most
+        ]
+        candidates.append([answer, *(Answer(ids, False) for ids in others if ids != answer.ids)])
+    if settings.decoder != "joint":
+        return [(answer, None) for answer in alone]
+    classes = {token: label for label, token in enumerate(tokens)}
     ids_of = [[answer.ids for answer in of_row] for of_row in candidates]
     labels_of = [[[classes[token] for token in ids] for ids in of_row] for of_row in ids_of]
-    lm_scores = answer_log_probs(model, prompts, ids_of, end)
+    held = [spoken.by_lm.held for spoken in batch if spoken.by_lm is not None]
+    lm_scores = answer_log_probs(model, [row for row in held if row is not None], ids_of, end)
     ctc_scores = ctc_log_probs(log_probs, lengths, labels_of)
-    chosen: list[Answer | None] = []
-    for of_row, lm, ctc in zip(candidates, lm_scores, ctc_scores, strict=True):
+    chosen: list[tuple[Answer, Answer | None]] = []
+    for ctc_alone, of_row, lm, ctc in zip(alone, candidates, lm_scores, ctc_scores, strict=True):
         scores = [a + settings.ctc_weight * b for a, b in zip(lm, ctc, strict=True)]
-        chosen.append(of_row[max(range(len(of_row)), key=scores.__getitem__)])
-    return alone, chosen
+        best = max(range(len(of_row)), key=scores.__getitem__)
+        chosen.append((ctc_alone, replace(of_row[best], log_prob=lm[best])))
+    return chosen
 
 
 def _positions(model: OmniModel) -> float:

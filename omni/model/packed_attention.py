@@ -156,34 +156,6 @@ class FlexLayout:
         return out.transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class TreeLayout(SegmentLayout):
-    """Rows of a prompt and a tree of continuations of it, of which each position sees its path.
-
-    Scores many answers to a prompt without a copy of the prompt, or of their common beginnings,
-    for each.
-    """
-
-    parents_BT: Tensor = field(kw_only=True)
-    """Place in the row of the previous position on the path, int64; itself at the beginning."""
-    paths_BTT: Tensor = field(kw_only=True)
-    """True at [b, t, s] where position s is on the path that ends at position t, t included."""
-
-    def shift(self, x_BTC: Tensor) -> Tensor:
-        shifted = x_BTC.gather(1, self.parents_BT[..., None].expand_as(x_BTC))
-        return shifted * self.continues_BT.unsqueeze(-1)
-
-    def attend(self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
-        repeats = q_BTHD.shape[2] // k_BTGD.shape[2]
-        k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k_BTGD, v_BTGD))
-        distance = self.positions_BT[:, :, None] - self.positions_BT[:, None, :]
-        visible = self.paths_BTT & (distance <= window)
-        out = F.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2), k, v, attn_mask=visible[:, None]
-        )
-        return out.transpose(1, 2)
-
-
 def causal_attention(q_STHD: Tensor, k_STGD: Tensor, v_STGD: Tensor, window: int) -> Tensor:
     """Attend in S sequences of T positions, each seeing itself and at most `window` to its left.
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from omni.model.chat_template import AUDIO
 from omni.model.ctc import ctc_log_probs, posteriors
-from omni.model.decode import Choice, Decoding, decode
+from omni.model.decode import Choice, Decoding, Request, decode
 from omni.model.lm.answer_scores import answer_log_probs
-from omni.model.lm.generate import embed_prompts
+from omni.model.lm.generate import continue_prompts
 from omni.model.lm.gpt_block import rms
+from omni.model.lm.prompts import EmbeddedPrompt, embed_prompt
 from omni.model.packed_attention import SegmentLayout
 from omni.model.speech_lm import OmniConfig, OmniModel
 from tests.helpers.hf_folders import wrapped
@@ -59,8 +60,15 @@ def run(
 ) -> list[Choice]:
     chosen = rows or range(len(features))
     given = Decoding(decoder, **{"max_new_tokens": LIMIT, **settings})
-    prompts, spoken = [PROMPTS[i] for i in chosen], [i != 1 for i in chosen]
-    return decode(model, prompts, [features[i] for i in chosen], spoken, end=END, settings=given)
+    requests = [Request(PROMPTS[i], features[i], i != 1) for i in chosen]
+    return decode(model, requests, end=END, settings=given)
+
+
+@torch.inference_mode()
+def embed_prompts(
+    model: OmniModel, prompts: list[list[int]], features: list[list[Tensor]]
+) -> list[EmbeddedPrompt]:
+    return [embed_prompt(model, p, f) for p, f in zip(prompts, features, strict=True)]
 
 
 @torch.inference_mode()
@@ -97,7 +105,20 @@ def test_answers_that_share_beginnings_are_scored_as_each_alone(
         [[], [2]],
         [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9], [2]],
     ]
-    found = answer_log_probs(model, prompts, answers, END)
+    for limit in (1, LIMIT):  # Of the answers, nothing or a part is among the keys and values.
+        held = continue_prompts(model.lm, prompts, END, [limit] * len(prompts), keep=True)
+        for of_prompt, one in zip(answers, held, strict=True):
+            of_prompt.append([*one.answer.ids, 3])
+        rows = [one.held for one in held if one.held is not None]
+        check_scores(model, prompts, answers, answer_log_probs(model, rows, answers, END))
+
+
+def check_scores(
+    model: OmniModel,
+    prompts: list[EmbeddedPrompt],
+    answers: list[list[list[int]]],
+    found: list[list[float]],
+) -> None:
     for prompt, of_prompt, scores in zip(prompts, answers, found, strict=True):
         expected = [lm_log_prob(model, prompt.x_TC, prompt.ids_T, a) for a in of_prompt]
         assert scores == pytest.approx(expected, abs=2e-4)
@@ -181,9 +202,7 @@ def test_a_model_with_learnt_positions_is_scored_within_them() -> None:
     feature = torch.randn(2000, 8, generator=generator)
     [choice] = decode(
         model,
-        [[AUDIO, BOS, 5]],
-        [[feature]],
-        [True],
+        [Request([AUDIO, BOS, 5], [feature])],
         end=END,
         settings=Decoding("joint", max_new_tokens=40),
     )

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.model.chat_template import AUDIO
-from omni.model.lm.generate import EmbeddedPrompt
-from omni.model.packed_attention import GROUP_FILL, TreeLayout
+from omni.model.lm.generate import Continued
+from omni.model.lm.kv_cache import TreeCache
+from omni.model.packed_attention import GROUP_FILL, SegmentLayout
 from omni.model.speech_lm import OmniModel
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """The answers to one prompt, with their common beginnings only once."""
+    """The answers to one prompt, with their common beginnings only once.
+
+    The first nodes are the tokens that the language model has read already.
+    """
 
     ids: list[int]
     """Token ids of the nodes."""
@@ -25,103 +28,137 @@ class _Tree:
     """Node before each one; -1: the last position of the prompt."""
     depths: list[int]
     """Tokens of the answer up to the node."""
-    ends: list[list[int]]
-    """For each answer its nodes, the position before them (-1) first."""
+    read: int
+    """Nodes that have been read."""
+    steps: dict[tuple[int, int], int]
+    """Number of each (node, next token) whose log-probability is needed."""
+    paths: list[list[int]]
+    """For each answer the numbers of its steps."""
 
     @classmethod
-    def of(cls, answers: Sequence[Sequence[int]]) -> _Tree:
-        tree = cls([], [], [], [])
-        known: dict[tuple[int, int], int] = {}
+    def of(cls, read: Sequence[int], answers: Sequence[Sequence[int]], end: int) -> _Tree:
+        count = len(read)
+        tree = cls(list(read), [*range(-1, count - 1)], [*range(1, count + 1)], count, {}, [])
+        known = {(node - 1, token): node for node, token in enumerate(read)}
         for answer in answers:
-            path = [-1]
-            for token in answer:
-                step = (path[-1], token)
-                if step not in known:
-                    known[step] = len(tree.ids)
+            at, path = -1, []
+            for token in [*answer, end]:
+                path.append(tree.steps.setdefault((at, token), len(tree.steps)))
+                if len(path) > len(answer):
+                    break
+                if (at, token) not in known:
+                    known[at, token] = len(tree.ids)
                     tree.ids.append(token)
-                    tree.parents.append(path[-1])
                     tree.depths.append(len(path))
-                path.append(known[step])
-            tree.ends.append(path)
+                    tree.parents.append(at)
+                at = known[at, token]
+            tree.paths.append(path)
         return tree
+
+    @property
+    def new(self) -> int:
+        """Nodes that are yet to be read."""
+        return len(self.ids) - self.read
 
 
 @torch.inference_mode()
 def answer_log_probs(
     model: OmniModel,
-    prompts: Sequence[EmbeddedPrompt],
+    rows: Sequence[Continued],
     answers: Sequence[Sequence[Sequence[int]]],
     end: int,
 ) -> list[list[float]]:
     """Compute log P(answer, end | prompt) of each answer to each prompt, in nats.
 
-    answers: of each prompt, token ids without the end token.
+    rows: what the language model holds of the prompts, and of one answer to each. answers: of each
+    prompt, token ids without the end token.
     """
-    trees = [_Tree.of(of_prompt) for of_prompt in answers]
-    lengths = [len(p.x_TC) + len(tree.ids) for p, tree in zip(prompts, trees, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    trees = [
+        _Tree.of(row.ids, of_prompt, end) for row, of_prompt in zip(rows, answers, strict=True)
+    ]
+    order = sorted(range(len(rows)), key=lambda i: -trees[i].new)
     found: dict[int, list[float]] = {}
     while order:
         # Rows of similar length go together, for the sake of padding.
-        group = [i for i in order if lengths[i] >= GROUP_FILL * lengths[order[0]]]
+        group = [i for i in order if trees[i].new >= GROUP_FILL * trees[order[0]].new]
         order = order[len(group) :]
-        scored = _score(
-            model,
-            [prompts[i] for i in group],
-            [trees[i] for i in group],
-            [answers[i] for i in group],
-            end,
-        )
+        scored = _score(model, [rows[i] for i in group], [trees[i] for i in group])
         found |= dict(zip(group, scored, strict=True))
-    return [found[i] for i in range(len(prompts))]
+    return [found[i] for i in range(len(rows))]
 
 
 def _score(
-    model: OmniModel,
-    prompts: Sequence[EmbeddedPrompt],
-    trees: Sequence[_Tree],
-    answers: Sequence[Sequence[Sequence[int]]],
-    end: int,
+    model: OmniModel, rows: Sequence[Continued], trees: Sequence[_Tree]
 ) -> list[list[float]]:
-    lengths = [len(p.x_TC) + len(tree.ids) for p, tree in zip(prompts, trees, strict=True)]
-    rows, width = len(prompts), max(lengths)
-    positions = np.zeros((rows, width), dtype=np.int64)
-    parents = np.tile(np.arange(width), (rows, 1))
-    paths = np.tile(np.eye(width, dtype=bool), (rows, 1, 1))  # Padding sees itself.
+    """Compute the log-probabilities of the answers of each tree."""
+    read = [row.hidden_SC for row in rows]
+    if any(tree.new for tree in trees):
+        new = _read_new(model, rows, trees)
+        read = [
+            torch.cat((old, of_row[: tree.new]))
+            for old, of_row, tree in zip(read, new, trees, strict=True)
+        ]
     places: list[int] = []
     targets: list[int] = []
-    x, ids = [], []
-    for b, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
-        given = len(prompt.x_TC)
-        positions[b, :given] = np.arange(given)
-        parents[b, 1:given] = np.arange(given - 1)
-        paths[b, :given, :given] = np.tri(given, dtype=bool)
-        for node, (parent, depth) in enumerate(zip(tree.parents, tree.depths, strict=True)):
-            at, before = given + node, given + parent  # -1 is the last one of the prompt.
-            positions[b, at], parents[b, at] = given + depth - 1, before
-            paths[b, at] |= paths[b, before]
-        for path, answer in zip(tree.ends, answers[b], strict=True):
-            places += [b * width + given + node for node in path]
-            targets += [*answer, end]
-        nodes = prompt.ids_T.new_tensor(tree.ids)
-        embedded = model.lm.embed(nodes[None])[0].to(prompt.x_TC.dtype)
-        x.append(torch.cat((prompt.x_TC, embedded)))
-        ids.append(torch.cat((prompt.ids_T, nodes)))
-    device = x[0].device
-    x_BTC = torch.nn.utils.rnn.pad_sequence(x, batch_first=True)
-    ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    layout = TreeLayout(
-        torch.from_numpy(positions).to(device),
-        torch.from_numpy(positions > 0).to(device),
-        parents_BT=torch.from_numpy(parents).to(device),
-        paths_BTT=torch.from_numpy(paths).to(device),
-    )
-    hidden = model.lm.trunk(x_BTC, ids_BT.clamp(min=0), layout, ids_BT != AUDIO)
-    supervised = torch.tensor(places, device=device)
+    first = 1  # The prompt's last position is node -1.
+    for hidden, tree in zip(read, trees, strict=True):
+        for node, token in tree.steps:
+            places.append(first + node)
+            targets.append(token)
+        first += len(hidden)
+    hidden_NC = torch.cat(read)
+    device = hidden_NC.device
     losses: Tensor
     losses, _ = model.lm.loss(
-        hidden.flatten(0, 1).index_select(0, supervised), torch.tensor(targets, device=device)
+        hidden_NC.index_select(0, torch.tensor(places, device=device)),
+        torch.tensor(targets, device=device),
     )
-    counts = [len(answer) + 1 for of_prompt in answers for answer in of_prompt]
-    sums = iter([-float(part.sum()) for part in torch.split(losses.cpu(), counts)])
-    return [[next(sums) for _ in of_prompt] for of_prompt in answers]
+    found = []
+    for tree, of_row in zip(
+        trees, torch.split(losses.cpu(), [len(tree.steps) for tree in trees]), strict=True
+    ):
+        found.append([-float(of_row[path].sum()) for path in tree.paths])
+    return found
+
+
+def _read_new(model: OmniModel, rows: Sequence[Continued], trees: Sequence[_Tree]) -> Tensor:
+    """Compute the final hidden states (B, T, C) of the nodes that have not been read."""
+    count, width = len(rows), max(tree.new for tree in trees)
+    longest = max(len(row.prompt.x_TC) + tree.read for row, tree in zip(rows, trees, strict=True))
+    positions = np.zeros((count, width), dtype=np.int64)
+    # Of the positions that may be seen: those that were read, and then the new ones.
+    seen = np.zeros((count, longest + width), dtype=np.int64)
+    paths = np.zeros((count, width, longest + width), dtype=bool)
+    paths[:, np.arange(width), longest + np.arange(width)] = True  # Padding sees itself.
+    ids = np.zeros((count, width), dtype=np.int64)
+    previous: list[Tensor] = []
+    for b, (row, tree) in enumerate(zip(rows, trees, strict=True)):
+        given = len(row.prompt.x_TC)
+        seen[b, :longest] = np.arange(longest)
+        before = []
+        for n in range(tree.new):
+            node = tree.read + n
+            parent, depth = tree.parents[node], tree.depths[node]
+            ids[b, n] = tree.ids[node]
+            positions[b, n] = seen[b, longest + n] = given + depth - 1
+            if parent < tree.read:
+                paths[b, n, : given + parent + 1] = True
+            else:
+                paths[b, n] |= paths[b, parent - tree.read]
+            before.append(parent)
+        embedded = model.lm.embed(row.prompt.ids_T.new_tensor([tree.ids]))[0]
+        earlier = torch.cat((row.prompt.x_TC[-1:], embedded.to(row.prompt.x_TC.dtype)))
+        previous.append(earlier[[parent + 1 for parent in before]])
+    device = rows[0].prompt.x_TC.device
+    ids_BT = torch.from_numpy(ids).to(device)
+    x_BTC = model.lm.embed(ids_BT).to(rows[0].prompt.x_TC.dtype)
+    positions_BT = torch.from_numpy(positions).to(device)
+    distances = positions_BT[:, :, None] - torch.from_numpy(seen).to(device)[:, None]
+    cache = TreeCache(
+        [(row.keys, row.values) for row in rows],
+        torch.nn.utils.rnn.pad_sequence(previous, batch_first=True),
+        torch.from_numpy(paths).to(device),
+        distances,
+    )
+    layout = SegmentLayout(positions_BT, positions_BT > 0)
+    return model.lm.trunk(x_BTC, ids_BT, layout, None, cache)

@@ -23,9 +23,9 @@ from omni.model.lm.gpt_block import (
     SMEAR_GATE_CHANNELS,
     Block,
     GPTConfig,
-    KVCache,
     rms,
 )
+from omni.model.lm.kv_cache import Cache, KVCache
 from omni.model.losses import token_losses
 from omni.model.packed_attention import FlexLayout, SegmentLayout, compile_fully
 from omni.model.shards import copy_, normal_, uniform_
@@ -125,20 +125,14 @@ class GPT(nn.Module):
         idx_BT: Tensor,
         layout: SegmentLayout,
         value_mask_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Run all blocks over embeddings x; returns normed final hidden states (B, T, C).
 
         value_mask_BT: False where a position has no token id (a soft token), hence no value
         embedding; None means every position has one.
         """
-        if cache is not None and x_BTC.shape[1] > 1 and cache.last_embedding_BC is not None:
-            raise ValueError("KV cache that holds a prefix: expected one position per call")
-        previous = layout.shift(x_BTC)
-        if cache is not None and x_BTC.shape[1] == 1 and cache.last_embedding_BC is not None:
-            previous = cache.last_embedding_BC[:, None]
-        if cache is not None:
-            cache.last_embedding_BC = layout.last(x_BTC)
+        previous = layout.shift(x_BTC) if cache is None else cache.previous(x_BTC, layout)
         gate = torch.sigmoid(self.smear_gate(x_BTC[..., :SMEAR_GATE_CHANNELS]))
         x = self._drop(x_BTC + self.smear_lambda * gate * previous)
 
@@ -165,8 +159,7 @@ class GPT(nn.Module):
             if i == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
-            cache.lengths_B = layout.next_positions()
-            cache.longest += x_BTC.shape[1]
+            cache.advance(x_BTC, layout)
         return rms(x - self.backout_lambda * middle)
 
     def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:

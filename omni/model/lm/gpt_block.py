@@ -1,4 +1,4 @@
-"""Parts of nanochat's GPT: shape, attention, MLP, block, and the KV cache for decoding."""
+"""Parts of nanochat's GPT: shape, attention, MLP and block."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omni.model.lm.kv_cache import Cache
 from omni.model.packed_attention import FlexLayout, SegmentLayout
 
 ROTARY_BASE = 100_000.0
@@ -78,32 +79,6 @@ def rotate(x_BTHD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-class KVCache:
-    """Keys, values and the smear's previous embedding of B sequences during decoding."""
-
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor) -> None:
-        head = config.n_embd // config.n_head
-        shape = (config.n_layer, batch, capacity, config.n_kv_head, head)
-        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.v = torch.zeros_like(self.k)
-        self.lengths_B = torch.zeros(batch, dtype=torch.long, device=like.device)
-        self.last_embedding_BC: Tensor | None = None
-        self.longest = 0
-        """Positions that any row may hold, known without asking the device."""
-
-    def store(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor, positions_BT: Tensor) -> None:
-        rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
-        self.k[layer][rows, positions_BT] = k_BTGD.to(self.k.dtype)
-        self.v[layer][rows, positions_BT] = v_BTGD.to(self.v.dtype)
-
-    def keep(self, rows_K: Tensor) -> None:
-        """Keep some of the sequences, in the order given."""
-        self.k, self.v = self.k.index_select(1, rows_K), self.v.index_select(1, rows_K)
-        self.lengths_B = self.lengths_B.index_select(0, rows_K)
-        if self.last_embedding_BC is not None:
-            self.last_embedding_BC = self.last_embedding_BC.index_select(0, rows_K)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, has_value_embedding: bool) -> None:
         super().__init__()
@@ -127,7 +102,7 @@ class Attention(nn.Module):
         cos_sin: tuple[Tensor, Tensor],
         layout: SegmentLayout | FlexLayout,
         window: int,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> Tensor:
         batch, length, width = x_BTC.shape
         q = self.c_q(x_BTC).view(batch, length, self.n_head, self.head)
@@ -138,28 +113,13 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_BTGD.to(v.dtype)
         q = (rms(rotate(q, cos_sin)) * QK_SCALE).to(v.dtype)
         k = (rms(rotate(k, cos_sin)) * QK_SCALE).to(v.dtype)
-        if cache is not None:
-            assert isinstance(layout, SegmentLayout)
-            cache.store(self.layer, k, v, layout.positions_BT)
-        if cache is not None and length == 1:
-            out = self._decode(q, cache, window)
-        else:
+        if cache is None:
             out = layout.attend(q, k, v, window)
+        else:
+            assert isinstance(layout, SegmentLayout)
+            out = cache.attend(self.layer, q, k, v, layout, window)
         projected: Tensor = self.c_proj(out.reshape(batch, length, width))
         return projected
-
-    def _decode(self, q_B1HD: Tensor, cache: KVCache, window: int) -> Tensor:
-        """Attend from one new position per row to the cache, which already holds that position."""
-        seen = min(cache.longest + 1, cache.k.shape[2])
-        k, v = cache.k[self.layer][:, :seen], cache.v[self.layer][:, :seen]
-        repeats = self.n_head // self.n_kv_head
-        k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
-        distance = cache.lengths_B[:, None] - torch.arange(seen, device=k.device)
-        visible = (distance >= 0) & (distance <= window)
-        out = F.scaled_dot_product_attention(
-            q_B1HD.transpose(1, 2), k, v, attn_mask=visible[:, None, None, :]
-        )
-        return out.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -190,7 +150,7 @@ class Block(nn.Module):
         cos_sin: tuple[Tensor, Tensor],
         layout: SegmentLayout | FlexLayout,
         window: int = 0,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Run the layer over x, scaled and with a share of the first layer's input."""
         x = scale * x_BTC + first_scale * first_BTC

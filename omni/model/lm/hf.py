@@ -1,8 +1,8 @@
 """Run causal language models of transformers over packed rows of text and soft tokens.
 
 The model runs on `inputs_embeds` with omni's attention function, which receives the layout of the
-rows in the keyword arguments of the call, so that a segment sees only itself. Decoding by
-transformers' `generate` passes no layout and uses scaled dot product attention.
+rows in the keyword arguments of the call, so that a segment sees only itself, and in decoding the
+cache of its keys and values. A call without a layout uses scaled dot product attention.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.errors import first_line
 from omni.model.download import SourceError
+from omni.model.lm.kv_cache import Cache, KVCache
 from omni.model.losses import token_losses
 from omni.model.packed_attention import SegmentLayout
 
@@ -186,6 +185,7 @@ class HFLanguageModel(nn.Module):
         idx_BT: Tensor,
         layout: SegmentLayout,
         value_mask_BT: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Compute the final hidden states (B, T, C); idx_BT and value_mask_BT are not used."""
         out = self.model.get_decoder()(
@@ -195,7 +195,10 @@ class HFLanguageModel(nn.Module):
             attention_mask=x_BTC.new_zeros(1, 1, 1, 1),
             use_cache=False,
             omni_layout=layout,
+            omni_cache=cache,
         )
+        if cache is not None:
+            cache.advance(x_BTC, layout)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -223,16 +226,21 @@ class HFLanguageModel(nn.Module):
 
     @torch.no_grad()
     def check_head(self, allowed: float | None = None) -> None:
-        """Compare logits with the model's own on six tokens.
+        """Compare logits with the model's own on six tokens, and those of a seventh from the cache.
 
         allowed: largest relative difference; None: by the dtype of the weights. Raises SourceError
-        where they differ more: its forward pass has a step that this class lacks.
+        where they differ more: its forward pass has a step that this class lacks, or its layers
+        keep something else than keys and values.
         """
-        ids = torch.arange(6, device=self.device)[None]
+        ids = torch.arange(7, device=self.device)[None]
         x = self.model.get_input_embeddings()(ids)
-        layout = SegmentLayout.packed(torch.ones_like(ids))
+        layout = SegmentLayout.plain((1, 6), self.device)
+        cache = KVCache(1)
         try:
-            logits = self.logits(self.trunk(x, ids, layout))
+            logits = self.logits(self.trunk(x[:, :6], ids[:, :6], layout, None, cache))
+            layout = SegmentLayout.plain((1, 1), self.device, cache.lengths_B)
+            last = self.logits(self.trunk(x[:, 6:], ids[:, 6:], layout, None, cache))
+            logits = torch.cat((logits, last), 1)
         except (RuntimeError, TypeError, ValueError) as error:
             reason = first_line(error)
             raise SourceError(f"{type(self.model).__name__} is not supported: {reason}") from None
@@ -243,40 +251,6 @@ class HFLanguageModel(nn.Module):
             raise SourceError(
                 f"{type(self.model).__name__} is not supported: it changes the logits of its head"
             )
-
-    def generate(
-        self, rows: Sequence[Tensor], limits: Sequence[int], end: int
-    ) -> list[tuple[list[int], bool]]:
-        """Continue embedded prompts (T, C) greedily, each by at most its limit of tokens.
-
-        Returns ids without the end token, and True where the limit came before the end. The limit
-        is lower where the model has learnt a vector for each position, and has no more of them.
-        """
-        from transformers import GenerationConfig
-
-        longest = max(map(len, rows))
-        positions = self.learnt_positions()
-        if positions is not None:
-            limits = [max(1, min(limit, positions - longest)) for limit in limits]
-        # transformers decodes rows that end at the same position, so pad on the left.
-        x = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=x.device)
-        places = torch.arange(longest, device=x.device)
-        settings = GenerationConfig(
-            max_new_tokens=max(limits), do_sample=False, eos_token_id=end, pad_token_id=end
-        )
-        generated = self.model.generate(
-            inputs_embeds=x,
-            attention_mask=(places >= longest - lengths[:, None]).long(),
-            generation_config=settings,
-            synced_gpus=False,  # The ranks of a sharded model are kept in step layer by layer.
-        )
-        answers = []
-        for answer, limit in zip(generated.tolist(), limits, strict=True):
-            within = answer[:limit]
-            cut = end not in within
-            answers.append((within if cut else within[: within.index(end)], cut))
-        return answers
 
     def learnt_positions(self) -> int | None:
         """Return the number of position embeddings; None for a model that computes positions."""
@@ -306,6 +280,7 @@ def _attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     omni_layout: SegmentLayout | None = None,
+    omni_cache: Cache | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend in a layer of transformers; returns (B, T, H, D) and None for the weights."""
@@ -330,7 +305,11 @@ def _attend(
     q, k, v = (t.transpose(1, 2) for t in (query_BHTD, key_BGTD, value_BGTD))
     # A window in transformers includes the position itself.
     window = _UNLIMITED if sliding_window is None else sliding_window - 1
-    return omni_layout.attend(q.to(v.dtype), k.to(v.dtype), v, window), None
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if omni_cache is None:
+        return omni_layout.attend(q, k, v, window), None
+    layer: Any = module.layer_idx
+    return omni_cache.attend(layer, q, k, v, omni_layout, window), None
 
 
 def gguf_argument(folder: Path) -> dict[str, Any]:

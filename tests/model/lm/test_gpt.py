@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omni.model.lm.gpt import GPT, SOFTCAP
-from omni.model.lm.gpt_block import GPTConfig, KVCache
+from omni.model.lm.gpt_block import GPTConfig
+from omni.model.lm.kv_cache import KVCache
 from tests.helpers.small_gpt import SMALL, awake_gpt, random_ids
 
 REFEREE = Path(__file__).parents[1] / "nanochat"
@@ -39,7 +40,7 @@ def nanochat() -> GPT:
 @torch.inference_mode()
 def cached_logits(model: GPT, idx: Tensor, prefill: int) -> Tensor:
     """Logits of `prefill` positions at once and of each later one alone, through a KV cache."""
-    cache = KVCache(model.config, len(idx), idx.shape[1], model.lm_head.weight)
+    cache = KVCache(len(idx))
     parts = [idx[:, :prefill], *idx[:, prefill:].split(1, dim=1)]
     return torch.cat([model(part, kv_cache=cache) for part in parts], dim=1)
 
@@ -66,7 +67,7 @@ def test_loss_is_that_of_nanochat(nanochat: GPT, expected: dict[str, Tensor]) ->
 def test_greedy_generation_with_a_cache_writes_what_nanochat_wrote(
     nanochat: GPT, expected: dict[str, Tensor]
 ) -> None:
-    cache = KVCache(nanochat.config, 1, 30, nanochat.lm_head.weight)
+    cache = KVCache(1)
     step, written = expected["idx"][:1, :10], []
     for _ in range(20):
         step = nanochat(step, kv_cache=cache)[:, -1:].argmax(-1)
@@ -327,7 +328,7 @@ def test_prepended_audio_cannot_be_packed() -> None:
 
 def test_a_filled_cache_takes_one_position_at_a_time() -> None:
     model, ids = awake_gpt(), random_ids(1, 12)
-    cache = KVCache(model.config, 1, 32, model.lm_head.weight)
+    cache = KVCache(1)
     with torch.no_grad():
         model(ids[:, :6], kv_cache=cache)
         with pytest.raises(ValueError, match=r"\bcache\b.*\bposition\b"):
@@ -339,7 +340,7 @@ def test_decoding_asks_the_device_nothing() -> None:
     idx, step = random_ids(2, 600), random_ids(2, 1)  # Longer than what plain products attend to.
     with FakeTensorMode() as mode, torch.no_grad():
         model = GPT(SMALL)
-        cache = KVCache(model.config, 2, 610, model.lm_head.weight)
+        cache = KVCache(2)
         model(mode.from_tensor(idx), kv_cache=cache)
         for _ in range(2):
             logits = model(mode.from_tensor(step), kv_cache=cache)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from omni.model.batch import Batch
 from omni.model.download import SourceError
-from omni.model.lm.generate import generate
+from omni.model.lm.generate import continue_prompts, generate
 from omni.model.lm.hf import HFLanguageModel, read_config
 from omni.model.lm.lora import LoraShape, is_adapter, merge_lora, without_adapters
+from omni.model.lm.prompts import EmbeddedPrompt
 from omni.model.lm.pretrained import find_pretrained, load_lm
 from omni.model.packed_attention import SegmentLayout
 from omni.model.speech_lm import OmniConfig, OmniModel
@@ -46,6 +47,16 @@ def packed_layout() -> SegmentLayout:
 
 def relative(actual: Tensor, wanted: Tensor) -> float:
     return float((actual - wanted).abs().max() / wanted.abs().max())
+
+
+def continued(
+    lm: HFLanguageModel, embedded: list[Tensor], limits: list[int], end: int
+) -> list[tuple[list[int], bool]]:
+    prompts = [
+        EmbeddedPrompt(x, torch.zeros(len(x), dtype=torch.long), x[:0], 0.0) for x in embedded
+    ]
+    found = continue_prompts(lm, prompts, end, limits)
+    return [(finished.answer.ids, finished.answer.cut) for finished in found]
 
 
 # --- the function --------------------------------------------------------------------------------
@@ -81,18 +92,18 @@ def test_rows_of_different_lengths_are_continued_as_if_alone(kind: str, ids: Ten
         wanted.append(answer)
     embedded = [lm.embed(row[None])[0] for row in rows]
     never = next(n for n in range(VOCABULARY) if all(n not in answer for answer in wanted))
-    assert lm.generate(embedded, [6, 4], never) == [(wanted[0], True), (wanted[1][:4], True)]
+    assert continued(lm, embedded, [6, 4], never) == [(wanted[0], True), (wanted[1][:4], True)]
     end = wanted[0][2]
     ended = [
         (answer[: answer.index(end)], False) if end in answer else (answer, True)
         for answer in wanted
     ]
-    assert lm.generate(embedded, [6, 6], end) == ended
+    assert continued(lm, embedded, [6, 6], end) == ended
     # A limit that an answer and its end token just fit.
     whole = ended[0][0]
-    assert lm.generate(embedded, [len(whole) + 1, 6], end)[0] == (whole, False)
+    assert continued(lm, embedded, [len(whole) + 1, 6], end)[0] == (whole, False)
     if whole:
-        assert lm.generate(embedded, [len(whole), 6], end)[0] == (whole, True)
+        assert continued(lm, embedded, [len(whole), 6], end)[0] == (whole, True)
 
 
 @torch.inference_mode()
@@ -100,7 +111,7 @@ def test_a_model_writes_no_further_than_it_has_positions(ids: Tensor) -> None:
     for kind, length in (("gpt2", 6), ("llama", 9)):
         lm = wrapped(kind, n_positions=16, max_position_embeddings=16)
         embedded = [lm.embed(ids[None, :10])[0]]
-        [(answer, cut)] = lm.generate(embedded, [9], VOCABULARY + 1)
+        [(answer, cut)] = continued(lm, embedded, [9], VOCABULARY + 1)
         assert len(answer) == length and cut
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from omni.model import load_nanochat
 from omni.model.download import SourceError
 from omni.model.lm.gpt import GPT
-from omni.model.lm.gpt_block import GPTConfig, KVCache
+from omni.model.lm.gpt_block import GPTConfig
+from omni.model.lm.kv_cache import KVCache
 from omni.model.lm.nanochat import find_tokenizer, save_nanochat
 from omni.model.tokenizer import SpeechTokenizer
 from tests.helpers.nanochat_formulas import logits_of
@@ -103,7 +104,7 @@ def test_any_shape_makes_the_round_trip_and_computes_the_formulas(
 
 def _written(model: GPT, prompt: Tensor, count: int = 5) -> list[int]:
     """Greedy continuation with a cache."""
-    cache = KVCache(model.config, 1, len(prompt) + count, model.lm_head.weight)
+    cache = KVCache(1)
     step, written = prompt[None], []
     for _ in range(count):
         step = model(step, kv_cache=cache)[:, -1:].argmax(-1)
