@@ -141,6 +141,25 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_actors(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where a corpus is transcribed."""
+    add = parser.add_argument
+    add(
+        "--actors",
+        metavar="N",
+        type=positive,
+        help="transcribe corpora in N processes of Ray (RAY_ADDRESS, or here; default: this one)",
+    )
+    add(
+        "--gpus",
+        metavar="SHARE",
+        type=positive_float,
+        default=0.0,
+        help="GPUs of each process, such as 1 or 0.5, with --device cuda (default 0)",
+    )
+    add("--cache", metavar="DIR", help="feature cache to use and fill, such as data.cache")
+
+
 def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> JobParser:
     """Make the parser of a job; the first paragraph of `doc` describes it, the rest comes last."""
     about, *rest = (doc or "").strip().split("\n\n")

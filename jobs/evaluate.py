@@ -10,19 +10,24 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.cli import (
     CHECKPOINT,
+    add_actors,
     add_corpus_limits,
     add_decoding,
     corpus_spec,
     download_limits,
     job_parser,
+    location,
     positive,
     run_job,
 )
 from omni.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omni.inference.rows import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         help="metric of your own beside WER and CER (docs/plug-ins.md); may be repeated",
+    )
+    add_actors(parser)
+    add(
+        "--shards",
+        metavar="DIR",
+        type=location,
+        help="folder of finished shards, with which the same command continues; see --actors",
     )
     add("--out", type=Path, help="write one JSON line per utterance here")
     add(
@@ -91,6 +103,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{option}: {file.parent}: no such folder")
     results: list[dict[str, Any]] = []
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    if arguments.actors and arguments.shards is None:
+        raise ConfigError("--actors: expected --shards DIR, a folder that all processes see")
     for name, path in paths.items():
         transcriber = Transcriber.load(
             path,
@@ -106,6 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 allow_absolute=arguments.allow_absolute,
                 downloads=download_limits(arguments),
                 metrics=metrics,
+                run=_run(arguments, str(path)),
             )
             results.append({"checkpoint": public_uri(name), **summary})
             of = {"checkpoint": public_uri(name), "corpus": summary["manifest"]}
@@ -133,6 +148,33 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.table is not None:
         write = page if arguments.table.suffix == ".html" else markdown
         arguments.table.write_text(write(scores))
+
+
+def _run(arguments: argparse.Namespace, checkpoint: str) -> Run | None:
+    """Return what transcribes an index in shards; None for this process without shards."""
+    from omni.inference.pipeline import Actors, transcribe_corpus
+    from omni.inference.shards import Decoder
+
+    if arguments.shards is None:
+        if arguments.cache is not None:
+            raise ConfigError("--cache: expected --shards DIR beside it")
+        return None
+    decoder = Decoder(
+        checkpoint,
+        arguments.device,
+        arguments.threads,
+        arguments.max_new_tokens,
+        arguments.decode,
+        arguments.ctc_weight,
+        cache=arguments.cache,
+        tag=False,
+    )
+    actors = Actors(arguments.actors, arguments.gpus) if arguments.actors else None
+
+    def say(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    return lambda table: transcribe_corpus(decoder, table, arguments.shards, actors, say)
 
 
 def _distinct(arguments: argparse.Namespace, name: str) -> list[str]:

@@ -63,7 +63,8 @@ class Decoded:
     decoder: Decoder = "lm"
     alone: Mapping[Decoder, str] = field(default_factory=dict)
     log_prob: float | None = field(default=None, compare=False)
-    """Log-probability of the answer by its decoder (with `joint`, by the language model), in nats."""
+    """Log-probability of the answer in nats: by CTC for the decoder `ctc`, else by the language
+    model."""
     tokens: int = 0
     """Tokens that this is about: those of the answer, and its end."""
 

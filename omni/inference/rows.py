@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -29,11 +29,13 @@ from omni.inference.closed_rows import score_closed
 from omni.inference.decode_batch import location_of, transcript_row
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
 from omni.inference.scores import summarize
-from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
+from omni.inference.transcriber import ENCODE_BATCH, Request, Sound, Transcriber, Transcript
 from omni.metrics.task_scores import Scoring
 from omni.metrics.text_metric import TextMetric
 from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.uri import public_uri, reason_of
+
+Run: TypeAlias = "Callable[[pa.Table], Iterable[tuple[IndexRow, Transcript | ValueError]]]"
 
 
 def evaluate(
@@ -43,9 +45,11 @@ def evaluate(
     allow_absolute: bool = False,
     downloads: DownloadLimits = DEFAULT_LIMITS,
     metrics: Sequence[TextMetric] = (),
+    run: Run | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a manifest, and return the summary and one transcript row per utterance.
 
+    run: transcribes the rows of the index; None: `transcribe_rows`, in this process.
     Rows keep their counts of edits; `without_counts` removes them. Every task of the training that
     applies is asked, and error rates are about the answers that are what is said. Recordings that
     cannot be read are counted as rejects and left out of the error rates. Raises ConfigError when
@@ -70,7 +74,8 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     rejects = Counter(reject.reason for reject in index.rejects)
     whole = 0  # long conversations
-    for row, found in transcribe_rows(transcriber, index.table):
+    pairs = transcribe_rows(transcriber, index.table) if run is None else run(index.table)
+    for row, found in pairs:
         if isinstance(found, ValueError):
             rejects[found.reason if isinstance(found, AudioError) else str(found)] += 1
             continue
@@ -80,7 +85,7 @@ def evaluate(
         scored |= {name: row[name] for name in ("speaker", "task") if row[name] is not None}
         scored = scoring.label(scored, row["task"] or DEFAULT_TASK)
         rows.append(scored | ({"pieces": found.pieces} if found.pieces > 1 else {}))
-        whole += row["messages"] is not None and _has_long(transcriber, row)
+        whole += row["messages"] is not None and has_long(row, transcriber.longest_piece)
     score_closed(transcriber, index.table, rows, scoring)
     summary = {
         "manifest": public_uri(manifest),
@@ -109,25 +114,28 @@ def transcribe_index(
         raise ConfigError(str(error)) from None
     except OSError as error:
         raise RuntimeError(f"{public_uri(folder)}: {reason_of(error)}") from error
-    policy = transcriber.policy
-
-    def tagged(row: IndexRow, prompt: str) -> str:
-        return policy.prompt(prompt, language or row["language"] or policy.language)
-
-    for row, found in transcribe_rows(transcriber, table, tagged):
+    for row, found in transcribe_rows(transcriber, table, tagger(transcriber, language)):
         result = {"error": str(found)} if isinstance(found, ValueError) else found.fields
-        yield {**_manifest_fields(row), **result}
+        yield {**manifest_fields(row), **result}
+
+
+def tagger(transcriber: Transcriber, language: str | None) -> Callable[[IndexRow, str], str]:
+    """Return what puts the language into the prompts of rows, where the model has learnt tags."""
+    policy = transcriber.policy
+    return lambda row, prompt: policy.prompt(prompt, language or row["language"] or policy.language)
 
 
 def transcribe_rows(
     transcriber: Transcriber,
     table: pa.Table,
     change_prompt: Callable[[IndexRow, str], str] | None = None,
+    read: Callable[[IndexRow], Iterator[Sequence[Sound]]] | None = None,
 ) -> Iterator[tuple[IndexRow, Transcript | ValueError]]:
     """Transcribe the rows of an index in order; yield each with its transcript, or its error.
 
     A long recording is cut into pieces; those of a conversation are not, since its answer is about
-    the whole. change_prompt: returns the prompt of a row, and may raise ValueError.
+    the whole. change_prompt: returns the prompt of a row, and may raise ValueError. read: reads the
+    recordings of a row; None: `pieces_of`.
     Raises RuntimeError when storage stays unavailable.
     """
     waiting: deque[IndexRow] = deque()
@@ -145,7 +153,7 @@ def transcribe_rows(
                     yield Request(row["id"], (), _failed(error))
                     continue
                 name = f"{row['id']} ({row['uri']})"
-                pieces = _pieces(transcriber, row)
+                pieces = pieces_of(transcriber, row) if read is None else read(row)
                 yield Request(name, messages_of(row), pieces, is_transcription(row))
 
     for found in transcriber.answers(requests()):
@@ -157,24 +165,25 @@ def _failed(error: ValueError) -> Iterator[list[np.ndarray]]:
     yield []
 
 
-def _pieces(transcriber: Transcriber, row: IndexRow) -> Iterator[Sequence[np.ndarray]]:
+def pieces_of(transcriber: Transcriber, row: IndexRow) -> Iterator[Sequence[np.ndarray]]:
     """Decode the recordings of a row; one that is long in blocks."""
-    if row["messages"] is None and _has_long(transcriber, row):
+    if row["messages"] is None and has_long(row, transcriber.longest_piece):
         blocks = fit_blocks(_decode_blocks(row), row["samples"])
         yield from ([piece] for piece in cut_at_pauses(blocks, transcriber.longest_piece))
         return
-    yield [fit(_decode(r["uri"], span_of(r), r["samples"]), r["samples"]) for r in recordings(row)]
+    yield [audio_of(r["uri"], span_of(r), r["samples"]) for r in recordings(row)]
 
 
-def _has_long(transcriber: Transcriber, row: IndexRow) -> bool:
-    return any(is_long(r["samples"], transcriber.longest_piece) for r in recordings(row))
+def has_long(row: IndexRow, longest_piece: float) -> bool:
+    """Tell whether a recording of a row is cut into pieces of at most so many seconds."""
+    return any(is_long(r["samples"], longest_piece) for r in recordings(row))
 
 
-def _decode(uri: str, span: AudioSpan, samples: int) -> np.ndarray:
+def audio_of(uri: str, span: AudioSpan, samples: int) -> np.ndarray:
     """Decode a recording; wait for object storage that is unavailable."""
     read = decode_with_retry if "://" in uri else decode
     try:
-        return read(uri, span, samples=samples)
+        return fit(read(uri, span, samples=samples), samples)
     except OSError as error:
         raise RuntimeError(f"{uri}: {reason_of(error)}") from error
 
@@ -187,7 +196,7 @@ def _decode_blocks(recording: Recording) -> Iterator[np.ndarray]:
         raise RuntimeError(f"{uri}: {reason_of(error)}") from error
 
 
-def _manifest_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the manifest fields of an index row: id, audio, its span, language and speaker."""
     fields = {"id": row["id"], "audio": row["uri"]}
     if row["start"] or row["duration"] is not None:

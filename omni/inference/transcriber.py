@@ -139,6 +139,8 @@ class Transcriber:
     longest_seconds: float
     """Seconds that nearly all training utterances stay under."""
     policy: TextPolicy = TextPolicy()
+    cache_folder: str = ""
+    """Name of the folder in a feature cache that holds the features of the encoder."""
     decoding: Decoding = Decoding()
     """Its max_new_tokens is None for checkpoints of older versions, see `Decoding`."""
     tasks: Mapping[str, TaskRule] = field(default_factory=dict)
@@ -195,6 +197,7 @@ class Transcriber:
             bf16,
             facts.longest_seconds,
             TextPolicy.of(config["data"]),
+            facts.cache_folder,
             decoding,
             task_rules(config["data"]),
             config["data"].get("keep", ()),

@@ -16,6 +16,7 @@ from omni.audio.decode import AudioError, decode, decode_blocks, measure
 from omni.audio.vad import Segmenting, speech_spans
 from omni.audio.windows import SAMPLING_RATE
 from omni.inference.decode_batch import Decoded
+from omni.inference.formats import Span as Span  # Answers of recordings consist of them.
 from omni.inference.pieces import cut_at_pauses
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import AUDIO, Message, RefusedRow, check_messages
@@ -56,16 +57,6 @@ class Opened:
     """A recording that can be read, and its length."""
 
     seconds: float
-
-
-@dataclass(frozen=True)
-class Span:
-    """Hold the text of `duration` seconds from `start` on. cut: its end is missing."""
-
-    start: float
-    duration: float
-    text: str
-    cut: bool = False
 
 
 class Answers:

@@ -17,10 +17,10 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
+from omni.inference.formats import FORMATS, MEDIA, TIMED, render, whole_text
 from omni.model.chat_template import Message
 from omni.serve.answers import Opened, RefusedRequest, Span
 from omni.serve.chat import parse_chat
-from omni.serve.formats import FORMATS, MEDIA, TIMED, render, whole_text
 from omni.serve.guard import Counters, Guard, error_body
 from omni.serve.settings import ServeSettings
 

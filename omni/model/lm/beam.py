@@ -64,7 +64,10 @@ class Beam:
             None
             if beam is None
             else beam._choose(
-                [(int(n) // vocabulary, int(n) % vocabulary, value) for n, value in zip(*found)]
+                [
+                    (int(n) // vocabulary, int(n) % vocabulary, value)
+                    for n, value in zip(*found, strict=True)
+                ]
             )
             for beam, found in zip(beams, zip(*both, strict=True), strict=True)
         ]

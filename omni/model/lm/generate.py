@@ -1,5 +1,5 @@
-"""Continuous batching: prompts are continued side by side, and the place of an answer that has ended
-is taken by the next prompt."""
+"""Continuous batching: prompts are continued side by side, and the place of an answer that has
+ended is taken by the next prompt."""
 
 from __future__ import annotations
 

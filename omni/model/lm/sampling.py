@@ -46,7 +46,7 @@ def choose(
         best = logits_BV.max(-1)
         return best.indices, best.values - logits_BV.logsumexp(-1)
     scaled = (logits_BV / sampling.temperature).softmax(-1)
-    ordered = scaled.sort(-1, descending=True, stable=True)
+    ordered = scaled.sort(dim=-1, descending=True, stable=True)
     before = ordered.values.cumsum(-1) - ordered.values
     kept = ordered.values.masked_fill(before >= sampling.top_p, 0.0).cumsum(-1)
     drawn = [0.0 if source is None else source.random() for source in draws]

@@ -15,8 +15,8 @@ from omni.model.download import SourceError
 from omni.model.lm.generate import continue_prompts, generate
 from omni.model.lm.hf import HFLanguageModel, read_config
 from omni.model.lm.lora import LoraShape, is_adapter, merge_lora, without_adapters
-from omni.model.lm.prompts import EmbeddedPrompt
 from omni.model.lm.pretrained import find_pretrained, load_lm
+from omni.model.lm.prompts import EmbeddedPrompt
 from omni.model.packed_attention import SegmentLayout
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.stream.collate import Utterance, collate

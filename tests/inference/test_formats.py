@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from omni.inference.formats import TIMED, render
 from omni.serve.answers import RefusedRequest, Span
 from omni.serve.chat import parse_chat
-from omni.serve.formats import TIMED, render
 from omni.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.unit

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from omni.corpus.text import join
-from omni.serve.answers import Span
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 TIMED = ("srt", "vtt", "verbose_json")
 """Formats that need the times of what is said."""
 MEDIA = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Hold the text of `duration` seconds from `start` on. cut: its end is missing."""
+
+    start: float
+    duration: float
+    text: str
+    cut: bool = False
 
 
 def whole_text(spans: Sequence[Span]) -> str:
