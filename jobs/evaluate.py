@@ -108,7 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for name, path in paths.items():
         transcriber = Transcriber.load(
             path,
-            arguments.device,
+            "cpu" if arguments.actors else arguments.device,
             arguments.max_new_tokens,
             arguments.decode,
             arguments.ctc_weight,

@@ -39,7 +39,7 @@ def transcribe_to_corpus(
     with report_storage_errors(f"--out {public_uri(str(out))}"):
         out.mkdir(parents=True, exist_ok=True)
         folder = _index(spec, out / CORPUS_FOLDER, decoder, options, actors, say)
-        transcriber = decoder.load()
+        transcriber = decoder.load_on_driver()
         table, rejects = read_index_folder(folder, transcriber.prompt)
         check_format(table, wanted)
         if not len(table):
@@ -66,7 +66,7 @@ def _index(
         if (":" not in spec or "://" in spec) and (absolute(spec) / INDEX_FILE).is_file():
             return absolute(spec)
         if options.segment is not None:
-            longest = max(2.0, decoder.load().longest_piece)
+            longest = max(2.0, decoder.load_on_driver().longest_piece)
             options = replace(options, segment=replace(options.segment, longest=longest))
         if actors is None:
             index_few(spec, folder, options)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from omni.config import Config
 from omni.corpus.index_row import IndexRow
+from omni.errors import ConfigError
 from omni.inference.shards import (
     Decoder,
     Shard,
@@ -115,6 +116,8 @@ def _run_on_ray(
     from omni.cluster.ray_init import start_ray
     from omni.stream.pipeline import set_context
 
+    if decoder.device.startswith("cuda") and not actors.gpus:
+        raise ConfigError(f"--gpus: expected a share for --device {decoder.device}")
     encoder = replace(Config().encoder, actors=actors.count, cpus=actors.cpus, gpus=actors.gpus)
     start_ray(replace(Config(), encoder=encoder))
     set_context()
@@ -122,11 +125,11 @@ def _run_on_ray(
     there = ray.cluster_resources()
     for name, each in (("GPU", actors.gpus), ("CPU", actors.cpus)):
         if actors.count * each > there.get(name, 0.0):
-            raise RuntimeError(
+            raise ConfigError(
                 f"--actors: {actors.count} of {each:g} {name} need {actors.count * each:g}; "
                 f"the cluster has {there.get(name, 0.0):g}"
             )
-    transcriber = decoder.load()
+    transcriber = decoder.load_on_driver()
     folder = None if decoder.cache is None else join(decoder.cache, transcriber.cache_folder)
     facts = LoadingFacts(transcriber.longest_piece, folder)
     del transcriber

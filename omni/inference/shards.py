@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,10 @@ class Decoder:
         )
         transcriber.check_language(self.language)
         return transcriber
+
+    def load_on_driver(self) -> Transcriber:
+        """Load the checkpoint on CPU: the driver's node need not have a GPU."""
+        return replace(self, device="cpu").load()
 
     def identity(self, table: pa.Table) -> str:
         """Name what the transcripts of these rows depend on."""

@@ -1,4 +1,4 @@
-"""A corpus is transcribed into a corpus: resumed by shard, each utterance once, with confidences."""
+"""A corpus is transcribed into a corpus: resumed by shard, each row once, with confidences."""
 
 from __future__ import annotations
 

@@ -176,9 +176,9 @@ def test_the_encoder_waits_for_nothing(mode: Any, layers: Any) -> None:
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("file", "most"), [("scratch", 1), ("smollm2", 2)])
-def test_generating_waits_seldom(file: str, most: int) -> None:
-    """A GPT waits once per token, for the token; transformers' loop waits once more."""
+@pytest.mark.parametrize("file", ["scratch", "smollm2"])
+def test_generating_waits_seldom(file: str) -> None:
+    """The host waits once per token, for the token."""
     [path] = [p for p in CONFIGS if p.stem == file]
     config = _small(path, {})
     features = [[torch.randn(n, 384)] for n in (75, 60)]
@@ -192,7 +192,7 @@ def test_generating_waits_seldom(file: str, most: int) -> None:
             answers = generate(state.model, prompts, features, end=-5, max_new_tokens=tokens)
             assert [len(answer.ids) for answer in answers] == [tokens, tokens]
             waits.append(sum(gpu.waits.values()))
-    assert (waits[1] - waits[0]) / 4 <= most, waits
+    assert (waits[1] - waits[0]) / 4 <= 1, waits
 
 
 def test_a_tensor_of_the_host_is_refused_and_waits_are_counted() -> None:
