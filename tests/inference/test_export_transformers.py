@@ -25,7 +25,7 @@ from omni.config import parse_config
 from omni.inference.pieces import cut_at_pauses
 from omni.inference.standalone.code import code_files
 from omni.inference.transcriber import Transcriber
-from omni.model.decode import decode
+from omni.model.decode import Request, decode
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.lora import LoraShape, merge_lora
 from omni.model.lm.pretrained import find_pretrained, load_lm
@@ -36,7 +36,6 @@ from tests.helpers.hf_folders import chat_tokenizer, save_folder
 from tests.helpers.long_recordings import ASSETS, write_long
 
 ROWS = [json.loads(line) for line in (ASSETS / "dev.jsonl").read_text().splitlines()]
-BATCH = 32
 # Neither omni nor a network is there. Arguments: a JSON file of folders and files of recordings.
 ALONE = """
 import json, socket, sys
@@ -112,22 +111,15 @@ def _by_omni(transcriber: Transcriber, files: list[Path]) -> Wanted:
     waves = [soundfile.read(file, dtype="float32")[0] for file in files]
     cut = [list(cut_at_pauses([wave], transcriber.longest_piece)) for wave in waves]
     made = [transcriber.utterance([piece], messages) for pieces in cut for piece in pieces]
-    lengths = [len(utterance.features[0]) for utterance in made]
-    order = sorted(range(len(made)), key=lambda i: (lengths[i], i))
-    ids: dict[int, list[int]] = {}
-    for first in range(0, len(order), BATCH):
-        chosen = order[first : first + BATCH]
-        found = decode(
-            transcriber.model,
-            [made[i].prompt for i in chosen],
-            [made[i].features for i in chosen],
-            [True] * len(chosen),
-            end=transcriber.template.end,
-            settings=transcriber.decoding,
-        )
-        ids |= {i: choice.answer.ids for i, choice in zip(chosen, found, strict=True)}
+    found = decode(
+        transcriber.model,
+        [Request(utterance.prompt, utterance.features) for utterance in made],
+        end=transcriber.template.end,
+        settings=transcriber.decoding,
+    )
+    ids = [choice.answer.ids for choice in found]
     said = [transcriber.text_of([wave]) for wave in waves]
-    return Wanted([ids[i] for i in range(len(made))], [[t.text, t.cut] for t in said])
+    return Wanted(ids, [[t.text, t.cut] for t in said])
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,13 @@ from transformers.utils import ModelOutput
 
 from omni.inference.standalone.configuration_omni import OmniSpeechConfig
 from omni.model.ctc import LinearCTC, TiedCTC
-from omni.model.decode import Choice, Decoding, decode
+from omni.model.decode import Decoding, Request, decode
 from omni.model.encoder.transformer import WhisperTransformer
 from omni.model.encoder.weights import WhisperConfig
-from omni.model.lm.generate import embed_prompts
 from omni.model.lm.gpt import GPT
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig, HFLanguageModel
+from omni.model.lm.prompts import embed_prompt
 from omni.model.packed_attention import SegmentLayout
 from omni.model.projector import PROJECTORS, LayerMix
 from omni.model.special_marks import AUDIO
@@ -35,7 +35,6 @@ from omni.stream.codec import DTYPES, FeatureCodec
 if TYPE_CHECKING:
     from omni.inference.standalone.processing_omni import OmniSpeechProcessor, OmniTranscript
 
-_DECODE_BATCH = 32
 _ENCODE_BATCH = 16  # windows, on an accelerator
 _WRONG_WEIGHTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
@@ -181,7 +180,10 @@ class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: i
     ) -> OmniSpeechLogits:
         """Compute the logits after each position of the prompts. For inference only."""
         features = self.encode(input_features, mel_lengths, frame_lengths, window_counts)
-        prompts = embed_prompts(self, input_ids.tolist(), [[piece] for piece in features])  # type: ignore[arg-type]
+        prompts = [
+            embed_prompt(self, prompt, [piece])  # type: ignore[arg-type]
+            for prompt, piece in zip(input_ids.tolist(), features, strict=True)
+        ]
         x = torch.nn.utils.rnn.pad_sequence([p.x_TC for p in prompts], batch_first=True)
         ids = torch.nn.utils.rnn.pad_sequence([p.ids_T for p in prompts], batch_first=True)
         lengths = torch.tensor([len(p.ids_T) for p in prompts], device=x.device)
@@ -205,7 +207,7 @@ class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: i
         max_new_tokens: int | None = None,
         transcription: bool = True,
     ) -> OmniSpeechOutput:
-        """Decode the answers to P prompts with one recording each, 32 of similar length at a time.
+        """Decode the answers to P prompts with one recording each.
 
         The arguments are what `OmniSpeechProcessor` returns. decoder: lm, ctc or joint; ctc_weight,
         max_new_tokens: see `Decoding`. None takes them from generation_config.json. transcription:
@@ -219,21 +221,13 @@ class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: i
             head=self.ctc_head is not None,
         )
         features = self.encode(input_features, mel_lengths, frame_lengths, window_counts)
-        prompts = input_ids.tolist()
-        order = sorted(range(len(prompts)), key=lambda i: (len(features[i]), i))
-        choices: dict[int, Choice] = {}
-        for first in range(0, len(order), _DECODE_BATCH):
-            chosen = order[first : first + _DECODE_BATCH]
-            found = decode(
-                self,  # type: ignore[arg-type]  # It has the parts of an OmniModel that decoding uses.
-                [prompts[i] for i in chosen],
-                [[features[i]] for i in chosen],
-                [transcription] * len(chosen),
-                end=given.eos_token_id,
-                settings=settings,
-            )
-            choices |= dict(zip(chosen, found, strict=True))
-        answers = [choices[i].answer for i in range(len(prompts))]
+        requests = [
+            Request(prompt, [piece], transcription)
+            for prompt, piece in zip(input_ids.tolist(), features, strict=True)
+        ]
+        # It has the parts of an OmniModel that decoding uses.
+        found = decode(self, requests, end=given.eos_token_id, settings=settings)  # type: ignore[arg-type]
+        answers = [choice.answer for choice in found]
         longest = max((len(answer.ids) for answer in answers), default=0)
         sequences = torch.full((len(answers), longest), given.eos_token_id)
         for row, answer in zip(sequences, answers, strict=True):
