@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import soxr
@@ -26,10 +27,11 @@ from omni.storage.retry import retry_storage
 
 __all__ = [
     "AudioError", "AudioSpan", "RecordingData", "decode", "decode_blocks", "decode_with_retry",
-    "fit", "measure", "resampled_length",
+    "fit", "measure", "read_with_retry", "resampled_length",
 ]  # fmt: skip
 
 _NO_SPAN = AudioSpan()
+T = TypeVar("T")
 
 
 def resampled_length(frames: int, rate: int) -> int:
@@ -142,21 +144,30 @@ def decode_with_retry(
 
     Raises AudioError for a bad file, and OSError when its folder or bucket stays unavailable.
     """
+    return read_with_retry(
+        path,
+        lambda where: decode(
+            where, span, samples=samples, notes=notes, allow_silence=allow_silence
+        ),
+    )
+
+
+def read_with_retry(path: str | StoragePath, read: Callable[[StoragePath], T]) -> T:
+    """Call `read` with a file of the index, again while its storage is unavailable.
+
+    Raises AudioError for a bad file, and OSError when its folder or bucket stays unavailable.
+    """
     where = as_recording_path(path)
-
-    def once() -> np.ndarray:
-        return decode(where, span, samples=samples, notes=notes, allow_silence=allow_silence)
-
     if isinstance(where, ObjectPath):
-        return retry_storage(once)
+        return retry_storage(lambda: read(where))
 
-    def attempt() -> np.ndarray:
+    def attempt() -> T:
         try:
-            return once()
+            return read(where)
         except AudioError:
             _check_readable(where.parent)
-        # The folder is readable now, but may not have been before: decode again.
-        return once()
+        # The folder is readable now, but may not have been before: read again.
+        return read(where)
 
     return retry_storage(attempt)
 

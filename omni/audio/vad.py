@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,9 +55,25 @@ def speech_spans(
     Memory: one block, and 4 bytes per 32 ms of audio. Not thread-safe: calls share a model.
     Raises AudioError as `omni.audio.decode.decode_blocks`.
     """
+    probabilities, samples = speech_probabilities(decode_blocks(data, block_seconds, within))
+    return [
+        (
+            round(within.start + start / SAMPLING_RATE, 6),
+            round((stop - start) / SAMPLING_RATE, 6),
+        )
+        for start, stop in spans_of_probabilities(probabilities, samples, settings)
+    ]
+
+
+def spans_of_probabilities(
+    probabilities: Sequence[float], samples: int, settings: Segmenting
+) -> list[tuple[int, int]]:
+    """Find the spans of speech as (start, stop) in samples, in order and without overlap.
+
+    probabilities: of each chunk, as `speech_probabilities` returns them.
+    """
     from silero_vad import get_speech_timestamps_from_probs
 
-    probabilities, samples = speech_probabilities(decode_blocks(data, block_seconds, within))
     found = get_speech_timestamps_from_probs(
         probabilities,
         audio_length_samples=samples,
@@ -66,13 +82,7 @@ def speech_spans(
         min_silence_duration_ms=1000 * settings.silence,
         speech_pad_ms=1000 * settings.padding,
     )
-    return [
-        (
-            round(within.start + span["start"] / SAMPLING_RATE, 6),
-            round((span["end"] - span["start"]) / SAMPLING_RATE, 6),
-        )
-        for span in found
-    ]
+    return [(span["start"], span["end"]) for span in found]
 
 
 def speech_probabilities(blocks: Iterable[np.ndarray]) -> tuple[array[float], int]:
