@@ -10,7 +10,7 @@ import omni
 from omni.errors import ExitCode
 
 JOBS = {
-    "Corpora": ("index", "inspect", "encode", "synthesize"),
+    "Corpora": ("index", "inspect", "annotate", "probe", "encode", "synthesize"),
     "Training": ("train", "submit", "audit", "compare"),
     "Checkpoints": ("evaluate", "transcribe", "serve", "export"),
     "This machine": ("bench",),

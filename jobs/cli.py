@@ -226,6 +226,16 @@ def corpus_spec(text: str) -> str:
     return text
 
 
+def kept_columns_argument(text: str) -> list[str]:
+    """Parse an argument that names columns to keep as labels, separated by commas."""
+    from omni.config.field_types import kept_columns
+
+    try:
+        return kept_columns(name.strip() for name in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def checkpoint_path(text: str) -> StoragePath:
     """Return the checkpoint that --checkpoint names; of a run's folder, its best one."""
     from omni.checkpoint.base import checkpoint_folder

@@ -9,7 +9,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from jobs.cli import add_corpus_limits, corpus_spec, download_limits, job_parser, location, run_job
+from jobs.cli import (
+    add_corpus_limits,
+    corpus_spec,
+    download_limits,
+    job_parser,
+    kept_columns_argument,
+    location,
+    run_job,
+)
 from omni.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--keep",
         metavar="COLUMN,...",
-        type=_columns,
+        type=kept_columns_argument,
         action="extend",
         default=[],
         help="columns that become labels of the utterances, for tasks; may be repeated",
@@ -117,15 +125,6 @@ def _index(arguments: argparse.Namespace) -> None:
         print(f"transcribe it with python -m jobs.transcribe --checkpoint CHECKPOINT {out}")
     else:
         print(f"train on it with --data.train {out}")
-
-
-def _columns(text: str) -> list[str]:
-    from omni.config.field_types import kept_columns
-
-    try:
-        return kept_columns(name.strip() for name in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _segmenting(arguments: argparse.Namespace) -> Segmenting | None:

@@ -48,7 +48,8 @@ class Chart:
     """Values over steps.
 
     curves: pairs of a label and a key of metrics.jsonl; a key with colons leads into objects, as
-    dev_tasks:emotion:loss. zero: the y axis includes 0.
+    dev_tasks:emotion:loss. zero: the y axis includes 0. band: keys of the lower and upper bound of
+    the first curve.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Chart:
     scale: float = 1
     zero: bool = True
     log_x: bool = False
+    band: tuple[str, str] | None = None
 
     def draw(self, rows: list[Row], best: object) -> Figure:
         """best: the step to mark, if it is a number."""
@@ -67,8 +69,12 @@ class Chart:
             never = any(logged) and not any(known)
             return Figure(self.title, self.unit, empty=" never finite" if never else " not logged")
         values = [value for curve in curves for _, value in curve] + [0.0] * self.zero
+        low, high = (self._points(rows, key) for key in self.band) if self.band else ([], [])
+        values += [value for _, value in low + high]
         axes = Axes.around([row["step"] for row in rows], values, self.log_x)
         svg, keys = axes.draw(best), []
+        if low and high:
+            svg += f'<path class="band" d="{_path(low + high[::-1], axes)}"/>'
         for n, curve in enumerate(curves):
             bad, label = len(logged[n]) - len(known[n]), self.curves[n][0]
             if curve:
