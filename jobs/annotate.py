@@ -16,6 +16,7 @@ from jobs.cli import (
     kept_columns_argument,
     location,
     positive,
+    require_extra,
     run_job,
 )
 from omni.errors import counted
@@ -87,6 +88,7 @@ def _annotate(arguments: argparse.Namespace) -> None:
     from omni.corpus.sources import Options
     from omni.texture.annotate import Annotating, annotate, summary_lines
 
+    require_extra("omni annotate", "swift_f0", "texture")
     options = Options(
         allow_absolute=arguments.allow_absolute,
         downloads=download_limits(arguments),

@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omni.config import Config, load_config, shipped_configs
@@ -224,6 +225,12 @@ def corpus_spec(text: str) -> str:
         scheme = text.partition("://")[0].rpartition(":")[2]
         raise argparse.ArgumentTypeError(CREDENTIALS.format(scheme=scheme))
     return text
+
+
+def require_extra(job: str, package: str, extra: str) -> None:
+    """Raise ConfigError if a package that a job needs is not installed."""
+    if find_spec(package) is None:
+        raise ConfigError(f"{job} needs {package}: pip install 'nanochat-omni[{extra}]'")
 
 
 def kept_columns_argument(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Show which layer of the frozen encoder tells the classes of a label apart, by linear probes.
 
-It prints a table, and writes probe.json, probe.svg and probe.html: the accuracy of each layer beside
-that of the log-mel, random weights, shuffled labels and the largest class; and encoder.layers to use.
+It prints a table, and writes probe.json, probe.svg and probe.html: the accuracy of each layer,
+the log-mel, random weights, shuffled labels and the largest class, and the encoder.layers to use.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jobs.cli import (
     job_parser,
     kept_columns_argument,
     positive,
+    require_extra,
     run_job,
 )
 from omni.errors import ConfigError
@@ -98,6 +99,7 @@ def _probe(arguments: argparse.Namespace) -> None:
     from omni.texture.probe import Probing, as_json, probe
     from omni.texture.probe_page import page, standalone_svg, table
 
+    require_extra("omni probe", "sklearn", "texture")
     out, usual = arguments.out.expanduser().absolute(), EncoderConfig()
     out.mkdir(parents=True, exist_ok=True)
     labels = list(dict.fromkeys(arguments.label))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from omni.audio.windows import SAMPLES_PER_HOUR, WINDOW_SAMPLES
 from omni.corpus.index import Index
@@ -68,6 +69,11 @@ class LabelProbe:
     best: int
     as_good: list[int]
 
+    @property
+    def shown(self) -> bool:
+        """Tell whether the best layer's interval lies above the largest class."""
+        return self.layers[self.best].low > self.majority
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -81,8 +87,8 @@ class ProbeResult:
     seed: int
     labels: list[LabelProbe]
     recommended: list[int]
-    """Fewest layers of which one is as good as the best for each label; the last one is among them,
-    since it is what the encoder was trained to give."""
+    """Fewest layers of which one is as good as the best for each label that is above its largest
+    class; the last one is among them, since it is what the encoder was trained to give."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -129,15 +135,15 @@ def probe(
         hours=sum(row["samples"] for row in rows) / SAMPLES_PER_HOUR,
         seed=how.seed,
         labels=labels,
-        recommended=_recommend(labels, pooling.layers),
-        notes=[*index.notes, *notes],
+        recommended=recommend([label for label in labels if label.shown], pooling.layers),
+        notes=[*index.notes, *notes, *_not_shown(labels)],
     )
 
 
 def _choose(table: pa.Table, how: Probing) -> tuple[list[IndexRow], list[str]]:
     """Draw the utterances to encode; return them and what is left out of them."""
     notes = []
-    single = table.filter(pa.compute.is_null(table["audios"]))
+    single = table.filter(pc.is_null(table["audios"]))
     if len(single) < len(table):
         notes.append(f"{counted(len(table) - len(single), 'conversation')} left out")
     if len(single) > how.limit:
@@ -204,7 +210,16 @@ def _probe_features(
     return predicted, score(title, predicted, examples, strengths, unconverged)
 
 
-def _recommend(labels: Sequence[LabelProbe], last: int) -> list[int]:
+def _not_shown(labels: Sequence[LabelProbe]) -> list[str]:
+    return [
+        f"{label.label}: no layer is shown to be better than the largest class, so that no layer "
+        "is recommended for it"
+        for label in labels
+        if not label.shown
+    ]
+
+
+def recommend(labels: Sequence[LabelProbe], last: int) -> list[int]:
     """Choose the fewest layers, the last among them, of which one is as good for each label.
 
     Of equally many, those with the highest sum of each label's best accuracy.
@@ -229,6 +244,5 @@ def _recommend(labels: Sequence[LabelProbe], last: int) -> list[int]:
 
 
 def as_json(result: ProbeResult) -> dict[str, Any]:
-    from dataclasses import asdict
-
+    """Return what probe.json holds."""
     return {"version": 1, **asdict(result), "encoder_layers": result.setting}
