@@ -110,7 +110,10 @@ def _probe(arguments: argparse.Namespace) -> None:
             downloads=download_limits(arguments),
             keep=tuple(dict.fromkeys(arguments.keep)),
         )
-        pooling = pooling_of(arguments.encoder, usual.mode, usual.margin_seconds, arguments.seed)
+        weights = arguments.encoder
+        if Path(weights).expanduser().is_dir():  # Tasks have another working directory.
+            weights = str(Path(weights).expanduser().absolute())
+        pooling = pooling_of(weights, usual.mode, usual.margin_seconds, arguments.seed)
     except ManifestError as error:
         raise ConfigError(str(error)) from None
     except HubError as error:

@@ -41,7 +41,7 @@ from omni.texture.labels import (
     names_of,
     text_columns,
 )
-from omni.texture.measured import MEASURED, Unit, is_relative, measure_unit, units_of
+from omni.texture.measured import MEASURED, Unit, is_relative, measure_unit, packages, units_of
 from omni.texture.tasks import run_tasks
 
 ANNOTATIONS_FILE = "annotations.json"
@@ -118,6 +118,7 @@ def _annotate(
     _remove_others(out / "measured", {unit.file for unit in flat})
     annotations = {
         "version": 1,
+        "packages": packages(),
         "within": how.within,
         "utterances": first,
         "measures": labels.summary,

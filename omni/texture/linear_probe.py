@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from omni.errors import ConfigError
 from omni.metrics.bootstrap import PairedTest, paired_test, rate_interval
 from omni.texture.examples import Examples
 
@@ -59,6 +60,11 @@ def predict(
     strengths: list[float] = []
     unconverged = 0
     for train, test in _splits(targets, groups, folds, seed):
+        if len(np.unique(trained[train])) < 2:
+            raise ConfigError(
+                f"--label {examples.label}: a fold has one class alone to train on: "
+                "expected more groups in each class (--least), or more --folds"
+            )
         strength = _strength(features[train], trained[train], groups[train], seed)
         probe = _fit(features[train], trained[train], strength)
         predicted[test] = probe.predict(features[test])
@@ -118,7 +124,11 @@ def _splits(
 def _strength(features: np.ndarray, targets: np.ndarray, groups: np.ndarray, seed: int) -> float:
     """Choose C by the accuracy on one fold of the training part; the smallest of equals."""
     folds = min(_INNER_FOLDS, len(np.unique(groups)))
+    if folds < 2:
+        return _STRENGTHS[0]
     train, test = next(_splits(targets, groups, folds, seed))
+    if len(np.unique(targets[train])) < 2:
+        return _STRENGTHS[0]
     right = [
         (_fit(features[train], targets[train], strength).predict(features[test]) == targets[test])
         for strength in _STRENGTHS

@@ -1,12 +1,13 @@
 """Measure the rows of an index in units of some rows, each of which leaves one file.
 
-A file is named after the content of the recordings that it measures and the version of the
-measures, so a unit that is there is not done again: the same command continues a killed one.
+A file is named after the content of the recordings that it measures and the versions of what
+measures them, so a unit that is there is not done again: the same command continues a killed one.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from omni.storage.path import StoragePath, open_ranges
 from omni.texture.prosody import Prosody, measure_prosody
 
 MEASURES_VERSION = 1
+PACKAGES = ("silero-vad", "swift-f0")
 UNIT_ROWS = 200
 MEASURED = pa.schema(
     [
@@ -58,9 +60,14 @@ def units_of(folder: StoragePath, part: StoragePath) -> list[Unit]:
     units = []
     for first in range(0, len(keys), UNIT_ROWS):
         of_unit = keys[first : first + UNIT_ROWS]
-        name = digest(str(MEASURES_VERSION), *of_unit)
+        name = digest(str(MEASURES_VERSION), *packages().values(), *of_unit)
         units.append(Unit(folder, part, first, len(of_unit), f"{name}.parquet"))
     return units
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the packages whose networks measure."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def measure_unit(unit: Unit, out: StoragePath) -> dict[str, Any]:

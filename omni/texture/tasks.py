@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from omni.config import Config
-from omni.errors import first_line
+from omni.errors import ConfigError, ManifestError, first_line
 from omni.storage.uri import reason_of
 
 T = TypeVar("T")
@@ -59,8 +59,10 @@ def _attempt(work: Callable[[T], R], item: T) -> bytes:
         return pickle.dumps((work(item), ""))
     except OSError as error:
         return pickle.dumps((None, reason_of(error)))
-    except Exception as error:
+    except (ConfigError, ManifestError, RuntimeError) as error:
         return pickle.dumps((None, first_line(error)))
+    except Exception as error:
+        return pickle.dumps((None, f"{type(error).__name__}: {first_line(error)}"))
 
 
 def _result(pickled: bytes) -> Any:
