@@ -1,4 +1,4 @@
-"""Measure pitch, rate, energy and pauses of a corpus's recordings, as labels of an index of it.
+"""Measure pitch, rate, energy and pauses of a corpus, as labels of its utterances.
 
 The folder that it writes is a corpus: --data.train DIR. docs/texture.md says what is measured.
 """

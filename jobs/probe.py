@@ -1,4 +1,4 @@
-"""Show which layer of the frozen encoder tells the classes of a label apart, by linear probes.
+"""Show which layers of the frozen encoder carry a label, by linear probes.
 
 It prints a table, and writes probe.json, probe.svg and probe.html: the accuracy of each layer,
 the log-mel, random weights, shuffled labels and the largest class, and the encoder.layers to use.

@@ -122,6 +122,7 @@ def _annotate(
         "within": how.within,
         "utterances": first,
         "measures": labels.summary,
+        "notes": _notes(about, how),
     }
     write_atomic(out / ANNOTATIONS_FILE, _json(annotations))
     write_atomic(out / "rejects.jsonl", (folder / "rejects.jsonl").read_bytes())
@@ -158,6 +159,16 @@ def _is_index_folder(spec: str) -> bool:
     """Tell a path from the specs of other kinds, such as hf:NAME, which are no paths."""
     is_path = "://" in spec or ":" not in spec
     return is_path and (absolute(spec) / INDEX_FILE).is_file()
+
+
+def _notes(about: dict[str, Any], how: Annotating) -> list[str]:
+    languages = len(about.get("languages", {}))
+    if "rate" in how.measures and how.within == "corpus" and languages > 1:
+        return [
+            f"rate_class compares characters of {languages} languages: --within language divides "
+            "each by itself"
+        ]
+    return []
 
 
 def _read_about(folder: StoragePath) -> dict[str, Any]:
@@ -280,4 +291,4 @@ def summary_lines(annotations: dict[str, Any]) -> list[str]:
             if counts:
                 listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
                 lines.append(f"{'':8}{title}: {listed}")
-    return lines
+    return lines + [f"note: {note}" for note in annotations["notes"]]
