@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from omni.config import Config
@@ -10,6 +11,9 @@ from omni.config import Config
 Bundle = Mapping[str, float]
 Labels = Mapping[str, str]
 _LOADER: Bundle = {"CPU": 1}
+_NODE_ID = "ray.io/node-id"
+"""Label that Ray gives to each node."""
+_SEVERAL = re.compile(r"(!?)in\((.*)\)")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,33 @@ class Node:
     address: str = ""
 
     def has(self, labels: Labels) -> bool:
-        return all(self.labels.get(name) == value for name, value in labels.items())
+        """Tell whether it satisfies Ray's label selectors: a, !a, in(a,b), !in(a,b)."""
+        return all(_satisfies(self.labels.get(name), wanted) for name, wanted in labels.items())
+
+
+def _satisfies(value: str | None, wanted: str) -> bool:
+    several = _SEVERAL.fullmatch(wanted)
+    if several is not None:
+        among = value in [name.strip() for name in several[2].split(",")]
+        return among != bool(several[1])
+    return value != wanted[1:] if wanted.startswith("!") else value == wanted
+
+
+def selectors(config: Config) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Return the label selectors of workers, encoder actors and loaders.
+
+    Of loaders, only `run.exclude_nodes` narrows them.
+    """
+    excluded = config.run.exclude_nodes
+    apart = {_NODE_ID: f"!in({','.join(excluded)})"} if excluded else {}
+    return {**config.train.labels, **apart}, {**config.encoder.labels, **apart}, apart
+
+
+def exclude_nodes(config: Config, ids: Iterable[str]) -> Config:
+    """Add nodes to `run.exclude_nodes`."""
+    excluded = [*dict.fromkeys([*config.run.exclude_nodes, *ids])]
+    run = config.run.model_copy(update={"exclude_nodes": excluded})
+    return config.model_copy(update={"run": run})
 
 
 def cluster_nodes() -> list[Node]:
@@ -71,6 +101,7 @@ class Demand:
     loaders: int
     worker_labels: Labels = field(default_factory=dict)
     encoder_labels: Labels = field(default_factory=dict)
+    loader_labels: Labels = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config) -> Demand:
@@ -80,16 +111,19 @@ class Demand:
             bundle(encoder.cpus, encoder.gpus),
             encoder.actor_count,
             config.data.loaders,
-            train.labels,
-            encoder.labels,
+            *selectors(config),
         )
 
     def fits(self, nodes: Sequence[Node], workers: int, encoders: int, loaders: int) -> bool:
         """Check that so many fit on nodes with their labels that are not leaving."""
         bundles = [(self.worker, self.worker_labels)] * workers
         bundles += [(self.encoder, self.encoder_labels)] * encoders
-        bundles += [(_LOADER, {})] * loaders
+        bundles += [(_LOADER, self.loader_labels)] * loaders
         return _fit(_staying(nodes), bundles)
+
+    def holds_worker(self, node: Node) -> bool:
+        """Tell whether a worker fits on a node on which nothing else runs."""
+        return _fit([node], [(self.worker, self.worker_labels)])
 
 
 def bundle(cpus: float, gpus: float) -> dict[str, float]:
@@ -116,13 +150,17 @@ def shortage(nodes: Sequence[Node], demand: Demand, least: int, most: int) -> st
     """
     if demand.fits(nodes, least, demand.encoders, 1):
         return None
+    nodes = [node for node in nodes if node.has(demand.loader_labels)]
+    if not nodes:
+        return "run.exclude_nodes: no node is left"
     cluster = f"the cluster has {describe_resources(nodes)}"
     for setting, need, labels in (
         ("train", demand.worker, demand.worker_labels),
         ("encoder", demand.encoder, demand.encoder_labels),
     ):
         if labels and not any(node.has(labels) for node in nodes):
-            wanted = ",".join(f"{name}={value}" for name, value in labels.items())
+            own = {name: value for name, value in labels.items() if name != _NODE_ID}
+            wanted = ",".join(f"{name}={value}" for name, value in own.items())
             return f"{setting}.labels: no node has {wanted} (ray start --labels {wanted})"
         if not _fit(_staying(nodes), [(need, labels)]):
             gpus = need.get("GPU", 0)

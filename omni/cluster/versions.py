@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from omni.storage.digest import digest
 from omni.storage.uri import redact
 
 EXPECTED = "OMNI_EXPECTED_VERSIONS"
@@ -62,3 +64,10 @@ def differences(environment: Mapping[str, str] = os.environ) -> list[str]:
         for name, version in expected.items()
         if here.get(name) != version
     ]
+
+
+def code_digest() -> str:
+    """Return a digest of omni's own source files, by which nodes with other code are found."""
+    root = Path(__file__).parents[1]
+    paths = sorted(root.rglob("*.py"))
+    return digest(*(x for p in paths for x in (str(p.relative_to(root)), p.read_bytes())), size=6)

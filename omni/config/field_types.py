@@ -115,6 +115,10 @@ Fingerprints = Annotated[
     list[_Fingerprint],
     BeforeValidator(_as_list, json_schema_input_type=_Fingerprint | list[_Fingerprint]),
 ]
+_NodeId = Annotated[str, Field(pattern="^[0-9a-f]{56}$")]
+NodeIds = Annotated[
+    list[_NodeId], BeforeValidator(_as_list, json_schema_input_type=_NodeId | list[_NodeId])
+]
 _Tracker = Literal["wandb", "mlflow", "swanlab"]
 Trackers = Annotated[
     list[_Tracker], BeforeValidator(_as_list, json_schema_input_type=_Tracker | list[_Tracker])

@@ -31,6 +31,7 @@ from omni.config.field_types import (
     Layers,
     MemoryShare,
     Name,
+    NodeIds,
     NotNegative,
     NotNegativeFloat,
     Paths,
@@ -74,6 +75,10 @@ class RunConfig(Section):
     """Seconds after SIGTERM or Ctrl-C in which the run finishes its step and saves a checkpoint."""
     lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
     """Seconds without a heartbeat of its driver after which another may take over the run."""
+    check_nodes: bool = True
+    """Examine the nodes of a cluster before the start, and leave out those not in order."""
+    exclude_nodes: NodeIds = []
+    """Ids (`ray list nodes`) of nodes to leave out, besides those that the check finds."""
     trackers: Trackers = []
     """Experiment trackers to report to besides TensorBoard, with keys from the environment."""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-import ray
-
+from omni.cluster.capacity import cluster_nodes, selectors
 from omni.errors import ConfigError
 from omni.metrics.run_files import append_json
 from omni.run.actor_count import choose_actors, with_encoder
@@ -28,11 +27,13 @@ def resolve_encoder_actors(prepared: Prepared, trial: Trial, missing: float) -> 
         )
     encoder, workers = config.encoder, config.train
     on_gpu = encoder.gpus > 0
-    total = ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0.0)
+    _, _, loaders = selectors(config)
+    nodes = [node for node in cluster_nodes() if node.has(loaders)]
+    total = sum(node.resources.get("GPU" if on_gpu else "CPU", 0.0) for node in nodes)
     if on_gpu:
         spare, each, unit = total - workers.most * workers.gpus, encoder.gpus, "GPUs"
     else:
-        cores = float(os.cpu_count() or 1) if len(ray.nodes()) == 1 else total
+        cores = float(os.cpu_count() or 1) if len(nodes) == 1 else total
         spare, each, unit = cores - workers.most * workers.threads, encoder.threads, "cores"
     split = prepared.splits["train"]
     audio = audio_per_step(split.plan, split.table["samples"].to_numpy()) / workers.most

@@ -11,7 +11,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from omni.cluster.capacity import Labels, Node, cluster_nodes
+from omni.cluster.capacity import Labels, Node, cluster_nodes, selectors
 from omni.config import Config
 from omni.errors import ConfigError
 from omni.metrics.throughput import memory_of
@@ -142,8 +142,9 @@ def find_gpu(config: Config) -> Gpu | None:
     A worker asks its driver; the other nodes are known by the name that Ray has of their GPUs.
     """
     train = config.train
+    labels, _, _ = selectors(config)
     look: Any = ray.remote(_look_at_gpu).options(
-        num_cpus=train.cpus, num_gpus=train.gpus, label_selector=train.labels, max_retries=1
+        num_cpus=train.cpus, num_gpus=train.gpus, label_selector=labels, max_retries=1
     )
     answer = look.remote()
     try:
@@ -151,7 +152,7 @@ def find_gpu(config: Config) -> Gpu | None:
     except RayError:  # The trial that follows says what is wrong with the node.
         ray.cancel(answer)
         seen = None
-    named = named_gpus(cluster_nodes(), train.labels)
+    named = named_gpus(cluster_nodes(), labels)
     return min([*named, *([seen] if seen else [])], key=lambda gpu: gpu.bytes, default=None)
 
 

@@ -1,4 +1,4 @@
-"""Check the cluster before training: room, storage on every node, a block through all stages.
+"""Check the cluster before training: room, nodes, their storage, a block through all stages.
 
 The last also gives an estimate of the training time.
 """
@@ -18,12 +18,23 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from omni.cluster.capacity import Demand, cluster_nodes, free_nodes, shortage, workers_that_fit
+from omni.cluster.capacity import (
+    Demand,
+    Node,
+    cluster_nodes,
+    exclude_nodes,
+    free_nodes,
+    shortage,
+    workers_that_fit,
+)
+from omni.cluster.node_check import check_nodes
+from omni.cluster.ray_init import owns_cluster
 from omni.cluster.ray_internals.core import autoscaler_limits
 from omni.config import Config
 from omni.config.plug_in import is_plug_in, load_plug_in
 from omni.corpus.index_row import recordings
-from omni.errors import ConfigError, first_line
+from omni.errors import ConfigError, counted, first_line
+from omni.metrics.run_files import write_event
 from omni.run.actor_count import assume_actors, is_auto
 from omni.run.early_trial import EarlyTrial
 from omni.run.encoder_actors import resolve_encoder_actors
@@ -50,15 +61,30 @@ def preflight(
 ) -> Prepared:
     """Check the plan against the cluster; with `encoder.actors: auto`, choose their number.
 
+    Nodes that are not in order join `run.exclude_nodes` of the config that is returned.
     trial: also run a block through all stages and estimate the training time; a continued run does
     without. early: the trial, where it has begun already. dry: also show the memory that a worker
     needs where it is compared with nothing. Raises ConfigError naming the setting, and RuntimeError
     if the block fails.
     """
     auto = is_auto(prepared.config)
+    step = 0 if prepared.resume is None else prepared.resume.state.step
+
+    def leave_out(node: Node, reason: str) -> None:
+        say(f"  node {node.address} ({node.id[:12]}) is left out: {reason}")
+        if not dry:
+            reason = f"{node.address}: {reason}"
+            write_event(prepared.config.run_dir, "node left out", step, node=node.id, reason=reason)
+
+    present = {node.id for node in cluster_nodes()}
+    for id in prepared.config.run.exclude_nodes:
+        if id not in present:
+            say(f"  run.exclude_nodes: the cluster has no node {id}")
+    _check_room(assume_actors(prepared.config, 1))
+    if prepared.config.run.check_nodes:
+        prepared = replace(prepared, config=_without_bad_nodes(prepared.config, say, leave_out))
     assumed = replace(prepared, config=assume_actors(prepared.config, 1))
-    _check_room(assumed.config)
-    _check_nodes(assumed)
+    _check_storage(assumed)
     if not trial and not auto:
         return prepared
 
@@ -86,8 +112,11 @@ def preflight(
 # -- room --------------------------------------------------------------------------------------
 
 
-def _check_room(config: Config) -> None:
-    """Raise ConfigError if workers and encoders do not fit into the cluster."""
+def _check_room(config: Config, faults: str = "") -> None:
+    """Raise ConfigError if workers and encoders do not fit into the cluster.
+
+    faults: nodes that were left out, with their reasons.
+    """
     least, most = config.train.least, config.train.most
     demand = Demand.of(config)
     deadline = time.monotonic() + (_SETTLE_SECONDS if os.environ.get("RAY_ADDRESS") else 0)
@@ -95,7 +124,7 @@ def _check_room(config: Config) -> None:
         if _will_grow(demand, least):
             return
         if time.monotonic() > deadline:
-            raise ConfigError(problem)
+            raise ConfigError(problem + faults)
         time.sleep(1.0)
 
 
@@ -114,12 +143,53 @@ def _will_grow(demand: Demand, workers: int) -> bool:
 # -- nodes -------------------------------------------------------------------------------------
 
 
-def _check_nodes(prepared: Prepared) -> None:
+def _without_bad_nodes(
+    config: Config, say: Callable[[str], None], leave_out: Callable[[Node, str], None]
+) -> Config:
+    """Check all nodes that may hold a stage; exclude from the run those that are not in order.
+
+    leave_out: called with each of them and its reason. Raises ConfigError if there is no room
+    without them.
+    """
+    uses_gpus = bool(config.train.gpus or config.encoder.gpus)
+    if owns_cluster() and not uses_gpus:
+        return config  # The trial computes on the same CPUs.
+    began, demand = time.monotonic(), Demand.of(assume_actors(config, 1))
+    nodes = [
+        node
+        for node in cluster_nodes()
+        if node.resources.get("CPU") and not node.leaving and node.has(demand.loader_labels)
+    ]
+    ranks = [n.id for n in nodes if config.train.most > 1 and demand.holds_worker(n)]
+    free = {node.id: int(node.resources.get("GPU", 0)) for node in free_nodes()}
+    report = check_nodes(nodes, ranks, free if uses_gpus else None)
+    for note in report.notes:
+        say(f"  {note}")
+    if report.apart is not None:
+        raise ConfigError(
+            f"train.workers: {report.apart}; expected a network between them (docs/cluster.md), or "
+            "run.check_nodes false"
+        )
+    named = {node.id: node for node in nodes}
+    for id, reason in report.faults.items():
+        leave_out(named[id], reason)
+    counts = f"{counted(len(nodes), 'node')} checked in {time.monotonic() - began:.1f} s"
+    say(f"  {counts}" + (f", {len(report.faults)} left out" if report.faults else ""))
+    if report.faults:
+        config = exclude_nodes(config, report.faults)
+        reasons = (f"node {named[id].address}: {text}" for id, text in report.faults.items())
+        _check_room(assume_actors(config, 1), f"; left out: {'; '.join(reasons)}")
+    return config
+
+
+def _check_storage(prepared: Prepared) -> None:
     """Raise ConfigError if another node lacks the run's storage, cache, data or weights."""
     here = ray.get_runtime_context().get_node_id()
     # A plug-in must be found by workers of this node too, whose working directory is another one.
     own = bool(_plug_ins(prepared.config))
-    nodes = [n for n in cluster_nodes() if (n.id != here or own) and n.resources.get("CPU")]
+    used = Demand.of(prepared.config).loader_labels
+    nodes = [n for n in cluster_nodes() if n.resources.get("CPU") and n.has(used)]
+    nodes = [n for n in nodes if n.id != here or own]
     config, word = prepared.config, uuid.uuid4().hex
     seen = {node.id: config.run_dir / f".preflight-{node.id[:12]}" for node in nodes}
     answers = {}

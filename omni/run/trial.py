@@ -15,6 +15,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from omni.cluster.capacity import selectors
 from omni.errors import ConfigError, first_line
 from omni.model.download import HubError, SourceError
 from omni.model.precision import limit_gpu_memory
@@ -62,14 +63,15 @@ def try_pipe(
     encoder, train = prepared.config.encoder, prepared.config.train
     split = ray.put(prepared.splits["train"])
     patience = train.timeout_seconds
+    for_worker, for_encoder, _ = selectors(prepared.config)
     task: Any = ray.remote(_load_and_encode_there).options(
-        num_cpus=encoder.cpus, num_gpus=encoder.gpus, label_selector=encoder.labels, max_retries=1
+        num_cpus=encoder.cpus, num_gpus=encoder.gpus, label_selector=for_encoder, max_retries=1
     )
     found = _get(task.remote([split], bins, settings, seconds), patience, "encoder")
     decode_rate, rate, encoded = found
     before_training(encoded[0])
     task = ray.remote(_train).options(
-        num_cpus=train.cpus, num_gpus=train.gpus, label_selector=train.labels, max_retries=1
+        num_cpus=train.cpus, num_gpus=train.gpus, label_selector=for_worker, max_retries=1
     )
     try:
         cost = _get(task.remote(make_worker_spec(prepared), encoded, seconds), patience, "trainer")

@@ -11,7 +11,7 @@ import ray.train
 from ray.data import ExecutionOptions, ExecutionResources
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 
-from omni.cluster.capacity import bundle
+from omni.cluster.capacity import bundle, selectors
 from omni.cluster.ray_init import owns_cluster
 from omni.cluster.ray_internals.train import LocalTrainer, Trainer
 from omni.cluster.timeouts import collective_timeout
@@ -51,7 +51,7 @@ def make_trainer(
             num_workers=workers,
             use_gpu=config.train.gpus > 0,
             resources_per_worker=bundle(config.train.cpus, config.train.gpus),
-            label_selector=config.train.labels or None,
+            label_selector=selectors(config)[0] or None,
         ),
         run_config=RunConfig(
             name=f"attempt-{datetime.now(timezone.utc):%Y%m%dT%H%M%S%f}",

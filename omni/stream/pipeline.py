@@ -21,7 +21,8 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.util.metrics import Histogram
 
-from omni.cluster.ray_internals.data import SchedulerWorkarounds
+from omni.cluster.capacity import selectors
+from omni.cluster.ray_internals.data import SchedulerWorkarounds, row_numbers
 from omni.cluster.stacks import stacks_after
 from omni.cluster.timeouts import block_timeout
 from omni.cluster.watchdog import limited
@@ -97,15 +98,15 @@ def make_stream(
     stage = _LoadStage if settings.encode else _ReadStage
     # Ray fuses the read with the load stage where both have the same number of tasks, and where the
     # load stage takes blocks as they are. A block of row numbers is a block of bins.
-    blocks = ray.data.range(
-        len(bins), override_num_blocks=len(bins) // per_block, concurrency=config.data.loaders
-    )
+    _, for_encoder, for_loader = selectors(config)
+    blocks = row_numbers(len(bins), len(bins) // per_block, config.data.loaders, for_loader)
     loaded = blocks.map_batches(
         stage(references, timeout),
         batch_size=None,
         batch_format="numpy",
         compute=TaskPoolStrategy(size=config.data.loaders),
         num_cpus=_LOADER_CPUS,
+        **({"label_selector": for_loader} if for_loader else {}),
     )
     if not settings.encode:
         return loaded
@@ -118,7 +119,7 @@ def make_stream(
         # Ray Data restarts a dead actor without limit.
         compute=ActorPoolStrategy(size=config.encoder.actor_count, max_tasks_in_flight_per_actor=2),
         num_cpus=_cpus_unlike_loader(config.encoder.cpus),
-        label_selector=config.encoder.labels,
+        label_selector=for_encoder,
         num_gpus=config.encoder.gpus,
     )
 
@@ -204,7 +205,7 @@ class _ReadStage(_LoadStage):
             encode: Any = ray.remote(_encode).options(
                 num_cpus=encoder.cpus,
                 num_gpus=encoder.gpus,
-                label_selector=encoder.labels,
+                label_selector=selectors(self._settings.config)[1],
                 max_retries=2,
             )
             block: pa.Table = ray.get(

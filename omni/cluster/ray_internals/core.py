@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import grpc
+import psutil
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private.gcs_utils import create_gcs_channel
@@ -69,3 +70,16 @@ def longest_socket_name() -> str:
     """Return a path as long as that of the sockets of a cluster that this process would start."""
     session = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
     return os.path.join(get_default_ray_temp_dir(), session, "sockets", "plasma_store")
+
+
+def object_store_folders() -> dict[str, str]:
+    """Return the folders of this node's object store: `plasma` in memory, `fallback` for spilling.
+
+    Read from the command line of the raylet that started this process; empty elsewhere.
+    """
+    folders = {}
+    for argument in psutil.Process(os.getppid()).cmdline():
+        for kind in ("plasma", "fallback"):
+            if argument.startswith(flag := f"--{kind}_directory="):
+                folders[kind] = argument.removeprefix(flag)
+    return folders

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ray.data import Dataset, read_datasource
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators import actor_pool_map_operator
 
@@ -39,3 +41,18 @@ class SchedulerWorkarounds(ExecutionCallback):
         else:
             self._pause = _SHORTEST_PAUSE
         self._progress = progress
+
+
+def row_numbers(
+    rows: int, blocks: int, concurrency: int, label_selector: dict[str, str]
+) -> Dataset:
+    """Build a dataset of 0 to rows - 1 in the column "id", as `ray.data.range` does.
+
+    That function has no parameter for the nodes on which its tasks run.
+    """
+    return read_datasource(
+        RangeDatasource(n=rows, block_format="arrow", column_name="id"),
+        concurrency=concurrency,
+        override_num_blocks=blocks,
+        ray_remote_args={"label_selector": label_selector} if label_selector else None,
+    )
