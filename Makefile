@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One test process per core of a small machine; a file stays in one process.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: setup smoke settings test test-unit test-all prometheus lint docs clean
+.PHONY: setup smoke settings lock test test-unit test-all prometheus lint docs clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,17 @@ smoke: $(STAMP)  ## train on the embedded recordings, score unseen sentences, wr
 
 settings: $(STAMP)  ## docs/settings.md and configs/schema.json, from omni/config/settings.py
 	$(BIN)/python -m omni.config.reference
+
+# Exact versions and hashes of what production nodes install, for Linux on x86-64 and Python 3.11 or 3.12.
+# The index decides which torch: PyPI's brings CUDA 13. Of another: make lock TORCH=cu128 LOCK=mine.txt
+LOCK ?= configs/locks/linux-x86_64.txt
+TORCH ?=
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra s3 --extra av --constraint constraints.txt \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+	--no-config --default-index https://pypi.org/simple --custom-compile-command "make lock" \
+	$(if $(TORCH),--torch-backend $(TORCH)) --quiet --output-file $(LOCK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check omni jobs tests docs/hooks.py

@@ -192,8 +192,10 @@ class _Check:
                 before = len(self.faults)
                 self._try_pairs(members, reason)
                 innocent = len(self.faults) == before
-            self._renew([id for id in members if id not in self.faults])
             members = [id for id in members if id not in self.faults]
+            if len(members) > 1:
+                self._renew(members)
+                members = [id for id in members if id not in self.faults]
 
     def _try_pairs(self, members: list[str], reason: str) -> None:
         """Find the nodes that cannot add numbers up with one that can. Raises Unattributed."""

@@ -151,7 +151,7 @@ def _wrong_product(device: str) -> str | None:
             given = matrix.to(dtype)
             if not torch.equal((given @ given).float(), expected):
                 return f"{device}: a product of matrices in {dtype} is wrong"
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         return f"{device}: {str(error).partition(chr(10))[0]}"
     return None
 
