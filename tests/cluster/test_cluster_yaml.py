@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import drain_node
 
 from jobs import train
 from omni.config import Config, load_config
@@ -110,9 +112,25 @@ def test_every_pod_of_the_rayjob_sees_the_runs() -> None:
     for group in [cluster["headGroupSpec"], *_pools(job).values()]:
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
-        (mount,) = container["volumeMounts"]
-        assert str(config.run_dir).startswith(mount["mountPath"] + "/")
-        assert mount["name"] in [volume["name"] for volume in pod["volumes"]]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        (place,) = [path for path in mounts if str(config.run_dir).startswith(f"{path}/")]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert "persistentVolumeClaim" in volumes[mounts[place]]
+        assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+
+
+def test_a_pod_with_stages_drains_its_node_before_it_ends() -> None:
+    for group in _pools(_rayjob()).values():
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        shell, flag, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert subprocess.run([shell, "-n", flag, script]).returncode == 0
+        drain = shlex.split(script.partition(";")[0])
+        assert drain[:4] == ["timeout", "20", "ray", "drain-node"]
+        allowed = int(drain[drain.index("--deadline-remaining-seconds") + 1])
+        assert allowed < pod["terminationGracePeriodSeconds"]
+        options = drain[4::2]
+        assert set(options) <= {o for p in drain_node.params for o in p.opts}
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
