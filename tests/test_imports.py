@@ -12,6 +12,8 @@ import omni
 WITH_RAY = {
     "omni.bench.stream_speed",
     "omni.cluster.job_client",
+    "omni.cluster.node_check",
+    "omni.cluster.node_probe",
     "omni.cluster.ray_errors",
     "omni.cluster.ray_init",
     "omni.cluster.ray_internals",
