@@ -36,6 +36,7 @@ WITH_RAY = {
     "omni.serve.deploy",
     "omni.serve.replica",
     "omni.stream.pipeline",
+    "omni.stream.window_server",
 }
 
 

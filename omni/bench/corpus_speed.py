@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from omni.bench.prepared_run import in_temporary_storage, progress
+from omni.bench.process_alone import alone
 from omni.bench.timing import Result, describe_machine
+from omni.bench.window_speed import add_windows
 from omni.config import Config
 from omni.corpus.index import build_index
 from omni.corpus.manifest import manifest_path
 from omni.corpus.sources import Options
-from omni.plan.plan import make_plan
 from omni.run.prepare import prepare
 
 _ROWS = 100_000
-_PLANNED = 10_000_000
-# A large run has about this many bins per step.
-_BINS_PER_STEP = 64
+_PLANNED = 1_000_000_000
+_SIZES = (300_000, 1_000_000)
 
 
-def bench_corpus(config: Config, rows: int = _ROWS, planned: int = _PLANNED) -> Result:
-    """Run the `corpus` suite: index `rows` files with jobs.index, and plan `planned` utterances.
+def bench_corpus(
+    config: Config,
+    rows: int = _ROWS,
+    planned: int = _PLANNED,
+    sizes: Sequence[int] = _SIZES,
+) -> Result:
+    """Run the `corpus` suite: index `rows` files with jobs.index, prepare, and plan.
+
+    planned: utterances of a corpus that is planned window by window. sizes: rows of indexes that
+    are prepared.
 
     The files are links to those of the embedded corpus. Each measurement has a process of its own,
     so that its peak memory is its own too.
@@ -54,44 +56,8 @@ def bench_corpus(config: Config, rows: int = _ROWS, planned: int = _PLANNED) -> 
         run = alone(_prepare, inside.model_copy(update={"data": data}))
         result.add("a run's driver prepares it", run.seconds, "s", "to the plan of every step")
         result.add("that driver", run.peak_gb, "GB", "at most, with torch")
-        progress(f"planning {planned:,} utterances")
-        plan = alone(_plan, run.value, planned, config.optim.bin_positions)
-        result.add(f"plan of {planned:,}", plan.seconds, "s", f"{plan.value:.2%} of bins filled")
-        result.add("its process", plan.peak_gb, "GB", "at most, with torch")
+        add_windows(inside, folder, list(sizes), planned, result)
     return result
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Record a call in a process of its own: its value, its seconds, its peak resident memory.
-
-    peak_gb: in units of 10^9 bytes.
-    """
-
-    value: Any
-    seconds: float
-    peak_gb: float
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Measured:
-    """Call a module-level function in a fresh process, and measure it."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_measured, function, arguments).result()
-
-
-def _measured(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Measured:
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    value = function(*arguments)
-    return Measured(value, time.perf_counter() - began, _peak_bytes() / 1e9)
-
-
-def _peak_bytes() -> int:
-    """Read the peak resident bytes of this process; getrusage would count its parent's too."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status: expected a line VmHWM")
 
 
 def repeat_files(folder: Path, rows: int) -> Path:
@@ -124,22 +90,5 @@ def _measure(manifest: Path) -> int:
     return len(build_index([str(manifest)], threads=1))
 
 
-def _prepare(config: Config) -> np.ndarray:
-    return prepare(config).lengths
-
-
-def _plan(lengths: np.ndarray, count: int, bin_positions: int) -> float:
-    """Plan an epoch of `count` utterances with lengths drawn from `lengths`.
-
-    Returns the share of the bins' positions that is filled.
-    """
-    drawn = np.random.default_rng(0).choice(lengths[lengths > 0], count)
-    plan = make_plan(
-        drawn,
-        index_fingerprint="",
-        seed=0,
-        bin_positions=bin_positions,
-        bins_per_step=_BINS_PER_STEP,
-        epochs=1,
-    )
-    return plan.positions(drawn) / (plan.bins * bin_positions)
+def _prepare(config: Config) -> int:
+    return prepare(config).splits["train"].plan.bins

@@ -82,7 +82,7 @@ def bench_peer(config: Config) -> Result:
         result.ratio["peer.loss_difference"] = peers["30s_padding"].difference_to_omni()
     best, habit = peers["best"], peers["30s_padding"]
     result.notes.append(
-        f"{prepared.splits['train'].table.num_rows} utterances, {steps} steps of "
+        f"{prepared.splits['train'].rows} utterances, {steps} steps of "
         f"{best.batch_size} of them on average; the peers have {best.threads} and {habit.threads} "
         f"threads and {best.workers} and {habit.workers} DataLoader workers, the fastest of those "
         "tried; omni one thread per process"
@@ -121,7 +121,7 @@ class Peer:
         train = prepared.splits["train"]
         self._device = torch.device("cuda" if self._config.train.gpus else "cpu")
         self.threads, self.workers = os.cpu_count() or 1, 1
-        self.batch_size = round(len(train.plan.members) / train.plan.steps)
+        self.batch_size = round(len(train.beginning.members) / train.beginning.steps)
         encoder = self._config.encoder
         # A CPU without bf16 instructions computes faster in fp32, as omni does there.
         dtype = compute_dtype(DTYPES[encoder.dtype], self._device)

@@ -193,6 +193,8 @@ class DataConfig(Section):
     """Longest time that fetching such a recording may take, in seconds."""
     max_rejects: Share = 0.05
     """Largest share of the utterances seen that may be rejected before the run stops."""
+    window_utterances: Positive = 262_144
+    """Utterances that are shuffled and packed together; a larger corpus is planned in windows."""
     duration_tolerance: Share = 0.1
     """Share of the duration in a manifest that a recording may lack before it is rejected."""
     cache: str | None = "auto"

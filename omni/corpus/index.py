@@ -72,6 +72,7 @@ class Index:
     rejects: list[Reject] = field(default_factory=list)
     weights: np.ndarray | None = None  # (n,) occurrences in an epoch; None: one each
     notes: list[str] = field(default_factory=list)  # what a user should know of it
+    sources: tuple[int, ...] = ()  # rows of each source, in order, before the text policy
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -127,7 +128,7 @@ def build_index(
         if path.name == INDEX_FILE and absolute(spec).name != INDEX_FILE:
             table, bad = read_index_folder(path.parent, prompt)
             spoken = pc.not_equal(table["text"], "")
-            rejects += _without_text(table.filter(pc.invert(spoken))) + bad
+            rejects += without_text(table.filter(pc.invert(spoken))) + bad
             tables.append(table.filter(spoken))
             continue
         parsed = list(read_manifest(path, prompt, allow_absolute, keep))
@@ -151,7 +152,7 @@ def build_index(
         )
     if (repeated := repeated_id(table["id"])) is not None:
         raise ManifestError(f"{names}: the id {repeated!r} occurs twice")
-    return Index(table, rejects, notes=notes)
+    return Index(table, rejects, notes=notes, sources=tuple(map(len, tables)))
 
 
 def _find_manifest(spec: str) -> StoragePath | None:
@@ -200,7 +201,8 @@ def repeated_id(ids: pa.ChunkedArray) -> str | None:
     return str(twice[0])
 
 
-def _without_text(table: pa.Table) -> list[Reject]:
+def without_text(table: pa.Table) -> list[Reject]:
+    """Describe rows without a transcript, which training leaves out."""
     detail = "nothing to learn from; `omni transcribe` can write it down first"
     rows = zip(table["id"].to_pylist(), table["uri"].to_pylist(), strict=True)
     return [Reject(name, uri, "no text", detail) for name, uri in rows]
@@ -217,13 +219,9 @@ def read_index_folder(folder: StoragePath, prompt: str = "") -> tuple[pa.Table, 
             raise ValueError(f"version {about['version']!r}, expected {INDEX_VERSION}")
         files = [folder / "parts" / f"{Path(name).name}.parquet" for name in about["parts"]]
         table = pa.concat_tables(
-            [SCHEMA.empty_table(), *parallel_map(_part, files)]
+            [SCHEMA.empty_table(), *parallel_map(read_part, files)]
         ).combine_chunks()
-        table.validate(full=True)
-        needed = ("id", "uri", "start", "samples", "key", "text", "prompt")
-        complete = not any(table[name].null_count for name in needed)
-        if not complete or not pc.all(pc.greater(table["samples"], 0)).as_py() and len(table):
-            raise ValueError("a row lacks id, uri, start, samples, key, text or prompt")
+        check_rows(table)
         if len(table) != about["utterances"]:
             raise ValueError(f"{len(table)} rows, expected {about['utterances']}")
         with (folder / "rejects.jsonl").open("rb") as lines:
@@ -232,6 +230,11 @@ def read_index_folder(folder: StoragePath, prompt: str = "") -> tuple[pa.Table, 
         raise_if_unreachable(folder, error)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ManifestError(f"{folder}: the index is damaged: {reason}") from None
+    return with_absolute_paths(table, folder, prompt), rejects
+
+
+def with_absolute_paths(table: pa.Table, folder: StoragePath, prompt: str) -> pa.Table:
+    """Make the paths of an index folder's rows absolute, and set the prompt of rows without one."""
     uris, prompts = table["uri"], table["prompt"]
     inside = pc.binary_join_element_wise(_large(str(folder)), uris, _large("/"))
     for name, values in (
@@ -240,7 +243,7 @@ def read_index_folder(folder: StoragePath, prompt: str = "") -> tuple[pa.Table, 
     ):
         column = SCHEMA.get_field_index(name)
         table = table.set_column(column, SCHEMA.field(name), values)
-    return table, rejects
+    return table
 
 
 def _large(text: str) -> pa.Scalar:
@@ -248,7 +251,17 @@ def _large(text: str) -> pa.Scalar:
     return pa.scalar(text, pa.large_string())
 
 
-def _part(file: StoragePath) -> pa.Table:
+def check_rows(table: pa.Table) -> None:
+    """Raise ValueError, or an error of Arrow, for a table that is not one of index rows."""
+    table.validate(full=True)
+    needed = ("id", "uri", "start", "samples", "key", "text", "prompt")
+    complete = not any(table[name].null_count for name in needed)
+    if not complete or not pc.all(pc.greater(table["samples"], 0)).as_py() and len(table):
+        raise ValueError("a row lacks id, uri, start, samples, key, text or prompt")
+
+
+def read_part(file: StoragePath) -> pa.Table:
+    """Read a part of an index folder in SCHEMA; its paths may be relative."""
     with open_ranges(file) as source:
         table = pq.read_table(source)
     if "labels" not in table.column_names:  # Nothing was kept, or by an older version.

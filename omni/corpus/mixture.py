@@ -67,6 +67,7 @@ def build_mixture(
         [reject for part in parts for reject in part.rejects],
         None if (joined == 1).all() else joined,
         [note for part in parts for note in part.notes],
+        tuple(map(len, parts)),
     )
 
 

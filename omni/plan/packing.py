@@ -9,6 +9,8 @@ import numpy as np
 
 # Bins packed together: enough to fill them well, few enough to keep the shuffled order.
 _POOL_BINS = 256
+# Utterances that are tried for the free positions of the last bin so far.
+_SEAM_CANDIDATES = 10_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,66 @@ class Bins:
     def single(cls, members: list[int]) -> Bins:
         """Make one bin of the members."""
         return cls(np.asarray(members, np.int32), np.asarray([len(members)], np.int64))
+
+
+class Packer:
+    """Pack groups of utterances one after another into bins without a gap between the groups.
+
+    The emptiest bin of a group, which would be half empty, also takes the first utterances of the
+    next group: with ten bins to a group that is five per cent of all positions.
+    names: (n,) utterances that must not share a bin where they are equal; None: all differ.
+    """
+
+    def __init__(self, capacity: int, names: np.ndarray | None = None) -> None:
+        self._capacity, self._names = capacity, names
+        self._done: list[Bins] = []
+        # The seam is the last bin so far, which the next group fills up; `count` includes it.
+        self._seam: list[int] = []
+        self._free = 0
+        self.count = 0
+        """Bins so far."""
+
+    def add(self, order: np.ndarray, lengths: np.ndarray, generator: np.random.Generator) -> None:
+        """Pack a group: the utterances of `order`, whose numbers are indices of `lengths`."""
+        if self.count:
+            order, self._free = self._fill_seam(lengths, order)
+        packed = pack(lengths, order, self._capacity, generator)
+        if not len(packed):
+            return
+        if self.count:
+            self._done.append(Bins.single(self._seam))
+        # The emptiest bin ends the group, and is filled up from the next one.
+        filled = packed.filled(lengths)
+        emptiest = int(np.argmin(filled))
+        self._free = self._capacity - int(filled[emptiest])
+        self._seam = packed.take(np.array([emptiest])).members.tolist()
+        # Best fit puts long utterances into early bins, so the bins are shuffled again.
+        others = np.delete(np.arange(len(packed)), emptiest)
+        self._done.append(packed.take(others[generator.permutation(len(others))]))
+        self.count += len(packed)
+
+    def bins(self) -> Bins:
+        """Return all bins so far, the seam last."""
+        return Bins.join([*self._done, Bins.single(self._seam)] if self.count else self._done)
+
+    def _fill_seam(self, lengths: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, int]:
+        """Append utterances of `order` to the seam.
+
+        Takes the first that fit, but none that the bin holds already. Returns the others, in
+        order, and the positions that remain free.
+        """
+        free, taken = self._free, []
+        held = {self._name(number) for number in self._seam}
+        for index in np.flatnonzero(lengths[order] <= free)[:_SEAM_CANDIDATES].tolist():
+            number = int(order[index])
+            if lengths[number] <= free and self._name(number) not in held:
+                self._seam.append(number)
+                taken.append(index)
+                free -= int(lengths[number])
+        return np.delete(order, taken), free
+
+    def _name(self, number: int) -> int:
+        return number if self._names is None else int(self._names[number])
 
 
 def pack(
@@ -131,3 +193,25 @@ def _best_fit(numbers: np.ndarray, lengths: np.ndarray, bits: list[int]) -> Bins
     bins = np.asarray(targets, np.int64)
     order = np.argsort(bins, kind="stable")
     return Bins(numbers[order].astype(np.int32), np.bincount(bins, minlength=count))
+
+
+def spread(counts: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+    """Divide occurrences of utterances among as few groups as hold none of them twice.
+
+    counts: (n,) occurrences of each utterance. Returns, for each group, indices into all
+    occurrences, which lie one after another: those of utterance 0 first.
+    """
+    most = int(counts.max())
+    first = generator.integers(max(1, most), size=len(counts))
+    before = np.cumsum(counts) - counts
+    groups: list[list[np.ndarray]] = [[] for _ in range(most)]
+    for copy in range(most):
+        # The copies of an utterance are spread evenly over the groups, from a random one on.
+        again = counts > copy
+        targets = (first[again] + copy * most // counts[again]) % most
+        members = (before[again] + copy)[np.argsort(targets, kind="stable")]
+        ends = np.cumsum(np.bincount(targets, minlength=most))
+        for target, part in enumerate(np.split(members, ends[:-1])):
+            groups[target].append(part)
+    joined = [np.concatenate(parts) for parts in groups]
+    return [members for members in joined if len(members)]

@@ -9,28 +9,67 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.augment.augment import Augmentation
 from omni.augment.speed import Speeds
-from omni.plan.packing import Bins, pack
+from omni.plan.packing import Packer, spread
 from omni.storage.digest import digest
+
+if TYPE_CHECKING:
+    from omni.plan.window_reader import LoadedWindow, WindowedPlan, WindowReader
 
 EMPTY = -1
 """Bin number of a bin of padding."""
 
 # Part of the fingerprint: to be raised when the rules below make other bins of the same input.
 _VERSION = 2
-# Utterances that are tried for the free positions of an epoch's last bin.
-_SEAM_CANDIDATES = 10_000
 # Added to products of weights and epochs, which floating point may put just below an integer.
 _ROUNDING = 1e-9
 
 
+class Steps:
+    """Steps of a plan, each of `bins_per_step` bins."""
+
+    bins_per_step: int
+    epoch_ends: np.ndarray
+    """(epochs,) int64 bins up to the end of each epoch."""
+
+    @property
+    def bins(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        return -(-self.bins // self.bins_per_step)
+
+    def epoch(self, bins_consumed: int) -> float:
+        """Return the epochs completed after so many bins, e.g. 1.25."""
+        return epochs_done(self.epoch_ends, bins_consumed)
+
+    def rows(
+        self, first_step: int, last_step: int, workers: int, bins_per_block: int
+    ) -> np.ndarray:
+        """List the bin numbers, one per row of the stream, of steps [first_step, last_step).
+
+        Each step is filled up with `EMPTY` to a multiple of workers x bins_per_block, so that every
+        rank takes the same number of blocks and a step's bins do not depend on the world size.
+        """
+        width = padded_step(self.bins_per_step, workers, bins_per_block)
+        rows = np.full((last_step - first_step, width), EMPTY, dtype=np.int64)
+        steps = np.arange(first_step, last_step, dtype=np.int64)[:, None]
+        rows[:, : self.bins_per_step] = steps * self.bins_per_step + np.arange(self.bins_per_step)
+        rows[rows >= self.bins] = EMPTY
+        return rows.reshape(-1)
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(Steps):
     """All bins of a run. `members[starts[b]:starts[b + 1]]` are the utterances of bin b."""
 
     members: np.ndarray
@@ -47,10 +86,6 @@ class Plan:
     @property
     def bins(self) -> int:
         return len(self.starts) - 1
-
-    @property
-    def steps(self) -> int:
-        return -(-self.bins // self.bins_per_step)
 
     def bin(self, number: int) -> np.ndarray:
         """Return the utterance numbers of one bin; none for `EMPTY` or a bin past the end."""
@@ -76,25 +111,6 @@ class Plan:
         parts = np.split(self.members, self.pass_starts[1:])
         return sum(int(speeds.lengths(n)[part].sum()) for n, part in enumerate(parts))
 
-    def epoch(self, bins_consumed: int) -> float:
-        """Return the epochs completed after so many bins, e.g. 1.25."""
-        return epochs_done(self.epoch_ends, bins_consumed)
-
-    def rows(
-        self, first_step: int, last_step: int, workers: int, bins_per_block: int
-    ) -> np.ndarray:
-        """List the bin numbers, one per row of the stream, of steps [first_step, last_step).
-
-        Each step is filled up with `EMPTY` to a multiple of workers x bins_per_block, so that every
-        rank takes the same number of blocks and a step's bins do not depend on the world size.
-        """
-        width = padded_step(self.bins_per_step, workers, bins_per_block)
-        rows = np.full((last_step - first_step, width), EMPTY, dtype=np.int64)
-        steps = np.arange(first_step, last_step, dtype=np.int64)[:, None]
-        rows[:, : self.bins_per_step] = steps * self.bins_per_step + np.arange(self.bins_per_step)
-        rows[rows >= self.bins] = EMPTY
-        return rows.reshape(-1)
-
 
 def epochs_done(epoch_ends: Sequence[int] | np.ndarray, bins_consumed: int) -> float:
     """Return the epochs completed after so many bins. epoch_ends: see `Plan`."""
@@ -105,16 +121,91 @@ def epochs_done(epoch_ends: Sequence[int] | np.ndarray, bins_consumed: int) -> f
     return done + (bins_consumed - first) / (int(epoch_ends[done]) - first)
 
 
+class Members(NamedTuple):
+    """Utterances of one bin."""
+
+    numbers: np.ndarray
+    """(n,) utterance numbers: rows of the index."""
+    rows: np.ndarray
+    """(n,) rows of the table that holds them."""
+    passes: np.ndarray
+    """(n,) pass of each, see `Plan.passes_of`."""
+
+
+class RowsOfBins(Protocol):
+    """Rows of some bins: of a whole split, or of the window that a bin is in."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def table(self) -> pa.Table: ...
+    @property
+    def augmentation(self) -> Augmentation | None: ...
+    def members(self, number: int) -> Members: ...
+
+
 @dataclass(frozen=True)
 class Split:
     """One corpus, ready for the stream: the index with token ids, and its bins."""
 
     name: str
     table: pa.Table
-    """Rows are `omni.plan.sequences.PlannedRow`s."""
-    plan: Plan
+    """Rows are `omni.plan.sequences.PlannedRow`s: all of them, or those of the first window."""
+    plan: Plan | WindowedPlan
     augmentation: Augmentation | None = None
     """Augmentation of training audio; None leaves all audio as it is."""
+    reader: WindowReader | None = None
+    """Reads the windows of a corpus that has several."""
+    first: LoadedWindow | None = None
+    """First of them."""
+    totals: Totals | None = None
+    """Totals of a corpus that has several windows."""
+
+    @property
+    def rows(self) -> int:
+        """Utterances of the index."""
+        return int(self.table.num_rows) if self.totals is None else self.totals.rows
+
+    @property
+    def hours(self) -> float:
+        if self.totals is not None:
+            return self.totals.samples / SAMPLES_PER_HOUR
+        return int(pc.sum(self.table["samples"]).as_py() or 0) / SAMPLES_PER_HOUR
+
+    @property
+    def beginning(self) -> Plan:
+        """Plan of the rows in `table`: the whole plan, or that of the first window."""
+        if self.first is None:
+            assert isinstance(self.plan, Plan)
+            return self.plan
+        return self.first.plan(self.plan)  # type: ignore[arg-type]  # first: of windows
+
+    def members(self, number: int) -> Members:
+        """Return the utterances of one bin; none for `EMPTY` or a bin past the end."""
+        plan = self.beginning
+        numbers = plan.bin(number)
+        return Members(numbers, numbers, plan.passes_of(number))
+
+    def of_bin(self, number: int) -> RowsOfBins:
+        """Return the rows that hold a bin: this split, or the window of the bin."""
+        if self.reader is None or self.first is None or number == EMPTY:
+            return self
+        if self.first.first_bin <= number < self.first.window.bins:
+            return self.first
+        return self.reader.window_of(number)
+
+
+class Totals(NamedTuple):
+    """Totals of a corpus that is not in memory."""
+
+    rows: int
+    samples: int
+
+
+def padding_split(name: str, table: pa.Table) -> Split:
+    """Make a split without rows, of which only `EMPTY` bins are read. table: has their columns."""
+    nothing = np.zeros(0, np.int64)
+    return Split(name, table, Plan(nothing, np.zeros(1, np.int64), nothing, 1, fingerprint=""))
 
 
 def padded_step(bins_per_step: int, workers: int, bins_per_block: int) -> int:
@@ -151,15 +242,13 @@ def make_plan(
         raise ValueError("no utterance fits a bin")
     if epochs is None and max_steps is None:
         raise ValueError("either epochs or max_steps is needed")
-    done: list[Bins] = []
-    # The seam is the last bin so far, which the next pass fills up; `count` includes it.
-    seam: list[int] = []
-    free = count = planned = 0
+    packer = Packer(bin_positions)
+    planned = 0
     ends: list[int] = []
     pass_starts: list[int] = []
     while (epochs is None or len(ends) < epochs) and (
         # A plan that ends with an epoch needs the next one to fill up its last bin.
-        max_steps is None or count <= max_steps * bins_per_step
+        max_steps is None or packer.count <= max_steps * bins_per_step
     ):
         generator = np.random.default_rng([seed, len(ends)])
         for members in [usable] if weights is None else passes(usable, weights, seed, len(ends)):
@@ -167,23 +256,9 @@ def make_plan(
             now = lengths if speeds is None else speeds.lengths(len(pass_starts))
             pass_starts.append(planned)
             planned += len(order)
-            if count:
-                order, free = _fill_seam(seam, free, now, order)
-            packed = pack(now, order, bin_positions, generator)
-            if len(packed):
-                if count:
-                    done.append(Bins.single(seam))
-                # The emptiest bin ends the pass, and is filled up from the next one.
-                filled = packed.filled(now)
-                emptiest = int(np.argmin(filled))
-                free = bin_positions - int(filled[emptiest])
-                seam = packed.take(np.array([emptiest])).members.tolist()
-                # Best fit puts long utterances into early bins, so the bins are shuffled again.
-                others = np.delete(np.arange(len(packed)), emptiest)
-                done.append(packed.take(others[generator.permutation(len(others))]))
-                count += len(packed)
-        ends.append(count)
-    bins = Bins.join([*done, Bins.single(seam)] if count else done)
+            packer.add(order, now, generator)
+        ends.append(packer.count)
+    bins = packer.bins()
     sizes, members = bins.sizes, bins.members
     if max_steps is not None:
         sizes = sizes[: max_steps * bins_per_step]
@@ -221,38 +296,8 @@ def passes(usable: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> li
         after, before = (np.floor(e * weight + turns + _ROUNDING) for e in (epoch + 1, epoch))
         counts[group] = (after - before).astype(np.int64)
     counts = counts[usable]
-    most = int(counts.max())
-    first = generator.integers(max(1, most), size=len(usable))
-    by_pass: list[list[np.ndarray]] = [[] for _ in range(most)]
-    for copy in range(most):
-        # The copies of an utterance are spread evenly over the passes, from a random one on.
-        again = counts > copy
-        targets = (first[again] + copy * most // counts[again]) % most
-        members = usable[again][np.argsort(targets, kind="stable")]
-        ends = np.cumsum(np.bincount(targets, minlength=most))
-        for target, part in enumerate(np.split(members, ends[:-1])):
-            by_pass[target].append(part)
-    joined = [np.concatenate(parts) for parts in by_pass]
-    return [members for members in joined if len(members)]
-
-
-def _fill_seam(
-    seam: list[int], free: int, lengths: np.ndarray, order: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Append utterances of `order` to `seam`, which has `free` positions left.
-
-    Takes the first that fit, but none that the bin holds already. Returns the others, in order, and
-    the positions that remain free.
-    """
-    held = set(seam)
-    taken = []
-    for index in np.flatnonzero(lengths[order] <= free)[:_SEAM_CANDIDATES].tolist():
-        number = int(order[index])
-        if lengths[number] <= free and number not in held:
-            seam.append(number)
-            taken.append(index)
-            free -= int(lengths[number])
-    return np.delete(order, taken), free
+    occurrences = np.repeat(usable, counts)
+    return [occurrences[members] for members in spread(counts, generator)]
 
 
 def held_bins(split: Split, workers: int, bins_per_block: int) -> np.ndarray:

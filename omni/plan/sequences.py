@@ -18,6 +18,8 @@ from omni.model.chat_template import AUDIO, RefusedRow, Template
 from omni.model.projector import soft_tokens
 from omni.storage.digest import digest
 
+LONGER_THAN_A_BIN = "longer than a bin"
+"""Reason of rows that are in the index and not in the plan."""
 # Rows that are Python objects at a time: they take ten times the memory of the table.
 _BATCH = 65_536
 _TOKENS = pa.schema(
@@ -43,20 +45,30 @@ class PlannedRow(IndexRow):
 
 def task_names(config: Config, indexes: dict[str, Index]) -> list[str]:
     """List the names of the tasks, sorted. Raises ConfigError for a row of an unknown task."""
-    found: dict[str, str] = {}
-    for name, index in indexes.items():
-        for task in index.table["task"].unique().to_pylist():
-            found.setdefault(task or DEFAULT_TASK, name)
+    return check_tasks(config, tasks_by_split(indexes))
+
+
+def tasks_by_split(indexes: dict[str, Index]) -> dict[str, set[str]]:
+    """Return the names of the tasks in each index."""
+    return {
+        name: {task or DEFAULT_TASK for task in index.table["task"].unique().to_pylist()}
+        for name, index in indexes.items()
+    }
+
+
+def check_tasks(config: Config, tasks: dict[str, set[str]]) -> list[str]:
+    """List the names of the tasks of all splits, sorted. Raises ConfigError for an unknown one."""
     known = set(config.data.tasks)
     if any(task.answer for task in config.data.tasks.values()):
         known.add(DEFAULT_TASK)  # The rows themselves, which need no settings.
-    for task, split in found.items():
-        if known and task not in known:
-            raise ConfigError(
-                f"data.tasks: data.{split} has rows of the task {task!r}; expected one of: "
-                f"{', '.join(sorted(known))}"
-            )
-    return sorted(known or found)
+    for split, names in tasks.items():
+        for task in sorted(names):
+            if known and task not in known:
+                raise ConfigError(
+                    f"data.tasks: data.{split} has rows of the task {task!r}; expected one of: "
+                    f"{', '.join(sorted(known))}"
+                )
+    return sorted(known or set().union(*tasks.values()))
 
 
 def with_tokens(
@@ -96,7 +108,7 @@ def with_tokens(
                 Reject(
                     row["id"],
                     row["uri"],
-                    "longer than a bin",
+                    LONGER_THAN_A_BIN,
                     f"{need} positions ({seconds:.1f} s, {len(sequence.ids)} tokens); "
                     f"optim.bin_positions is {capacity}",
                 )

@@ -20,6 +20,8 @@ from omni.model.projector import soft_tokens
 from omni.model.tokenizer import SpeechTokenizer
 from omni.plan.plan import Plan
 from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
+from omni.plan.window_reader import WindowReader, epoch_ends
+from omni.plan.windows_file import WindowsFile, read_windows_file, windows_path
 from omni.report.charts import histogram
 from omni.report.number_text import count, percent, short
 from omni.storage.path import StoragePath
@@ -52,8 +54,12 @@ def read_run(run: StoragePath) -> RunPlan:
     plans = [
         str(e["plan"]) for e in read_events(run) if e.get("event") == "attempt" and "plan" in e
     ]
-    path = plan_path(run, plans[-1] if plans else "none")
+    fingerprint = plans[-1] if plans else "none"
+    path, windows = plan_path(run, fingerprint), windows_path(run, fingerprint)
     try:
+        if windows.is_file():
+            path = windows
+            return _first_window(config, read_windows_file(path))
         file = read_plan_file(path)
         plan = file.plan(config.optim.steps)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -68,6 +74,35 @@ def read_run(run: StoragePath) -> RunPlan:
     except (ConfigError, SourceError) as error:
         note = f"The corpus cannot be read here, only the plan is shown. {error}"
     return RunPlan(config, file, plan, index, tokenizer, note)
+
+
+def _first_window(config: Config, saved: WindowsFile) -> RunPlan:
+    """Return the plan of the first window, whose utterances stand for those of all.
+
+    Raises OSError, ValueError or an error of Arrow where the prepared corpus cannot be read.
+    """
+    windows = saved.windows()
+    first = WindowReader("train", windows, saved.files, None).load(0)
+    plan = Plan(
+        members=np.arange(len(first.window.members), dtype=np.int32),
+        starts=first.window.starts,
+        epoch_ends=epoch_ends(windows, first.window, config.optim.steps * saved.bins_per_step),
+        bins_per_step=saved.bins_per_step,
+        fingerprint="",
+    )
+    file = PlanFile(
+        ids=first.table["id"].to_pylist(),
+        lengths=first.lengths,
+        index_fingerprint=saved.index_fingerprint,
+        seed=saved.seed,
+        bin_positions=saved.bin_positions,
+        bins_per_step=saved.bins_per_step,
+    )
+    note = (
+        f"The corpus is planned in {windows.per_epoch} windows per epoch: the first of them is "
+        "shown, and not the corpus."
+    )
+    return RunPlan(config, file, plan, None, None, note)
 
 
 def _tokenizer(path: StoragePath) -> tuple[SpeechTokenizer | None, str]:

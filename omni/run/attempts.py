@@ -46,6 +46,7 @@ from omni.storage.lease import Lease
 from omni.storage.uri import reason_of
 from omni.stream.pipeline import SharedSettings
 from omni.stream.stream_settings import stream_settings
+from omni.stream.window_server import put_split
 from omni.train.stop_request import StopRequest
 
 _POLL_SECONDS = 0.2
@@ -68,7 +69,8 @@ class Attempts:
         self._stop = StopRequest(self._run_dir)
         # The stages read indexes and plans from the object store. The references travel in lists:
         # Ray would resolve one that is an argument itself.
-        self._splits = [ray.put(split) for split in prepared.splits.values()]
+        put = [put_split(split, self._config, prepared.tasks) for split in prepared.splits.values()]
+        self._splits, self._servers = [list(found) for found in zip(*put, strict=True)]
         self._settings = stream_settings(self._config, prepared.encoder)
         self._verified: tuple[ResumePoint | None, list[str]] | None = (
             None if prepared.resume is None else ResumePoint.of(prepared.resume, self._run_dir),

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from omni.checkpoint.resume import newest_checkpoint
 from omni.metrics.run_files import read_events, read_json_lines
-from omni.plan.plan import Plan, passes
-from omni.plan.plan_file import PlanFile, plan_path, read_plan_file
+from omni.plan.plan_file import plan_path, read_plan_file
+from omni.plan.windows_file import read_window_bins, read_windows_file, windows_path
+from omni.run.audited_plan import AuditedPlan, PlanOfWindows, WholePlan
 from omni.storage.path import StoragePath
 
 _SHOWN = 10  # steps or ids listed in a message
@@ -68,25 +68,31 @@ def audit(run_dir: StoragePath) -> Audit:
     rejected = {r["id"] for r in read_json_lines(run_dir / "rejects.jsonl") if "step" in r}
     trained: Counter[int] = Counter()
     for first, last, fingerprint in _segments(attempts, state.step):
-        file = _plan_file(run_dir, fingerprint)
-        plan = file.plan(last)
+        plan = _plan(run_dir, fingerprint, last)
         if plan.fingerprint != fingerprint:
-            found.problems.append(f"plan/{fingerprint}.parquet makes plan {plan.fingerprint}")
+            found.problems.append(f"plan/{fingerprint} makes plan {plan.fingerprint}")
             continue
         found.plans.append(fingerprint)
-        for step in range(first + 1, last + 1):
-            trained.update(_check_step(step, plan, file, ledger.get(step, []), rejected, found))
-        _check_epochs(plan, file, found)
-        found.epochs = plan.epoch(last * plan.bins_per_step)
+        try:
+            for step in range(first + 1, last + 1):
+                took = _check_step(step, plan, ledger.get(step, []), rejected, found)
+                found.utterances += len(took)
+                if plan.counts_all:
+                    trained.update(took)
+            found.problems += plan.problems()
+            found.epochs = plan.epoch()
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise AuditError(
+                f"plan/{fingerprint}: the prepared corpus cannot be read: {error}"
+            ) from None
         if last == state.step and state.bins_consumed != last * plan.bins_per_step:
             found.problems.append(
                 f"the checkpoint of step {last} says {state.bins_consumed} bins, "
                 f"the plan {last * plan.bins_per_step}"
             )
-    if len(found.plans) == 1 and not found.problems and file.weights is None:
+    if len(found.plans) == 1 and not found.problems:
         _check_counts(trained, found)
     found.later = sum(step > state.step for step in ledger)
-    found.utterances = trained.total()
     _check_metrics(run_dir, state.step, attempts, found)
     return found
 
@@ -139,10 +145,16 @@ def _segments(attempts: Sequence[dict[str, Any]], steps: int) -> list[tuple[int,
     return [part for part in joined if part[0] < part[1]]
 
 
-def _plan_file(run_dir: StoragePath, fingerprint: str) -> PlanFile:
+def _plan(run_dir: StoragePath, fingerprint: str, steps: int) -> AuditedPlan:
+    """Make the first steps of a plan again. Raises AuditError."""
     path = plan_path(run_dir, fingerprint)
+    windows = windows_path(run_dir, fingerprint)
     try:
-        return read_plan_file(path)
+        if windows.is_file():
+            path = windows
+            known = read_window_bins(run_dir, fingerprint)
+            return PlanOfWindows(read_windows_file(path), steps, known)
+        return WholePlan(read_plan_file(path), steps)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise AuditError(f"{path}: missing or damaged ({error})") from None
 
@@ -168,8 +180,7 @@ def _ledger(run_dir: StoragePath, found: Audit) -> dict[int, list[dict[str, Any]
 
 def _check_step(
     step: int,
-    plan: Plan,
-    file: PlanFile,
+    plan: AuditedPlan,
     rows: Sequence[dict[str, Any]],
     rejected: set[str],
     found: Audit,
@@ -188,10 +199,12 @@ def _check_step(
     for row in rows:
         members = Counter(plan.bin(row["bin"]).tolist()) if row["bin"] < plan.bins else Counter()
         took = Counter(row["utterances"])
-        absent = [n for n in (members - took).elements() if file.ids[n] not in rejected]
+        absent = [
+            name for name in plan.ids(list((members - took).elements())) if name not in rejected
+        ]
         if absent:
-            ids = _some([file.ids[n] for n in absent])
-            found.problems.append(f"step {step}: bin {row['bin']} lacks {ids}, not rejected")
+            lacks = f"lacks {_some(absent)}, not rejected"
+            found.problems.append(f"step {step}: bin {row['bin']} {lacks}")
         if extra := sorted((took - members).elements()):
             found.problems.append(f"step {step}: bin {row['bin']} holds utterances {_some(extra)}")
         found.rejected += (members - took).total() - len(absent)
@@ -200,24 +213,6 @@ def _check_step(
         trained += row["utterances"]
     found.bins += given.total()
     return trained
-
-
-def _check_epochs(plan: Plan, file: PlanFile, found: Audit) -> None:
-    """Check that each epoch holds every usable utterance once, or by its weight."""
-    usable = np.flatnonzero(file.lengths > 0)
-    often = "once" if file.weights is None else "as often as its weight says"
-    first = epoch = 0
-    while True:
-        wanted = usable
-        if file.weights is not None:
-            groups = passes(usable, file.weights, file.seed, epoch)
-            wanted = np.sort(np.concatenate(groups)) if groups else usable[:0]
-        if first + len(wanted) > len(plan.members):
-            return
-        part = np.sort(plan.members[first : first + len(wanted)])
-        if not np.array_equal(part, wanted):
-            found.problems.append(f"epoch {epoch} of the plan: expected every utterance {often}")
-        first, epoch = first + len(wanted), epoch + 1
 
 
 def _check_counts(trained: Counter[int], found: Audit) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 
@@ -17,11 +19,11 @@ from omni.plan.sequences import sequence_positions
 from omni.storage.uri import report_storage_errors
 
 
-def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Augmentation | None:
+def augmentation_of(config: Config, speeds: Callable[[], Speeds | None]) -> Augmentation | None:
     """Return the augmentation of the training utterances; None without any.
 
-    table: the index with token ids. lengths: (n,) positions at their own speed; 0: not in the plan.
-    Raises ConfigError if a corpus of noises or rooms cannot be used.
+    speeds: makes their speeds, where these change. Raises ConfigError if a corpus of noises or
+    rooms cannot be used.
     """
     settings = config.augment
     if settings.clean_share == 1:
@@ -29,7 +31,7 @@ def augmentation_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Aug
     return Augmentation(
         settings,
         config.run.seed,
-        None if settings.speed == [1.0] else _speeds(config, table, lengths),
+        None if settings.speed == [1.0] else speeds(),
         _clips(config, "noise"),
         _clips(config, "reverb"),
     )
@@ -58,7 +60,11 @@ def _clips(config: Config, name: str) -> Clips:
         raise ConfigError(f"augment.{name}: {error}") from None
 
 
-def _speeds(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:
+def speeds_of(config: Config, table: pa.Table, lengths: np.ndarray) -> Speeds:
+    """Count the positions of each utterance at each speed.
+
+    table: the index with token ids. lengths: (n,) positions at speed 1; 0: not in the plan.
+    """
     speeds = config.augment.speed
     samples = [[r["samples"] for r in recordings(row)] for row in _index_rows(table)]
     ids = [len(tokens) for tokens in table["tokens"].to_pylist()]

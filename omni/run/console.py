@@ -6,12 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.checkpoint.train_state import TrainState
 from omni.corpus.index_row import DEFAULT_TASK
 from omni.errors import counted, printable
@@ -39,14 +37,19 @@ class LiveView:
         config = prepared.config
         self._print(("omni", "bold"), f" {config.run_dir}")
         for name, split in prepared.splits.items():
-            hours = pc.sum(split.table["samples"]).as_py() / SAMPLES_PER_HOUR
-            self.show(f"  {name:<6} {counted(split.table.num_rows, 'utterance')}, {hours:.2f} h")
-        plan = prepared.splits["train"].plan
+            self.show(f"  {name:<6} {counted(split.rows, 'utterance')}, {split.hours:.2f} h")
+        train = prepared.splits["train"]
+        plan = train.plan
         self.show(
             f"  plan   {counted(config.optim.steps, 'step')} of {config.optim.bins_per_step} x "
             f"{config.optim.bin_positions} positions, {prepared.filled:.1%} filled, "
             f"{plan.epoch(plan.bins):.1f} epochs"
         )
+        if train.reader is not None:
+            self.show(
+                f"         in {counted(train.reader.windows.per_epoch, 'window')} per epoch, of "
+                f"which the first is {prepared.filled:.2%} filled"
+            )
         if prepared.rejects:
             first = prepared.rejects[0]
             left_out = f"{counted(len(prepared.rejects), 'row')} left out"

@@ -36,7 +36,7 @@ def resolve_encoder_actors(prepared: Prepared, trial: Trial, missing: float) -> 
         cores = float(os.cpu_count() or 1) if len(nodes) == 1 else total
         spare, each, unit = cores - workers.most * workers.threads, encoder.threads, "cores"
     split = prepared.splits["train"]
-    audio = audio_per_step(split.plan, split.table["samples"].to_numpy()) / workers.most
+    audio = audio_per_step(split.beginning, split.table["samples"].to_numpy()) / workers.most
     choice = choose_actors(
         encoder_rate=trial.encoder_rate,
         trainer_rate=audio / step_seconds(config, trial.block, workers.most),

@@ -30,24 +30,32 @@ def needs_encoder(splits: Mapping[str, Split], settings: StreamSettings, first_s
     if cache is None or not cache.stored_bytes:
         return True
     for name, split in splits.items():
-        plan, first = split.plan, 0
+        if name == "train" and split.augmentation is not None:
+            return True
+        if split.reader is not None:
+            # Any window may follow, so all parts are looked through until one lacks something.
+            files = split.reader.files
+            for part in range(len(files)):
+                table = files.all_rows(part)
+                if missing_share(table, np.arange(len(table)), settings, cache):
+                    return True
+            continue
+        plan, first = split.beginning, 0
         if name == "train":
-            if split.augmentation is not None:
-                return True
             first = int(plan.starts[min(first_step * plan.bins_per_step, plan.bins)])
-        if missing_share(split, np.unique(plan.members[first:]), settings, cache):
+        if missing_share(split.table, np.unique(plan.members[first:]), settings, cache):
             return True
     return False
 
 
 def missing_share(
-    split: Split, members: np.ndarray, settings: StreamSettings, cache: FeatureCache
+    rows: pa.Table, members: np.ndarray, settings: StreamSettings, cache: FeatureCache
 ) -> float:
     """Return the share of these utterances' recordings that will be encoded, without augmentation.
 
-    0 also where the few that the cache lacks cannot be decoded.
+    members: rows of the table. 0 also where the few that the cache lacks cannot be decoded.
     """
-    table = split.table.select(["key", "audios"]).take(pa.array(members, pa.int64()))
+    table = rows.select(["key", "audios"]).take(pa.array(members, pa.int64()))
     plain = table.filter(pc.is_null(table["audios"]))["key"]
     inside = [chunk.flatten().field("key") for chunk in table["audios"].chunks]
     keys = pc.unique(pa.chunked_array([*plain.chunks, *inside], pa.large_string())).to_pylist()
@@ -58,8 +66,8 @@ def missing_share(
             pc.is_valid(table["audios"]),
             pc.is_in(table["key"], pa.array(absent, pa.large_string())),
         )
-        rows = split.table.take(pa.array(members[wanted.to_numpy()], pa.int64())).to_pylist()
-        tried = {r["key"]: r for row in rows for r in recordings(row) if r["key"] in absent}
+        chosen = rows.take(pa.array(members[wanted.to_numpy()], pa.int64())).to_pylist()
+        tried = {r["key"]: r for row in chosen for r in recordings(row) if r["key"] in absent}
         if not any(parallel_map(_can_be_decoded, tried.values())):
             return 0.0
     return len(absent) / len(keys) if keys else 0.0

@@ -30,7 +30,10 @@ class Estimate:
 
 
 def audio_per_step(plan: Plan, samples: np.ndarray) -> float:
-    """Return the mean seconds of audio in a step. samples: (n,) of each utterance."""
+    """Return the mean seconds of audio in a step. samples: (n,) of each utterance.
+
+    plan: the whole one, or that of the first window, which stands for all.
+    """
     return float(samples[plan.members].sum()) / SAMPLING_RATE / plan.steps
 
 

@@ -302,13 +302,13 @@ def _not_shared(mark: StoragePath, word: str, config: Config) -> str | None:
 
 
 def _missing(prepared: Prepared) -> float:
-    """Return the share of the training audio that will be encoded."""
+    """Return the share of the training audio that will be encoded, of the first window if many."""
     settings = stream_settings(prepared.config, prepared.encoder)
     cache = settings.open_cache()
     if cache is None:
         return 1.0
     split = prepared.splits["train"]
-    share = missing_share(split, np.unique(split.plan.members), settings, cache)
+    share = missing_share(split.table, np.unique(split.beginning.members), settings, cache)
     return 1 - (1 - share) * prepared.config.augment.clean_share
 
 
@@ -321,7 +321,7 @@ def _estimate(prepared: Prepared, tried: Trial, missing: float) -> Estimate | No
     alone = len(found) == 1 and not (train.gpus or config.encoder.gpus)
     return estimate(
         config,
-        split.plan,
+        split.beginning,
         split.table["samples"].to_numpy(),
         workers=max(1, workers_that_fit(found, Demand.of(config), train.least, train.most)),
         encoders=config.encoder.actor_count,

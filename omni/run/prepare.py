@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.rejects import Reject
-from omni.corpus.splits import build_indexes
+from omni.corpus.splits import open_corpora
 from omni.corpus.tasks import names_of_tasks, task_rules
 from omni.errors import ConfigError
 from omni.inference.export import missing_for
@@ -46,7 +47,9 @@ from omni.plan.sequences import (
     token_fingerprint,
     with_tokens,
 )
-from omni.run.augmentation import augmentation_notes, augmentation_of
+from omni.plan.windows_file import write_windows_file
+from omni.run.augmentation import augmentation_notes, augmentation_of, speeds_of
+from omni.run.corpus_checks import check_rejects, ctc_notes, overlap_notes
 from omni.run.model_setup import (
     check_base,
     choose_template,
@@ -56,6 +59,8 @@ from omni.run.model_setup import (
     language_model_shape,
     model_config,
 )
+from omni.run.prepare_parts import read_sample
+from omni.run.prepare_windows import prepare_windows
 from omni.storage.digest import digest
 from omni.stream.encoder_facts import EncoderFacts, describe_encoder
 from omni.train.worker_spec import WorkerSpec
@@ -80,7 +85,8 @@ class Prepared:
     model: OmniConfig
     encoder: EncoderFacts
     lengths: np.ndarray
-    """(n,) positions of the training utterances; 0: not in the plan."""
+    """(n,) positions of the training utterances; 0: not in the plan. Empty for a corpus of several
+    windows, which is not in memory."""
     weights: np.ndarray | None
     """(n,) occurrences of each training utterance in an epoch; None: one."""
     fingerprints: dict[str, str]
@@ -94,19 +100,18 @@ class Prepared:
     """Share of the plan's positions that hold an utterance."""
 
     def write_plan_file(self) -> None:
-        write_plan_file(
-            self.config,
-            self.splits["train"],
-            self.fingerprints["data.train"],
-            self.lengths,
-            self.weights,
-        )
+        split, data = self.splits["train"], self.fingerprints["data.train"]
+        if split.reader is None:
+            write_plan_file(self.config, split, data, self.lengths, self.weights)
+        else:
+            write_windows_file(self.config, split.plan.fingerprint, data, split.reader)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, say: Callable[[str], None] | None = None) -> Prepared:
     """Index the splits, train or load the tokenizer, plan every step.
 
-    Raises ConfigError, naming the field or file, for wrong input.
+    say: reports the progress of a large corpus. Raises ConfigError, naming the field or file, for
+    wrong input.
     """
     run = config.run_dir
     damaged: list[str] = []
@@ -121,11 +126,10 @@ def prepare(config: Config) -> Prepared:
     lm = find_language_model(config)
     base = find_base(config) if resume is None else None
     language_model_shape(config, lm, config.tokenizer.vocab_size)  # Before a corpus is read.
-    indexes = build_indexes(config)
-    encoder = describe_encoder(config, indexes["train"])
-    tokenizer = choose_tokenizer(
-        config, None if resume is None else resume.path, indexes["train"], lm, base
-    )
+    indexes, parts = open_corpora(config)
+    sample = indexes["train"] if parts is None else read_sample(parts, config)
+    encoder = describe_encoder(config, sample)
+    tokenizer = choose_tokenizer(config, None if resume is None else resume.path, sample, lm, base)
     model = model_config(config, tokenizer, encoder, lm)
     if base is not None:
         check_base(base, config, model, encoder)
@@ -134,68 +138,74 @@ def prepare(config: Config) -> Prepared:
         config = config.model_copy(update={"model": given})
     config = _with_decoder(config, model)
     template = choose_template(config, tokenizer)
-    tasks = task_names(config, indexes)
     splits: dict[str, Split] = {}
-    filled, planned = 0.0, np.zeros(0, dtype=np.int64)
-    weights: np.ndarray | None = None
     rejects: list[Reject] = []
     answers: dict[str, np.ndarray] = {}
+    if parts is None:
+        tasks = task_names(config, indexes)
+    else:
+        train = prepare_windows(config, parts, tokenizer, template.kind, indexes, say)
+        tasks, splits["train"], rejects = train.tasks, train.split, train.rejects
+        notes += train.notes
+        answers["train"] = np.asarray([train.longest_answer])
+        filled, planned, weights = train.filled, np.zeros(0, dtype=np.int64), None
+        data_fingerprint, tokens = train.fingerprint, train.tokens
     for name, index in indexes.items():
         table, lengths, too_long = with_tokens(index, template, tasks, config)
         rejects += [*index.rejects, *too_long]
-        bad, rows = len(index.rejects) + len(too_long), len(index) + len(index.rejects)
-        if name == "train" and bad > config.data.max_rejects * rows:
-            worst = (index.rejects + too_long)[0]
-            raise ConfigError(
-                f"data.max_rejects: {bad} of {rows} rows of data.train cannot be used, more than "
-                f"{config.data.max_rejects:.0%}; the first, {worst.id}: {worst.reason}: "
-                f"{worst.detail}"
-            )
-        if name != "train":
+        is_train = name == "train"
+        if is_train:
+            rows = len(index) + len(index.rejects)
+            check_rejects(config, index.rejects + too_long, rows)
+        else:
             lengths[config.eval.max_utterances :] = 0
         answers[name] = answer_lengths(table)[lengths > 0]
-        augmentation = augmentation_of(config, table, lengths) if name == "train" else None
+        augmentation = None
+        if is_train:
+            augmentation = augmentation_of(config, partial(speeds_of, config, table, lengths))
         speeds = None if augmentation is None else augmentation.speeds
-        train = name == "train"
         try:
             plan = make_plan(
                 lengths,
                 index_fingerprint=index.fingerprint,
                 seed=config.run.seed,
                 bin_positions=config.optim.bin_positions,
-                bins_per_step=config.optim.bins_per_step if train else 1,
-                epochs=None if train else 1,
-                max_steps=config.optim.steps if train else None,
+                bins_per_step=config.optim.bins_per_step if is_train else 1,
+                epochs=None if is_train else 1,
+                max_steps=config.optim.steps if is_train else None,
                 speeds=speeds,
                 weights=index.weights,
             )
         except ValueError as error:
             raise ConfigError(f"data.{name}: {error} (optim.bin_positions)") from None
         splits[name] = Split(name, table, plan, augmentation)
-        if train:
+        if is_train:
             planned = lengths
             weights = index.weights
             shortest = lengths if speeds is None else speeds.shortest
             if config.optim.ctc_weight:
-                summaries = config.model.summary_tokens
-                notes += _ctc_notes(table, shortest, speeds is not None, summaries)
+                usable = int((shortest > 0).sum())
+                fit = ctc_fit(table, shortest, config.model.summary_tokens)
+                notes += ctc_notes(*fit, usable, len(index), speeds is not None)
             filled = plan.positions(lengths, speeds) / (plan.bins * config.optim.bin_positions)
+            data_fingerprint, tokens = index.fingerprint, token_fingerprint(table)
     notes += [note for index in indexes.values() for note in index.notes]
     config = _with_answer_limit(config, answers["train"])
     notes += _long_answers(config, answers)
     scoring = Scoring(task_rules(config.data.model_dump()), tasks)
     _check_best(config, indexes["dev"], scoring)
-    notes += _overlap(indexes, scoring) + augmentation_notes(config) + _precision_notes(config)
+    notes += ([] if parts else _overlap(indexes, scoring)) + augmentation_notes(config)
+    notes += _precision_notes(config)
     notes += _schedule_notes(config) + _export_notes(model, encoder)
     augmentation = splits["train"].augmentation
     fingerprints = {
-        "data.train": indexes["train"].fingerprint,
+        "data.train": data_fingerprint,
         "tokenizer": digest(tokenizer.to_json()),
         "plan": splits["train"].plan.fingerprint,
         "model": digest(json.dumps(model.to_dict(), sort_keys=True)),
         "encoder": " ".join(encoder.identity),
         "augment": "" if augmentation is None else augmentation.identity,
-        "tokens": token_fingerprint(splits["train"].table),
+        "tokens": tokens,
     }
     return Prepared(
         config,
@@ -242,7 +252,7 @@ def make_worker_spec(
             name: split.plan.bins for name, split in prepared.splits.items() if name != "train"
         },
         held_step=_held_step(prepared.config, resume),
-        train_rows=train.table.num_rows,
+        train_rows=train.rows,
         epoch_ends=train.plan.epoch_ends.tolist(),
         nodes=nodes,
         encoders=prepared.config.encoder.actor_count if encode else 0,
@@ -258,33 +268,6 @@ def _held_step(config: Config, resume: ResumePoint | None) -> int:
         return first  # It trains no further, and scores only.
     steps, log_every = config.optim.steps, config.train.log_every
     return held_out_step(first, steps, log_every, config.eval.every)
-
-
-def _ctc_notes(table: pa.Table, lengths: np.ndarray, sped: bool, summary_tokens: int) -> list[str]:
-    """Count the utterances that CTC learns nothing from. Raises ConfigError if it is all of them.
-
-    lengths: (n,) positions, at their fastest if they are `sped`.
-    """
-    silent, beyond = ctc_fit(table, lengths, summary_tokens)
-    if silent == int((lengths > 0).sum()):
-        raise ConfigError(
-            "optim.ctc_weight: no row of data.train has a transcript: rows of other tasks than "
-            f'{DEFAULT_TASK} and conversations need messages with {{"audio": ..., "text": ...}}'
-        )
-    of = f"of {table.num_rows} utterances"
-    notes = []
-    if silent:
-        notes.append(
-            f"CTC learns nothing from {silent} {of}: what is said in them is not known, since they "
-            "answer another task, or their messages have no transcripts"
-        )
-    if beyond:
-        fast = " at their fastest" if sped else ""
-        notes.append(
-            f"CTC learns nothing from {beyond} {of}{fast}: they have more tokens than soft tokens "
-            "(model.stack)"
-        )
-    return notes
 
 
 def _with_decoder(config: Config, model: OmniConfig) -> Config:
@@ -393,10 +376,5 @@ def _overlap(indexes: dict[str, Index], scoring: Scoring) -> list[str]:
     trained = {sentence for sentence in sentences("train") if sentence in asked}
     notes = []
     for name, of_split in held.items():
-        known = sum(sentence in trained for sentence in of_split)
-        if known:
-            notes.append(
-                f"{known} of {len(of_split)} {name} sentences also occur in training, so its "
-                "WER is too low"
-            )
+        notes += overlap_notes(name, sum(s in trained for s in of_split), len(of_split))
     return notes

@@ -35,7 +35,7 @@ def loaded_blocks(
 ) -> tuple[list[pa.Table], float]:
     """Load blocks of log-mels without a cache; return them and the seconds taken."""
     began = time.perf_counter()
-    rows = [load_bin(split, number, settings, None) for number in bins]
+    rows = [load_bin(split.of_bin(number), number, settings, None) for number in bins]
     seconds = time.perf_counter() - began
     size = settings.bins_per_block
     blocks = [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -10,9 +10,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow.compute as pc
-
-from omni.audio.windows import SAMPLES_PER_HOUR
 from omni.checkpoint.resume import newest_step
 from omni.checkpoint.train_state import TrainState
 from omni.cluster.ray_init import start_ray
@@ -79,7 +76,7 @@ def _prepare_alone(config: Config, view: LiveView) -> tuple[Prepared, Lease]:
     A run that is new gets its folder, and its lease, once the config has been found to be right.
     """
     new = not config.run_dir.exists()
-    prepared = prepare(config) if new else None
+    prepared = prepare(config, view.show) if new else None
     if new:
         _make_folder(config)
     try:
@@ -89,7 +86,7 @@ def _prepare_alone(config: Config, view: LiveView) -> tuple[Prepared, Lease]:
         raise ConfigError(f"run.storage: {config.run_dir} {reason}") from None
     try:
         # Another driver may have trained meanwhile.
-        return prepared if prepared and lease.number == 1 else prepare(config), lease
+        return prepared if prepared and lease.number == 1 else prepare(config, view.show), lease
     except BaseException:
         lease.release()
         raise
@@ -160,11 +157,11 @@ def dry_run(config: Config) -> None:
     """Do everything up to the first step, and leave no files. Raises as `train` does."""
     check_trackers(config)
     _check_storage(config)
-    prepared = prepare(config)
+    view = LiveView()
+    prepared = prepare(config, view.show)
     state, _ = _saved_state(prepared)
     existed = config.run_dir.exists()
     _make_folder(config)
-    view = LiveView()
     view.header(prepared, state)
     _warn_of_damage(view, prepared)
     _start_cluster(config)
@@ -309,7 +306,7 @@ def _complete_summary(prepared: Prepared, wall_seconds: float) -> dict[str, Any]
     summary |= {
         "rejects": counts,
         "wall_seconds": round(wall_seconds, 1),
-        "train_hours": pc.sum(prepared.splits["train"].table["samples"]).as_py() / SAMPLES_PER_HOUR,
+        "train_hours": prepared.splits["train"].hours,
     }
     write_json(path, summary)
     return summary

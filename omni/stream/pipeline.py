@@ -182,7 +182,8 @@ class _LoadStage:
         rows = []
         for number in batch["id"].tolist():
             split: Split = ray.get(self._references["splits"][split_of[number]])
-            rows.append(load_bin(split, int(bin_of[number]), self._settings, cache))
+            planned = int(bin_of[number])
+            rows.append(load_bin(split.of_bin(planned), planned, self._settings, cache))
         return rows
 
 

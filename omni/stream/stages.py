@@ -27,7 +27,7 @@ from omni.corpus.index_row import Recording, is_transcription, recordings, span_
 from omni.errors import located
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import limit_gpu_memory
-from omni.plan.plan import Split
+from omni.plan.plan import Members, RowsOfBins
 from omni.plan.sequences import PlannedRow
 from omni.storage.path import register_credentials
 from omni.storage.retry import retry_storage
@@ -39,17 +39,19 @@ from omni.stream.stream_settings import StreamSettings
 
 
 def load_bin(
-    split: Split, number: int, settings: StreamSettings, cache: FeatureCache | None
+    split: RowsOfBins, number: int, settings: StreamSettings, cache: FeatureCache | None
 ) -> LoadedRow:
     """Load one bin: features from the cache, log-mels of the recordings that it lacks.
+
+    split: the rows that hold the bin, see `Split.of_bin`.
 
     An utterance with a recording that cannot be used stays in the row, with its error.
     """
     began = time.perf_counter()
     register_credentials(settings.config.locations)
-    members: list[int] = split.plan.bin(number).tolist()
-    rows: list[PlannedRow] = split.table.take(pa.array(members, pa.int64())).to_pylist()
-    scheduled = _scheduled_recordings(split, number, rows)
+    members = split.members(number)
+    rows: list[PlannedRow] = split.table.take(pa.array(members.rows, pa.int64())).to_pylist()
+    scheduled = _scheduled_recordings(split.augmentation, members, rows)
     keys = [[recording.key for recording in of_row] for of_row in scheduled]
     cached = {} if cache is None else cache.get(key for key in chain(*keys) if key is not None)
     features = [[cached.get(key) if key else None for key in of_row] for of_row in keys]
@@ -89,7 +91,7 @@ def load_bin(
     return {
         "split": split.name,
         "bin": number,
-        "numbers": members,
+        "numbers": members.numbers.tolist(),
         "ids": [row["id"] for row in rows],
         "uris": [row["uri"] for row in rows],
         "spans": [_span(row) for row in rows],
@@ -142,16 +144,16 @@ class _ScheduledRecording:
 
 
 def _scheduled_recordings(
-    split: Split, number: int, rows: Sequence[PlannedRow]
+    augmentation: Augmentation | None, members: Members, rows: Sequence[PlannedRow]
 ) -> list[list[_ScheduledRecording]]:
     """Draw the augmentation of each recording of each utterance of a bin."""
-    by_row, augmentation = [recordings(row) for row in rows], split.augmentation
+    by_row = [recordings(row) for row in rows]
     if augmentation is None:
         return [[_ScheduledRecording(recording) for recording in of_row] for of_row in by_row]
-    members, epochs = split.plan.bin(number).tolist(), split.plan.passes_of(number).tolist()
+    numbers, epochs = members.rows.tolist(), members.passes.tolist()
     scheduled = []
-    for member, epoch, of_row in zip(members, epochs, by_row, strict=True):
-        changes = augmentation.change(member, [recording["key"] for recording in of_row], epoch)
+    for number, epoch, of_row in zip(numbers, epochs, by_row, strict=True):
+        changes = augmentation.change(number, [recording["key"] for recording in of_row], epoch)
         scheduled.append(
             [
                 _ScheduledRecording(recording)

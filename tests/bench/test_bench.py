@@ -26,10 +26,11 @@ from omni.bench.baselines import (
     length_batches,
     reference_encoder,
 )
-from omni.bench.corpus_speed import alone, bench_corpus, repeat_files
+from omni.bench.corpus_speed import bench_corpus, repeat_files
 from omni.bench.encode_speed import encoder_flops, typical_clips
 from omni.bench.peer import Peer
 from omni.bench.prepared_run import take_sample
+from omni.bench.process_alone import alone
 from omni.bench.process_tree import ProcessTree
 from omni.bench.step_speed import padded_batch
 from omni.bench.timing import Result, alternate, describe_machine, ratio_of
@@ -202,9 +203,11 @@ def test_a_large_corpus_is_indexed_prepared_and_planned(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    result = bench_corpus(config, rows=1_500, planned=20_000)
+    data = config.data.model_copy(update={"window_utterances": 20_000})
+    config = config.model_copy(update={"data": data})
+    result = bench_corpus(config, rows=1_500, planned=200_000, sizes=[40_000])
     names = [row["name"] for row in result.figures]
-    assert {"jobs.index", "plan of 20,000", "its process"} <= set(names)
+    assert {"jobs.index", "40,000 rows, again", "200,000 utterances", "its process"} <= set(names)
     assert all(row["value"] > 0 for row in result.figures)
     assert result.ratio["corpus.index_vs_one_process"] > 0
     assert not list(tmp_path.iterdir()), "nothing is left behind"

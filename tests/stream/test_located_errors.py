@@ -12,6 +12,7 @@ import soundfile
 
 from omni.corpus.index import build_index
 from omni.errors import LocatedError
+from omni.plan.plan import Members
 from omni.stream import stages
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
@@ -21,21 +22,19 @@ def _fails(*_: object, **__: object) -> Any:
     raise KeyError("of the test")
 
 
-class _Plan:
-    """A plan of one bin with one utterance."""
-
-    def bin(self, number: int) -> np.ndarray:
-        return np.array([0])
-
-
 class _Split:
-    name, augmentation, plan = "train", None, _Plan()
+    """A split of one bin with one utterance."""
+
+    name, augmentation = "train", None
 
     def __init__(self, table: pa.Table) -> None:
         nothing = pa.nulls(len(table))
         for name in ("tokens", "supervised", "transcript_tokens", "task_number"):
             table = table.append_column(name, nothing)
         self.table = table
+
+    def members(self, number: int) -> Members:
+        return Members(np.array([0]), np.array([0]), np.array([0]))
 
 
 @pytest.fixture
