@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -48,7 +47,9 @@ def encoded_block(
     generator = torch.Generator().manual_seed(0)
     rows = []
     for number in bins:
-        table = split.table.take(pa.array(split.plan.bin(number)))
+        held = split.of_bin(number)
+        members = held.members(number)
+        table = held.table.take(pa.array(members.rows))
         mode = prepared.config.encoder.mode
         frames = [[encoder_frames(n, mode)] for n in table["samples"].to_pylist()]
         features = [torch.randn(n, codec.feature_dim, generator=generator) for [n] in frames]
@@ -57,7 +58,7 @@ def encoded_block(
             {
                 "split": split.name,
                 "bin": number,
-                "numbers": np.asarray(split.plan.bin(number)).tolist(),
+                "numbers": members.numbers.tolist(),
                 "ids": table["id"].to_pylist(),
                 "uris": table["uri"].to_pylist(),
                 "spans": table.select(["start", "duration", "offset", "length"]).to_pylist(),
