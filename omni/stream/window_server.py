@@ -87,6 +87,10 @@ class WindowServer:
         threading.Thread(target=self._make_ahead, args=(window + 1,), daemon=True).start()
         return [reference]
 
+    def windows(self) -> list[int]:
+        """Return the numbers of the windows in the object store."""
+        return sorted(self._kept)
+
     def _make_ahead(self, window: int) -> None:
         with self._lock:
             if self._reader.first_bin(window) < self._last_bin:

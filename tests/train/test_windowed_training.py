@@ -13,7 +13,6 @@ import torch
 
 from jobs.audit import main as audit_job
 from omni.checkpoint.resume import ResumePoint
-from omni.config import Config, parse_config
 from omni.plan.plan import stream_bins
 from omni.plan.windows_file import windows_path
 from omni.run import prepare_parts
@@ -21,9 +20,8 @@ from omni.run.audit import AuditError, audit
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.train.loop import TrainLoop
 from tests.helpers.whole_runs import curve, ledger, lines
+from tests.helpers.windowed_runs import BINS, STEPS, windowed_config
 from tests.helpers.worker_specs import encoded_block
-
-STEPS, BINS = 12, 2
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,20 +29,6 @@ def one_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_parts, "_FEW", 10**6)
         yield
-
-
-def _config(storage: Path) -> Config:
-    return parse_config(
-        {
-            "run": {"storage": str(storage), "name": "run"},
-            "data": {"train": ["embedded:dev"], "dev": ["embedded:test"], "window_utterances": 8},
-            "tokenizer": {"vocab_size": 300},
-            "model": {"n_layer": 1, "n_head": 2, "n_embd": 32, "dropout": 0.1},
-            "optim": {"bin_positions": 512, "bins_per_step": BINS, "steps": STEPS, "lr": 1e-2},
-            "train": {"precision": "fp32", "log_every": 1, "checkpoint_every": 1},
-            "eval": {"every": 6, "max_utterances": 3, "wer_utterances": 2, "max_new_tokens": 8},
-        }
-    )
 
 
 def _blocks(prepared: Prepared, first: int, held_step: int, last: int) -> Iterator[pa.Table]:
@@ -59,7 +43,7 @@ def _blocks(prepared: Prepared, first: int, held_step: int, last: int) -> Iterat
 
 def _train(storage: Path, last: int = STEPS) -> Path:
     """Start or continue a run, whose stream breaks off after step `last`."""
-    prepared = prepare(_config(storage))
+    prepared = prepare(windowed_config(storage))
     run = prepared.config.run_dir
     run.mkdir(parents=True, exist_ok=True)
     prepared.write_plan_file()
@@ -81,7 +65,7 @@ def test_a_run_broken_off_in_its_third_window_continues_as_if_nothing_had_been(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run = _train(whole)
-    reader = prepare(_config(whole)).splits["train"].reader
+    reader = prepare(windowed_config(whole)).splits["train"].reader
     assert reader is not None and reader.windows.per_epoch == 7
     first = next(s for s in range(STEPS) if reader.find(s * BINS)[0] == 2)
     assert reader.find((STEPS - 1) * BINS)[0] > 6, "more windows than an epoch has"
@@ -94,7 +78,7 @@ def test_a_run_broken_off_in_its_third_window_continues_as_if_nothing_had_been(
     assert found.bins == STEPS * BINS and found.utterances == sum(
         sum(utterances.values()) for _, utterances in ledger(run).values()
     )
-    prepared = prepare(_config(whole))
+    prepared = prepare(windowed_config(whole))
     assert found.epochs == pytest.approx(prepared.splits["train"].plan.epoch(found.bins), rel=0.2)
     _check_faults(run, tmp_path / "damaged")
 
