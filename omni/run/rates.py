@@ -15,7 +15,7 @@ import torch
 
 from omni.audio.windows import SAMPLING_RATE
 from omni.config import Config, OptimConfig
-from omni.plan.plan import Plan, Split, padded_step
+from omni.plan.plan import Split, Steps, padded_step
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings
@@ -23,7 +23,7 @@ from omni.train.loop import TrainLoop
 from omni.train.worker_spec import WorkerSpec
 
 
-def first_rows(plan: Plan, bins: int, optim: OptimConfig) -> list[int]:
+def first_rows(plan: Steps, bins: int, optim: OptimConfig) -> list[int]:
     """Return the bins of the plan's first steps, about `bins` of them, padded for one worker."""
     steps = max(1, bins // optim.bins_per_step)
     rows: list[int] = plan.rows(0, steps, 1, optim.bins_per_block).tolist()

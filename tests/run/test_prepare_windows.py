@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import characters, text
 
 from omni.config import Config
 from omni.corpus.build import index_few
 from omni.corpus.sources import Options
 from omni.errors import ConfigError, ManifestError
+from omni.metrics.score import normalize
 from omni.plan.windows_file import (
     add_window_bins,
     read_window_bins,
@@ -22,6 +25,7 @@ from omni.plan.windows_file import (
 )
 from omni.run import prepare_parts
 from omni.run.prepare import Prepared, prepare
+from omni.run.prepared_part import plain_sentence
 from tests.helpers.whole_runs import embedded, write_manifest
 
 WINDOW = 16
@@ -237,6 +241,12 @@ def test_the_plan_is_made_again_from_the_run_directory(config: Callable[..., Con
     path.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="other positions than were planned"):
         [read_windows_file(path).windows().plan(n) for n in range(4)]
+
+
+@settings(deadline=None)
+@given(text(characters(max_codepoint=0x7F)) | text(alphabet="aB 0'-.,<>[]()é\t\n"))
+def test_plain_sentences_are_those_of_the_normalizer(said: str) -> None:
+    assert plain_sentence(said) == normalize(said, language="")
 
 
 @pytest.mark.slow
