@@ -99,7 +99,7 @@ class WindowServer:
     def _make(self, window: int) -> ray.ObjectRef[LoadedWindow]:
         if window not in self._kept:
             # Windows come in order; an earlier one is asked for where a block was lost.
-            for old in sorted(self._kept)[: len(self._kept) - _KEPT + 1]:
+            for old in sorted(self._kept)[: max(0, len(self._kept) - _KEPT + 1)]:
                 del self._kept[old]
             self._kept[window] = ray.put(self._reader.read(window))
         return self._kept[window]
