@@ -16,6 +16,7 @@ from omni.config import Config
 from omni.corpus.build import index_few
 from omni.corpus.sources import Options
 from omni.errors import ConfigError, ManifestError
+from omni.metrics.run_files import write_event
 from omni.metrics.score import normalize
 from omni.plan.windows_file import (
     add_window_bins,
@@ -23,6 +24,7 @@ from omni.plan.windows_file import (
     read_windows_file,
     windows_path,
 )
+from omni.report.plan_page import plan_section, read_run
 from omni.run import prepare_parts
 from omni.run.prepare import Prepared, prepare
 from omni.run.prepared_part import plain_sentence
@@ -131,7 +133,7 @@ def test_a_second_start_reads_totals_and_lengths_only(
 def test_parts_that_are_there_are_not_prepared_again(
     config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a kill: some parts are finished, their totals are not."""
+    """As after a kill: some parts are finished, their totals are not. Or a file was deleted."""
     first = prepare(config())
     [summary] = (tmp_path / "cache" / "prepared").glob("*.json")
     summary.unlink()
@@ -142,6 +144,8 @@ def test_parts_that_are_there_are_not_prepared_again(
     assert prepare(config()).fingerprints == first.fingerprints
     changed = [path for path in parts if path.stat().st_mtime_ns != times[path]]
     assert changed == [parts[3]], "the damaged one"
+    parts[5].unlink()
+    assert prepare(config()).fingerprints == first.fingerprints and parts[5].is_file()
 
 
 def test_parts_of_an_index_are_kept_beside_it(
@@ -232,6 +236,13 @@ def test_the_plan_is_made_again_from_the_run_directory(config: Callable[..., Con
     assert windows.fingerprint(saved.index_fingerprint, saved.bins_per_step) == fingerprint
     assert split.reader is not None
     assert np.array_equal(windows.plan(5).members, split.reader.windows.plan(5).members)
+    assert split.first is not None
+    (run / "config.yaml").write_text(prepared.config.to_yaml())
+    write_event(run, "attempt", 0, plan=fingerprint)
+    shown = read_run(run)
+    section = plan_section(shown, seed=0)
+    assert shown.plan.bins == split.first.window.bins and "4 windows" in shown.note
+    assert section["filled"] == pytest.approx(prepared.filled)
     for number in (0, 1, 3):
         add_window_bins(run, fingerprint, number, 7 + number)
     assert read_window_bins(run, fingerprint) == [7, 8], "one is missing from here on"
