@@ -141,6 +141,9 @@ def prepare(config: Config, say: Callable[[str], None] | None = None) -> Prepare
     splits: dict[str, Split] = {}
     rejects: list[Reject] = []
     answers: dict[str, np.ndarray] = {}
+    planned, filled = np.zeros(0, dtype=np.int64), 0.0
+    weights: np.ndarray | None = None
+    data_fingerprint = tokens = ""
     if parts is None:
         tasks = task_names(config, indexes)
     else:
@@ -148,8 +151,7 @@ def prepare(config: Config, say: Callable[[str], None] | None = None) -> Prepare
         tasks, splits["train"], rejects = train.tasks, train.split, train.rejects
         notes += train.notes
         answers["train"] = np.asarray([train.longest_answer])
-        filled, planned, weights = train.filled, np.zeros(0, dtype=np.int64), None
-        data_fingerprint, tokens = train.fingerprint, train.tokens
+        filled, data_fingerprint, tokens = train.filled, train.fingerprint, train.tokens
     for name, index in indexes.items():
         table, lengths, too_long = with_tokens(index, template, tasks, config)
         rejects += [*index.rejects, *too_long]
@@ -194,7 +196,7 @@ def prepare(config: Config, say: Callable[[str], None] | None = None) -> Prepare
     notes += _long_answers(config, answers)
     scoring = Scoring(task_rules(config.data.model_dump()), tasks)
     _check_best(config, indexes["dev"], scoring)
-    notes += ([] if parts else _overlap(indexes, scoring)) + augmentation_notes(config)
+    notes += (_overlap(indexes, scoring) if parts is None else []) + augmentation_notes(config)
     notes += _precision_notes(config)
     notes += _schedule_notes(config) + _export_notes(model, encoder)
     augmentation = splits["train"].augmentation
