@@ -70,6 +70,7 @@ class Attempts:
         # The stages read indexes and plans from the object store. The references travel in lists:
         # Ray would resolve one that is an argument itself.
         put = [put_split(split, self._config, prepared.tasks) for split in prepared.splits.values()]
+        # An actor lives as long as its handle.
         self._splits, self._servers = [list(found) for found in zip(*put, strict=True)]
         self._settings = stream_settings(self._config, prepared.encoder)
         self._verified: tuple[ResumePoint | None, list[str]] | None = (

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.strategies import characters, text
 
-from omni.config import Config
+from omni.config import Config, load_config
 from omni.corpus.build import index_few
 from omni.corpus.sources import Options
 from omni.errors import ConfigError, ManifestError
@@ -28,7 +28,7 @@ from omni.report.plan_page import plan_section, read_run
 from omni.run import prepare_parts
 from omni.run.prepare import Prepared, prepare
 from omni.run.prepared_part import plain_sentence
-from tests.helpers.whole_runs import embedded, write_manifest
+from tests.helpers.whole_runs import ROOT, embedded, write_manifest
 
 WINDOW = 16
 
@@ -87,6 +87,15 @@ def test_a_corpus_that_fits_one_window_is_prepared_as_before(config: Callable[..
     whole, same = prepare(config(262_144)), prepare(config(60))
     assert whole.splits["train"].reader is None
     assert whole.fingerprints == same.fingerprints
+
+
+def test_the_run_of_smoke_has_the_fingerprints_of_before_there_were_windows(tmp_path: Path) -> None:
+    smoke = load_config(ROOT / "configs" / "smoke.yaml")
+    run = smoke.run.model_copy(update={"storage": str(tmp_path)})
+    found = prepare(smoke.model_copy(update={"run": run})).fingerprints
+    assert found["data.train"] == "ce08ce9cee84eec7693c9993"
+    assert found["plan"] == "52cd539e7dd364d376789c34"
+    assert found["tokens"] == "580f0b8cae5fdaec6edc7090"
 
 
 def test_the_rows_of_windows_are_those_of_the_whole_corpus(config: Callable[..., Config]) -> None:
