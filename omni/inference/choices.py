@@ -70,7 +70,8 @@ def _answered(utterance: Utterance, answer: Sequence[int]) -> Utterance:
 
 def _positions(model: OmniModel, utterance: Utterance) -> int:
     frames = [len(part) for part in _features(utterance)]
-    return sequence_positions(frames, len(utterance.ids), model.config.stack)
+    config = model.config
+    return sequence_positions(frames, len(utterance.ids), config.stack, config.summary_tokens)
 
 
 def _log_probs(
@@ -78,12 +79,18 @@ def _log_probs(
 ) -> list[list[float]]:
     """Compute the log-probability of each answer of packed rows."""
     config = model.config
-    batch = collate(rows, positions=positions, stack=config.stack, frame_dim=config.frame_dim).to(
-        next(model.projector.parameters()).device
-    )
+    batch = collate(
+        rows,
+        positions=positions,
+        stack=config.stack,
+        frame_dim=config.frame_dim,
+        summary_tokens=config.summary_tokens,
+    ).to(next(model.projector.parameters()).device)
     x = model.lm.embed(batch.tokens_BT)
     soft_NC = model.project(batch.audio_NF, batch.audio_starts_N)
     x = scatter_soft_tokens(x, soft_NC, batch.audio_at_N)
+    if model.summary is not None:
+        x = scatter_soft_tokens(x, model.summaries(batch), batch.summary_at_M)
     hidden = model.lm.trunk(x, batch.tokens_BT, batch.layout(), ~batch.audio_mask_BT)
     hidden_SC, targets = (
         of.flatten(0, 1).index_select(0, batch.supervised_S) for of in (hidden, batch.targets_BT)

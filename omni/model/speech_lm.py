@@ -223,7 +223,7 @@ class OmniModel(SpeechInput, nn.Module):
             has_id = has_id & kept.squeeze(-1)
         x = scatter_soft_tokens(x, audio_NC, batch.audio_at_N)
         if self.summary is not None:
-            x = scatter_soft_tokens(x, self._summaries(batch), batch.summary_at_M)
+            x = scatter_soft_tokens(x, self.summaries(batch), batch.summary_at_M)
         layout = batch.layout()
         hidden = self.lm.trunk(x, batch.tokens_BT, layout, has_id)
         # Logits of other positions are not needed: audio outnumbers text several times.
@@ -241,7 +241,7 @@ class OmniModel(SpeechInput, nn.Module):
             self._by_task(losses, correct, tasks),
         )
 
-    def _summaries(self, batch: Batch) -> Tensor:
+    def summaries(self, batch: Batch) -> Tensor:
         """Return the summary tokens of a batch (M, C), some of them masked in training."""
         recordings = len(batch.summary_at_M) // self.config.summary_tokens
         summary_MC = self.summarize(batch.audio_NF, batch.audio_starts_N, recordings)
