@@ -142,10 +142,11 @@ def _run_on_ray(
         for shard in todo
     ]
     # Distinct CPUs keep Ray from fusing the stages: loading must not wait for a model.
+    load: Any = _load
     stream = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
-            _load, batch_size=1, batch_format="pyarrow", fn_kwargs={"facts": facts}, num_cpus=0.5
+            load, batch_size=1, batch_format="pyarrow", fn_kwargs={"facts": facts}, num_cpus=0.5
         )
         .map_batches(
             _DecodeActor,

@@ -99,6 +99,7 @@ def make_stream(
     # Ray fuses the read with the load stage where both have the same number of tasks, and where the
     # load stage takes blocks as they are. A block of row numbers is a block of bins.
     _, for_encoder, for_loader = selectors(config)
+    nodes: dict[str, Any] = {"label_selector": for_loader} if for_loader else {}
     blocks = row_numbers(len(bins), len(bins) // per_block, config.data.loaders, for_loader)
     loaded = blocks.map_batches(
         stage(references, timeout),
@@ -106,7 +107,7 @@ def make_stream(
         batch_format="numpy",
         compute=TaskPoolStrategy(size=config.data.loaders),
         num_cpus=_LOADER_CPUS,
-        **({"label_selector": for_loader} if for_loader else {}),
+        **nodes,
     )
     if not settings.encode:
         return loaded

@@ -50,9 +50,10 @@ def row_numbers(
 
     That function has no parameter for the nodes on which its tasks run.
     """
-    return read_datasource(
+    made: Dataset = read_datasource(
         RangeDatasource(n=rows, block_format="arrow", column_name="id"),
         concurrency=concurrency,
         override_num_blocks=blocks,
         ray_remote_args={"label_selector": label_selector} if label_selector else None,
     )
+    return made

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 
-class OmniSpeechConfig(PretrainedConfig):  # type: ignore[misc]  # transformers has no types here.
+class OmniSpeechConfig(PretrainedConfig):
     """Shape of a speech language model: Whisper's encoder, a projector and a language model.
 
     audio_config: shape of the encoder, fields of `WhisperConfig`. layer_ids: encoder layers that

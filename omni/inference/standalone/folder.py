@@ -159,7 +159,7 @@ def _write_adapter(source: Source, folder: Path) -> None:
         target_modules=sorted({name.rpartition(".")[2] for name in adapted}),
         task_type="CAUSAL_LM",
         inference_mode=True,
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     weights = {
         f"base_model.model.{name.replace('.default.', '.')}": tensor.detach().contiguous()
         for name, tensor in inner.named_parameters()

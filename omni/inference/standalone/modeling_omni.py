@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from omni.inference.standalone.configuration_omni import OmniSpeechConfig
 from omni.model.ctc import LinearCTC, TiedCTC
@@ -40,7 +40,7 @@ _WRONG_WEIGHTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_m
 
 
 @dataclass
-class OmniSpeechOutput(ModelOutput):  # type: ignore[misc]
+class OmniSpeechOutput(ModelOutput):
     """Answers to P prompts."""
 
     sequences: Tensor | None = None
@@ -52,7 +52,7 @@ class OmniSpeechOutput(ModelOutput):  # type: ignore[misc]
 
 
 @dataclass
-class OmniSpeechLogits(ModelOutput):  # type: ignore[misc]
+class OmniSpeechLogits(ModelOutput):
     """Logits of the next token."""
 
     logits: Tensor | None = None
@@ -61,18 +61,18 @@ class OmniSpeechLogits(ModelOutput):  # type: ignore[misc]
     """(P, T), False beyond the end of a prompt."""
 
 
-class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):
     """A speech language model. Its inputs are what `OmniSpeechProcessor` returns."""
 
     config_class = OmniSpeechConfig
     main_input_name = "input_features"
-    input_modalities = ("audio", "text")
+    input_modalities = ["audio", "text"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
     def __init__(self, config: OmniSpeechConfig) -> None:
         super().__init__(config)
-        whisper = WhisperConfig(**config.audio_config)
+        whisper = WhisperConfig(**(config.audio_config or {}))
         self.audio_tower = WhisperTransformer(whisper, None)
         self._wrapped: list[HFLanguageModel] = []
         self.soft_size: torch.nn.Parameter | None = None
@@ -102,7 +102,7 @@ class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: i
         self.ctc_head: Any = head(width, vocabulary) if config.ctc else None
         if config.lora is not None:
             self._add_adapters(config.lora)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _add_adapters(self, lora: dict[str, Any]) -> None:
         from omni.model.lm.lora import LoraShape, add_lora
@@ -118,7 +118,8 @@ class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: i
         """
         wants_info = options.pop("output_loading_info", False)
         options["use_safetensors"] = True
-        model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        loaded: Any = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        model, info = loaded
         wrong = {name: sorted(map(str, info[name])) for name in _WRONG_WEIGHTS if info.get(name)}
         if wrong:
             raise ValueError(f"the weights do not fit config.json: {wrong}")
@@ -213,7 +214,7 @@ class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):  # type: i
         max_new_tokens: see `Decoding`. None takes them from generation_config.json. transcription:
         the answers are what is said in the recordings; others are the language model's alone.
         """
-        given = self.generation_config
+        given: Any = self.generation_config
         settings = Decoding.of(
             decoder or given.decoder,
             given.ctc_weight if ctc_weight is None else ctc_weight,

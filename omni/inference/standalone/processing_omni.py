@@ -29,7 +29,7 @@ class OmniTranscript:
     cut: bool = False
 
 
-class OmniSpeechProcessor(ProcessorMixin):  # type: ignore[misc]
+class OmniSpeechProcessor(ProcessorMixin):
     """Log-mels of windows, as omni cuts them, and the prompt that the model was trained with.
 
     settings: mode, margin_seconds and longest_piece of audio; prompt, template, tokens and text of
@@ -41,7 +41,7 @@ class OmniSpeechProcessor(ProcessorMixin):  # type: ignore[misc]
     def __init__(
         self, feature_extractor: Any = None, tokenizer: Any = None, settings: Any = None
     ) -> None:
-        super().__init__(feature_extractor, tokenizer)
+        super().__init__(feature_extractor, tokenizer)  # type: ignore[no-untyped-call]
         self.settings = dict(settings)
         self.policy = TextPolicy(**self.settings["text"])
 
