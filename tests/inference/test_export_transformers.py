@@ -317,7 +317,7 @@ BUILT_IN = {"open", "exec", "eval", "compile", "__import__"}
 METHODS = {"open", "load", "read_text", "read_bytes", "write_text", "write_bytes", "import_module"}
 PACKAGES = {
     *("array", "collections", "contextlib", "dataclasses", "datetime", "functools", "itertools"),
-    *("json", "math", "numpy", "re", "regex", "silero_vad", "string", "tokenizers", "torch"),
+    *("json", "math", "numpy", "re", "regex", "silero_vad", "string", "sys", "tokenizers", "torch"),
     *("transformers", "typing", "unicodedata", "jinja2", "__future__"),
 }
 

@@ -117,8 +117,15 @@ class OmniSpeechModel(SpeechInput, PreTrainedModel, GenerationMixin):
         transformers itself would initialise missing weights at random, and say so in a log.
         """
         wants_info = options.pop("output_loading_info", False)
-        options["use_safetensors"] = True
-        loaded: Any = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        for name in ("use_safetensors", "trust_remote_code"):
+            options.pop(name, None)
+        loaded: Any = super().from_pretrained(
+            *arguments,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,  # This class is the code of the folder; no other is run.
+            **options,
+        )
         model, info = loaded
         wrong = {name: sorted(map(str, info[name])) for name in _WRONG_WEIGHTS if info.get(name)}
         if wrong:
