@@ -21,6 +21,8 @@ from omni.stream.stream_settings import stream_settings
 from omni.stream.window_server import ServedSplit, put_split
 from tests.helpers.windowed_runs import windowed_config
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
