@@ -6,7 +6,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -118,8 +118,9 @@ def _run_on_ray(
 
     if decoder.device.startswith("cuda") and not actors.gpus:
         raise ConfigError(f"--gpus: expected a share for --device {decoder.device}")
-    encoder = replace(Config().encoder, actors=actors.count, cpus=actors.cpus, gpus=actors.gpus)
-    start_ray(replace(Config(), encoder=encoder))
+    changes = {"actors": actors.count, "cpus": actors.cpus, "gpus": actors.gpus}
+    encoder = Config().encoder.model_copy(update=changes)
+    start_ray(Config().model_copy(update={"encoder": encoder}))
     set_context()
     ray.data.DataContext.get_current().execution_options.preserve_order = False
     there = ray.cluster_resources()
