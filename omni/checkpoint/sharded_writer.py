@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ShardedCheckpoint:
-    """What one rank adds to a checkpoint, in copies of its own."""
+    """Hold copies of the tensors that one rank writes into a checkpoint."""
 
     facts: Facts
     weights: Parts
@@ -193,7 +193,7 @@ class ShardedWriter:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells the others. outcome: None while its stage runs."""
+    """Report the state of a rank to the others. outcome: None while its stage runs."""
 
     outcome: _Outcome | None = None
     late: bool = False

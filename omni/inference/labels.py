@@ -40,7 +40,7 @@ _LABELLED = pa.schema([*SCHEMA, *_FIELDS])
 
 @dataclass
 class Written:
-    """What a corpus of transcripts came to. left_out: rows without one in it, by reason."""
+    """Count the rows of a corpus of transcripts. left_out: rows that it lacks, by reason."""
 
     utterances: int = 0
     seconds: float = 0.0

@@ -168,7 +168,7 @@ def _run_on_ray(
 
 @dataclass(frozen=True)
 class LoadingFacts:
-    """What loading needs to know of a model. cache: location of its encoder's features."""
+    """Describe the model to loading tasks. cache: location of its encoder's features."""
 
     longest_piece: float
     cache: str | None

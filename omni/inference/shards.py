@@ -33,7 +33,7 @@ _SHARD_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class Decoder:
-    """What it takes to transcribe, in any process.
+    """Load the same model with the same decoding in any process.
 
     cache: folder or URI of features (`data.cache` of a training); None: none are kept. language:
     code for the prompt, see `Transcriber.request`.

@@ -28,13 +28,14 @@ MOST_CLASSES = 20
 """Classes of a confusion matrix; of more, the most frequent ones and the others together."""
 SPOKEN = ("wer", "cer")
 """Metrics of tasks whose answer is what is said."""
-_BINS = 10  # of the calibration error
+_BINS = 10
+"""Bins of the expected calibration error."""
 _TAGS = regex.compile(r"<\s*([^\s<>:][^<>:]*?)\s*:\s*([^<>]*?)\s*>")
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the tasks of a run, or of a corpus, are scored.
+    """Name the metric of each task of a run, or of a corpus.
 
     names: of all tasks that have rows. Rows have the fields `task` and `metric` if `named`.
     """

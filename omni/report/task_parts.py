@@ -27,7 +27,10 @@ _NAMES = {
     "wer": "WER", "cer": "CER", "accuracy": "accuracy", "macro_f1": "macro F1",
     "exact_match": "exact match", "bleu": "BLEU", "chrf": "chrF",
 }  # fmt: skip
-_WIDTH, _TOP, _LEFT, _LABEL = 440, 40, 110, 16  # of the SVG coordinates; characters of a label
+_WIDTH, _TOP, _LEFT = 440, 40, 110
+"""SVG units: width of a matrix, and its distances from the top and from the left."""
+_LABEL = 16
+"""Characters of a class that are shown."""
 
 
 def metric_text(metric: object, value: object) -> str:

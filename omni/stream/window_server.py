@@ -39,7 +39,7 @@ _PAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class _Served:
-    """What the actor is made of, beside the plan in the run's directory."""
+    """Describe the split to the actor, which reads the plan in the run's directory."""
 
     config: Config
     fingerprint: str

@@ -50,7 +50,7 @@ _SAY_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Annotating:
-    """What to measure, and the group whose terciles become classes.
+    """Name the measures, and the group whose terciles become classes.
 
     least: utterances that a speaker or language needs for classes of its own.
     like: an annotated index whose bounds are used instead, so that a class means the same in both.

@@ -31,7 +31,7 @@ _WORTH_PROCESSES = 500
 
 @dataclass(frozen=True)
 class Probing:
-    """How to probe.
+    """Settings of a probe.
 
     disjoint: see `omni.texture.examples.examples_of`. least: utterances of a class. limit: of all
     classes together, drawn by `seed`.
@@ -77,7 +77,7 @@ class LabelProbe:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What probe.json holds."""
+    """Results, as probe.json holds them."""
 
     corpora: list[str]
     encoder: str

@@ -22,7 +22,7 @@ HEAD = ("features", "accuracy, %", "95 %", "macro F1, %")
 
 @dataclass(frozen=True)
 class ShownLabel:
-    """What the page shows of a label."""
+    """Rows and remarks of one label on the page."""
 
     name: str
     facts: str

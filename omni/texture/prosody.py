@@ -20,7 +20,8 @@ from omni.audio.windows import SAMPLING_RATE
 if TYPE_CHECKING:
     from swift_f0 import PitchResult, SwiftF0
 
-LOWEST_HZ, HIGHEST_HZ = 55.0, 600.0  # of a voice: from a bass who creaks to a child who shouts
+LOWEST_HZ, HIGHEST_HZ = 55.0, 600.0
+"""Range of F0, from a bass who creaks to a child who shouts."""
 _HOP = 256  # samples per frame of SwiftF0
 _VOICED = 0.5  # confidence, calibrated by the authors of SwiftF0
 _FEWEST_VOICED = 5  # frames: 80 ms

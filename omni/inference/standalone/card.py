@@ -24,7 +24,7 @@ _DECODERS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says of a model."""
+    """Facts of a model for its card."""
 
     encoder: EncoderFacts
     language_model: str

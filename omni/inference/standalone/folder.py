@@ -36,7 +36,7 @@ _HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported. model: its adapters are merged already if they are to be."""
+    """Checkpoint to export. model: its adapters are merged already if they are to be."""
 
     found: Checkpoint
     model: OmniModel

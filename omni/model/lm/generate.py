@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Continued:
-    """What a language model holds of a prompt, and of tokens after it, for other continuations."""
+    """Keep keys, values and hidden states of a prompt and an answer, to score other answers."""
 
     prompt: EmbeddedPrompt
     ids: list[int]
