@@ -10,10 +10,10 @@ import sys
 
 from jobs.cli import (
     add_corpus_limits,
+    add_kept_columns,
     corpus_spec,
     download_limits,
     job_parser,
-    kept_columns_argument,
     location,
     positive,
     require_extra,
@@ -60,14 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         type=location,
         help="annotated index whose bounds of the classes to use, for data to evaluate on",
     )
-    add(
-        "--keep",
-        metavar="COLUMN,...",
-        type=kept_columns_argument,
-        action="extend",
-        default=[],
-        help="columns that become labels too, as of omni index; may be repeated",
-    )
+    add_kept_columns(parser)
     add_corpus_limits(parser)
     arguments = parser.parse_args(argv)
     return run_job(lambda: _annotate(arguments), "interrupted; the same command continues")

@@ -233,8 +233,19 @@ def require_extra(job: str, package: str, extra: str) -> None:
         raise ConfigError(f"{job} needs {package}: pip install 'nanochat-omni[{extra}]'")
 
 
-def kept_columns_argument(text: str) -> list[str]:
-    """Parse an argument that names columns to keep as labels, separated by commas."""
+def add_kept_columns(parser: argparse.ArgumentParser) -> None:
+    """Add --keep, the columns of a corpus that become labels."""
+    parser.add_argument(
+        "--keep",
+        metavar="COLUMN,...",
+        type=_kept_columns,
+        action="extend",
+        default=[],
+        help="columns of the corpus that become labels of its utterances; may be repeated",
+    )
+
+
+def _kept_columns(text: str) -> list[str]:
     from omni.config.field_types import kept_columns
 
     try:

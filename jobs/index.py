@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from jobs.cli import (
     add_corpus_limits,
+    add_kept_columns,
     corpus_spec,
     download_limits,
     job_parser,
-    kept_columns_argument,
     location,
     run_job,
 )
@@ -49,14 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", metavar="DIR", type=location, required=True, help="folder or URI of the index")
     add("--language", metavar="CODE", help="language of utterances that name none")
     add("--audio_folder", metavar="DIR", default="", help="prefix of the paths of recordings")
-    add(
-        "--keep",
-        metavar="COLUMN,...",
-        type=kept_columns_argument,
-        action="extend",
-        default=[],
-        help="columns that become labels of the utterances, for tasks; may be repeated",
-    )
+    add_kept_columns(parser)
     add("--number_ids", action="store_true", help="make ids from positions in the source")
     add_corpus_limits(parser)
     add(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from jobs.cli import (
     add_corpus_limits,
+    add_kept_columns,
     corpus_spec,
     download_limits,
     job_parser,
-    kept_columns_argument,
     positive,
     require_extra,
     run_job,
@@ -64,14 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         help="most utterances, drawn by --seed (default 10000)",
     )
     add("--seed", metavar="N", type=int, default=0, help="of draws, folds and random weights")
-    add(
-        "--keep",
-        metavar="COLUMN,...",
-        type=kept_columns_argument,
-        action="extend",
-        default=[],
-        help="columns of manifests that are labels; may be repeated",
-    )
+    add_kept_columns(parser)
     add_corpus_limits(parser)
     arguments = parser.parse_args(argv)
     return run_job(lambda: _probe(arguments), "interrupted; the same command continues")
