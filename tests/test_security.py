@@ -57,12 +57,11 @@ def test_nothing_runs_a_shell_or_unpickles() -> None:
     # Ray Data brings work to a worker, and results to the next stage, as the bytes that another
     # process of the same job pickled.
     own = {
-        "omni/corpus/build_tasks.py": {"pickle.loads(task)"},
+        "omni/cluster/ray_tasks.py": {"pickle.loads(item)", "pickle.loads(pickled)"},
         "omni/inference/pipeline.py": {
             "pickle.loads(item['path'])",
             "pickle.loads(item['loaded'])",
         },
-        "omni/texture/tasks.py": {"pickle.loads(item)", "pickle.loads(pickled)"},
     }
     found = {
         place: call

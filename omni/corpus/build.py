@@ -119,8 +119,7 @@ def _make_here(
     began = time.monotonic()
     total: Counter[str] = Counter()
     for number in todo:
-        row = {name: values[0] for name, values in make_part(tasks[number], options, out).items()}
-        add_part(total, row)
+        add_part(total, make_part(tasks[number], options, out))
     say(progress(total, len(todo), max(time.monotonic() - began, 1e-3)))
 
 
@@ -146,7 +145,7 @@ def progress(total: Counter[str], parts: int, seconds: float) -> str:
 
 
 def make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
-    """Write one part; return its counts and errors as columns of one row."""
+    """Write one part; return its counts and errors."""
     counts: dict[str, Any] = dict.fromkeys(("rows", "samples", "bytes", "rejects"), 0)
     # Of the source; of its storage, which may recover; and what nobody expected.
     counts |= {"error": "", "unavailable": "", "failed": ""}
@@ -162,4 +161,4 @@ def make_part(task: Task, options: Options, out: StoragePath) -> dict[str, Any]:
         at = f"{public_uri(source.spec)}, part {part.name}"
         named = isinstance(error, LocatedError)
         counts["failed"] = f"{at}: {error}" if named else str(located(error, at))
-    return {name: [value] for name, value in counts.items()}
+    return counts

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
 from filelock import Timeout
 
-from omni.config import Config
+from omni.cluster.ray_tasks import RayTasksError, run_tasks
 from omni.corpus.build import add_part, alone, index_sources, make_part, progress
 from omni.corpus.built_index import Task
 from omni.corpus.other_files import utf8_name
@@ -60,43 +58,22 @@ def _make_parts(
     out: StoragePath,
     say: Callable[[str], None],
 ) -> None:
-    """Make the parts `todo` in one task each, and report progress. Starts Ray."""
-    import ray
-
-    from omni.cluster.ray_errors import ray_reason
-    from omni.cluster.ray_init import start_ray
-
-    start_ray(Config())
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` reports progress instead.
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
-    def make(batch: pa.Table) -> dict[str, Any]:
-        [task] = batch["task"].to_pylist()
-        return make_part(pickle.loads(task), options, out)
-
-    items = [{"task": pickled(tasks[number])} for number in todo]
-    made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        make, batch_size=1, batch_format="pyarrow"
-    )
+    """Make the parts `todo` in one task each, and report progress. Starts Ray for several."""
     began = shown = time.monotonic()
     total: Counter[str] = Counter()
+    own = [own_task(tasks[number]) for number in todo]
     try:
-        for row in made.iter_rows():
-            add_part(total, row)
+        for made in run_tasks(partial(make_part, options=options, out=out), own):
+            add_part(total, made)
             now = time.monotonic()
             if now - shown > _SAY_SECONDS or total["parts"] == len(todo):
                 shown = now
                 say(progress(total, len(todo), now - began))
-    except ray.exceptions.RayError as error:
-        raise RuntimeError(f"indexing stopped: {ray_reason(error)}") from error
+    except RayTasksError as error:
+        raise RuntimeError(f"indexing stopped: {error}") from error
 
 
-def pickled(task: Task) -> bytes:
-    """Pickle what one task needs: a list of all parts would be read again for each of them."""
-    from ray import cloudpickle
-
+def own_task(task: Task) -> Task:
+    """Keep what a part needs of its source: one of many files would bring the list of all."""
     source, part = task
-    data: bytes = cloudpickle.dumps((source_of_part(source, part), part))
-    return data
+    return source_of_part(source, part), part

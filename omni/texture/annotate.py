@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from filelock import Timeout
 
 from omni.audio.windows import SAMPLES_PER_HOUR, SAMPLING_RATE
+from omni.cluster.ray_tasks import run_tasks
 from omni.corpus.build import alone
 from omni.corpus.build_tasks import make_index
 from omni.corpus.index import INDEX_VERSION, SCHEMA
@@ -42,7 +43,6 @@ from omni.texture.labels import (
     text_columns,
 )
 from omni.texture.measured import MEASURED, Unit, is_relative, measure_unit, packages, units_of
-from omni.texture.tasks import run_tasks
 
 ANNOTATIONS_FILE = "annotations.json"
 _SAY_SECONDS = 5.0

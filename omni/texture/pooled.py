@@ -24,13 +24,13 @@ from torch import Tensor
 
 from omni.audio.decode import AudioError, decode_with_retry, fit
 from omni.audio.windows import HOP, SAMPLES_PER_HOUR, SAMPLING_RATE, WINDOW_SAMPLES, Mode
+from omni.cluster.ray_tasks import run_tasks
 from omni.corpus.index_row import IndexRow, span_of
 from omni.errors import counted, located
 from omni.model.encoder.transformer import WhisperTransformer
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.storage.atomic import write_atomic
 from omni.storage.digest import digest
-from omni.texture.tasks import run_tasks
 
 _VERSION = "1"
 _UNIT_SECONDS = 300

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from ray import cloudpickle
 
 import omni
 from omni.audio.decode import decode
 from omni.corpus.build_part import about_part, fingerprint, part_name, write_part
-from omni.corpus.build_tasks import pickled
+from omni.corpus.build_tasks import own_task
 from omni.corpus.built_index import finish
 from omni.corpus.index import Index, build_index
 from omni.corpus.index_row import span_of
@@ -349,7 +350,7 @@ def test_a_task_gets_what_its_own_part_needs(tmp_path: Path) -> None:
             source = open_source(str(tmp_path / kind), Options())
             parts = source.parts()
             assert len(parts) == count
-            tasks = [pickled((source, part)) for part in parts]
+            tasks = [cloudpickle.dumps(own_task((source, part))) for part in parts]
             sizes[count] = max(map(len, tasks))
             its_source, its_part = pickle.loads(tasks[2])
             assert list(its_source.read(its_part)) == list(source.read(parts[2]))

@@ -17,17 +17,23 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class RayTasksError(RuntimeError):
+    """A task failed, or Ray did; in one line."""
+
+
 def run_tasks(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Yield the result of `work` of each item, in the order in which they are done.
 
-    A single item is worked on in this process; more start Ray, with a task per item and one CPU for
-    each. Raises RuntimeError in one line for what fails.
+    A single item is worked on in this process; more start Ray, with a task and one CPU for each. A
+    task gets its own item alone: a list of all would be read again by each of them. Raises
+    RayTasksError for what fails.
     """
     if len(items) < 2:
         for item in items:
             yield _result(_attempt(work, item))
         return
     import ray
+    from ray import cloudpickle
 
     from omni.cluster.ray_errors import ray_reason
     from omni.cluster.ray_init import start_ray
@@ -42,7 +48,7 @@ def run_tasks(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         [item] = batch["item"].to_pylist()
         return {"result": [_attempt(work, pickle.loads(item))]}
 
-    rows = [{"item": pickle.dumps(item)} for item in items]
+    rows = [{"item": cloudpickle.dumps(item)} for item in items]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         attempt, batch_size=1, batch_format="pyarrow"
     )
@@ -50,7 +56,7 @@ def run_tasks(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         for row in done.iter_rows():
             yield _result(row["result"])
     except ray.exceptions.RayError as error:
-        raise RuntimeError(ray_reason(error)) from error
+        raise RayTasksError(ray_reason(error)) from error
 
 
 def _attempt(work: Callable[[T], R], item: T) -> bytes:
@@ -68,5 +74,5 @@ def _attempt(work: Callable[[T], R], item: T) -> bytes:
 def _result(pickled: bytes) -> Any:
     result, reason = pickle.loads(pickled)
     if reason:
-        raise RuntimeError(reason)
+        raise RayTasksError(reason)
     return result
