@@ -45,6 +45,10 @@ _PARTS = {
 """Settings of other sections that decoding needs."""
 
 
+_PARTS_THAT_BEGIN_ANEW = ("ctc_head.", "summary.", "mix.")
+"""Weights of a model that its base may lack."""
+
+
 def checkpoint_folder(name: str) -> StoragePath:
     """Return the folder of a checkpoint: omni-tiny, a checkpoint, or a run's best one."""
     if name == OMNI_TINY:
@@ -76,9 +80,11 @@ def differences(base: OmniConfig, run: OmniConfig) -> list[str]:
     """Describe settings that the weights of `base` do not fit, each as "field: has X, expected Y".
 
     Dropouts may differ; a CTC head, and summary tokens, that only one of them has are left out, or
-    begin anew.
+    begin anew. A base of the last encoder layer may get others beside it.
     """
     given, wanted = _shape(run), _shape(base)
+    if base.layers == 1:
+        del wanted["model.layers"]
     return [
         f"{name}: {given.get(name)}; expected {wanted[name]}"
         for name in wanted
@@ -112,7 +118,7 @@ def initial_weights(base: Checkpoint, names: Mapping[str, torch.Size]) -> Iterat
     """Open the base's weights of the parameters `names`, with their shapes.
 
     Those of a published language model to which the base refers are not among them. Raises
-    CheckpointError where one is missing, other than those of the CTC head and of summary tokens.
+    CheckpointError where one is missing, other than those of parts that a base may lack.
     """
     with base.open_weights() as files:
         yield InitialWeights(files, _fitting(base, files.shapes, names))
@@ -126,7 +132,7 @@ def _fitting(
         name
         for name in names
         if name not in weights
-        and not name.startswith(("ctc_head.", "summary."))
+        and not name.startswith(_PARTS_THAT_BEGIN_ANEW)
         and (whole or not name.startswith("lm.") or is_adapter(name))
     ]
     odd = [n for n, shape in names.items() if n in weights and weights[n] != tuple(shape)]

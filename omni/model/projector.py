@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from omni.config.plug_in import check_methods, load_plug_in, make_plug_in
 from omni.errors import ConfigError, first_line
+from omni.model.shards import set_rows
 
 START_RMS = 0.05
 """RMS of the first soft tokens of `Projector` in a model.
@@ -159,16 +160,27 @@ class ConvProjector(nn.Module):
         return soft
 
 
+_SHARE_OF_LAST = 0.8
+"""Weight of the last layer at first where the projector was trained on it alone."""
+
+
 class LayerMix(nn.Module):
     """Weighted sum of normalised encoder layers, (N, stack * layers * d) to (N, stack * d).
 
-    The weights are softmax(logits) of learnt logits.
+    The weights are softmax(logits) of learnt logits, and alike at first.
     """
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
         self.layers, self.width = layers, width
         self.logits = nn.Parameter(torch.zeros(layers))
+
+    @torch.no_grad()
+    def begin_at_last(self) -> None:
+        """Give the last layer most of the weight."""
+        logits = torch.zeros(self.layers)
+        logits[-1] = math.log((self.layers - 1) * _SHARE_OF_LAST / (1 - _SHARE_OF_LAST))
+        set_rows(self.logits, lambda first, end: logits[first:end])
 
     def forward(self, x: Tensor) -> Tensor:
         split = x.view(len(x), -1, self.layers, self.width).to(self.logits.dtype)

@@ -63,6 +63,14 @@ def check_base(base: Checkpoint, config: Config, model: OmniConfig, encoder: Enc
             f"encoder.weights: {encoder.source}; expected the weights on whose features model.base "
             f"was trained ({base.encoder['source']}, fingerprint {base.encoder['fingerprint']})"
         )
+    trained_on = base.encoder.get("layers") or []
+    # A mix begins with most of the weight on its last layer, see `LayerMix`.
+    features = encoder.layers if model.layers == 1 else encoder.layers[-1:] if trained_on else []
+    if base.model.layers == 1 and features != trained_on:
+        raise ConfigError(
+            f"encoder.layers: {config.encoder.layers}; expected {trained_on or 'last'}, on whose "
+            "features model.base was trained, or several layers of which it is the last"
+        )
     if unequal := differences(base.model, model):
         raise ConfigError(f"{'; '.join(unequal)}, as model.base has it")
 

@@ -102,7 +102,10 @@ class ModelState:
             if not self.model.kept_by_reference(name)
         }
         shapes = {name: parameter.shape for name, parameter in targets.items()}
-        with initial_weights(read_base(base), shapes) as weights:
+        found = read_base(base)
+        if self.model.mix is not None and found.model.layers == 1:
+            self.model.mix.begin_at_last()
+        with initial_weights(found, shapes) as weights:
             for name in weights.names:
                 set_rows(targets[name], functools.partial(weights.files.rows, name))
 

@@ -129,6 +129,38 @@ def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
         prepare(_config(tmp_path / "runs", base="/nowhere"))
 
 
+def test_other_layers_join_the_one_of_the_base(base: Path, tmp_path: Path) -> None:
+    alone = prepare(_config(tmp_path, base=str(base)))
+    several = _config(tmp_path, base=str(base))
+    several = several.model_copy(
+        update={"encoder": several.encoder.model_copy(update={"layers": "all"})}
+    )
+    mixed = prepare(several)
+    model = ModelState(mixed.config, mixed.model, CPU, 1).model
+    assert model.mix is not None
+    torch.testing.assert_close(
+        model.mix.logits.softmax(0), torch.tensor([0.05, 0.05, 0.05, 0.05, 0.8])
+    )
+    frames = torch.nn.functional.layer_norm(torch.randn(40, 4, 5, 384), (384,))
+    frames[:, :, :4] = 0.0
+    before = ModelState(alone.config, alone.model, CPU, 1).model
+    assert torch.allclose(
+        model.projector(model.mix(frames.flatten(1))),
+        before.projector(0.8 * frames[:, :, 4].flatten(1)),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("layers", [[2], [4]])
+def test_one_other_layer_is_refused(base: Path, tmp_path: Path, layers: list[int]) -> None:
+    config = _config(tmp_path, base=str(base))
+    config = config.model_copy(
+        update={"encoder": config.encoder.model_copy(update={"layers": layers})}
+    )
+    with pytest.raises(ConfigError, match=r"encoder\.layers"):
+        prepare(config)
+
+
 def test_a_head_that_the_base_lacks_begins_anew(base: Path, tmp_path: Path) -> None:
     config = _config(tmp_path / "runs", base=str(base))
     without = config.optim.model_copy(update={"ctc_weight": 0.0})
