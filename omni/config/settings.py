@@ -427,7 +427,9 @@ class OptimConfig(Section):
     lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW, for all parameters whose role has none of its own below."""
     projector_lr: PositiveFloat | None = None
-    """Peak learning rate of the projector; null: `lr`."""
+    """Peak learning rate of the projector and of the summary tokens; null: `lr`."""
+    mix_lr: PositiveFloat | None = None
+    """Peak learning rate of the weights of several encoder layers; null: 0.03."""
     lora_lr: PositiveFloat | None = None
     """Peak learning rate of the LoRA adapters; null: `lr`."""
     embedding_lr: PositiveFloat | None = None

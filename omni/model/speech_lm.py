@@ -31,6 +31,9 @@ from omni.model.shards import copy_, is_sharded
 from omni.model.speech_input import SpeechInput
 from omni.model.summary import SummaryPool
 
+_MEASURED = ("soft_size", "summary.centre", "summary.gain")
+"""Values that are saved as weights, and never trained."""
+
 
 @dataclass(frozen=True)
 class LMSource:
@@ -198,7 +201,7 @@ class OmniModel(SpeechInput, nn.Module):
         for name, parameter in self.named_parameters():
             inside = name.startswith("lm.")
             kind = "lora" if is_adapter(name) else "lm" if inside else "projector"
-            parameter.requires_grad_(kind in parts and name != "soft_size")
+            parameter.requires_grad_(kind in parts and name not in _MEASURED)
 
     def kept_by_reference(self, name: str) -> bool:
         """Tell whether a parameter is pretrained and frozen; checkpoints leave such ones out."""

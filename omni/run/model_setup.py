@@ -207,6 +207,7 @@ def _check_rates(config: Config, shape: GPTConfig | HFConfig) -> None:
     tied = isinstance(shape, HFConfig) and shape.architecture.get("tie_word_embeddings", True)
     trained = {
         "projector_lr": "projector" in train,
+        "mix_lr": "projector" in train and _mixes_layers(config),
         "lora_lr": "lora" in train,
         "embedding_lr": "lm" in train,
         "unembedding_lr": "lm" in train and not tied,
@@ -214,6 +215,7 @@ def _check_rates(config: Config, shape: GPTConfig | HFConfig) -> None:
         "muon_lr": "lm" in train and isinstance(shape, GPTConfig),
     }
     reasons = {
+        "mix_lr": "it weighs several encoder.layers, with projector in model.train",
         "muon_lr": "Muon trains the matrices of a GPT, with lm in model.train",
         "unembedding_lr": "the output head trains with lm in model.train, unless its weights are "
         "the embeddings",
@@ -222,3 +224,8 @@ def _check_rates(config: Config, shape: GPTConfig | HFConfig) -> None:
         if getattr(config.optim, name) is not None and not trains:
             reason = reasons.get(name, f"model.train {train} trains nothing with it")
             raise ConfigError(f"optim.{name}: {reason}; leave it out")
+
+
+def _mixes_layers(config: Config) -> bool:
+    layers = config.encoder.layers
+    return layers == "all" or (layers != "last" and len(layers) > 1)

@@ -86,6 +86,7 @@ class ModelState:
             compile_layers(self.model)
         self.optimizers = make_optimizers(self.model, config.optim)
         self.average = WeightAverage(self.model, config.optim.ema) if config.optim.ema else None
+        self._summary_ready = False
         self._unreduced = False
         """Tell whether the gradients are still those of this rank."""
         self.wrapped: nn.Module = self.model
@@ -143,10 +144,20 @@ class ModelState:
         ctc_only: leave out the language model, whose parameters then get no gradients. DDP would
         wait for them, so it is not asked; `gradient_norm` sums the others' gradients over ranks.
         """
+        if not self._summary_ready:
+            self._summary_ready = self._fit_summary(batch)
         self._unreduced = ctc_only and self.wrapped is not self.model
         module = self.model if ctc_only else self.wrapped
         out: LossSums = module(batch, ctc_only)
         return out
+
+    def _fit_summary(self, batch: Batch) -> bool:
+        """Let the summary tokens know the first recordings of the training. Collective."""
+        pool, tokens = self.model.summary, self.model.config.summary_tokens
+        if pool is None:
+            return True
+        recordings = len(batch.summary_at_M) // tokens
+        return pool.fit(batch.audio_NF, batch.audio_starts_N, recordings, all_sum)
 
     def gradient_norm(self, tokens: float) -> float:
         """Divide summed gradients by the global token count and clip; return the norm before."""

@@ -78,6 +78,7 @@ def describe_groups(optimizers: Optimizers) -> list[dict[str, Any]]:
 
 RATES = {
     "projector": "projector_lr",
+    "mix": "mix_lr",
     "summary": "projector_lr",
     "ctc_head": "lr",
     "adapters": "lora_lr",
@@ -86,8 +87,11 @@ RATES = {
     "scalars": "scalar_lr",
     "matrices": "muon_lr",
 }
-"""Settings of the roles' peak rates; where one is null, `lr` holds."""
-_HEARING = ("projector", "ctc_head")
+"""Settings of the roles' peak rates; where one is null, `lr` holds, and `_MIX_RATE` for `mix`."""
+_MIX_RATE = 0.03
+"""Rate of the logits of a mix of layers: Adam moves a logit by about its rate per step, so that at
+rates of matrices a run of a thousand steps would end with the weights that it began with."""
+_HEARING = ("projector", "mix", "ctc_head")
 """Roles that train from the first step, also while CTC trains alone."""
 
 
@@ -114,13 +118,14 @@ class _Roles:
             return "adapters"
         parts = name.split(".")
         if "lm" not in parts:
-            return parts[0] if parts[0] in ("ctc_head", "summary") else "projector"
+            return parts[0] if parts[0] in ("ctc_head", "mix", "summary") else "projector"
         return self._by_id.get(id(parameter), "matrices" if parameter.ndim >= 2 else "scalars")
 
 
 def _rate(role: str, config: OptimConfig) -> float:
     given: float | None = getattr(config, RATES[role])
-    return config.lr if given is None else given
+    usual = _MIX_RATE if role == "mix" else config.lr
+    return usual if given is None else given
 
 
 def _decay(parameter: nn.Parameter, rate: float, config: OptimConfig) -> float:

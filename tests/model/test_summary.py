@@ -37,26 +37,44 @@ def _pool(layers: int = 3) -> SummaryPool:
     return pool
 
 
-def _pooled(pool: SummaryPool, *recordings: Tensor) -> Tensor:
+def _stacked(*recordings: Tensor) -> tuple[Tensor, Tensor, int]:
     stacked = [stack_frames(part, STACK) for part in recordings]
     starts = torch.cat([torch.arange(len(part)) == 0 for part in stacked])
-    pooled: Tensor = pool(torch.cat(stacked), starts, len(recordings))
+    return torch.cat(stacked), starts, len(recordings)
+
+
+def _pooled(pool: SummaryPool, *recordings: Tensor) -> Tensor:
+    pooled: Tensor = pool(*_stacked(*recordings))
     return pooled
 
 
-def test_a_summary_is_the_weighted_mean_and_deviation_of_the_frames() -> None:
+def test_a_summary_is_made_of_weighted_means_and_deviations() -> None:
     pool = _pool()
-    assert pool.logits is not None
-    x = _recording(7, 0, 3 * WIDTH).view(7, 3, WIDTH)  # Seven frames do not fill two stacks.
-    for token in range(TOKENS):
-        frames = torch.einsum("tld,l->td", x, pool.logits[token].softmax(0))
-        frames = pool.norm_in(frames)
-        weights = torch.softmax(torch.tanh(pool.hidden(frames)) @ pool.scores[token], 0)[:, None]
-        mean = (weights * frames).sum(0)
-        deviation = ((weights * (frames - mean) ** 2).sum(0) + 1e-5).sqrt()
-        wanted = pool.norm_out(torch.cat((mean, deviation)) @ pool.out[token])
-        got = _pooled(pool, x.flatten(1))[token]
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    x = _recording(7, 0, 3 * WIDTH)  # Seven frames do not fill two stacks.
+    weights = torch.softmax(torch.tanh(pool.hidden(x)) @ pool.scores, 0)[:, None]
+    mean = (weights * x).sum(0)
+    deviation = ((weights * (x - mean) ** 2).sum(0) + 1e-5).sqrt()
+    statistics = torch.cat((mean, deviation)).view(6, WIDTH)
+    standard = (statistics - pool.centre.view(6, WIDTH)) * pool.gain[:, None]
+    narrow = pool.narrow(standard.flatten())
+    wanted = torch.stack([pool.norm_out(narrow @ pool.out[token]) for token in range(TOKENS)])
+    torch.testing.assert_close(_pooled(pool, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_are_centred_and_scaled_by_the_first_recordings() -> None:
+    pool = SummaryPool(TOKENS, STACK, 2, WIDTH, 24)
+    recordings = [3.0 + (1 + n) * _recording(9 + n, n, 2 * WIDTH) for n in range(5)]
+    assert not pool.fit(*_stacked(recordings[0]))  # One recording has no deviation.
+    assert pool.fit(*_stacked(*recordings))
+    statistics = torch.stack(
+        [torch.cat((x.mean(0), (x.var(0, correction=0) + 1e-5).sqrt())) for x in recordings]
+    )
+    torch.testing.assert_close(pool.centre.data, statistics.mean(0))
+    standard = ((statistics - pool.centre) * pool.gain.repeat_interleave(WIDTH)).view(5, 4, WIDTH)
+    torch.testing.assert_close(standard.square().mean((0, 2)), torch.ones(4), rtol=1e-4, atol=0)
+    before = pool.centre.clone()
+    assert pool.fit(*_stacked(*recordings[:2]))
+    assert torch.equal(pool.centre, before)
 
 
 def test_recordings_are_pooled_apart() -> None:
@@ -73,7 +91,8 @@ def test_a_recording_of_zeros_and_a_batch_without_recordings_have_finite_gradien
     assert empty.shape == (0, 24)
     empty.sum().backward()
     for name, parameter in pool.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
 # --- in a model ----------------------------------------------------------------------------------
@@ -155,7 +174,8 @@ def test_the_summary_trains_and_ctc_alone_leaves_it_alone(utterances: list[Utter
     awaken(model)
     model(_lay_out(utterances)).loss.backward()
     for name, parameter in model.summary.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        trained = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert trained != (name in ("centre", "gain")), name
 
 
 def test_models_without_summary_tokens_keep_their_fingerprint() -> None:

@@ -204,12 +204,21 @@ def test_a_step_at_the_peak_decays_all_matrices_by_the_same_share() -> None:
 
 def test_groups_are_listed_for_the_record() -> None:
     groups = {group["role"]: group for group in describe_groups(make_optimizers(_model(), MUON))}
-    assert groups.keys() == RATES.keys() - {"adapters", "summary"}
+    assert groups.keys() == RATES.keys() - {"adapters", "mix", "summary"}
     assert groups["matrices"] == {
         **{"role": "matrices", "optimizer": "muon", "lr": 2e-2, "first_step": 0},
         **{"weight_decay": 0.05, "tensors": 12, "parameters": 2 * (3 * 32 * 32 + 8 * 32 * 32)},
     }
     assert groups["projector"]["lr"] == 3e-2
+
+
+@pytest.mark.parametrize(("given", "rate"), [(None, 0.03), (0.2, 0.2)])
+def test_weights_of_layers_move_faster_than_matrices(given: float | None, rate: float) -> None:
+    model = OmniModel(OmniConfig(GPT, feature_dim=8, layers=3, summary_tokens=2))
+    found = _groups(model, ADAMW.model_copy(update={"mix_lr": given}))
+    assert found["mix.logits"] == ("adamw", rate, 0.0)
+    assert found["summary.out"][1] == ADAMW.lr
+    assert "summary.centre" not in found and "summary.gain" not in found
 
 
 def test_adapters_have_their_own_rate_also_beside_muon() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import omni.train.model_state
 from omni.config import parse_config
 from omni.model.batch import Batch
 from omni.model.chat_template import AUDIO
+from omni.model.shards import local_part
 from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
 from omni.train.evaluation import Layout
@@ -45,7 +47,11 @@ def pretended_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _state(precision: str = "bf16", train: tuple[str, ...] = ("projector", "lm")) -> ModelState:
+def _state(
+    precision: str = "bf16",
+    train: tuple[str, ...] = ("projector", "lm"),
+    shape: OmniConfig = SHAPE,
+) -> ModelState:
     config = parse_config(
         {
             "train": {"workers": WORLD, "strategy": "fsdp", "precision": precision},
@@ -53,14 +59,14 @@ def _state(precision: str = "bf16", train: tuple[str, ...] = ("projector", "lm")
             "optim": {"ctc_weight": 0.5},
         }
     )
-    return ModelState(config, SHAPE, torch.device("cpu"), WORLD)
+    return ModelState(config, shape, torch.device("cpu"), WORLD)
 
 
 def _batch() -> Batch:
     text = list(range(20))
     ids, flags = [AUDIO, 290, *text, 291], [False, False] + [True] * 21
     utterance = Utterance([torch.zeros(60, 8)], ids, flags, transcript_tokens=[text])
-    return Layout(64, SHAPE.stack, 8, False, ctc=True).batch([[utterance]])
+    return Layout(64, SHAPE.stack, 0, 8, ctc=True).batch([[utterance]])
 
 
 def _backward(state: ModelState) -> None:
@@ -121,6 +127,36 @@ def test_no_rank_holds_the_model_while_it_builds_saves_or_evaluates_it() -> None
 
     assert peak_bytes(evaluate) < root + whole / 4 < whole
     _backward(state)  # Nothing that evaluation left is in the way of training.
+
+
+def test_summary_tokens_know_the_first_recordings_on_every_rank() -> None:
+    shape = replace(SHAPE, summary_tokens=2)
+    state = _state(shape=shape)
+    generator = torch.Generator().manual_seed(0)
+    text = [1, 2, 3]
+    utterances = [
+        Utterance(
+            [torch.randn(20 + n, 8, generator=generator)],
+            [AUDIO, 290, *text, 291],
+            [False, False] + [True] * 4,
+            transcript_tokens=[text],
+        )
+        for n in range(3)
+    ]
+    batch = Layout(64, shape.stack, 2, 8, ctc=True).batch([utterances])
+    pool = state.model.summary
+    assert pool is not None
+    centres = []
+    for _ in range(2):
+        with state.autocast():
+            out = state.losses(batch)
+        (out.loss + out.ctc).backward()
+        centres.append(local_part(pool.centre).clone())
+    assert math.isfinite(float(out.loss))
+    assert len(centres[0]) == 16 / WORLD and (centres[0] != 0).all()
+    assert torch.equal(*centres)
+    gradients = {name: p.grad for name, p in pool.named_parameters()}
+    assert all((grad is None) == (name in ("centre", "gain")) for name, grad in gradients.items())
 
 
 @pytest.mark.parametrize("train, early", [(("projector",), 0), (("projector", "lm"), 1)])
