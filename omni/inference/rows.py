@@ -89,6 +89,7 @@ def evaluate(
     score_closed(transcriber, index.table, rows, scoring)
     summary = {
         "manifest": public_uri(manifest),
+        "decoding": str(transcriber.decoding),
         **summarize(rows, metrics),
         **({"tasks": scores} if (scores := scoring.score(rows)) else {}),
         **({"long_conversations": whole} if whole else {}),
@@ -154,7 +155,7 @@ def transcribe_rows(
                     continue
                 name = f"{row['id']} ({row['uri']})"
                 pieces = pieces_of(transcriber, row) if read is None else read(row)
-                yield Request(name, messages_of(row), pieces, is_transcription(row))
+                yield Request(name, messages_of(row), pieces, is_transcription(row), row["id"])
 
     for found in transcriber.answers(requests()):
         yield waiting.popleft(), found

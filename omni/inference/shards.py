@@ -21,6 +21,7 @@ from omni.checkpoint.checkpoint import STATE_FILE
 from omni.corpus.index_row import IndexRow, recordings, span_of
 from omni.inference.rows import audio_of, has_long, pieces_of, tagger, transcribe_rows
 from omni.inference.transcriber import Sound, Transcriber, Transcript
+from omni.model.decode import AS_TRAINED, DecodingOptions
 from omni.storage.atomic import write_atomic
 from omni.storage.digest import digest
 from omni.storage.path import StoragePath, as_path, join
@@ -42,9 +43,7 @@ class Decoder:
     checkpoint: str
     device: str = "cpu"
     threads: int = 1
-    max_new_tokens: int | None = None
-    decode: str | None = None
-    ctc_weight: float | None = None
+    options: DecodingOptions = AS_TRAINED
     language: str | None = None
     cache: str | None = None
     tag: bool = True
@@ -56,13 +55,7 @@ class Decoder:
         import torch
 
         torch.set_num_threads(self.threads)
-        transcriber = Transcriber.load(
-            as_path(self.checkpoint),
-            self.device,
-            self.max_new_tokens,
-            self.decode,
-            self.ctc_weight,
-        )
+        transcriber = Transcriber.load(as_path(self.checkpoint), self.device, self.options)
         transcriber.check_language(self.language)
         return transcriber
 
@@ -73,7 +66,14 @@ class Decoder:
     def identity(self, table: pa.Table) -> str:
         """Name what the transcripts of these rows depend on."""
         state = (as_path(self.checkpoint) / STATE_FILE).read_bytes()
-        settings = [self.max_new_tokens, self.decode, self.ctc_weight, self.language, self.tag]
+        options = self.options
+        given = (options.max_new_tokens, options.decode, options.ctc_weight)
+        settings = [*given, self.language, self.tag]
+        # Finished shards of versions without these settings stay finished.
+        if options.beam > 1:
+            settings.append(f"beam {options.beam}")
+        if options.sampling.draws_tokens:
+            settings.append(f"{options.sampling}")
         columns = ("id", "key", "samples", "prompt", "language", "task", "messages")
         rows = table.select([name for name in columns if name in table.column_names])
         sink = pa.BufferOutputStream()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omni.model.chat_template import AUDIO
 from omni.model.ctc import ctc_log_probs, posteriors
-from omni.model.decode import Choice, Decoding, Request, decode
+from omni.model.decode import Choice, Decoding, DecodingOptions, Request, decode
 from omni.model.lm.answer_scores import answer_log_probs
 from omni.model.lm.generate import continue_prompts
 from omni.model.lm.gpt_block import rms
@@ -230,4 +230,4 @@ def test_a_config_of_an_older_version_has_the_defaults() -> None:
     )
     saved = {"eval": {"decode": "joint", "ctc_weight": 0.25}}
     assert Decoding.of_config(saved, head=True) == Decoding("joint", 0.25)
-    assert Decoding.of_config(saved, head=True, decode="ctc").decoder == "ctc"
+    assert Decoding.of_config(saved, DecodingOptions(decode="ctc"), head=True).decoder == "ctc"

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from omni.checkpoint.base import checkpoint_folder
 from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.model.chat_template import Message
+from omni.model.lm.sampling import Sampling
 from omni.serve.answers import Answers, Opened, Span
 from omni.serve.api import Reply, make_app
 from omni.serve.settings import ServeSettings
@@ -35,9 +36,9 @@ class Here:
         self._answers = answers
 
     async def spans(
-        self, data: bytes, language: str | None, timed: bool
+        self, data: bytes, language: str | None, timed: bool, sampling: Sampling
     ) -> AsyncIterator[Opened | Span]:
-        for item in self._answers.split(data, language, timed):
+        for item in self._answers.split(data, language, timed, sampling):
             if isinstance(item, Opened):
                 yield item
                 continue
@@ -45,9 +46,14 @@ class Here:
             yield Span(item.start, item.seconds, found.text, found.cut)
 
     async def reply(
-        self, messages: list[Message], recordings: list[bytes], limit: int | None
+        self,
+        messages: list[Message],
+        recordings: list[bytes],
+        limit: int | None,
+        sampling: Sampling,
     ) -> Reply:
-        [found] = self._answers.decode([self._answers.conversation(messages, recordings, limit)])
+        piece = self._answers.conversation(messages, recordings, limit, sampling)
+        [found] = self._answers.decode([piece])
         return Reply(found.text, found.cut)
 
     async def healthy(self) -> bool:
