@@ -118,6 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 downloads=download_limits(arguments),
                 metrics=metrics,
                 run=_run(arguments, str(path)),
+                cache=arguments.cache,
             )
             results.append({"checkpoint": public_uri(name), **summary})
             of = {"checkpoint": public_uri(name), "corpus": summary["manifest"]}
@@ -153,8 +154,6 @@ def _run(arguments: argparse.Namespace, checkpoint: str) -> Run | None:
     from omni.inference.shards import Decoder
 
     if arguments.shards is None:
-        if arguments.cache is not None:
-            raise ConfigError("--cache: expected --shards DIR beside it")
         return None
     decoder = Decoder(
         checkpoint,

@@ -78,6 +78,26 @@ def test_answers_that_take_each_others_places_equal_those_alone(
         assert len(alone.answer.ids) <= limit
 
 
+@pytest.mark.parametrize(("make", "decoder"), [(gpt, "lm"), (llama, "joint")])
+def test_beams_that_begin_beside_others_equal_those_alone(
+    make: Callable[[], OmniModel], decoder: Any
+) -> None:
+    model = make()
+    given, end = requests(10), likely_end(model)
+    settings = Decoding(decoder, max_new_tokens=12, beam=3)
+    engine = Engine(model, end=end, settings=settings, slots=12)
+    found: dict[int, Any] = {}
+    for number, request in enumerate(given):
+        engine.add(number, request)
+        if number % 3 == 0:  # Places are added while others are in use.
+            found |= dict(engine.step())
+    while engine.busy:
+        found |= dict(engine.step())
+    for number, request in enumerate(given):
+        [alone] = decode(model, [request], end=end, settings=settings)
+        assert found[number] == alone
+
+
 def test_an_answer_begins_while_others_are_written() -> None:
     model = gpt()
     generator = Generator(model.lm, 999, slots=3)
