@@ -128,7 +128,7 @@ class Decoding:
         another one. Raises as `of`.
         """
         values = {"decode": "auto", "ctc_weight": cls.ctc_weight, "max_new_tokens": None}
-        drawn = {"decode": "lm"} if options.sampling.draws_tokens else {}
+        drawn: dict[str, Any] = {"decode": "lm"} if options.sampling.draws_tokens else {}
         for given in (config.get("eval") or {}, drawn, vars(options)):
             values |= {name: given[name] for name in values if given.get(name) is not None}
         return cls.of(**values, head=head, beam=options.beam, sampling=options.sampling)  # type: ignore[arg-type]

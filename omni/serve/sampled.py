@@ -36,7 +36,7 @@ def make_sampling(temperature: object, top_p: object, seed: object, *, hottest: 
 def _number(name: str, value: object, most: float) -> float | None:
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= most:  # type: ignore[operator]
+    is_flag = isinstance(value, bool)
+    if is_flag or not isinstance(value, int | float) or not 0 <= value <= most:
         raise RefusedRequest(f"{name}: expected 0 to {most:g}, got {value!r}", field=name)
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
