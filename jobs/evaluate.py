@@ -17,7 +17,9 @@ from jobs.cli import (
     add_actors,
     add_corpus_limits,
     add_decoding,
+    add_sampling,
     corpus_spec,
+    decoding_options,
     download_limits,
     job_parser,
     location,
@@ -71,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--worst", type=positive, default=50, help="utterances on the page (default 50)")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
-    add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
     add_decoding(parser)
+    add_sampling(parser)
     add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _evaluate(arguments))
@@ -106,13 +108,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.actors and arguments.shards is None:
         raise ConfigError("--actors: expected --shards DIR, a folder that all processes see")
     for name, path in paths.items():
-        transcriber = Transcriber.load(
-            path,
-            "cpu" if arguments.actors else arguments.device,
-            arguments.max_new_tokens,
-            arguments.decode,
-            arguments.ctc_weight,
-        )
+        device = "cpu" if arguments.actors else arguments.device
+        transcriber = Transcriber.load(path, device, decoding_options(arguments))
         for corpus in corpora:
             summary, scored = evaluate(
                 transcriber,
@@ -121,6 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 downloads=download_limits(arguments),
                 metrics=metrics,
                 run=_run(arguments, str(path)),
+                cache=arguments.cache,
             )
             results.append({"checkpoint": public_uri(name), **summary})
             of = {"checkpoint": public_uri(name), "corpus": summary["manifest"]}
@@ -156,16 +154,12 @@ def _run(arguments: argparse.Namespace, checkpoint: str) -> Run | None:
     from omni.inference.shards import Decoder
 
     if arguments.shards is None:
-        if arguments.cache is not None:
-            raise ConfigError("--cache: expected --shards DIR beside it")
         return None
     decoder = Decoder(
         checkpoint,
         arguments.device,
         arguments.threads,
-        arguments.max_new_tokens,
-        arguments.decode,
-        arguments.ctc_weight,
+        decoding_options(arguments),
         cache=arguments.cache,
         tag=False,
     )

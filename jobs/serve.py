@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--queue", type=positive, default=usual.queue, help="waiting requests; more get a 429")
     add("--max_megabytes", type=_number, default=usual.max_megabytes, help="of a request, or 413")
     add("--max_seconds", type=_number, default=usual.max_seconds, help="of a recording, or 413")
-    add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
     add_decoding(parser)
     arguments = parser.parse_args(argv)
     return run_job(lambda: _serve(arguments))

@@ -22,12 +22,13 @@ from jobs.cli import (
     add_actors,
     add_corpus_limits,
     add_decoding,
+    add_sampling,
     checkpoint_path,
     corpus_spec,
+    decoding_options,
     download_limits,
     job_parser,
     location,
-    positive,
     positive_float,
     run_job,
 )
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--segment", choices=["vad"], help="write a line for each span of speech, with its times")
     add("--language", metavar="CODE", help="language, for a model trained with data.language_tag")
     add("--device", default="cpu", help="torch device, such as cuda (default cpu)")
-    add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
     add_decoding(parser)
+    add_sampling(parser)
     add("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args(argv)
     return run_job(lambda: _transcribe(arguments))
@@ -95,11 +96,7 @@ def _transcribe(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}: expected a corpus and --out DIR")
     torch.set_num_threads(arguments.threads)
     transcriber = Transcriber.load(
-        arguments.checkpoint,
-        arguments.device,
-        arguments.max_new_tokens,
-        arguments.decode,
-        arguments.ctc_weight,
+        arguments.checkpoint, arguments.device, decoding_options(arguments)
     )
     if arguments.format is not None:
         _write_files(transcriber, arguments)
@@ -144,9 +141,7 @@ def _transcribe_corpus(arguments: argparse.Namespace) -> None:
             str(arguments.checkpoint),
             arguments.device,
             arguments.threads,
-            arguments.max_new_tokens,
-            arguments.decode,
-            arguments.ctc_weight,
+            decoding_options(arguments),
             arguments.language,
             arguments.cache,
         ),

@@ -16,10 +16,10 @@ class TrainState:
     seconds: float = 0.0
     """Seconds of training steps, over all attempts."""
     best_value: float | None = None
-    """Best value of `eval.best` so far; lower is better."""
+    """Best value of `eval.best` so far: the lowest loss or error rate, the highest accuracy."""
     best_metric: str = ""
     """Metric of `best_value`, with its decoder; empty in checkpoints of versions that decoded by
-    the language model alone."""
+    the language model alone. See `omni.metrics.best_figure.BestFigure.measured`."""
     best_step: int | None = None
     evaluations_since_best: int = 0
     mean_norm: float = 0.0

@@ -74,9 +74,20 @@ def _projector(value: Any) -> Any:
     return value
 
 
+def _best(value: Any) -> Any:
+    task = value.removeprefix(BEST_OF_TASK) if isinstance(value, str) else ""
+    if value not in get_args(_BestKind) and (not task or task == value):
+        kinds = ", ".join(get_args(_BestKind))
+        raise ValueError(f"expected {kinds} or {BEST_OF_TASK}TASK")
+    return value
+
+
 _INDEX_COLUMNS = ("id", "text", "language", "speaker", "task", "prompt")
 _RESERVED_LABELS = ("labels", "seconds")
 _ProjectorKind = Literal["mlp", "swiglu", "conv"]
+_BestKind = Literal["dev_loss", "dev_wer", "dev_cer"]
+BEST_OF_TASK = "dev_task_metrics."
+"""Beginning of an `eval.best` that names a task."""
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -107,6 +118,8 @@ PlugIns = Annotated[
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 Projector = Annotated[str, BeforeValidator(_projector, json_schema_input_type=_ProjectorKind | str)]
+_OfTask = Annotated[str, Field(pattern=r"^dev_task_metrics\..+")]
+Best = Annotated[str, BeforeValidator(_best, json_schema_input_type=_BestKind | _OfTask)]
 LanguageModel = Annotated[str, AfterValidator(_language_model)]
 Layers = Annotated[Literal["last", "all"] | list[NotNegative], BeforeValidator(_distinct)]
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]

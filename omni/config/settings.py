@@ -23,6 +23,7 @@ from pydantic import (
 from omni.config.field_types import (
     AbsolutePath,
     Base,
+    Best,
     Columns,
     DecibelRange,
     Fingerprints,
@@ -542,8 +543,8 @@ class EvalConfig(Section):
     """Number of transcripts to log at each evaluation."""
     metrics: PlugIns = []
     """Metrics of transcripts of your own (package.module:Class), beside WER and CER."""
-    best: Literal["dev_loss", "dev_wer", "dev_cer"] = "dev_loss"
-    """Metric that chooses the best checkpoint."""
+    best: Best = "dev_loss"
+    """Metric that chooses the best checkpoint; dev_task_metrics.TASK: the figure of a task."""
     patience: Positive | None = None
     """Evaluations without a better `best` after which training stops; null: never."""
 

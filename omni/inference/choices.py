@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from omni.model.chat_template import Template, transcription
-from omni.model.lm.gpt import scatter_soft_tokens
+from omni.model.lm.answer_scores import answer_log_probs
+from omni.model.lm.generate import continue_prompts
+from omni.model.lm.prompts import embed_prompt
 from omni.model.speech_lm import OmniModel
 from omni.plan.sequences import sequence_positions
 from omni.storage.digest import digest
-from omni.stream.collate import Utterance, collate
+from omni.stream.collate import Utterance
 
+_ROWS = 16
+"""Most utterances whose keys and values are in memory at a time."""
 _POSITIONS = 16_384
-"""Most positions of a forward pass; one utterance may have more."""
+"""Most positions of them, answers included; one utterance may have more."""
 
 
 def answers_of(texts: Sequence[str], template: Template) -> list[list[int]]:
@@ -41,65 +45,37 @@ def score_choices(
     """Compute log P(choice, end | audio, prompt) of each choice of each utterance, in nats.
 
     choices: of each utterance. The end token is part of each answer, so that a choice which begins
-    another one is not favoured by being its prefix.
+    another one is not favoured by being its prefix. Audio and prompt are read once for all choices.
     """
-    known = {texts: answers_of(texts, template) for texts in dict.fromkeys(map(tuple, choices))}
-    rows = [
-        [_answered(utterance, answer) for answer in known[tuple(texts)]]
-        for utterance, texts in zip(utterances, choices, strict=True)
+    end = template.end
+    known = {
+        texts: [answer[:-1] for answer in answers_of(texts, template)]
+        for texts in dict.fromkeys(map(tuple, choices))
+    }
+    answers = [known[tuple(texts)] for texts in choices]
+    lengths = [
+        _positions(model, utterance) + sum(map(len, of_row))
+        for utterance, of_row in zip(utterances, answers, strict=True)
     ]
-    lengths = [sum(_positions(model, segment) for segment in row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
+    order = sorted(range(len(answers)), key=lambda i: (lengths[i], i))
     found: dict[int, list[float]] = {}
     while order:
-        group = [order.pop()]  # the longest, whose length is that of the rows
-        width = lengths[group[0]]
-        while order and (len(group) + 1) * width <= _POSITIONS:
-            group.append(order.pop())
-        scored = _log_probs(model, [rows[i] for i in group], width)
+        count = max(1, min(_ROWS, _POSITIONS // lengths[order[-1]]))
+        group, order = order[-count:], order[:-count]
+        prompts = [
+            embed_prompt(model, utterances[i].prompt, _features(utterances[i])) for i in group
+        ]
+        read = continue_prompts(model.lm, prompts, end, [1] * len(group), keep=True)
+        held = [one.held for one in read if one.held is not None]
+        scored = answer_log_probs(model, held, [answers[i] for i in group], end)
         found |= dict(zip(group, scored, strict=True))
     return [dict(zip(texts, found[i], strict=True)) for i, texts in enumerate(map(tuple, choices))]
-
-
-def _answered(utterance: Utterance, answer: Sequence[int]) -> Utterance:
-    """Put a choice in the place of the answer of an utterance."""
-    given = list(utterance.prompt)
-    flags = [False] * len(given) + [True] * len(answer)
-    return replace(utterance, ids=[*given, *answer], supervised=flags, task=0)
 
 
 def _positions(model: OmniModel, utterance: Utterance) -> int:
     frames = [len(part) for part in _features(utterance)]
     config = model.config
-    return sequence_positions(frames, len(utterance.ids), config.stack, config.summary_tokens)
-
-
-def _log_probs(
-    model: OmniModel, rows: Sequence[Sequence[Utterance]], positions: int
-) -> list[list[float]]:
-    """Compute the log-probability of each answer of packed rows."""
-    config = model.config
-    batch = collate(
-        rows,
-        positions=positions,
-        stack=config.stack,
-        frame_dim=config.frame_dim,
-        summary_tokens=config.summary_tokens,
-    ).to(next(model.projector.parameters()).device)
-    x = model.lm.embed(batch.tokens_BT)
-    soft_NC = model.project(batch.audio_NF, batch.audio_starts_N)
-    x = scatter_soft_tokens(x, soft_NC, batch.audio_at_N)
-    if model.summary is not None:
-        x = scatter_soft_tokens(x, model.summaries(batch), batch.summary_at_M)
-    hidden = model.lm.trunk(x, batch.tokens_BT, batch.layout(), ~batch.audio_mask_BT)
-    hidden_SC, targets = (
-        of.flatten(0, 1).index_select(0, batch.supervised_S) for of in (hidden, batch.targets_BT)
-    )
-    losses: Tensor
-    losses, _ = model.lm.loss(hidden_SC, targets)
-    counts = [sum(segment.supervised) for row in rows for segment in row]
-    sums = iter([-float(part.sum()) for part in torch.split(losses.float().cpu(), counts)])
-    return [[next(sums) for _ in row] for row in rows]
+    return sequence_positions(frames, len(utterance.prompt), config.stack, config.summary_tokens)
 
 
 def add_choice_scores(

@@ -44,9 +44,10 @@ def transcribe_to_corpus(
         check_format(table, wanted)
         if not len(table):
             raise ConfigError(f"{public_uri(spec)}: there are no utterances")
+        decoding = str(transcriber.decoding)
         del transcriber
         pairs = transcribe_corpus(decoder, table, out / SHARDS_FOLDER, actors, say)
-        made = write_labels(pairs, out, wanted, min_confidence, [public_uri(spec)])
+        made = write_labels(pairs, out, wanted, min_confidence, [public_uri(spec)], decoding)
     for reject in rejects:
         made.left_out[reject.reason] += 1
     made.unread += len(rejects)

@@ -65,12 +65,13 @@ def write_labels(
     wanted: CorpusFormat,
     min_confidence: float,
     sources: list[str],
+    decoding: str,
 ) -> Written:
     """Write transcripts into a folder, in order.
 
     Rows of which the recording cannot be read, conversations, and with `min_confidence` those below
     it and those that are cut, are left out, counted, and listed in rejects.jsonl. sources: of the
-    corpus, for index.json.
+    corpus, and decoding: of its texts, for index.json.
     """
     made = Written()
     rejects: list[Reject] = []
@@ -94,6 +95,7 @@ def write_labels(
         about: dict[str, Any] = {
             "version": INDEX_VERSION,
             "sources": sources,
+            "decoding": decoding,
             "utterances": made.utterances,
             "seconds": made.seconds,
             "rejects": dict(made.left_out),

@@ -15,12 +15,12 @@ import pyarrow as pa
 from omni.config import Config
 from omni.corpus.index_row import IndexRow
 from omni.errors import ConfigError
+from omni.inference.features import open_cache
 from omni.inference.shards import (
     Decoder,
     Shard,
     cut_shards,
     load_rows,
-    open_cache,
     transcribe_shard,
     transcripts,
 )

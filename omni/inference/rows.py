@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from omni.audio.decode import AudioError, AudioSpan, decode, decode_blocks, decode_with_retry, fit
+from omni.audio.decode import AudioError, decode_blocks
 from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.index import build_index, notes_of, read_index_folder
 from omni.corpus.index_row import (
@@ -27,15 +30,20 @@ from omni.corpus.text import apply_policy
 from omni.errors import ConfigError
 from omni.inference.closed_rows import score_closed
 from omni.inference.decode_batch import location_of, transcript_row
+from omni.inference.features import Read, audio_of, cached_reader, open_cache
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
 from omni.inference.scores import summarize
-from omni.inference.transcriber import ENCODE_BATCH, Request, Sound, Transcriber, Transcript
+from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
 from omni.metrics.task_scores import Scoring
 from omni.metrics.text_metric import TextMetric
 from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
 from omni.storage.uri import public_uri, reason_of
+from omni.stream.feature_cache import FeatureCache
 
 Run: TypeAlias = "Callable[[pa.Table], Iterable[tuple[IndexRow, Transcript | ValueError]]]"
+
+_TEMPORARY_BYTES = 4 << 30
+"""Most bytes of features on disk for one evaluation: of 30 hours, in bf16."""
 
 
 def evaluate(
@@ -46,10 +54,13 @@ def evaluate(
     downloads: DownloadLimits = DEFAULT_LIMITS,
     metrics: Sequence[TextMetric] = (),
     run: Run | None = None,
+    cache: str | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a manifest, and return the summary and one transcript row per utterance.
 
-    run: transcribes the rows of the index; None: `transcribe_rows`, in this process.
+    run: transcribes the rows of the index; None: `transcribe_rows`, in this process. cache: folder
+    or URI of features to use and fill; without one, a corpus with closed tasks has one of its own,
+    so that no recording is encoded again for another task or for its choices.
     Rows keep their counts of edits; `without_counts` removes them. Every task of the training that
     applies is asked, and error rates are about the answers that are what is said. Recordings that
     cannot be read are counted as rejects and left out of the error rates. Raises ConfigError when
@@ -74,21 +85,28 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     rejects = Counter(reject.reason for reject in index.rejects)
     whole = 0  # long conversations
-    pairs = transcribe_rows(transcriber, index.table) if run is None else run(index.table)
-    for row, found in pairs:
-        if isinstance(found, ValueError):
-            rejects[found.reason if isinstance(found, AudioError) else str(found)] += 1
-            continue
-        language = row["language"] or "en"
-        location = location_of(row["uri"], span_of(row))
-        scored = transcript_row(row["id"], location, row["text"], language, found)
-        scored |= {name: row[name] for name in ("speaker", "task") if row[name] is not None}
-        scored = scoring.label(scored, row["task"] or DEFAULT_TASK)
-        rows.append(scored | ({"pieces": found.pieces} if found.pieces > 1 else {}))
-        whole += row["messages"] is not None and has_long(row, transcriber.longest_piece)
-    score_closed(transcriber, index.table, rows, scoring)
+    with _cache(transcriber, cache, run is None and scoring.scores_choices) as features:
+        read = None
+        if features is not None and run is None:
+            cut = partial(_long_pieces, transcriber)
+            read = cached_reader(transcriber, index.table, features, cut)
+        table = index.table
+        pairs = transcribe_rows(transcriber, table, read=read) if run is None else run(table)
+        for row, found in pairs:
+            if isinstance(found, ValueError):
+                rejects[found.reason if isinstance(found, AudioError) else str(found)] += 1
+                continue
+            language = row["language"] or "en"
+            location = location_of(row["uri"], span_of(row))
+            scored = transcript_row(row["id"], location, row["text"], language, found)
+            scored |= {name: row[name] for name in ("speaker", "task") if row[name] is not None}
+            scored = scoring.label(scored, row["task"] or DEFAULT_TASK)
+            rows.append(scored | ({"pieces": found.pieces} if found.pieces > 1 else {}))
+            whole += row["messages"] is not None and has_long(row, transcriber.longest_piece)
+        score_closed(transcriber, index.table, rows, scoring, features)
     summary = {
         "manifest": public_uri(manifest),
+        "decoding": str(transcriber.decoding),
         **summarize(rows, metrics),
         **({"tasks": scores} if (scores := scoring.score(rows)) else {}),
         **({"long_conversations": whole} if whole else {}),
@@ -96,6 +114,21 @@ def evaluate(
         **({"notes": notes} if (notes := notes_of(index)) else {}),
     }
     return summary, rows
+
+
+@contextmanager
+def _cache(
+    transcriber: Transcriber, location: str | None, wanted: bool
+) -> Iterator[FeatureCache | None]:
+    """Open the cache at `location`, or else, if one is wanted, one that is removed afterwards."""
+    kept = open_cache(transcriber, location)
+    with ExitStack() as stack:
+        if kept is None and wanted:
+            folder = stack.enter_context(TemporaryDirectory(prefix="omni-features-"))
+            kept = FeatureCache(folder, limit_bytes=_TEMPORARY_BYTES)
+        if kept is not None:
+            stack.callback(kept.flush)
+        yield kept
 
 
 def transcribe_index(
@@ -129,13 +162,13 @@ def transcribe_rows(
     transcriber: Transcriber,
     table: pa.Table,
     change_prompt: Callable[[IndexRow, str], str] | None = None,
-    read: Callable[[IndexRow], Iterator[Sequence[Sound]]] | None = None,
+    read: Read | None = None,
 ) -> Iterator[tuple[IndexRow, Transcript | ValueError]]:
     """Transcribe the rows of an index in order; yield each with its transcript, or its error.
 
     A long recording is cut into pieces; those of a conversation are not, since its answer is about
     the whole. change_prompt: returns the prompt of a row, and may raise ValueError. read: reads the
-    recordings of a row; None: `pieces_of`.
+    recordings of a row, and is called for every one in order; None: `pieces_of`.
     Raises RuntimeError when storage stays unavailable.
     """
     waiting: deque[IndexRow] = deque()
@@ -146,6 +179,7 @@ def transcribe_rows(
             rows: list[IndexRow] = batch.to_pylist()
             for row in rows:
                 waiting.append(row)
+                pieces = pieces_of(transcriber, row) if read is None else read(row)
                 prompt = row["prompt"] or prompts.get(row["task"] or DEFAULT_TASK, "")
                 try:
                     row["prompt"] = change_prompt(row, prompt) if change_prompt else prompt
@@ -153,8 +187,7 @@ def transcribe_rows(
                     yield Request(row["id"], (), _failed(error))
                     continue
                 name = f"{row['id']} ({row['uri']})"
-                pieces = pieces_of(transcriber, row) if read is None else read(row)
-                yield Request(name, messages_of(row), pieces, is_transcription(row))
+                yield Request(name, messages_of(row), pieces, is_transcription(row), row["id"])
 
     for found in transcriber.answers(requests()):
         yield waiting.popleft(), found
@@ -167,25 +200,24 @@ def _failed(error: ValueError) -> Iterator[list[np.ndarray]]:
 
 def pieces_of(transcriber: Transcriber, row: IndexRow) -> Iterator[Sequence[np.ndarray]]:
     """Decode the recordings of a row; one that is long in blocks."""
-    if row["messages"] is None and has_long(row, transcriber.longest_piece):
-        blocks = fit_blocks(_decode_blocks(row), row["samples"])
-        yield from ([piece] for piece in cut_at_pauses(blocks, transcriber.longest_piece))
+    cut = _long_pieces(transcriber, row)
+    if cut is not None:
+        yield from cut
         return
     yield [audio_of(r["uri"], span_of(r), r["samples"]) for r in recordings(row)]
+
+
+def _long_pieces(transcriber: Transcriber, row: IndexRow) -> Iterator[Sequence[np.ndarray]] | None:
+    """Cut the recording of a row that is long; None for any other row."""
+    if row["messages"] is not None or not has_long(row, transcriber.longest_piece):
+        return None
+    blocks = fit_blocks(_decode_blocks(row), row["samples"])
+    return ([piece] for piece in cut_at_pauses(blocks, transcriber.longest_piece))
 
 
 def has_long(row: IndexRow, longest_piece: float) -> bool:
     """Tell whether a recording of a row is cut into pieces of at most so many seconds."""
     return any(is_long(r["samples"], longest_piece) for r in recordings(row))
-
-
-def audio_of(uri: str, span: AudioSpan, samples: int) -> np.ndarray:
-    """Decode a recording; wait for object storage that is unavailable."""
-    read = decode_with_retry if "://" in uri else decode
-    try:
-        return fit(read(uri, span, samples=samples), samples)
-    except OSError as error:
-        raise RuntimeError(f"{uri}: {reason_of(error)}") from error
 
 
 def _decode_blocks(recording: Recording) -> Iterator[np.ndarray]:

@@ -19,11 +19,13 @@ from omni.audio.decode import AudioError
 from omni.audio.windows import SAMPLING_RATE
 from omni.checkpoint.checkpoint import STATE_FILE
 from omni.corpus.index_row import IndexRow, recordings, span_of
-from omni.inference.rows import audio_of, has_long, pieces_of, tagger, transcribe_rows
+from omni.inference.features import audio_of
+from omni.inference.rows import has_long, pieces_of, tagger, transcribe_rows
 from omni.inference.transcriber import Sound, Transcriber, Transcript
+from omni.model.decode import AS_TRAINED, DecodingOptions
 from omni.storage.atomic import write_atomic
 from omni.storage.digest import digest
-from omni.storage.path import StoragePath, as_path, join
+from omni.storage.path import StoragePath, as_path
 from omni.stream.feature_cache import FeatureCache
 
 _SHARD_ROWS = 256
@@ -42,9 +44,7 @@ class Decoder:
     checkpoint: str
     device: str = "cpu"
     threads: int = 1
-    max_new_tokens: int | None = None
-    decode: str | None = None
-    ctc_weight: float | None = None
+    options: DecodingOptions = AS_TRAINED
     language: str | None = None
     cache: str | None = None
     tag: bool = True
@@ -56,13 +56,7 @@ class Decoder:
         import torch
 
         torch.set_num_threads(self.threads)
-        transcriber = Transcriber.load(
-            as_path(self.checkpoint),
-            self.device,
-            self.max_new_tokens,
-            self.decode,
-            self.ctc_weight,
-        )
+        transcriber = Transcriber.load(as_path(self.checkpoint), self.device, self.options)
         transcriber.check_language(self.language)
         return transcriber
 
@@ -73,7 +67,14 @@ class Decoder:
     def identity(self, table: pa.Table) -> str:
         """Name what the transcripts of these rows depend on."""
         state = (as_path(self.checkpoint) / STATE_FILE).read_bytes()
-        settings = [self.max_new_tokens, self.decode, self.ctc_weight, self.language, self.tag]
+        options = self.options
+        given = (options.max_new_tokens, options.decode, options.ctc_weight)
+        settings = [*given, self.language, self.tag]
+        # Finished shards of versions without these settings stay finished.
+        if options.beam > 1:
+            settings.append(f"beam {options.beam}")
+        if options.sampling.draws_tokens:
+            settings.append(f"{options.sampling}")
         columns = ("id", "key", "samples", "prompt", "language", "task", "messages")
         rows = table.select([name for name in columns if name in table.column_names])
         sink = pa.BufferOutputStream()
@@ -150,11 +151,6 @@ def load_rows(
     return [load_row(row, longest_piece, cached) for row in rows]
 
 
-def open_cache(transcriber: Transcriber, location: str | None) -> FeatureCache | None:
-    """Open the cache of the features of a transcriber's encoder."""
-    return None if location is None else FeatureCache(join(location, transcriber.cache_folder))
-
-
 def transcribe_shard(
     transcriber: Transcriber,
     table: pa.Table,
@@ -166,8 +162,7 @@ def transcribe_shard(
     """Transcribe the rows of a shard and write its file; return counts."""
     found_of = iter(loaded)
 
-    def read(row: IndexRow) -> Iterator[Sequence[Sound]]:
-        of_row = next(found_of)
+    def read(row: IndexRow, of_row: Loaded) -> Iterator[Sequence[Sound]]:
         if of_row["error"] is not None:
             raise AudioError(*of_row["error"])
         if of_row["sounds"] is None:
@@ -177,7 +172,10 @@ def transcribe_shard(
 
     lines = []
     pairs = transcribe_rows(
-        transcriber, table, tagger(transcriber, decoder.language) if decoder.tag else None, read
+        transcriber,
+        table,
+        tagger(transcriber, decoder.language) if decoder.tag else None,
+        lambda row: read(row, next(found_of)),
     )
     cut = errors = 0
     for row, found in pairs:

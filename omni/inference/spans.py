@@ -34,7 +34,10 @@ def transcribe_speech(
             spans = iter(speech_spans(path, segmenting))
             while group := list(islice(spans, ENCODE_BATCH)):
                 pieces = [decode(path, AudioSpan(*span)) for span in group]
-                requests = [transcriber.request(file, [piece], language) for piece in pieces]
+                requests = [
+                    transcriber.request(file, [piece], language, draw=f"{start}")
+                    for (start, _), piece in zip(group, pieces, strict=True)
+                ]
                 for (start, duration), found in zip(
                     group, transcriber.answers(requests), strict=True
                 ):

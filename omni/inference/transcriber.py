@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,14 +19,15 @@ from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.tasks import TaskRule, task_rules
 from omni.corpus.text import TextPolicy, join
 from omni.errors import ConfigError, located
-from omni.inference.decode_batch import Decoded, as_text, decode_batch, request_of
+from omni.inference.decode_batch import Decoded, as_text, request_of
 from omni.inference.pieces import cut_at_pauses
 from omni.model.chat_template import Message, RefusedRow, Template, make_template, transcription
-from omni.model.decode import Decoding, Engine
+from omni.model.decode import AS_TRAINED, Decoding, DecodingError, DecodingOptions, Engine
 from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
+from omni.storage.digest import digest
 from omni.storage.path import StoragePath, as_path
 from omni.storage.uri import public_uri, reason_of
 from omni.stream.codec import FeatureCodec
@@ -55,6 +56,13 @@ class Request:
     pieces: Iterable[Sequence[Sound]]
     transcription: bool = True
     """True where the answer is what is said in the only recording."""
+    draw: str = ""
+    """Name that draws depend on, beside the seed and the number of the piece."""
+
+
+def draw_number(name: str, piece: int = 0) -> int:
+    """Number the draws of a piece of a request: the same whatever is decoded beside it."""
+    return int(digest(f"{name} {piece}", size=8), 16)
 
 
 @dataclass(frozen=True)
@@ -153,15 +161,13 @@ class Transcriber:
         cls,
         checkpoint: StoragePath,
         device: str = "cpu",
-        max_new_tokens: int | None = None,
-        decode: str | None = None,
-        ctc_weight: float | None = None,
+        options: DecodingOptions = AS_TRAINED,
     ) -> Transcriber:
         """Load the encoder, model and tokenizer of a checkpoint.
 
-        max_new_tokens, decode, ctc_weight: settings of `eval`; None for those of the training, or
-        of checkpoints of older versions the defaults. Raises ConfigError when the checkpoint or its
-        encoder cannot be used, or for a decoder that needs a CTC head where there is none.
+        options: settings that checkpoints of older versions do not know have their defaults. Raises
+        ConfigError when the checkpoint or its encoder cannot be used, or for a decoder that needs a
+        CTC head where there is none, and for settings that do not fit together.
         """
         try:
             found = read_checkpoint(checkpoint, verify=True)
@@ -179,15 +185,10 @@ class Transcriber:
             template = make_template(found.tokenizer(), config["data"].get("template", "auto"))
         except (CheckpointError, SourceError, ValueError) as error:
             raise ConfigError(f"--checkpoint: {error}") from None
-        given = {
-            "decode": decode,
-            "ctc_weight": ctc_weight,
-            "max_new_tokens": max_new_tokens,
-        }
         try:
-            decoding = Decoding.of_config(config, head=model.ctc_head is not None, **given)
-        except ValueError as error:
-            raise ConfigError(f"--decode: {error}; {checkpoint} has none") from None
+            decoding = Decoding.of_config(config, options, head=model.ctc_head is not None)
+        except DecodingError as error:
+            raise ConfigError(f"--{error.setting}: {error} (checkpoint {checkpoint})") from None
         return cls(
             encoder,
             facts.codec,
@@ -255,23 +256,17 @@ class Transcriber:
         """Compute in the precision of the training."""
         return torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def decode(
-        self, utterances: Sequence[Utterance], decoding: Decoding | None = None
-    ) -> list[Decoded]:
-        """Decode utterances that have features. decoding: None for the transcriber's own."""
-        with self.autocast():
-            return decode_batch(self.model, self.template, utterances, decoding or self.decoding)
-
     def request(
-        self, name: str, pieces: Iterable[np.ndarray], language: str | None = None
+        self, name: str, pieces: Iterable[np.ndarray], language: str | None = None, draw: str = ""
     ) -> Request:
         """Ask for the transcript of a recording in the words of the training prompt.
 
-        language: language code for the prompt of a model trained with data.language_tag.
+        language: language code for the prompt of a model trained with data.language_tag. draw: see
+        `Request`.
         """
         default = self.policy.prompts.get(DEFAULT_TASK, "")
         prompt = self.policy.prompt(self.prompt or default, language or self.policy.language)
-        return Request(name, transcription(prompt, ""), ([piece] for piece in pieces))
+        return Request(name, transcription(prompt, ""), ([piece] for piece in pieces), draw=draw)
 
     def text_of(self, blocks: Iterable[np.ndarray], language: str | None = None) -> Transcript:
         """Transcribe a recording of any length from blocks of (S,) fp32 mono at 16 kHz.
@@ -346,8 +341,9 @@ class _Answering:
             except RefusedRow as error:
                 raise ConfigError(f"{request.name}: {error}") from None
             self._decoding[self._count] = piece
+            draw = draw_number(request.draw, piece.number)
             with transcriber.autocast():
-                self._engine.add(self._count, request_of(made))
+                self._engine.add(self._count, replace(request_of(made), draw=draw))
             self._count += 1
 
     def _features(self, pieces: Sequence[_Piece]) -> list[list[Tensor]]:

@@ -54,6 +54,11 @@ class Scoring:
         """Return the choices of each closed task."""
         return {name: rule.choices for name, rule in self.rules.items() if rule.choices}
 
+    @property
+    def scores_choices(self) -> bool:
+        """True where choices of a task with rows are scored by likelihood."""
+        return self.named and any(name in self.closed for name in self.names)
+
     def rule(self, name: str) -> TaskRule:
         return self.rules.get(name) or TaskRule(name)
 

@@ -1,9 +1,10 @@
 """Decode answers by the language model, by the CTC head, or by both.
 
 Joint decoding (Watanabe et al. 2017, Hori et al. 2017) in its form of two passes: the most probable
-answers of CTC's prefix beam search and the greedy answer of the language model are scored by
-log P_LM(answer, end) + ctc_weight x log P_CTC(answer), and the best one is chosen. The head knows
-only what is said in a recording, so other answers are the language model's alone.
+answers of CTC's prefix beam search and the language model's own, the greedy one or those of its
+beam, are scored by log P_LM(answer, end) + ctc_weight x log P_CTC(answer), and the best one is
+chosen. The head knows only what is said in a recording, so other answers are the language model's
+alone. So are answers that are drawn: a choice by probability would undo the draw.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from omni.model.lm.generate import SLOTS, Answer, Finished, Generator, within
 from omni.model.lm.gpt_block import rms
 from omni.model.lm.hf import HFLanguageModel
 from omni.model.lm.prompts import EmbeddedPrompt, embed_prompt
-from omni.model.lm.sampling import Sampling
+from omni.model.lm.sampling import GREEDY, Sampling
 from omni.model.speech_lm import OmniModel
 
 Decoder = Literal["lm", "ctc", "joint"]
@@ -34,9 +35,34 @@ _PATIENCE = 16
 """Steps after which they are, however few."""
 
 
+class DecodingError(ValueError):
+    """A setting of decoding that does not fit the model, or the other settings."""
+
+    def __init__(self, setting: str, message: str) -> None:
+        super().__init__(setting, message)
+        self.setting, self.message = setting, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Settings of decoding that replace those of the training; None keeps them."""
+
+    max_new_tokens: int | None = None
+    decode: str | None = None
+    ctc_weight: float | None = None
+    beam: int = 1
+    sampling: Sampling = GREEDY
+
+
+AS_TRAINED = DecodingOptions()
+
+
 @dataclass(frozen=True)
 class Decoding:
-    """Settings of decoding."""
+    """Settings of decoding. Raises DecodingError for those that do not fit together."""
 
     decoder: Decoder = "lm"
     ctc_weight: float = 0.5
@@ -44,40 +70,79 @@ class Decoding:
     max_new_tokens: int | None = None
     """Most tokens of an answer, its end included; None, for models of older versions, whose
     training said nothing about it: see `EmbeddedPrompt.usual_limit`."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
+    """Of all answers but those whose request has its own."""
     beam: int = 1
     """Hypotheses of the language model; more than one: see `omni.model.lm.beam`."""
 
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise DecodingError("beam", f"expected 1 or more, got {self.beam}")
+        if self.beam > 1 and self.decoder == "ctc":
+            raise DecodingError(
+                "beam",
+                "expected the decoder lm or joint: with ctc the language model does not write",
+            )
+        if not self.sampling.draws_tokens:
+            return
+        if self.beam > 1:
+            raise DecodingError("beam", f"expected 1 with a temperature, got {self.beam}")
+        if self.decoder != "lm":
+            raise DecodingError(
+                "temperature",
+                f"expected the decoder lm: {self.decoder} writes the most probable text, and draws "
+                "none",
+            )
+
     @classmethod
     def of(
-        cls, decode: str, ctc_weight: float, max_new_tokens: int | None, *, head: bool
+        cls,
+        decode: str,
+        ctc_weight: float,
+        max_new_tokens: int | None,
+        *,
+        head: bool,
+        beam: int = 1,
+        sampling: Sampling = GREEDY,
     ) -> Decoding:
         """Resolve `eval.decode`; head: the model has a CTC head.
 
-        Raises ValueError for a decoder that needs one.
+        Raises DecodingError for a decoder that needs one, and as the class does.
         """
         if decode == "auto":
             decode = "joint" if head else "lm"
         if decode not in ("lm", "ctc", "joint"):
-            raise ValueError(f"expected auto, lm, ctc or joint, got {decode!r}")
+            raise DecodingError("decode", f"expected auto, lm, ctc or joint, got {decode!r}")
         if decode != "lm" and not head:
-            raise ValueError(f"{decode} needs a CTC head, which optim.ctc_weight trains")
-        return cls(decode, ctc_weight, max_new_tokens)  # type: ignore[arg-type]
+            needed = f"{decode} needs a CTC head, which optim.ctc_weight trains"
+            raise DecodingError("decode", needed)
+        return cls(decode, ctc_weight, max_new_tokens, sampling, beam)  # type: ignore[arg-type]
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any], *, head: bool, **changes: Any) -> Decoding:
+    def of_config(
+        cls, config: Mapping[str, Any], options: DecodingOptions = AS_TRAINED, *, head: bool
+    ) -> Decoding:
         """Read the settings of a checkpoint's config.yaml, perhaps of an older version.
 
-        changes: values to use instead, where they are not None. Raises as `of`.
+        options: settings to use instead. With a temperature the decoder is `lm`, unless they name
+        another one. Raises as `of`.
         """
         values = {"decode": "auto", "ctc_weight": cls.ctc_weight, "max_new_tokens": None}
-        for given in (config.get("eval") or {}, changes):
+        drawn: dict[str, Any] = {"decode": "lm"} if options.sampling.draws_tokens else {}
+        for given in (config.get("eval") or {}, drawn, vars(options)):
             values |= {name: given[name] for name in values if given.get(name) is not None}
-        return cls.of(**values, head=head)  # type: ignore[arg-type]
+        return cls.of(**values, head=head, beam=options.beam, sampling=options.sampling)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         weight = f", ctc_weight {self.ctc_weight:g}" if self.decoder == "joint" else ""
-        return f"{self.decoder}{weight}"
+        beam = f", beam {self.beam}" if self.beam > 1 else ""
+        drawn, sampling = "", self.sampling
+        if sampling.draws_tokens:
+            drawn = (
+                f", temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, "
+                f"seed {sampling.seed}"
+            )
+        return f"{self.decoder}{weight}{beam}{drawn}"
 
 
 @dataclass(frozen=True)
@@ -96,13 +161,17 @@ class Request:
     prompt: ids, with AUDIO for each recording. features: (T, d) at 50 frames/s of each recording.
     transcription: True where the answer is what is said in the only recording; others are decoded
     by the language model, whatever the decoder. limit: most tokens of this answer, its end
-    included, where that is less than `Decoding.max_new_tokens`.
+    included, where that is less than `Decoding.max_new_tokens`. sampling: None: that of the
+    settings. draw: number that the draws depend on beside the seed; None: the key. A drawn answer
+    is the language model's, unless the decoder is `ctc`, which writes what is said without draws.
     """
 
     prompt: Sequence[int]
     features: Sequence[Tensor]
     transcription: bool = True
     limit: int | None = None
+    sampling: Sampling | None = None
+    draw: int | None = None
 
 
 @dataclass
@@ -113,6 +182,7 @@ class _Spoken:
     prompt: EmbeddedPrompt
     limit: int
     by_lm: Finished | None
+    decoder: Decoder
     age: int = 0
     """Steps for which it has waited."""
 
@@ -131,12 +201,12 @@ class Engine:
             model.lm,
             end,
             slots=slots,
-            sampling=settings.sampling,
             beam=settings.beam,
             keep=model.ctc_head is not None and settings.decoder == "joint",
         )
         self._limits: dict[int, int] = {}
-        self._to_compare: set[int] = set()
+        self._to_compare: dict[int, Decoder] = {}
+        """By key: the decoder whose answer is chosen."""
         self._spoken: list[_Spoken] = []
 
     @property
@@ -152,22 +222,22 @@ class Engine:
 
     @torch.inference_mode()
     def add(self, key: int, request: Request) -> None:
-        """Add a request. key: any number, which `step` returns with its answer; with a
-        temperature, the draws depend on it."""
+        """Add a request. key: any number, which `step` returns with its answer."""
         settings = self._settings
         prompt = embed_prompt(self._model, request.prompt, request.features)
         most = settings.max_new_tokens
         limit = prompt.usual_limit if most is None else most
         if request.limit is not None:
             limit = min(limit, request.limit)
+        sampling = request.sampling or settings.sampling
         compared = request.transcription and self._model.ctc_head is not None
         if compared and settings.decoder == "ctc":
-            self._spoken.append(_Spoken(key, prompt, limit, None))
+            self._spoken.append(_Spoken(key, prompt, limit, None, "ctc"))
             return
         if compared:
-            self._to_compare.add(key)
+            self._to_compare[key] = "lm" if sampling.draws_tokens else settings.decoder
         self._limits[key] = limit
-        self._generator.add(key, prompt, limit)
+        self._generator.add(key, prompt, limit, sampling, request.draw)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Choice]]:
@@ -180,8 +250,8 @@ class Engine:
             if self._settings.max_new_tokens is None:
                 finished = replace(finished, answer=within(finished.answer, limit))
             if finished.key in self._to_compare:
-                self._to_compare.discard(finished.key)
-                spoken = _Spoken(finished.key, finished.prompt, limit, finished)
+                decoder = self._to_compare.pop(finished.key)
+                spoken = _Spoken(finished.key, finished.prompt, limit, finished, decoder)
                 self._spoken.append(spoken)
             else:
                 found.append((finished.key, Choice(finished.answer, "lm")))
@@ -201,9 +271,9 @@ class Engine:
             alone: dict[Decoder, Answer] = {"ctc": ctc}
             if spoken.by_lm is not None:
                 alone["lm"] = spoken.by_lm.answer
-            chosen = best if settings.decoder == "joint" else alone.pop(settings.decoder)
+            chosen = best if spoken.decoder == "joint" else alone.pop(spoken.decoder)
             assert chosen is not None
-            choices.append((spoken.key, Choice(chosen, settings.decoder, alone)))
+            choices.append((spoken.key, Choice(chosen, spoken.decoder, alone)))
         return choices
 
 
@@ -235,10 +305,10 @@ def _decode_spoken(
     """Return the answer of CTC alone, and the joint one where the decoder is `joint`."""
     assert model.ctc_head is not None
     prompts = [spoken.prompt for spoken in batch]
-    by_lm = [None if spoken.by_lm is None else spoken.by_lm.answer for spoken in batch]
+    by_lm = [_by_lm(spoken) for spoken in batch]
     soft = [rms(prompt.soft_NC) for prompt in prompts]
     lengths = [len(part) for part in soft]
-    written = {token for answer in by_lm if answer is not None for token in answer.ids}
+    written = {token for answers in by_lm for answer in answers for token in answer.ids}
     found = posteriors(model.ctc_head, torch.cat(soft), model.lm, written, _LABELS_PER_FRAME)
     parts = torch.split(found.log_probs_NK, lengths)
     log_probs = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
@@ -246,20 +316,20 @@ def _decode_spoken(
     beams = prefix_beam_search(log_probs, lengths, beam=_BEAM, labels_per_frame=_LABELS_PER_FRAME)
     alone: list[Answer] = []
     candidates: list[list[Answer]] = []
-    for spoken, answer, beam in zip(batch, by_lm, beams, strict=True):
+    for spoken, answers, beam in zip(batch, by_lm, beams, strict=True):
         limit, first = spoken.limit, beam[0].labels
         ids = [tokens[label] for label in first[:limit]]
         alone.append(Answer(ids, len(first) >= limit, beam[0].log_prob))
         if settings.decoder != "joint":
             continue
-        assert answer is not None
         most = min(limit - 1, _positions(model) - len(spoken.prompt.x_TC))
         others = [
-            [tokens[label] for label in hypothesis.labels]
+            Answer([tokens[label] for label in hypothesis.labels], False)
             for hypothesis in beam
             if len(hypothesis.labels) <= most
         ]
-        candidates.append([answer, *(Answer(ids, False) for ids in others if ids != answer.ids)])
+        known = [answer.ids for answer in answers]
+        candidates.append([*answers, *(other for other in others if other.ids not in known)])
     if settings.decoder != "joint":
         return [(answer, None) for answer in alone]
     classes = {token: label for label, token in enumerate(tokens)}
@@ -274,6 +344,13 @@ def _decode_spoken(
         best = max(range(len(of_row)), key=scores.__getitem__)
         chosen.append((ctc_alone, replace(of_row[best], log_prob=lm[best])))
     return chosen
+
+
+def _by_lm(spoken: _Spoken) -> list[Answer]:
+    """Return the language model's answer, and those of its beam that were written to their end."""
+    if spoken.by_lm is None:
+        return []
+    return [spoken.by_lm.answer, *(other for other in spoken.by_lm.others if not other.cut)]
 
 
 def _positions(model: OmniModel) -> float:

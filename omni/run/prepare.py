@@ -30,6 +30,7 @@ from omni.corpus.splits import open_corpora
 from omni.corpus.tasks import names_of_tasks, task_rules
 from omni.errors import ConfigError
 from omni.inference.export import missing_for
+from omni.metrics.best_figure import has_figure, task_of
 from omni.metrics.score import normalize
 from omni.metrics.task_scores import SPOKEN, Scoring
 from omni.metrics.text_metric import load_metrics
@@ -152,6 +153,7 @@ def prepare(config: Config, say: Callable[[str], None] | None = None) -> Prepare
         notes += train.notes
         answers["train"] = np.asarray([train.longest_answer])
         filled, data_fingerprint, tokens = train.filled, train.fingerprint, train.tokens
+    scoring = Scoring(task_rules(config.data.model_dump()), tasks)
     for name, index in indexes.items():
         table, lengths, too_long = with_tokens(index, template, tasks, config)
         rejects += [*index.rejects, *too_long]
@@ -161,6 +163,8 @@ def prepare(config: Config, say: Callable[[str], None] | None = None) -> Prepare
             check_rejects(config, index.rejects + too_long, rows)
         else:
             lengths[config.eval.max_utterances :] = 0
+        if name == "dev":
+            _check_best(config, index, lengths > 0, scoring)
         answers[name] = answer_lengths(table)[lengths > 0]
         augmentation = None
         if is_train:
@@ -194,8 +198,6 @@ def prepare(config: Config, say: Callable[[str], None] | None = None) -> Prepare
     notes += [note for index in indexes.values() for note in index.notes]
     config = _with_answer_limit(config, answers["train"])
     notes += _long_answers(config, answers)
-    scoring = Scoring(task_rules(config.data.model_dump()), tasks)
-    _check_best(config, indexes["dev"], scoring)
     notes += (_overlap(indexes, scoring) if parts is None else []) + augmentation_notes(config)
     notes += _precision_notes(config)
     notes += _schedule_notes(config) + _export_notes(model, encoder)
@@ -349,9 +351,34 @@ def _export_notes(model: OmniConfig, encoder: EncoderFacts) -> list[str]:
     ]
 
 
-def _check_best(config: Config, dev: Index, scoring: Scoring) -> None:
-    """Raise ConfigError where the best checkpoint would be chosen by a WER that nothing has."""
+def _check_best(config: Config, dev: Index, held: np.ndarray, scoring: Scoring) -> None:
+    """Raise ConfigError where the best checkpoint would be chosen by a figure that nothing has.
+
+    held: True for the rows of dev that are evaluated.
+    """
     best, names = config.eval.best, names_of_tasks(dev.table)
+    if (task := task_of(best)) is not None:
+        if task not in names:
+            raise ConfigError(
+                f"eval.best: {best}: data.dev has no such task; expected one of {', '.join(names)}"
+            )
+        limit = config.eval.wer_utterances
+        if task not in names_of_tasks(dev.table.slice(0, limit).filter(pa.array(held[:limit]))):
+            raise ConfigError(
+                f"eval.best: {best}: none of the first {limit} utterances of data.dev is of this "
+                "task; expected a larger eval.wer_utterances"
+            )
+        if not scoring.named:
+            raise ConfigError(
+                f"eval.best: {best}: the only task has no figure of its own; expected dev_wer"
+            )
+        metric = scoring.metric(task)
+        if not has_figure(scoring.rule(task), metric):
+            raise ConfigError(
+                f"eval.best: {best}: answers with tags have no {metric}; expected another "
+                f"data.tasks.{task}.metric"
+            )
+        return
     if best != "dev_loss" and not any(scoring.metric(name) in SPOKEN for name in names):
         raise ConfigError(
             f"eval.best: {best}: no task of data.dev is scored by WER ({', '.join(names)}); "

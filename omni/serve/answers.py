@@ -15,11 +15,13 @@ import torch
 from omni.audio.decode import AudioError, decode, decode_blocks, measure
 from omni.audio.vad import Segmenting, speech_spans
 from omni.audio.windows import SAMPLING_RATE
-from omni.inference.decode_batch import Decoded
+from omni.inference.decode_batch import Decoded, as_text, request_of
 from omni.inference.formats import Span as Span  # Answers of recordings consist of them.
 from omni.inference.pieces import cut_at_pauses
-from omni.inference.transcriber import Transcriber
+from omni.inference.transcriber import Transcriber, draw_number
 from omni.model.chat_template import AUDIO, Message, RefusedRow, check_messages
+from omni.model.decode import decode as decode_answers
+from omni.model.lm.sampling import GREEDY, Sampling
 
 
 class RefusedRequest(ValueError):
@@ -46,6 +48,9 @@ class Piece:
     limit: int | None = None
     start: float = 0.0
     """Seconds from the beginning of the recording that it is a part of."""
+    sampling: Sampling = GREEDY
+    draw: int = 0
+    """Number that the draws depend on beside the seed."""
 
     @property
     def seconds(self) -> float:
@@ -66,7 +71,9 @@ class Answers:
         """longest_seconds: of a recording; a longer one is refused with status 413."""
         self._transcriber, self._longest = transcriber, longest_seconds
 
-    def split(self, data: bytes, language: str | None, timed: bool) -> Iterator[Opened | Piece]:
+    def split(
+        self, data: bytes, language: str | None, timed: bool, sampling: Sampling = GREEDY
+    ) -> Iterator[Opened | Piece]:
         """Split a recording into pieces to be decoded; yield its length first.
 
         data: the bytes of an audio file. timed: at the spans of speech, whose times are wanted;
@@ -74,6 +81,8 @@ class Answers:
         RefusedRequest.
         """
         self._check_language(language)
+        self._check_draws(sampling)
+        transcriber = self._transcriber
         try:
             seconds = measure(data) / SAMPLING_RATE
             if seconds > self._longest:
@@ -83,15 +92,17 @@ class Answers:
                     "file",
                 )
             yield Opened(seconds)
-            longest = self._transcriber.longest_piece
+            longest = transcriber.longest_piece
             if timed:
                 spans = speech_spans(data, Segmenting(longest=longest))
                 parts = _slices(decode_blocks(data), spans)
             else:
                 parts = _consecutive(cut_at_pauses(decode_blocks(data), longest))
-            for start, audio in parts:
-                request = self._transcriber.request("", [audio], language)
-                yield Piece(request.messages, [audio], start=start)
+            for number, (start, audio) in enumerate(parts):
+                messages = transcriber.request("", [audio], language).messages
+                # As `omni transcribe` numbers them.
+                draw = draw_number(f"{start}") if timed else draw_number("", number)
+                yield Piece(messages, [audio], start=start, sampling=sampling, draw=draw)
         except AudioError as error:
             raise RefusedRequest(str(error), field="file") from None
 
@@ -111,8 +122,20 @@ class Answers:
         except ValueError as error:
             raise RefusedRequest(str(error), field="language") from None
 
+    def _check_draws(self, sampling: Sampling) -> None:
+        """Raise RefusedRequest where a transcript is to be drawn and CTC writes it."""
+        if sampling.draws_tokens and self._transcriber.decoding.decoder == "ctc":
+            raise RefusedRequest(
+                "temperature: expected 0: this server transcribes by CTC, which draws nothing",
+                field="temperature",
+            )
+
     def conversation(
-        self, messages: Sequence[Message], recordings: Sequence[bytes], limit: int | None
+        self,
+        messages: Sequence[Message],
+        recordings: Sequence[bytes],
+        limit: int | None,
+        sampling: Sampling = GREEDY,
     ) -> Piece:
         """Prepare a conversation whose last message is the user's. Raises RefusedRequest."""
         decoded = list(self._decoded(recordings))
@@ -132,7 +155,9 @@ class Answers:
             self._transcriber.template.prompt(given)
         except (RefusedRow, ValueError) as error:
             raise RefusedRequest(f"messages: {error}", field="messages") from None
-        return Piece(given, decoded, bare, limit)
+        if bare:
+            self._check_draws(sampling)
+        return Piece(given, decoded, bare, limit, sampling=sampling, draw=draw_number(""))
 
     def _decoded(self, recordings: Sequence[bytes]) -> Iterator[np.ndarray]:
         """Decode the recordings of a conversation, which are not cut into pieces."""
@@ -153,27 +178,44 @@ class Answers:
                 raise RefusedRequest(f"recording {number}: {error}", field="messages") from None
 
     def decode(self, pieces: Sequence[Piece]) -> list[Decoded]:
-        """Answer pieces in one batch for each limit of tokens."""
+        """Answer pieces in one batch for each limit of tokens; those drawn apart from beams."""
+        beam = self._transcriber.decoding.beam
+
+        def batch(number: int) -> tuple[int, bool]:
+            piece = pieces[number]
+            return piece.limit or 0, beam > 1 and piece.sampling.draws_tokens
+
         found: dict[int, Decoded] = {}
-        order = sorted(range(len(pieces)), key=lambda n: pieces[n].limit or 0)
-        for limit, group in groupby(order, key=lambda n: pieces[n].limit):
+        order = sorted(range(len(pieces)), key=batch)
+        for (limit, drawn), group in groupby(order, key=batch):
             numbers = list(group)
-            answers = self._decode([pieces[n] for n in numbers], limit)
+            width = 1 if drawn else beam
+            answers = self._decode([pieces[n] for n in numbers], limit or None, width)
             found.update(zip(numbers, answers, strict=True))
         return [found[number] for number in range(len(pieces))]
 
-    def _decode(self, pieces: Sequence[Piece], limit: int | None) -> list[Decoded]:
+    def _decode(self, pieces: Sequence[Piece], limit: int | None, beam: int) -> list[Decoded]:
         transcriber = self._transcriber
-        decoding = transcriber.decoding
+        decoding = replace(transcriber.decoding, beam=beam)
         if limit is not None:
             most = decoding.max_new_tokens
             decoding = replace(decoding, max_new_tokens=limit if most is None else min(limit, most))
         with torch.inference_mode():
-            utterances = [
-                transcriber.utterance(piece.recordings, piece.messages, number, piece.transcription)
-                for number, piece in enumerate(pieces)
+            requests = [
+                replace(
+                    request_of(transcriber.utterance(piece.recordings, piece.messages)),
+                    transcription=piece.transcription,
+                    sampling=piece.sampling,
+                    draw=piece.draw,
+                )
+                for piece in pieces
             ]
-            return transcriber.decode(utterances, decoding)
+            template = transcriber.template
+            with transcriber.autocast():
+                choices = decode_answers(
+                    transcriber.model, requests, end=template.end, settings=decoding
+                )
+        return [as_text(template, choice) for choice in choices]
 
 
 def _check_turns(messages: Sequence[Message]) -> None:

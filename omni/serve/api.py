@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Protocol
@@ -19,13 +19,15 @@ from starlette.responses import StreamingResponse
 
 from omni.inference.formats import FORMATS, MEDIA, TIMED, render, whole_text
 from omni.model.chat_template import Message
+from omni.model.lm.sampling import Sampling
 from omni.serve.answers import Opened, RefusedRequest, Span
 from omni.serve.chat import parse_chat
 from omni.serve.guard import Counters, Guard, error_body
+from omni.serve.sampled import make_sampling
 from omni.serve.settings import ServeSettings
 
 _FIELDS = {
-    *("file", "model", "language", "response_format", "stream", "temperature"),
+    *("file", "model", "language", "response_format", "stream", "temperature", "seed"),
     "timestamp_granularities[]",
 }
 
@@ -41,12 +43,18 @@ class Reply:
 class Model(Protocol):
     """Answer requests. Every method may raise RefusedRequest."""
 
-    def spans(self, data: bytes, language: str | None, timed: bool) -> AsyncIterator[Opened | Span]:
+    def spans(
+        self, data: bytes, language: str | None, timed: bool, sampling: Sampling
+    ) -> AsyncIterator[Opened | Span]:
         """Yield the length of a recording, then what is said in it as soon as it is known."""
         ...
 
     async def reply(
-        self, messages: list[Message], recordings: list[bytes], limit: int | None
+        self,
+        messages: list[Message],
+        recordings: list[bytes],
+        limit: int | None,
+        sampling: Sampling,
     ) -> Reply:
         """Answer a conversation."""
         ...
@@ -94,7 +102,9 @@ def make_app(model: Model, settings: ServeSettings) -> FastAPI:
     async def transcriptions(request: Request) -> Response:
         asked = await _parse_form(request)
         _check_model(asked.model, settings)
-        found = _counted(model.spans(asked.data, asked.language, asked.format in TIMED), counters)
+        timed = asked.format in TIMED
+        spans_of = model.spans(asked.data, asked.language, timed, asked.sampling)
+        found = _counted(spans_of, counters)
         opened = await anext(found)
         assert isinstance(opened, Opened)
         spans = (item async for item in found if isinstance(item, Span))
@@ -115,7 +125,7 @@ def make_app(model: Model, settings: ServeSettings) -> FastAPI:
             raise RefusedRequest("expected a body of JSON") from None
         asked = parse_chat(body)
         _check_model(asked.model, settings)
-        reply = await model.reply(asked.messages, asked.recordings, asked.limit)
+        reply = await model.reply(asked.messages, asked.recordings, asked.limit, asked.sampling)
         base = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -144,6 +154,7 @@ class _Asked:
     language: str | None
     format: Any
     stream: bool
+    sampling: Sampling
 
 
 async def _parse_form(request: Request) -> _Asked:
@@ -165,8 +176,9 @@ async def _parse_form(request: Request) -> _Asked:
                 f"response_format: expected one of {expected}; got {wanted!r}",
                 field="response_format",
             )
-        if form.get("temperature") not in (None, "0", "0.0"):
-            raise RefusedRequest("temperature: expected 0: texts are decoded", field="temperature")
+        sampling = make_sampling(
+            _number(form, "temperature", float), None, _number(form, "seed", int), hottest=1.0
+        )
         for granularity in form.getlist("timestamp_granularities[]"):
             if granularity != "segment":
                 raise RefusedRequest(
@@ -186,7 +198,19 @@ async def _parse_form(request: Request) -> _Asked:
             None if language is None else str(language),
             wanted,
             stream,
+            sampling,
         )
+
+
+def _number(form: Mapping[str, Any], name: str, kind: Callable[[str], float]) -> float | None:
+    """Read a number of a form; None where it is missing. Raises RefusedRequest."""
+    text = form.get(name)
+    if text is None or text == "":
+        return None
+    try:
+        return kind(str(text))
+    except ValueError:
+        raise RefusedRequest(f"{name}: expected a number, got {text!r}", field=name) from None
 
 
 async def _counted(

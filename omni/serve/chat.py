@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni.model.chat_template import AUDIO, Message, Role
+from omni.model.lm.sampling import Sampling
 from omni.serve.answers import RefusedRequest
+from omni.serve.sampled import make_sampling
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -17,19 +19,19 @@ _ROLES: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
 }
-_IGNORED = {"user", "metadata", "store", "seed"}
-"""Fields that do not change a greedy answer."""
-_READ = {"messages", "model", "stream", "max_tokens", "max_completion_tokens"}
+_IGNORED = {"user", "metadata", "store"}
+"""Fields that do not change an answer."""
+_DRAWN = ("temperature", "top_p", "seed")
+_READ = {"messages", "model", "stream", "max_tokens", "max_completion_tokens", *_DRAWN}
+_HOTTEST = 2.0
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "temperature": (None, 0),
-    "top_p": (None, 1),
     "n": (None, 1),
     "modalities": (None, ["text"]),
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "stream_options": (None, {"include_usage": False}),
 }
-"""Values of fields that a greedy decoder can honour."""
+"""Values of fields that can be honoured."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ChatRequest:
     limit: int | None
     stream: bool
     model: str | None
+    sampling: Sampling
 
 
 def parse_chat(body: Any) -> ChatRequest:
@@ -65,7 +68,14 @@ def parse_chat(body: Any) -> ChatRequest:
     model = body.get("model")
     if not isinstance(model, str | None):
         raise RefusedRequest(f"model: expected a name, got {model!r}", field="model")
-    return ChatRequest(messages, recordings, _limit(body), bool(body.get("stream")), model)
+    return ChatRequest(
+        messages,
+        recordings,
+        _limit(body),
+        bool(body.get("stream")),
+        model,
+        make_sampling(*(body.get(name) for name in _DRAWN), hottest=_HOTTEST),
+    )
 
 
 def _limit(body: Mapping[str, Any]) -> int | None:

@@ -17,6 +17,8 @@ from omni.checkpoint.base import checkpoint_folder
 from omni.inference.decode_batch import Decoded
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import Message
+from omni.model.decode import DecodingOptions
+from omni.model.lm.sampling import Sampling
 from omni.serve.answers import Answers, Opened, Piece, RefusedRequest, Span
 from omni.serve.api import Reply
 from omni.serve.batches import Batches
@@ -38,20 +40,20 @@ class Replica:
         transcriber = Transcriber.load(
             checkpoint_folder(settings.checkpoint),
             settings.device,
-            settings.max_new_tokens,
-            settings.decode,
-            settings.ctc_weight,
+            DecodingOptions(
+                settings.max_new_tokens, settings.decode, settings.ctc_weight, settings.beam
+            ),
         )
         self._answers = Answers(transcriber, settings.max_seconds)
         self._batches = Batches(self._answers.decode, settings.batch)
         self._preparing = ThreadPoolExecutor(1, "prepare")
 
     async def spans(
-        self, data: bytes, language: str | None, timed: bool
+        self, data: bytes, language: str | None, timed: bool, sampling: Sampling
     ) -> AsyncIterator[Opened | Span]:
         """See `omni.serve.api.Model`."""
         loop = asyncio.get_running_loop()
-        items = self._answers.split(data, language, timed)
+        items = self._answers.split(data, language, timed, sampling)
         waiting: deque[tuple[Piece, asyncio.Future[Decoded]]] = deque()
         whole = False
         try:
@@ -73,11 +75,15 @@ class Replica:
                 answer.cancel()
 
     async def reply(
-        self, messages: list[Message], recordings: list[bytes], limit: int | None
+        self,
+        messages: list[Message],
+        recordings: list[bytes],
+        limit: int | None,
+        sampling: Sampling,
     ) -> Reply:
         """See `omni.serve.api.Model`."""
         loop = asyncio.get_running_loop()
-        given = (messages, recordings, limit)
+        given = (messages, recordings, limit, sampling)
         piece = await loop.run_in_executor(self._preparing, self._answers.conversation, *given)
         found = await self._batches.add(piece)
         return Reply(found.text, found.cut)
@@ -90,7 +96,8 @@ class Replica:
 class Replicas:
     """The replicas as one model: a request whose replica dies is answered by another.
 
-    Answers are deterministic, so that one that was half sent goes on where it stopped.
+    Answers are deterministic, draws by the seed of the request, so that one that was half sent goes
+    on where it stopped.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -98,14 +105,15 @@ class Replicas:
         self._open = 0
 
     async def spans(
-        self, data: bytes, language: str | None, timed: bool
+        self, data: bytes, language: str | None, timed: bool, sampling: Sampling
     ) -> AsyncIterator[Opened | Span]:
         """See `omni.serve.api.Model`."""
         sent = 0
         for attempt in range(_ATTEMPTS):
             try:
                 with self._counted():
-                    stream = self._handle.options(stream=True).spans.remote(data, language, timed)
+                    spans = self._handle.options(stream=True).spans
+                    stream = spans.remote(data, language, timed, sampling)
                     seen = 0
                     async for item in stream:
                         seen += 1
@@ -117,13 +125,18 @@ class Replicas:
                 await _wait_or_raise(error, attempt)
 
     async def reply(
-        self, messages: list[Message], recordings: list[bytes], limit: int | None
+        self,
+        messages: list[Message],
+        recordings: list[bytes],
+        limit: int | None,
+        sampling: Sampling,
     ) -> Reply:
         """See `omni.serve.api.Model`."""
         for attempt in range(_ATTEMPTS):
             try:
                 with self._counted():
-                    found: Reply = await self._handle.reply.remote(messages, recordings, limit)
+                    given = (messages, recordings, limit, sampling)
+                    found: Reply = await self._handle.reply.remote(*given)
                 return found
             except Exception as error:
                 await _wait_or_raise(error, attempt)

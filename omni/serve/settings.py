@@ -33,6 +33,7 @@ class ServeSettings:
     decode: str | None = None
     ctc_weight: float | None = None
     max_new_tokens: int | None = None
+    beam: int = 1
 
     @property
     def model(self) -> str:

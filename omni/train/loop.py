@@ -8,7 +8,6 @@ loss curve does not depend on the number of workers, and a resumed run repeats i
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +30,7 @@ from omni.inference.decode_batch import (
     wer_alone,
     without_counts,
 )
+from omni.metrics.best_figure import BestFigure
 from omni.metrics.rows import eval_row
 from omni.metrics.run_files import append_json, keep_lines, remove_lines
 from omni.metrics.task_scores import Scoring, spoken
@@ -93,6 +93,7 @@ class TrainLoop:
         self._metrics = load_metrics(spec.config.eval.metrics, "eval.metrics")
         self._scoring = Scoring(task_rules(spec.config.data.model_dump()), spec.tasks)
         settings = spec.config.eval
+        self._best_figure = BestFigure.of(settings.best, self._scoring)
         self._decoding = Decoding.of(
             settings.decode, settings.ctc_weight, settings.max_new_tokens, head=spec.model.ctc
         )
@@ -219,12 +220,8 @@ class TrainLoop:
             self._scoring.score(rows),
         )
         self.recorder.log_evaluation(row)
-        value: float | None = getattr(row, settings.best)
-        if (
-            value is None
-            or not math.isfinite(value)
-            or (state.best_value is not None and value >= state.best_value)
-        ):
+        value = self._best_figure.value(row)
+        if not self._best_figure.improves(value, state.best_value):
             state.evaluations_since_best += 1
             return False
         state.best_value, state.best_step = value, state.step
@@ -329,11 +326,8 @@ class TrainLoop:
 
     def _name_best_metric(self) -> None:
         """Say what chooses the best checkpoint: an error rate depends on the decoder."""
-        name: str = self.config.eval.best
-        if name == "dev_loss":
-            metric = before = name
-        else:
-            metric, before = f"{name} by {self._decoding}", f"{name} by lm"
+        figure = self._best_figure
+        metric, before = figure.measured(str(self._decoding)), figure.measured("lm")
         if (measured := self.state.measure_best(metric, before)) is not None:
             reason = f"the one so far has the best {measured}; chosen from now on by {metric}"
             self._log_event("best", reason=reason)

@@ -12,6 +12,7 @@ from omni.model.chat_template import AUDIO, Template
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.model.tokenizer import SpeechTokenizer
 from omni.stream.collate import Utterance, collate
+from tests.helpers.hf_folders import wrapped
 from tests.helpers.small_gpt import SMALL, awaken
 
 CHOICES = ("no", "not sure", "no way")
@@ -22,10 +23,17 @@ def template() -> Template:
     return Template(SpeechTokenizer.train(["no", "not sure", "no way", "yes what is it"] * 5, 280))
 
 
-@pytest.fixture(scope="module")
-def model(template: Template) -> OmniModel:
-    lm = replace(SMALL, vocab_size=template.tokenizer.vocab_size)
-    made = OmniModel(OmniConfig(lm=lm, feature_dim=8, stack=2)).eval()
+@pytest.fixture(scope="module", params=["gpt", "summary", "mistral"])
+def model(template: Template, request: pytest.FixtureRequest) -> OmniModel:
+    """A GPT, one that reads summary tokens, and a transformers model with a sliding window."""
+    if request.param == "mistral":
+        lm = wrapped("mistral", initializer_range=0.3)
+        made = OmniModel(OmniConfig(lm.config, feature_dim=8, stack=2), lm).eval()
+        awaken(made.projector)
+        return made
+    shape = replace(SMALL, vocab_size=template.tokenizer.vocab_size)
+    summary = 3 if request.param == "summary" else 0
+    made = OmniModel(OmniConfig(lm=shape, feature_dim=8, stack=2, summary_tokens=summary)).eval()
     awaken(made)
     return made
 
@@ -46,7 +54,8 @@ def _alone(model: OmniModel, utterance: Utterance, answer: list[int]) -> float:
     flags = [False] * len(utterance.ids) + [True] * len(answer)
     whole = replace(utterance, ids=ids, supervised=flags)
     with torch.inference_mode():
-        batch = collate([[whole]], positions=120, stack=2, frame_dim=8)
+        summary = model.config.summary_tokens
+        batch = collate([[whole]], positions=120, stack=2, frame_dim=8, summary_tokens=summary)
         return -float(model(batch).loss)
 
 

@@ -11,12 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from jobs import transcribe as transcribe_job
+from omni.checkpoint.checkpoint import STATE_FILE
 from omni.corpus.index import build_index
 from omni.inference.confidence import confidence_of
 from omni.inference.decode_batch import Decoded
+from omni.inference.shards import Decoder
+from omni.model.decode import DecodingOptions
+from omni.model.lm.sampling import Sampling
 from tests.helpers.long_recordings import ASSETS, write_long
 
 ROWS = [json.loads(line) for line in (ASSETS / "dev.jsonl").read_text().splitlines()][:6]
@@ -57,6 +62,9 @@ def test_transcripts_are_a_corpus_whose_recordings_are_found(
     index = build_index([str(spec)], allow_absolute=True)
     assert not index.rejects
     assert [row["id"] for row in index.table.to_pylist()] == [row["id"] for row in ROWS]
+    if wanted == "parquet":
+        about = json.loads((out / "index.json").read_text())
+        assert about["decoding"] == "joint, ctc_weight 0.5"
     known = build_index([str(spec)], allow_absolute=True).table["uri"].to_pylist()
     assert all(Path(uri).is_file() for uri in known) and all(index.table["text"].to_pylist())
     # What is finished is not done again: with a damaged shard, only that one.
@@ -68,6 +76,53 @@ def test_transcripts_are_a_corpus_whose_recordings_are_found(
     assert [s.stat().st_mtime_ns == t for s, t in zip(shards, times, strict=True)] == [True, False]
     again = build_index([str(spec)], allow_absolute=True)
     assert again.table["text"].to_pylist() == texts
+
+
+def _texts(lines: str) -> dict[str, str]:
+    return {row["id"]: row["text"] for row in map(json.loads, lines.splitlines()) if "text" in row}
+
+
+def test_the_same_seed_draws_the_same_whatever_the_shards(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, short = tmp_path / "labels", ["--max_new_tokens", 8]
+    drawn = ["--temperature", 1.2, "--top_p", 0.95, "--seed", 3]
+
+    def to_corpus(*options: object) -> dict[str, str]:
+        _run(corpus / "all.jsonl", "--out", out, "--format", "jsonl", *short, *options)
+        return _texts((out / "transcripts.jsonl").read_text())
+
+    def in_one(*options: object) -> dict[str, str]:
+        capsys.readouterr()
+        _run(out / "corpus", *short, *options)
+        return _texts(capsys.readouterr().out)
+
+    first = to_corpus(*drawn)
+    assert first == in_one(*drawn) and len(first) == len(ROWS)
+    folders = sorted((out / "shards").iterdir())
+    assert len(folders) == 1
+    times = {path: path.stat().st_mtime_ns for path in folders[0].iterdir()}
+    # Shards of other settings are not taken for finished.
+    assert to_corpus("--beam", 3) != first and len(list((out / "shards").iterdir())) == 2
+    assert to_corpus(*drawn) == first
+    assert {path: path.stat().st_mtime_ns for path in folders[0].iterdir()} == times
+
+
+def test_finished_shards_are_named_by_the_settings_of_decoding(tmp_path: Path) -> None:
+    (tmp_path / STATE_FILE).write_bytes(b"state")
+    table = pa.table({"id": ["a"], "samples": [16_000]})
+    every = [
+        DecodingOptions(),
+        DecodingOptions(beam=2),
+        DecodingOptions(decode="lm"),
+        DecodingOptions(sampling=Sampling(0.5)),
+        DecodingOptions(sampling=Sampling(0.6)),
+        DecodingOptions(sampling=Sampling(0.5, 0.9)),
+        DecodingOptions(sampling=Sampling(0.5, seed=1)),
+    ]
+    names = [Decoder(str(tmp_path), options=o, language="de").identity(table) for o in every]
+    assert len(set(names)) == len(every)
+    assert names[0] == "b188828ac6d178464b67538c", "as before there were beams and draws"
 
 
 def test_unsure_transcripts_are_left_out_and_counted(
@@ -123,6 +178,11 @@ def test_a_recording_is_written_with_the_times_of_its_spans(tmp_path: Path, want
         (["embedded:dev"], "--out"),
         (["embedded:dev", "--out", "x", "--format", "srt"], "--format srt"),
         (["a.flac", "--actors", "2"], "--actors"),
+        (["a.flac", "--top_p", "0.9"], "--top_p"),
+        (["a.flac", "--seed", "1", "--temperature", "0"], "--seed"),
+        (["a.flac", "--beam", "2", "--temperature", "1"], "--beam"),
+        (["a.flac", "--beam", "2", "--decode", "ctc"], "--beam"),
+        (["a.flac", "--temperature", "1", "--decode", "joint"], "--temperature"),
     ],
 )
 def test_wrong_arguments_are_named(

@@ -17,7 +17,7 @@ from omni.errors import ConfigError
 from omni.inference.rows import evaluate
 from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.metrics.score import count_errors, total
-from omni.model.decode import Decoding
+from omni.model.decode import Decoding, DecodingOptions
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.run.prepare import prepare
@@ -114,7 +114,9 @@ def test_a_decoder_without_its_head_is_refused_by_name(
     # The settings are those of the training, unless others are given.
     assert Transcriber.load(paths[True]).decoding.decoder == "joint"
     assert Transcriber.load(paths[False]).decoding.decoder == "lm"
-    given = Transcriber.load(paths[True], decode="joint", ctc_weight=0.25).decoding
+    given = Transcriber.load(
+        paths[True], options=DecodingOptions(decode="joint", ctc_weight=0.25)
+    ).decoding
     assert (given.decoder, given.ctc_weight) == ("joint", 0.25)
 
 

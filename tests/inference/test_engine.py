@@ -18,7 +18,7 @@ from omni.model.chat_template import AUDIO
 from omni.model.decode import Decoding, Engine, Request, decode, decode_stream
 from omni.model.lm.generate import Generator, continue_prompts
 from omni.model.lm.prompts import EmbeddedPrompt, embed_prompt
-from omni.model.lm.sampling import Sampling
+from omni.model.lm.sampling import GREEDY, Sampling, choose
 from omni.model.speech_lm import OmniConfig, OmniModel
 from tests.helpers.hf_folders import random_model, wrapped
 from tests.helpers.small_gpt import SMALL, awaken
@@ -78,6 +78,26 @@ def test_answers_that_take_each_others_places_equal_those_alone(
         assert len(alone.answer.ids) <= limit
 
 
+@pytest.mark.parametrize(("make", "decoder"), [(gpt, "lm"), (llama, "joint")])
+def test_beams_that_begin_beside_others_equal_those_alone(
+    make: Callable[[], OmniModel], decoder: Any
+) -> None:
+    model = make()
+    given, end = requests(10), likely_end(model)
+    settings = Decoding(decoder, max_new_tokens=12, beam=3)
+    engine = Engine(model, end=end, settings=settings, slots=12)
+    found: dict[int, Any] = {}
+    for number, request in enumerate(given):
+        engine.add(number, request)
+        if number % 3 == 0:  # Places are added while others are in use.
+            found |= dict(engine.step())
+    while engine.busy:
+        found |= dict(engine.step())
+    for number, request in enumerate(given):
+        [alone] = decode(model, [request], end=end, settings=settings)
+        assert found[number] == alone
+
+
 def test_an_answer_begins_while_others_are_written() -> None:
     model = gpt()
     generator = Generator(model.lm, 999, slots=3)
@@ -135,7 +155,39 @@ def test_drawn_answers_follow_the_seed_and_not_the_batch() -> None:
     )
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    logits = torch.tensor([0.5, 2.0, -1.0, 1.0, -float("inf")])
+    rows, heat = 4000, 0.7
+    settings = [
+        Sampling(heat, 0.9, seed=1),
+        Sampling(heat, seed=1),
+        GREEDY,
+        Sampling(1e-30, seed=1),
+    ]
+    wanted = (logits / heat).softmax(-1)
+    nucleus = torch.where(wanted >= wanted.topk(2).values[1], wanted, torch.zeros(()))
+    for sampling, expected in zip(
+        settings, [nucleus / nucleus.sum(), wanted, *[torch.eye(5)[1]] * 2], strict=True
+    ):
+        draws = [sampling.draws(n) for n in range(rows)]
+        ids, log_probs = choose(logits.expand(rows, -1), [sampling] * rows, draws)
+        shares = torch.bincount(ids, minlength=5) / rows
+        assert (shares - expected).abs().max() < 0.03
+        torch.testing.assert_close(log_probs, logits.log_softmax(-1)[ids])
+
+
+def test_rows_with_settings_of_their_own_are_chosen_side_by_side() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    of_row = [Sampling(2.0, 0.9, seed=4), GREEDY, Sampling(0.5, seed=5)]
+    together, _ = choose(logits, of_row, [s.draws(n) for n, s in enumerate(of_row)])
+    alone = [choose(logits[n : n + 1], [s], [s.draws(n)])[0] for n, s in enumerate(of_row)]
+    assert together.tolist() == [int(ids) for ids in alone]
+    assert together[1] == logits[1].argmax()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}]
+)
 def test_sampling_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)

@@ -21,7 +21,7 @@ from jobs import export
 from omni.config import parse_config
 from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.model.chat_template import transcription
-from omni.model.decode import Decoding
+from omni.model.decode import Decoding, DecodingOptions
 from omni.model.lm.generate import generate
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.lora import LoraShape
@@ -113,7 +113,7 @@ def test_transformers_alone_writes_the_same_transcripts(
     # A recording of three windows' length, which omni cuts at the same places.
     long = tmp_path / "long.wav"
     write_long(long, 0.25, pauses=(0.3,))
-    transcriber = Transcriber.load(voxtral_like, max_new_tokens=200)
+    transcriber = Transcriber.load(voxtral_like, options=DecodingOptions(max_new_tokens=200))
     [line] = transcribe_files(transcriber, [str(long)])
     speech, wanted = [*speech, long], [*wanted, line["text"]]
     # A process that cannot import omni.

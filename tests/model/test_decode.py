@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from omni.model.chat_template import AUDIO
 from omni.model.ctc import ctc_log_probs, posteriors
-from omni.model.decode import Choice, Decoding, Request, decode
+from omni.model.decode import Choice, Decoding, DecodingError, DecodingOptions, Request, decode
 from omni.model.lm.answer_scores import answer_log_probs
 from omni.model.lm.generate import continue_prompts
 from omni.model.lm.gpt_block import rms
 from omni.model.lm.prompts import EmbeddedPrompt, embed_prompt
+from omni.model.lm.sampling import Sampling
 from omni.model.packed_attention import SegmentLayout
 from omni.model.speech_lm import OmniConfig, OmniModel
 from tests.helpers.hf_folders import wrapped
@@ -185,14 +188,89 @@ def test_each_decoder_says_who_wrote_an_answer(
     assert all(len(choice.answer.ids) <= LIMIT for choice in [*lm, *ctc, *joint])
 
 
-@pytest.mark.parametrize("decoder", ["lm", "ctc", "joint"])
+@pytest.mark.parametrize(("decoder", "beam"), [("lm", 1), ("ctc", 1), ("joint", 1), ("joint", 3)])
 def test_an_answer_does_not_depend_on_its_batch(
-    model: OmniModel, features: list[list[Tensor]], decoder: str
+    model: OmniModel, features: list[list[Tensor]], decoder: str, beam: int
 ) -> None:
-    together = run(model, features, decoder)
-    alone = [run(model, features, decoder, n)[0] for n in range(len(LENGTHS))]
+    together = run(model, features, decoder, beam=beam)
+    alone = [run(model, features, decoder, n, beam=beam)[0] for n in range(len(LENGTHS))]
     assert together == alone
-    assert run(model, features, decoder, 4, 0, 3) == [together[n] for n in (4, 0, 3)]
+    assert run(model, features, decoder, 4, 0, 3, beam=beam) == [together[n] for n in (4, 0, 3)]
+
+
+def test_the_joint_answer_is_chosen_among_all_answers_of_a_beam(
+    model: OmniModel, features: list[list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, limits = embed_prompts(model, PROMPTS, features), [LIMIT] * len(PROMPTS)
+    # An end that answers reach: a token that they often go on with.
+    endless = continue_prompts(model.lm, prompts, -5, limits, beam=4)
+    later = Counter(t for one in endless for h in one.others for t in {*h.ids[1:]})
+    monkeypatch.setitem(globals(), "END", later.most_common(1)[0][0])
+    beams = continue_prompts(model.lm, prompts, END, limits, beam=4)
+    joint = run(model, features, "joint", beam=4)
+    compared = 0
+    for n in (0, 2, 3, 4):
+        assert joint[n].alone["lm"] == beams[n].answer
+        every = (beams[n].answer, *beams[n].others)
+        scores = [h.log_prob / (len(h.ids) + (not h.cut)) for h in every]
+        assert scores == sorted(scores, reverse=True)
+
+        def total(answer: list[int], prompt: Any = prompts[n]) -> float:
+            lm = lm_log_prob(model, prompt.x_TC, prompt.ids_T, answer)
+            return lm + 0.5 * ctc_log_prob(model, prompt.soft_NC, answer)
+
+        best = total(joint[n].answer.ids)
+        for other in (other for other in beams[n].others if not other.cut):
+            assert best >= total(other.ids) - 1e-3
+            compared += 1
+    assert compared
+
+
+def test_a_drawn_answer_is_the_language_models_beside_joint_ones(
+    model: OmniModel, features: list[list[Tensor]]
+) -> None:
+    drawn = Sampling(1.5, seed=3)
+    requests = [Request(PROMPTS[i], features[i], i != 1) for i in range(len(PROMPTS))]
+    mixed = list(requests)
+    mixed[2] = replace(mixed[2], sampling=drawn, draw=7)
+    settings = Decoding("joint", max_new_tokens=LIMIT)
+    joint = decode(model, requests, end=END, settings=settings)
+    found = decode(model, mixed, end=END, settings=settings)
+    assert [found[n] for n in (0, 1, 3, 4)] == [joint[n] for n in (0, 1, 3, 4)]
+    only_lm = Decoding("lm", max_new_tokens=LIMIT)
+    [alone] = decode(model, [mixed[2]], end=END, settings=only_lm)
+    assert found[2] == alone and alone.decoder == "lm"
+    assert alone.answer.ids != joint[2].alone["lm"].ids
+    [other] = decode(model, [replace(mixed[2], draw=8)], end=END, settings=only_lm)
+    assert other.answer.ids != alone.answer.ids
+
+
+@pytest.mark.parametrize(
+    ("options", "decoder", "setting"),
+    [
+        (DecodingOptions(beam=4), "joint", None),
+        (DecodingOptions(beam=4, decode="lm"), "lm", None),
+        (DecodingOptions(sampling=Sampling(0.5)), "lm", None),
+        (DecodingOptions(beam=4, decode="ctc"), "", "beam"),
+        (DecodingOptions(beam=4, sampling=Sampling(0.5)), "", "beam"),
+        (DecodingOptions(beam=0), "", "beam"),
+        (DecodingOptions(decode="joint", sampling=Sampling(0.5)), "", "temperature"),
+        (DecodingOptions(decode="ctc", sampling=Sampling(0.5)), "", "temperature"),
+        (DecodingOptions(decode="both"), "", "decode"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_named(
+    options: DecodingOptions, decoder: str, setting: str | None
+) -> None:
+    saved = {"eval": {"decode": "joint"}}
+    if setting is None:
+        found = Decoding.of_config(saved, options, head=True)
+        assert (found.decoder, found.beam) == (decoder, options.beam)
+        assert found.sampling == options.sampling
+        return
+    with pytest.raises(DecodingError) as refused:
+        Decoding.of_config(saved, options, head=True)
+    assert refused.value.setting == setting
 
 
 def test_a_model_with_learnt_positions_is_scored_within_them() -> None:
@@ -230,4 +308,4 @@ def test_a_config_of_an_older_version_has_the_defaults() -> None:
     )
     saved = {"eval": {"decode": "joint", "ctc_weight": 0.25}}
     assert Decoding.of_config(saved, head=True) == Decoding("joint", 0.25)
-    assert Decoding.of_config(saved, head=True, decode="ctc").decoder == "ctc"
+    assert Decoding.of_config(saved, DecodingOptions(decode="ctc"), head=True).decoder == "ctc"

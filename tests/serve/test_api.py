@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 from collections.abc import AsyncIterator
@@ -17,7 +18,9 @@ from starlette.testclient import TestClient
 from omni.checkpoint.base import checkpoint_folder
 from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.model.chat_template import Message
-from omni.serve.answers import Answers, Opened, Span
+from omni.model.decode import Decoding
+from omni.model.lm.sampling import GREEDY, Sampling
+from omni.serve.answers import Answers, Opened, Piece, RefusedRequest, Span
 from omni.serve.api import Reply, make_app
 from omni.serve.settings import ServeSettings
 
@@ -35,9 +38,9 @@ class Here:
         self._answers = answers
 
     async def spans(
-        self, data: bytes, language: str | None, timed: bool
+        self, data: bytes, language: str | None, timed: bool, sampling: Sampling
     ) -> AsyncIterator[Opened | Span]:
-        for item in self._answers.split(data, language, timed):
+        for item in self._answers.split(data, language, timed, sampling):
             if isinstance(item, Opened):
                 yield item
                 continue
@@ -45,9 +48,14 @@ class Here:
             yield Span(item.start, item.seconds, found.text, found.cut)
 
     async def reply(
-        self, messages: list[Message], recordings: list[bytes], limit: int | None
+        self,
+        messages: list[Message],
+        recordings: list[bytes],
+        limit: int | None,
+        sampling: Sampling,
     ) -> Reply:
-        [found] = self._answers.decode([self._answers.conversation(messages, recordings, limit)])
+        piece = self._answers.conversation(messages, recordings, limit, sampling)
+        [found] = self._answers.decode([piece])
         return Reply(found.text, found.cut)
 
     async def healthy(self) -> bool:
@@ -139,7 +147,10 @@ def test_a_conversation_with_a_recording_is_answered(client: TestClient) -> None
         ({"model": "whisper-1"}, "two", 404, "model"),
         ({"stream": "true", "response_format": "srt"}, "two", 400, "response_format"),
         ({"include[]": "logprobs"}, "two", 400, "include[]"),
-        ({"temperature": "0.5"}, "two", 400, "temperature"),
+        ({"temperature": "1.5"}, "two", 400, "temperature"),
+        ({"temperature": "nan"}, "two", 400, "temperature"),
+        ({"temperature": "warm"}, "two", 400, "temperature"),
+        ({"temperature": "0.5", "seed": "1.5"}, "two", 400, "seed"),
         ({"timestamp_granularities[]": "word"}, "two", 400, "timestamp_granularities"),
         ({}, "noise", 400, "file"),
         ({}, "long", 413, "file"),
@@ -165,6 +176,75 @@ def test_what_cannot_be_answered_says_why(
     error = answer.json()["error"]
     assert error["param"] == field or file == "none"
     assert "0x" not in error["message"]
+
+
+def test_the_same_seed_draws_what_omni_transcribe_draws(
+    client: TestClient, tiny: Transcriber
+) -> None:
+    path = ASSETS / ROWS[0]["audio"]
+    drawing = dataclasses.replace(
+        tiny, decoding=Decoding("lm", max_new_tokens=40, sampling=Sampling(1.0, seed=3))
+    )
+    [line] = transcribe_files(drawing, [str(path)])
+    assert _send(client, path, temperature="1", seed="3").json()["text"] == line["text"]
+    data = base64.b64encode(path.read_bytes()).decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "opus"}}
+
+    def reply(**fields: Any) -> str:
+        body = {"messages": [{"role": "user", "content": [part]}], **fields}
+        answer = client.post("/v1/chat/completions", json=body).json()
+        return str(answer["choices"][0]["message"]["content"])
+
+    assert reply(temperature=1, seed=3) == line["text"]
+    assert reply(temperature=2) != reply(temperature=2), "another seed each time"
+    greedy = Decoding("lm", max_new_tokens=40)
+    [line] = transcribe_files(dataclasses.replace(tiny, decoding=greedy), [str(path)])
+    assert reply(temperature=1, seed=3, top_p=1e-9) == line["text"]
+
+
+def test_drawn_answers_stand_beside_beams(tiny: Transcriber) -> None:
+    data = (ASSETS / ROWS[0]["audio"]).read_bytes()
+    wide = Answers(
+        dataclasses.replace(tiny, decoding=Decoding("lm", max_new_tokens=40, beam=3)), 60.0
+    )
+    mixed = [
+        piece
+        for sampling in (GREEDY, Sampling(1.5, seed=1), Sampling(1.5, seed=2))
+        for piece in wide.split(data, None, False, sampling)
+        if isinstance(piece, Piece)
+    ]
+    found = wide.decode(mixed)
+    assert found == [answer for piece in mixed for answer in wide.decode([piece])]
+    assert found[1].text != found[2].text
+
+
+def test_a_server_that_transcribes_by_ctc_draws_nothing(tiny: Transcriber) -> None:
+    data = (ASSETS / ROWS[0]["audio"]).read_bytes()
+    by_ctc = dataclasses.replace(tiny, decoding=Decoding("ctc"))
+    with pytest.raises(RefusedRequest) as refused:
+        list(Answers(by_ctc, 60.0).split(data, None, False, Sampling(0.5)))
+    assert refused.value.field == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 1, "top_p": 0}, "top_p"),
+        ({"temperature": 1, "top_p": 1.1}, "top_p"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"temperature": 1, "seed": "x"}, "seed"),
+        ({"n": 2}, "n"),
+    ],
+)
+def test_wrong_fields_of_a_conversation_are_named(
+    client: TestClient, fields: dict[str, Any], named: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], **fields}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, named)
 
 
 def test_a_body_without_a_length_is_limited_too(client: TestClient) -> None:

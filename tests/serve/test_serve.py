@@ -59,6 +59,14 @@ def _text(client: openai.OpenAI, path: Path) -> str:
         return client.audio.transcriptions.create(model="omni-tiny", file=file).text
 
 
+def _drawn(client: openai.OpenAI, path: Path, seed: int, temperature: float = 1.0) -> str:
+    body = {"seed": seed}
+    with path.open("rb") as file:
+        return client.audio.transcriptions.create(
+            model="omni-tiny", file=file, temperature=temperature, extra_body=body
+        ).text
+
+
 @pytest.fixture(scope="module")
 def wanted() -> dict[Path, str]:
     tiny = Transcriber.load(checkpoint_folder("omni-tiny"))
@@ -78,6 +86,10 @@ def test_openais_client_gets_what_omni_transcribe_writes(
             )
         assert events[-1].type == "transcript.text.done"
         assert events[-1].text == wanted[FILES[0]]
+        drawn = [_drawn(client, FILES[0], seed) for seed in (3, 3, 4)]
+        assert drawn[0] == drawn[1] != drawn[2]
+        with pytest.raises(openai.BadRequestError):
+            _drawn(client, FILES[0], 3, temperature=1.5)
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="other").models.list()
         with pytest.raises(openai.BadRequestError):

@@ -96,6 +96,6 @@ class Beam:
             self._done = self._ended[-1].score >= self.log_probs[0] / (length + 1)
         return [(parent, token) for parent, token, _ in going]
 
-    def best(self) -> Hypothesis | None:
-        """Return the best hypothesis; None while the search goes on."""
-        return max(self._ended, key=lambda h: h.score) if self._done else None
+    def ended(self) -> list[Hypothesis]:
+        """Return the hypotheses that ended, the best one first; none while the search goes on."""
+        return sorted(self._ended, key=lambda h: -h.score) if self._done else []

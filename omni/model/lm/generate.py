@@ -16,7 +16,7 @@ from omni.model.lm.gpt import GPT
 from omni.model.lm.hf import HFLanguageModel
 from omni.model.lm.kv_cache import KVCache
 from omni.model.lm.prompts import EmbeddedPrompt, embed_prompt
-from omni.model.lm.sampling import Sampling, choose
+from omni.model.lm.sampling import GREEDY, Sampling, choose
 from omni.model.packed_attention import SegmentLayout
 from omni.model.speech_lm import OmniModel
 
@@ -59,6 +59,8 @@ class Finished:
     prompt: EmbeddedPrompt
     answer: Answer
     held: Continued | None
+    others: Sequence[Answer] = ()
+    """Answers of a beam search that ended and are not the best one."""
 
 
 @dataclass
@@ -68,6 +70,7 @@ class _Row:
     key: int
     prompt: EmbeddedPrompt
     limit: int
+    sampling: Sampling
     draws: np.random.Generator
     ids: list[int] = field(default_factory=list)
     log_prob: float = 0.0
@@ -95,14 +98,10 @@ class Generator:
         end: int,
         *,
         slots: int = SLOTS,
-        sampling: Sampling | None = None,
         beam: int = 1,
         keep: bool = False,
     ) -> None:
-        if beam > 1 and sampling is not None and sampling.temperature:
-            raise ValueError("expected a beam, or a temperature, not both")
         self._lm, self._end, self._keep, self._beam = lm, end, keep, beam
-        self._sampling = sampling or Sampling()
         self._slots = max(1, slots // beam)
         self._waiting: list[_Row] = []
         self._rows: list[_Row | None] = []
@@ -113,14 +112,25 @@ class Generator:
         positions = lm.learnt_positions() if isinstance(lm, HFLanguageModel) else None
         self._positions = float("inf") if positions is None else positions
 
-    def add(self, key: int, prompt: EmbeddedPrompt, limit: int) -> None:
+    def add(
+        self,
+        key: int,
+        prompt: EmbeddedPrompt,
+        limit: int,
+        sampling: Sampling = GREEDY,
+        draw: int | None = None,
+    ) -> None:
         """Add a prompt, whose answer has at most `limit` tokens, its end included.
 
-        key: any number of the caller's; a row's draws depend on it. The limit is lower where the
-        model has learnt a vector for each position, and has no more of them.
+        key: any number of the caller's. The limit is lower where the model has learnt a vector for
+        each position, and has no more of them. draw: number that the draws depend on beside the
+        seed; None: the key. Raises ValueError where a beam is to draw.
         """
+        if self._beam > 1 and sampling.draws_tokens:
+            raise ValueError("expected a beam, or a temperature, not both")
         limit = int(max(1, min(limit, self._positions - len(prompt.x_TC))))
-        self._waiting.append(_Row(key, prompt, limit, self._sampling.draws(key)))
+        draws = sampling.draws(key if draw is None else draw)
+        self._waiting.append(_Row(key, prompt, limit, sampling, draws))
 
     @property
     def waiting(self) -> int:
@@ -243,8 +253,9 @@ class Generator:
         hidden_BC: Tensor,
     ) -> list[Finished | None]:
         """Add a token to each row."""
+        samplings = [GREEDY if row is None else row.sampling for row in rows]
         draws = [None if row is None else row.draws for row in rows]
-        tokens, log_probs = choose(logits_BV, self._sampling, draws)
+        tokens, log_probs = choose(logits_BV, samplings, draws)
         assert self._tokens_B is not None
         if len(at) == len(self._tokens_B):
             self._tokens_B = tokens
@@ -297,11 +308,11 @@ class Generator:
             for place, (parent, token) in enumerate(step):
                 sources[base + place], tokens[base + place] = base + parent, token
             assert row.beam is not None
-            answer = row.beam.best()
+            hypotheses = row.beam.ended()
             done = None
-            if answer is not None:
-                found = Answer(answer.ids, answer.cut, answer.log_prob)
-                done = self._finished(row, at[n], found, [])
+            if hypotheses:
+                found, *others = (Answer(h.ids, h.cut, h.log_prob) for h in hypotheses)
+                done = replace(self._finished(row, at[n], found, []), others=others)
             finished.append(done)
         device = self._tokens_B.device
         if sources != list(range(len(sources))):
@@ -373,12 +384,11 @@ def continue_prompts(
     limits: Iterable[int],
     *,
     slots: int = SLOTS,
-    sampling: Sampling | None = None,
     beam: int = 1,
     keep: bool = False,
 ) -> list[Finished]:
     """Write the answers to prompts, in their order; see `Generator`."""
-    generator = Generator(lm, end, slots=slots, sampling=sampling, beam=beam, keep=keep)
+    generator = Generator(lm, end, slots=slots, beam=beam, keep=keep)
     for key, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         generator.add(key, prompt, limit)
     found: list[Finished] = []

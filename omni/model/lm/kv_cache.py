@@ -156,6 +156,8 @@ class KVCache:
         self.values = [F.pad(layer, more) for layer in self.values]
         if self._last_embedding_BC is not None:
             self._last_embedding_BC = F.pad(self._last_embedding_BC, (0, 0, 0, batch - self.batch))
+        if self.lengths_B is not None:
+            self.lengths_B = F.pad(self.lengths_B, (0, batch - self.batch))
         self.batch = batch
 
     def set_lengths(self, lengths: Sequence[int], device: torch.device) -> None:

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-6
+"""Lowest temperature to divide by: that of the most probable token."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -28,29 +31,58 @@ class Sampling:
             raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+
+    @property
+    def draws_tokens(self) -> bool:
+        """True where tokens are drawn, False where the most probable ones are taken."""
+        return self.temperature > 0.0
 
     def draws(self, row: int) -> np.random.Generator:
         """Make the source of the draws of a row."""
         return np.random.default_rng((self.seed, row))
 
 
+GREEDY = Sampling()
+
+
 def choose(
-    logits_BV: Tensor, sampling: Sampling, draws: Sequence[np.random.Generator | None]
+    logits_BV: Tensor,
+    samplings: Sequence[Sampling],
+    draws: Sequence[np.random.Generator | None],
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row; returns ids (B,) and the log-probability of each, in nats.
 
-    draws: of each row; None where nothing is continued. Log-probabilities are those of the model,
-    whatever the temperature.
+    samplings: of each row. draws: of each row; None where nothing is continued. Log-probabilities
+    are those of the model, whatever the temperature.
     """
-    if sampling.temperature == 0.0:
-        best = logits_BV.max(-1)
-        return best.indices, best.values - logits_BV.logsumexp(-1)
-    scaled = (logits_BV / sampling.temperature).softmax(-1)
+    best = logits_BV.max(-1)
+    ids, chosen = best.indices, best.values
+    drawn = [n for n, source in enumerate(draws) if source and samplings[n].draws_tokens]
+    if drawn:
+        rows = torch.tensor(drawn, device=ids.device)
+        points = [source.random() for n in drawn if (source := draws[n]) is not None]
+        found = _draw(logits_BV.index_select(0, rows), [samplings[n] for n in drawn], points)
+        ids = ids.index_copy(0, rows, found)
+        chosen = logits_BV.gather(1, ids[:, None])[:, 0]
+    return ids, chosen - logits_BV.logsumexp(-1)
+
+
+def _draw(logits_BV: Tensor, samplings: Sequence[Sampling], points: Sequence[float]) -> Tensor:
+    """Return the token of each row at which the sum of the probabilities reaches its point."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
+
+    # Differences to the largest logit stay finite, however low the temperature.
+    below = logits_BV.float() - logits_BV.float().max(-1, keepdim=True).values
+    scaled = (below / column([max(s.temperature, _COLDEST) for s in samplings])).softmax(-1)
     ordered = scaled.sort(dim=-1, descending=True, stable=True)
     before = ordered.values.cumsum(-1) - ordered.values
-    kept = ordered.values.masked_fill(before >= sampling.top_p, 0.0).cumsum(-1)
-    drawn = [0.0 if source is None else source.random() for source in draws]
-    points = torch.tensor(drawn, dtype=kept.dtype, device=kept.device)[:, None] * kept[:, -1:]
-    places = torch.searchsorted(kept, points, right=True).clamp(max=kept.shape[-1] - 1)
-    ids = ordered.indices.gather(1, places)
-    return ids[:, 0], logits_BV.gather(1, ids)[:, 0] - logits_BV.logsumexp(-1)
+    outside = before >= column([s.top_p for s in samplings])
+    kept = ordered.values.masked_fill(outside, 0.0).cumsum(-1)
+    places = torch.searchsorted(kept, column(points) * kept[:, -1:], right=True)
+    # A point that was rounded up to the whole sum is the last token's that is kept.
+    last = (~outside).sum(-1, keepdim=True) - 1
+    return ordered.indices.gather(1, torch.minimum(places, last))[:, 0]
