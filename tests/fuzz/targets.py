@@ -279,7 +279,11 @@ TARGETS: dict[str, Target] = {
 
 
 def answer(pipe: Connection, folder: Path) -> None:
-    """A process that answers one input after another: (target, seed) in, (word, detail) out."""
+    """A process that answers one input after another: (target, seed) in, (word, detail) out.
+
+    The first word, "ready", answers none: a start takes long on a busy machine.
+    """
+    pipe.send(("ready", ""))
     while True:
         kind, seed = pipe.recv()
         home = folder / kind.replace(" ", "-")
