@@ -23,6 +23,7 @@ from jobs.cli import (
     location,
     positive,
     run_job,
+    say,
 )
 from omni.errors import ConfigError
 
@@ -171,10 +172,10 @@ def _run(arguments: argparse.Namespace, checkpoint: str) -> Run | None:
     )
     actors = Actors(arguments.actors, arguments.gpus) if arguments.actors else None
 
-    def say(line: str) -> None:
+    def progress(line: str) -> None:
         say(f"  {line}", file=sys.stderr)
 
-    return lambda table: transcribe_corpus(decoder, table, arguments.shards, actors, say)
+    return lambda table: transcribe_corpus(decoder, table, arguments.shards, actors, progress)
 
 
 def _distinct(arguments: argparse.Namespace, name: str) -> list[str]:
