@@ -18,6 +18,7 @@ from jobs.cli import (
     positive,
     require_extra,
     run_job,
+    say,
 )
 from omni.errors import counted
 
@@ -93,10 +94,10 @@ def _annotate(arguments: argparse.Namespace) -> None:
         arguments.out,
         how,
         options,
-        lambda line: print(f"  {line}", flush=True),
+        lambda line: say(f"  {line}"),
     )
     print(f"{done['done']:,} of {counted(done['units'], 'unit')} measured")
-    print("\n".join(summary_lines(done)))
+    say("\n".join(summary_lines(done)))
     print(f"train on it with --data.train {arguments.out}")
 
 

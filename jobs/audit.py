@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from jobs.cli import job_parser, location, run_job
+from jobs.cli import job_parser, location, run_job, say
 from omni.errors import counted
 from omni.storage.path import StoragePath
 
@@ -38,9 +38,9 @@ def _audit(run_dir: StoragePath) -> None:
     if len(found.plans) > 1:
         print(f"  {len(found.plans)} plans, one after another (run.override_fingerprint)")
     for step, reason in sorted(found.skipped.items()):
-        print(f"  step {step} made no update: {reason}")
+        say(f"  step {step} made no update: {reason}")
     for problem in found.problems:
-        print(f"  {problem}")
+        say(f"  {problem}")
     if found.problems:
         raise RuntimeError(f"{counted(len(found.problems), 'finding')}: not exactly once")
     print("clean: every bin of the plan once, every utterance as the plan has it")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from omni.config import Config, load_config, shipped_configs
 from omni.errors import ConfigError, ExitCode, printable
@@ -32,7 +34,8 @@ class JobParser(argparse.ArgumentParser):
         return super().parse_known_args([_with_underscores(text) for text in given], namespace)
 
     def error(self, message: str) -> NoReturn:
-        head, _, names = redact(message).partition("unrecognized arguments: ")
+        message = printable(redact(message))
+        head, _, names = message.partition("unrecognized arguments: ")
         self.exit(
             ExitCode.WRONG_INPUT,
             f"error: {message if head or not names else self.unknown(names.split()[0])}\n",
@@ -329,6 +332,26 @@ def checkpoint_path(text: str) -> StoragePath:
         return checkpoint_folder(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print lines that may hold texts of a corpus: control characters show as escapes."""
+    print(printable(text), file=file, flush=True)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Format JSON whose control characters are escapes, so that a terminal obeys none of them."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text if text.isprintable() else _HIDDEN.sub(_escaped, text)
+
+
+_HIDDEN = re.compile(r"[^\n -~]")
+"""All but line ends and ASCII that prints; of these, `_escaped` keeps what is printable."""
+
+
+def _escaped(found: re.Match[str]) -> str:
+    character = found.group()
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def run_job(job: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from jobs.cli import parse_settings, run_job, settings_parser
+from jobs.cli import parse_settings, run_job, say, settings_parser
 from omni.errors import counted
 
 
@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         from omni.stream.feature_cache import advice_when_full
 
         if arguments.compact:
-            compact_cache(config, lambda line: print(f"  {line}", flush=True))
+            compact_cache(config, lambda line: say(f"  {line}"))
             return
-        done = fill_cache(config, lambda line: print(f"  {line}", flush=True))
+        done = fill_cache(config, lambda line: say(f"  {line}"))
         rate = done["audio_seconds"] / done["seconds"] if done["seconds"] else 0.0
         hours = done["audio_seconds"] / 3600
         print(
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{done['gigabytes']:.3f} GB"
         )
         for reason, count in done["rejects"].items():
-            print(f"left out: {count} {reason}")
+            say(f"left out: {count} {reason}")
         if done["full"]:
             advice = advice_when_full(config.encoder.format)
             raise RuntimeError(f"the feature cache is full ({done['full']}); {advice}")

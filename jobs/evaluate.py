@@ -7,7 +7,6 @@ corpus, or {"results", "differences"} of several; differences are to the first c
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,11 @@ from jobs.cli import (
     decoding_options,
     download_limits,
     job_parser,
+    json_text,
     location,
     positive,
     run_job,
+    say,
 )
 from omni.errors import ConfigError
 
@@ -142,7 +143,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     every = [row for of_one in rows.values() for row in of_one]
     scores = Scores(results, differences, worst(spoken(every), arguments.worst))
     single = len(results) == 1
-    print(json.dumps(results[0] if single else scores.to_dict(), indent=1, ensure_ascii=False))
+    print(json_text(results[0] if single else scores.to_dict(), indent=1))
     if arguments.table is not None:
         write = page if arguments.table.suffix == ".html" else markdown
         arguments.table.write_text(write(scores))
@@ -165,10 +166,10 @@ def _run(arguments: argparse.Namespace, checkpoint: str) -> Run | None:
     )
     actors = Actors(arguments.actors, arguments.gpus) if arguments.actors else None
 
-    def say(line: str) -> None:
-        print(f"  {line}", file=sys.stderr, flush=True)
+    def progress(line: str) -> None:
+        say(f"  {line}", file=sys.stderr)
 
-    return lambda table: transcribe_corpus(decoder, table, arguments.shards, actors, say)
+    return lambda table: transcribe_corpus(decoder, table, arguments.shards, actors, progress)
 
 
 def _distinct(arguments: argparse.Namespace, name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job
+from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job, say
 
 _FORMATS = "transformers: with its code; hf: Voxtral's format; omni: a small checkpoint"
 _ADAPTERS = "merge adapters into the language model, or keep them apart (--to transformers)"
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in exported.files:
             print(path)
         for note in exported.notes:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}", file=sys.stderr)
 
     return run_job(job)
 

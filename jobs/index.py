@@ -17,6 +17,7 @@ from jobs.cli import (
     job_parser,
     location,
     run_job,
+    say,
 )
 from omni.errors import ConfigError, counted
 
@@ -110,10 +111,10 @@ def _index(arguments: argparse.Namespace) -> None:
         keep=tuple(dict.fromkeys(arguments.keep)),
     )
     specs, out = arguments.source, arguments.out
-    done = make_index(specs, out, options, lambda line: print(f"  {line}", flush=True))
+    done = make_index(specs, out, options, lambda line: say(f"  {line}"))
     print(f"{done['done']:,} of {counted(done['parts'], 'part')} made", end="")
     print("; the others were there already" if done["done"] < done["parts"] else "")
-    print("\n".join(summary_lines(done)))
+    say("\n".join(summary_lines(done)))
     if done["without_text"] == done["utterances"]:
         print(f"transcribe it with python -m jobs.transcribe --checkpoint CHECKPOINT {out}")
     else:

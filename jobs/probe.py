@@ -19,6 +19,7 @@ from jobs.cli import (
     positive,
     require_extra,
     run_job,
+    say,
 )
 from omni.errors import ConfigError
 
@@ -128,7 +129,7 @@ def _probe(arguments: argparse.Namespace) -> None:
         how,
         pooling,
         out / "features",
-        lambda line: print(f"  {line}", flush=True),
+        lambda line: say(f"  {line}"),
     )
     write_atomic(out / "probe.json", json.dumps(as_json(result), indent=1).encode())
     write_atomic(out / "probe.html", page(result).encode())
@@ -137,9 +138,9 @@ def _probe(arguments: argparse.Namespace) -> None:
     shown = Table(*head, title="accuracy in %, with 95 % intervals", box=None, pad_edge=False)
     for row in rows:
         shown.add_row(*row)
-    Console(highlight=False, width=max(80, 30 + 24 * len(labels))).print(shown)
+    Console(markup=False, highlight=False, width=max(80, 30 + 24 * len(labels))).print(shown)
     for note in result.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     print("* best layer of a label, = no difference from it shown (paired bootstrap)")
     print(f"use --encoder.layers '{result.setting}'; page: {out / 'probe.html'}")
 

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from jobs.cli import job_parser, positive, run_job
+from jobs.cli import job_parser, positive, run_job, say
 
 _NICENESS = 19  # The job and its processes give way to everything else on the machine.
 
@@ -82,7 +82,7 @@ def _synthesize(arguments: argparse.Namespace) -> None:
         out,
         arguments.hours,
         arguments.processes,
-        lambda line: print(f"  {line}", flush=True),
+        lambda line: say(f"  {line}"),
     )
     failed = sum(total.failures.values())
     print(f"{total.utterances:,} utterances, {total.seconds / 3600:.2f} h; {failed:,} not spoken")

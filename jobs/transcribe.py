@@ -13,7 +13,6 @@ a corpus for omni train. What is finished there is not done again: the same comm
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -28,9 +27,11 @@ from jobs.cli import (
     decoding_options,
     download_limits,
     job_parser,
+    json_text,
     location,
     positive_float,
     run_job,
+    say,
 )
 from omni.config.field_types import OMNI_TINY
 from omni.errors import ConfigError, counted
@@ -110,7 +111,7 @@ def _transcribe(arguments: argparse.Namespace) -> None:
         else:
             rows = transcribe_files(transcriber, [name], arguments.language)
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json_text(row), flush=True)
             unread += "error" in row
             cut += "cut" in row
     if cut:
@@ -154,13 +155,13 @@ def _transcribe_corpus(arguments: argparse.Namespace) -> None:
         actors=arguments.actors and Actors(arguments.actors, arguments.gpus),
         wanted=arguments.format or "parquet",
         min_confidence=arguments.min_confidence,
-        say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+        say=lambda line: say(f"  {line}", file=sys.stderr),
     )
     print(
         f"{counted(made.utterances, 'utterance')}, {made.seconds / 3600:.2f} h in {arguments.out}"
     )
     for reason, count in sorted(made.left_out.items()):
-        print(f"left out: {count:,} {reason}")
+        say(f"left out: {count:,} {reason}")
     if made.cut:
         print(f"{counted(made.cut, 'text')} reached --max_new_tokens and are cut", file=sys.stderr)
     if made.unread:
@@ -180,7 +181,7 @@ def _write_files(transcriber: Transcriber, arguments: argparse.Namespace) -> Non
         try:
             text = render_file(transcriber, name, arguments.format, arguments.language)
         except ValueError as error:
-            print(f"{public_uri(name)}: {error}", file=sys.stderr)
+            say(f"{public_uri(name)}: {error}", file=sys.stderr)
             failed += 1
             continue
         if arguments.out is None:

@@ -20,11 +20,13 @@ class AddressError(ValueError):
 def recording_uri(folder: StoragePath, name: str, allow_absolute: bool) -> str:
     """Resolve the recording `name` of a manifest in `folder` to a path or the URI of an object.
 
-    Raises AddressError for another scheme than those of files and stores, and ValueError where it
-    may not lie there: outside the folder unless `allow_absolute`, on this machine while the
-    manifest is in a bucket, or with credentials and options of its own, which would hold for
-    everything else in that bucket.
+    Raises AddressError for another scheme than those of files and stores and for a name that no
+    file can have, and ValueError where it may not lie there: outside the folder unless
+    `allow_absolute`, on this machine while the manifest is in a bucket, or with credentials and
+    options of its own, which would hold for everything else in that bucket.
     """
+    if "\0" in name:
+        raise AddressError(f"{shown(name)}: no file has NUL in its name")
     scheme, mark, rest = name.partition("://")
     if mark and scheme != "file":
         uri = _object(folder, scheme, rest, name)

@@ -208,6 +208,27 @@ def test_a_member_of_an_archive_ends_at_the_limit(tmp_path: Path) -> None:
     assert good.data == _sound()
 
 
+@pytest.mark.parametrize("method", ["ZIP_BZIP2", "ZIP_LZMA"])
+def test_a_member_that_zipfile_unpacks_whole_is_not_unpacked(method: str, tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", getattr(zipfile, method)) as archive:
+        archive.writestr("bomb.wav", bytes(1000))
+    [row] = _rows(_table(tmp_path, "zip://bomb.wav::x.zip"))
+    assert row.error is not None and row.error[0] == "unreadable"
+    assert "stored or deflated" in row.error[1]
+
+
+def test_damaged_archives_and_names_that_no_file_has_leave_out_their_rows(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"a" * 100)
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04")
+    spec = _table(tmp_path, "tar://a::x.tar", "zip://a::x.zip", "a\0.wav", "a\0/../b.wav")
+    tar, archive, *unnamed = [row.error for row in _rows(spec)]
+    assert tar is not None and tar[0] == "unreadable" and "x.parquet:1: " in tar[1]
+    assert archive is not None and archive[0] == "unreadable" and "x.parquet:2: " in archive[1]
+    assert all(error is not None and error[0] == "address" for error in unnamed)
+
+
 def test_files_of_another_dataset_are_read_without_the_users_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -31,6 +31,7 @@ from tests.fuzz.targets import ASSETS, ROOT, TARGETS, answer
 from tests.fuzz.wrong_headers import disagreement, wrong_header
 
 LIMIT_SECONDS = 60.0
+START_SECONDS = 600.0
 FORMATS = ("wav", "flac", "ogg", "mp3", "opus", "aiff", "au", "w64", "caf")
 
 
@@ -82,6 +83,9 @@ def _start(context: multiprocessing.context.SpawnContext, folder: Path):  # type
     process = context.Process(target=answer, args=(theirs, home), daemon=True)
     process.start()
     theirs.close()
+    if not ours.poll(START_SECONDS):
+        raise TimeoutError(f"a process did not start within {START_SECONDS:.0f} s")
+    ours.recv()
     return process, ours
 
 

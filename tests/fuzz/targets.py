@@ -41,8 +41,10 @@ from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.run.prepare import prepare
 from omni.stream.feature_cache import FeatureCache
 from tests.fuzz.addresses import addresses
+from tests.fuzz.bombs import bombs
 from tests.fuzz.mutate import as_json, mutate_bytes, mutate_value
 from tests.fuzz.shapes import corpus
+from tests.fuzz.terminal import terminal
 from tests.fuzz.wrong_headers import disagreement, wrong_header
 
 ASSETS = Path(omni.__file__).parent / "assets" / "prompts-en"
@@ -271,11 +273,17 @@ TARGETS: dict[str, Target] = {
     "corpus": corpus,
     "recording": recording,
     "addresses": addresses,
+    "bombs": bombs,
+    "terminal": terminal,
 }
 
 
 def answer(pipe: Connection, folder: Path) -> None:
-    """A process that answers one input after another: (target, seed) in, (word, detail) out."""
+    """A process that answers one input after another: (target, seed) in, (word, detail) out.
+
+    The first word, "ready", answers none: a start takes long on a busy machine.
+    """
+    pipe.send(("ready", ""))
     while True:
         kind, seed = pipe.recv()
         home = folder / kind.replace(" ", "-")

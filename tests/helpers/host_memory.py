@@ -7,7 +7,6 @@ what the process held before the model (Python, torch).
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import tempfile
 from datetime import timedelta
@@ -29,6 +28,7 @@ from omni.train.distributed import all_gather
 from omni.train.lockstep import in_step
 from omni.train.model_state import ModelState
 from tests.helpers.peak_memory import speech_block
+from tests.helpers.resident import PeakMemory
 from tests.helpers.sharded import Log
 
 SHAPE = OmniConfig(GPTConfig(2048, 8192, 17, 16, 16, 1024), 384)
@@ -36,24 +36,6 @@ SETTINGS = {
     "train": {"strategy": "fsdp", "precision": "fp32"},
     "optim": {"bin_positions": 256, "bins_per_step": 8},
 }
-
-
-class Peak:
-    """Peak resident memory of this process since the last call, less that at the beginning."""
-
-    def __init__(self) -> None:
-        self._before = self._read("VmRSS")
-
-    def take(self) -> int:
-        found = self._read("VmHWM") - self._before
-        ctypes.CDLL(None).malloc_trim(0)  # What was freed is not of the next phase.
-        Path("/proc/self/clear_refs").write_text("5")
-        return found
-
-    def _read(self, field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (line,) = (line for line in lines if line.startswith(f"{field}:"))
-        return 1024 * int(line.split()[1])
 
 
 def measure(rank: int, world: int, folder: str) -> None:
@@ -67,7 +49,7 @@ def measure(rank: int, world: int, folder: str) -> None:
     )
     config = parse_config(SETTINGS | {"train": {**SETTINGS["train"], "workers": world}})
     found: dict[str, int] = {}
-    peak = Peak()
+    peak = PeakMemory()
     state = ModelState(config, SHAPE, torch.device("cpu"), world)
     dist.barrier()
     found["build"] = peak.take()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 LOOPBACK = [
@@ -98,6 +101,35 @@ HOSTILE = [
 ]
 """All of them; PORT stands for the port of a server on loopback."""
 
+
+def naming(secret: Path, folder: Path) -> list[str]:
+    """Addresses that name a file outside `folder`, in whatever way a row of that folder could."""
+    relative, plain = os.path.relpath(secret, folder), str(secret)
+    return [
+        *(
+            plain,
+            relative,
+            f"./{relative}",
+            f"sub/../{relative}",
+            f"{folder}/{relative}",
+            f"/{plain}",
+        ),
+        *(f"file://{plain}", f"FILE://{plain}", f"file://localhost{plain}", f"file:{plain}"),
+        *(f"file://{relative}", f"file:///..{plain}", f"local://{plain}", f"dir://{plain}"),
+        *(
+            f"zip://{secret.name}::{plain}",
+            f"zip://{secret.name}::{relative}",
+            f"gzip://a::{plain}",
+        ),
+        *(f"gzip://a::file://{plain}", f"tar://a::{relative}", f"xz://a::{relative}"),
+        *(f"simplecache::file://{plain}", f"filecache::{plain}", f"reference://a::{plain}"),
+        *(f"{plain}\x00.wav", f"{relative}\x00", f"{plain}?a", f"{plain}#a", f"{plain}::a"),
+        *(plain.replace("/", "//"), plain.replace("/", "\\"), plain.replace("/", "%2f")),
+        *(f"s3://../../..{plain}", f"hdfs://{plain}", f"cat {plain} |", f"| cat {plain}"),
+        *(f"concat:{plain}", f"subfile,,start,0,end,9,,:{plain}", f"pipe:{plain}", f"~/..{plain}"),
+    ]
+
+
 NAMES = {
     "localtest.me": ["127.0.0.1"],
     "sub.localtest.me": ["127.0.0.1"],
@@ -113,10 +145,16 @@ _getaddrinfo = socket.getaddrinfo
 
 
 def resolver(host: str, port: int, *flags: Any, **options: Any) -> list[Any]:
-    """The system's resolver for what needs no network, and names of the tests."""
+    """The system's resolver for what needs no network, and names of the tests.
+
+    Public addresses, which anybody's row may name, are as unknown as they are without a network.
+    """
     name = host.rstrip(".").lower()
     if name not in NAMES and _NUMBERS.fullmatch(name):
-        return _getaddrinfo(host, port, *flags, **options)
+        found = _getaddrinfo(host, port, *flags, **options)
+        numbers = [entry[4][0] for entry in found if entry[0] == socket.AF_INET]
+        if not any(ipaddress.ip_address(number).is_global for number in numbers):
+            return found
     if name not in NAMES:
         raise socket.gaierror(socket.EAI_NONAME, "no such host")
     known = NAMES[name]

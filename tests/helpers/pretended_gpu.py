@@ -136,6 +136,12 @@ class Gpu(TorchFunctionMode):
         self._patches.close()
         _active = None
 
+    @staticmethod
+    def here() -> Gpu:
+        """The one that is entered."""
+        assert _active is not None
+        return _active
+
     @property
     def allocates_on_gpu(self) -> bool:
         """Tell whether the innermost call of Python's has operands on the GPU."""

@@ -1,7 +1,20 @@
-"""A step of every config on a pretended GPU: no mixed devices, and two waits of the host."""
+"""A step of every config on a pretended GPU: no mixed devices, and two waits of the host.
+
+Covered are the encoder, collating, both language models, adapters, distillation, mixed layers, CTC
+and its beam search, optimizers and averages, DDP's reducer and buckets, and generating greedily, by
+beams and by drawing. A build of torch without CUDA cannot show:
+
+- FSDP: `fully_shard` asks `torch.cuda` for a device, streams and events, which raise in such a
+  build. Sharded steps run on a CPU, with a pretended group, in test_sharding.py.
+- The kernel of flex attention, which is compiled for a GPU: its operands are checked, and the block
+  mask's function gives the result.
+- CUDA's own lists of operators for autocast: those of the CPU are used.
+- Compiled layers, and NCCL: DDP's buckets are averaged by a hook instead.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +23,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from omni.checkpoint.train_state import TrainState
 from omni.config import Config, parse_config
 from omni.metrics.table import StepSums
 from omni.metrics.throughput import Stopwatch
 from omni.model.chat_template import AUDIO
+from omni.model.ctc_beam import prefix_beam_search
 from omni.model.encoder.whisper import WhisperEncoder
-from omni.model.lm.generate import generate
+from omni.model.lm.generate import continue_prompts
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.lm.hf import HFConfig
 from omni.model.lm.lora import LoraShape
+from omni.model.lm.prompts import embed_prompt
+from omni.model.lm.sampling import Sampling
 from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
 from omni.train.batches import Microbatch
@@ -98,12 +116,24 @@ def _utterances(features: list[Tensor]) -> list[Utterance]:
     ]  # fmt: skip
 
 
-def _step(config: Config, gpu: Gpu, steps: int) -> tuple[ModelState, list[dict[str, int]]]:
+def _reduced(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Hand back a bucket of gradients, as the average over ranks that have the same ones."""
+    assert isinstance(bucket.buffer(), GpuTensor)
+    found: torch.futures.Future[Tensor] = torch.futures.Future()
+    found.set_result(bucket.buffer())
+    return found
+
+
+def _step(
+    config: Config, gpu: Gpu, steps: int, world: int = 1
+) -> tuple[ModelState, list[dict[str, int]]]:
     """Run steps of a config; return what each made the host wait for."""
     layers = len(config.encoder.layers) if isinstance(config.encoder.layers, list) else 1
     shape = _shape(config, layers)
     tasks = ["transcribe", *(name for name in config.data.tasks if name != "transcribe")]
-    state = ModelState(config, shape, GPU, 1, tasks=tasks, end=3)
+    state = ModelState(config, shape, GPU, world, tasks=tasks, end=3)
+    if world > 1:
+        state.wrapped.register_comm_hook(None, lambda _, bucket: _reduced(bucket))  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(n, shape.frame_dim, generator=generator) for n in (75, 60)]
     reader: Any = _Bins(Layout.of(config, shape), _utterances(features), 2)
@@ -159,6 +189,35 @@ def test_a_step_waits_twice_and_mixes_nothing(name: str) -> None:
         assert trained and all(isinstance(x, GpuTensor) for x in held if x.dim())
 
 
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group that moves no data; the gradients of its other rank are the same."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    verify = dist._verify_params_across_processes
+
+    def compare(*arguments: Any) -> None:
+        """DDP compares shapes in memory of the host, which it reads without torch's operators."""
+        with Gpu.here().frame(False):
+            verify(*arguments)
+
+    monkeypatch.setattr(dist, "_verify_params_across_processes", compare)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("file", ["scratch", "smollm2"])
+def test_two_ranks_of_ddp_wait_no_more(file: str, two_ranks: None) -> None:
+    """Gradients lie in buckets on the GPU. Sums over ranks travel by way of the host with gloo."""
+    [path] = [p for p in CONFIGS if p.stem == file]
+    config = _small(path, {"train": {"workers": 2, "compile": False}})
+    with Gpu() as gpu, gpu.frame(True):
+        # Before the second step, DDP orders its buckets anew in memory that it reads itself.
+        state, waits = _step(config, gpu, 1, world=2)
+        assert isinstance(state.wrapped, nn.parallel.DistributedDataParallel)
+        assert waits == [WAITS]
+        assert all(isinstance(p, GpuTensor) for p in state.model.parameters())
+
+
 @pytest.mark.parametrize(("mode", "layers"), [("trim", "last"), ("full", [0, 2, 4])])
 def test_the_encoder_waits_for_nothing(mode: Any, layers: Any) -> None:
     rng = np.random.default_rng(0)
@@ -176,23 +235,52 @@ def test_the_encoder_waits_for_nothing(mode: Any, layers: Any) -> None:
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
 
 
+WRITING: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "greedy": ({}, {"tolist": 1}),
+    "kept": ({"keep": True}, {"tolist": 1}),
+    "drawn": ({"sampling": Sampling(0.7, 0.9)}, {"tolist": 1, "tensor": 1}),
+    "beam": ({"beam": 2}, {"tolist": 2, "tensor": 3}),
+}
+"""Ways of writing answers, and what each token of all answers makes the host wait for: the token,
+the random numbers, and the places, parents and tokens of hypotheses."""
+
+
 @pytest.mark.parametrize("file", ["scratch", "smollm2"])
 def test_generating_waits_seldom(file: str) -> None:
-    """The host waits once per token, for the token."""
+    """The host waits once per token of all answers, for the tokens; drawing and beams wait more."""
     [path] = [p for p in CONFIGS if p.stem == file]
     config = _small(path, {})
     features = [[torch.randn(n, 384)] for n in (75, 60)]
     with Gpu() as gpu:
         state = ModelState(config, _shape(config, 1), GPU, 1, end=3)
         state.model.eval()
-        waits = []
-        for tokens in (2, 6):
+        with torch.inference_mode():
+            prompts = [
+                embed_prompt(state.model, ids, recordings)
+                for ids, recordings in zip([[5, AUDIO], [5, 6, AUDIO]], features, strict=True)
+            ]
+        for name, (settings, expected) in WRITING.items():
+            waits = []
+            for tokens in (2, 6):
+                gpu.waits.clear()
+                found = continue_prompts(state.model.lm, prompts, -5, [tokens] * 2, **settings)
+                assert [len(f.answer.ids) for f in found] == [tokens, tokens]
+                waits.append(Counter(gpu.waits))
+            each = {what: count / 4 for what, count in (waits[1] - waits[0]).items()}
+            assert each.keys() == expected.keys(), name
+            assert all(each[what] <= most for what, most in expected.items()), (name, each)
+
+
+def test_the_beam_search_of_ctc_waits_after_the_last_frame() -> None:
+    waits = []
+    with Gpu() as gpu:
+        for frames in (5, 20):
+            log_probs = torch.randn(2, frames, 9).log_softmax(-1).to(GPU)
             gpu.waits.clear()
-            prompts = [[5, AUDIO], [5, 6, AUDIO]]
-            answers = generate(state.model, prompts, features, end=-5, max_new_tokens=tokens)
-            assert [len(answer.ids) for answer in answers] == [tokens, tokens]
-            waits.append(sum(gpu.waits.values()))
-    assert (waits[1] - waits[0]) / 4 <= 1, waits
+            found = prefix_beam_search(log_probs, [frames, 3], beam=4, labels_per_frame=4)
+            assert len(found) == 2 and found[0]
+            waits.append(dict(gpu.waits))
+    assert waits == [{"tensor": 1, "tolist": 3}] * 2
 
 
 def test_a_tensor_of_the_host_is_refused_and_waits_are_counted() -> None:
