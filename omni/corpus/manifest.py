@@ -55,8 +55,8 @@ def manifest_path(spec: str) -> StoragePath:
     if is_folder:
         if not (path / INDEX_FILE).is_file():
             raise ManifestError(
-                f"{public_uri(spec)}: expected a manifest, or a folder that `omni index` has "
-                f"finished: there is no {INDEX_FILE} in it"
+                f"{public_uri(spec)}: expected a manifest, or a folder that `omni index` or "
+                f"`omni annotate` has finished: there is no {INDEX_FILE} in it"
             )
         return path / INDEX_FILE
     if not exists:

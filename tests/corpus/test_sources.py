@@ -694,8 +694,13 @@ def test_a_damaged_index_is_one_error(damage: Callable[[Path], Any], built: Path
         build_index([str(built)])
 
 
-def test_an_unfinished_index_is_no_manifest(built: Path) -> None:
+@pytest.mark.parametrize("annotated", [False, True])
+def test_an_unfinished_index_is_no_manifest(built: Path, annotated: bool) -> None:
     (built / "index.json").unlink()
+    if annotated:  # It had an index of its corpus, and no labels yet.
+        (built / "measured").mkdir()
+        (built / "source").mkdir()
+        (built / "parts").rename(built / "source" / "parts")
     with pytest.raises(ManifestError, match=r"/built: .*\bindex\.json\b"):
         build_index([str(built)])
 

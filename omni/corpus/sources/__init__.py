@@ -72,6 +72,10 @@ def open_source(spec: str, options: Options = _DEFAULT) -> Source:
     return LineSource(spec, path, kind, options)  # type: ignore[arg-type]
 
 
+_OF_AN_INDEX = ("parts", "measured")
+"""Folders in one that omni index, or omni annotate, has not finished."""
+
+
 def format_of(spec: str) -> str | None:
     """Return the format of what SPEC names, for messages: a kind, or several; None: unknown."""
     kind, colon, _ = spec.partition(":")
@@ -79,7 +83,8 @@ def format_of(spec: str) -> str | None:
         return kind
     path = absolute(spec)
     try:
-        if path.is_dir() and not (path / "parts").is_dir():  # Those are of an unfinished index.
+        unfinished = any((path / name).is_dir() for name in _OF_AN_INDEX)
+        if path.is_dir() and not unfinished:
             return " or ".join(_kinds_of_folder(path)) or None
     except OSError:  # Whoever asked knows a better message.
         return None
