@@ -64,7 +64,7 @@ def test_a_conversation_keeps_the_order_of_its_parts() -> None:
         ({"messages": [{"role": "user", "content": 3}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{**AUDIO, "input_audio": {}}]}]}, "messages"),
-        ({"temperature": 0.7}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
         ({"n": 2}, "n"),
         ({"tools": [{}]}, "tools"),
         ({"messages": [{"role": [], "content": "x"}]}, "messages"),

@@ -35,12 +35,13 @@ from omni.metrics.throughput import Stopwatch
 from omni.model.chat_template import AUDIO
 from omni.model.ctc_beam import prefix_beam_search
 from omni.model.encoder.whisper import WhisperEncoder
-from omni.model.lm.generate import continue_prompts
+from omni.model.lm.generate import Finished, Generator
+from omni.model.lm.gpt import GPT
 from omni.model.lm.gpt_block import GPTConfig
-from omni.model.lm.hf import HFConfig
+from omni.model.lm.hf import HFConfig, HFLanguageModel
 from omni.model.lm.lora import LoraShape
-from omni.model.lm.prompts import embed_prompt
-from omni.model.lm.sampling import Sampling
+from omni.model.lm.prompts import EmbeddedPrompt, embed_prompt
+from omni.model.lm.sampling import GREEDY, Sampling
 from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
 from omni.train.batches import Microbatch
@@ -238,11 +239,27 @@ def test_the_encoder_waits_for_nothing(mode: Any, layers: Any) -> None:
 WRITING: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "greedy": ({}, {"tolist": 1}),
     "kept": ({"keep": True}, {"tolist": 1}),
-    "drawn": ({"sampling": Sampling(0.7, 0.9)}, {"tolist": 1, "tensor": 1}),
+    "drawn": ({"sampling": Sampling(0.7, 0.9)}, {"tolist": 1, "tensor": 2}),
     "beam": ({"beam": 2}, {"tolist": 2, "tensor": 3}),
 }
 """Ways of writing answers, and what each token of all answers makes the host wait for: the token,
-the random numbers, and the places, parents and tokens of hypotheses."""
+the rows and their random numbers, and the places, parents and tokens of hypotheses."""
+
+
+def _write(
+    lm: GPT | HFLanguageModel,
+    prompts: list[EmbeddedPrompt],
+    tokens: int,
+    sampling: Sampling = GREEDY,
+    **settings: Any,
+) -> list[Finished]:
+    generator = Generator(lm, -5, **settings)
+    for key, prompt in enumerate(prompts):
+        generator.add(key, prompt, tokens, sampling)
+    found: list[Finished] = []
+    while generator.active or generator.waiting:
+        found += generator.step()
+    return found
 
 
 @pytest.mark.parametrize("file", ["scratch", "smollm2"])
@@ -263,7 +280,7 @@ def test_generating_waits_seldom(file: str) -> None:
             waits = []
             for tokens in (2, 6):
                 gpu.waits.clear()
-                found = continue_prompts(state.model.lm, prompts, -5, [tokens] * 2, **settings)
+                found = _write(state.model.lm, prompts, tokens, **settings)
                 assert [len(f.answer.ids) for f in found] == [tokens, tokens]
                 waits.append(Counter(gpu.waits))
             each = {what: count / 4 for what, count in (waits[1] - waits[0]).items()}

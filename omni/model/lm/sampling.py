@@ -69,20 +69,24 @@ def choose(
     return ids, chosen - logits_BV.logsumexp(-1)
 
 
-def _draw(logits_BV: Tensor, samplings: Sequence[Sampling], points: Sequence[float]) -> Tensor:
+def _draw(logits_BV: Tensor, samplings: Sequence[Sampling], points: list[float]) -> Tensor:
     """Return the token of each row at which the sum of the probabilities reaches its point."""
 
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
-
+    given = [
+        [max(s.temperature, _COLDEST) for s in samplings],
+        [s.top_p for s in samplings],
+        points,
+    ]
+    # Sent at once: the host waits for each tensor that it sends.
+    temperatures, top_ps, at = torch.tensor(given, device=logits_BV.device)[..., None]
     # Differences to the largest logit stay finite, however low the temperature.
     below = logits_BV.float() - logits_BV.float().max(-1, keepdim=True).values
-    scaled = (below / column([max(s.temperature, _COLDEST) for s in samplings])).softmax(-1)
+    scaled = (below / temperatures).softmax(-1)
     ordered = scaled.sort(dim=-1, descending=True, stable=True)
     before = ordered.values.cumsum(-1) - ordered.values
-    outside = before >= column([s.top_p for s in samplings])
+    outside = before >= top_ps
     kept = ordered.values.masked_fill(outside, 0.0).cumsum(-1)
-    places = torch.searchsorted(kept, column(points) * kept[:, -1:], right=True)
+    places = torch.searchsorted(kept, at * kept[:, -1:], right=True)
     # A point that was rounded up to the whole sum is the last token's that is kept.
     last = (~outside).sum(-1, keepdim=True) - 1
     return ordered.indices.gather(1, torch.minimum(places, last))[:, 0]
