@@ -71,14 +71,14 @@ def choose(
 
 def _draw(logits_BV: Tensor, samplings: Sequence[Sampling], points: list[float]) -> Tensor:
     """Return the token of each row at which the sum of the probabilities reaches its point."""
-
     given = [
         [max(s.temperature, _COLDEST) for s in samplings],
         [s.top_p for s in samplings],
         points,
     ]
     # Sent at once: the host waits for each tensor that it sends.
-    temperatures, top_ps, at = torch.tensor(given, device=logits_BV.device)[..., None]
+    sent = torch.tensor(given, device=logits_BV.device)[..., None]
+    temperatures, top_ps, at = sent[0], sent[1], sent[2]
     # Differences to the largest logit stay finite, however low the temperature.
     below = logits_BV.float() - logits_BV.float().max(-1, keepdim=True).values
     scaled = (below / temperatures).softmax(-1)
