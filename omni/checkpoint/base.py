@@ -43,8 +43,6 @@ _PARTS = {
     "train": ("precision",),
 }
 """Settings of other sections that decoding needs."""
-
-
 _PARTS_THAT_BEGIN_ANEW = ("ctc_head.", "summary.", "mix.")
 """Weights of a model that its base may lack."""
 

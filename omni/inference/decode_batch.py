@@ -91,14 +91,10 @@ def as_text(template: Template, choice: Choice) -> Decoded:
     )
 
 
-def decode_batch(
-    model: OmniModel,
-    template: Template,
-    utterances: Sequence[Utterance],
-    decoding: Decoding,
+def decode_requests(
+    model: OmniModel, template: Template, requests: Sequence[Request], decoding: Decoding
 ) -> list[Decoded]:
-    """Decode utterances that have features."""
-    requests = [request_of(utterance) for utterance in utterances]
+    """Decode prompts, in their order."""
     choices = decode(model, requests, end=template.end, settings=decoding)
     return [as_text(template, choice) for choice in choices]
 
@@ -111,7 +107,8 @@ def transcribe(
 ) -> list[dict[str, Any]]:
     """Decode utterances, and return their transcript rows; one without features has none."""
     usable = [h for h in held if h.utterance.features is not None]
-    answers = decode_batch(model, template, [h.utterance for h in usable], decoding)
+    requests = [request_of(h.utterance) for h in usable]
+    answers = decode_requests(model, template, requests, decoding)
     return [
         {
             "number": h.utterance.number,

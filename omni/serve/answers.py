@@ -15,12 +15,11 @@ import torch
 from omni.audio.decode import AudioError, decode, decode_blocks, measure
 from omni.audio.vad import Segmenting, speech_spans
 from omni.audio.windows import SAMPLING_RATE
-from omni.inference.decode_batch import Decoded, as_text, request_of
+from omni.inference.decode_batch import Decoded, decode_requests, request_of
 from omni.inference.formats import Span as Span  # Answers of recordings consist of them.
 from omni.inference.pieces import cut_at_pauses
 from omni.inference.transcriber import Transcriber, draw_number
 from omni.model.chat_template import AUDIO, Message, RefusedRow, check_messages
-from omni.model.decode import decode as decode_answers
 from omni.model.lm.sampling import GREEDY, Sampling
 
 
@@ -210,12 +209,8 @@ class Answers:
                 )
                 for piece in pieces
             ]
-            template = transcriber.template
             with transcriber.autocast():
-                choices = decode_answers(
-                    transcriber.model, requests, end=template.end, settings=decoding
-                )
-        return [as_text(template, choice) for choice in choices]
+                return decode_requests(transcriber.model, transcriber.template, requests, decoding)
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
