@@ -42,6 +42,8 @@ class SummaryPool(nn.Module):
         self.narrow = nn.Linear(statistics, _NARROW, bias=False)
         self.out = nn.Parameter(torch.zeros(tokens, _NARROW, out_dim))
         self.norm_out = nn.RMSNorm(out_dim, eps=1e-6)
+        self._first: list[Tensor] = []
+        """Statistics of this rank's first recordings, while all ranks have too few."""
         self.init_weights()
 
     @torch.no_grad()
@@ -84,23 +86,25 @@ class SummaryPool(nn.Module):
         """Set centre and gain by the recordings of all ranks, unless they are set. Collective.
 
         The statistic of each layer has a common scale: a few recordings do not tell more. Returns
-        False where they were too few.
+        False while they are too few, which the next call adds to.
         """
         if float(all_sum(local_part(self.centre).abs().sum())) > 0:
             return True
         frames, owner, real = self._frames(x_NF, starts_N)
         weights = _softmax(torch.zeros_like(real, dtype=torch.float32), real, owner, recordings)
-        statistics = self._statistics(frames, weights, owner, recordings)
-        count = statistics.new_full((1,), float(recordings))
+        self._first.append(self._statistics(frames, weights, owner, recordings))
+        statistics = torch.cat(self._first)
+        count = statistics.new_full((1,), float(len(statistics)))
         sums = all_sum(torch.cat((statistics.sum(0), count)))
         if sums[-1] < _FEWEST:
             return False
         centre = sums[:-1] / sums[-1]
-        squares = (statistics - centre).square().view(recordings, -1, self.width).sum((0, 2))
+        squares = (statistics - centre).square().view(-1, 2 * self.layers, self.width).sum((0, 2))
         variance = all_sum(squares) / (sums[-1] * self.width)
         gain = (variance + _LEAST_VARIANCE).rsqrt()
         set_rows(self.centre, lambda first, end: centre[first:end])
         set_rows(self.gain, lambda first, end: gain[first:end])
+        self._first.clear()
         return True
 
     def _frames(self, x_NF: Tensor, starts_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
