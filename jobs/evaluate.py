@@ -1,7 +1,8 @@
 """Measure WER and CER of checkpoints on corpora, with intervals and paired tests.
 
 Texts are compared after Whisper's normaliser. It prints JSON: the figures of one checkpoint on one
-corpus, or {"results", "differences"} of several; differences are to the first checkpoint.
+corpus, or {"results", "differences"} of several; differences are to the first checkpoint, and
+"task_differences" those of the right answers of each task.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from omni.inference.rows import evaluate
     from omni.inference.scores import compare, worst
     from omni.inference.transcriber import Transcriber
+    from omni.metrics.right_answers import compare_tasks
     from omni.metrics.run_files import append_json
     from omni.metrics.task_scores import spoken
     from omni.metrics.text_metric import load_metrics
@@ -129,19 +131,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                     arguments.out.unlink(missing_ok=True)
                 append_json(arguments.out, [without_counts(row) for row in rows[name, corpus]])
     first, *others = names
-    differences = [
-        {
-            "manifest": public_uri(corpus),
-            "first": public_uri(first),
-            "second": public_uri(other),
-            **found,
-        }
-        for corpus in corpora
-        for other in others
-        if (found := compare(spoken(rows[first, corpus]), spoken(rows[other, corpus]))) is not None
-    ]
+    differences, task_differences = [], []
+    for corpus in corpora:
+        for other in others:
+            ours, theirs = rows[first, corpus], rows[other, corpus]
+            of = {
+                "manifest": public_uri(corpus),
+                "first": public_uri(first),
+                "second": public_uri(other),
+            }
+            if (found := compare(spoken(ours), spoken(theirs))) is not None:
+                differences.append({**of, **found})
+            for task, test in compare_tasks(ours, theirs).items():
+                task_differences.append({**of, "task": task, **test})
     every = [row for of_one in rows.values() for row in of_one]
-    scores = Scores(results, differences, worst(spoken(every), arguments.worst))
+    scores = Scores(results, differences, task_differences, worst(spoken(every), arguments.worst))
     single = len(results) == 1
     print(json_text(results[0] if single else scores.to_dict(), indent=1))
     if arguments.table is not None:

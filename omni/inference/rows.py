@@ -34,6 +34,7 @@ from omni.inference.features import Read, audio_of, cached_reader, open_cache
 from omni.inference.pieces import cut_at_pauses, fit_blocks, is_long
 from omni.inference.scores import summarize
 from omni.inference.transcriber import ENCODE_BATCH, Request, Transcriber, Transcript
+from omni.metrics.right_answers import pairs_of_tasks
 from omni.metrics.task_scores import Scoring
 from omni.metrics.text_metric import TextMetric
 from omni.storage.http import DEFAULT_LIMITS, DownloadLimits
@@ -109,6 +110,7 @@ def evaluate(
         "decoding": str(transcriber.decoding),
         **summarize(rows, metrics),
         **({"tasks": scores} if (scores := scoring.score(rows)) else {}),
+        **({"pairs_of_tasks": both} if (both := pairs_of_tasks(rows)) else {}),
         **({"long_conversations": whole} if whole else {}),
         "rejects": dict(rejects),
         **({"notes": notes} if (notes := notes_of(index)) else {}),

@@ -11,6 +11,7 @@ from omni.corpus.index_row import DEFAULT_TASK
 from omni.inference.decode_batch import by_language, count_cut, count_decoders, wer_alone
 from omni.inference.decode_batch import summarize as sum_errors
 from omni.metrics.bootstrap import paired_test, rate_interval
+from omni.metrics.right_answers import recording_of
 from omni.metrics.score import Errors, total, units
 from omni.metrics.task_scores import spoken
 from omni.metrics.text_metric import TextMetric, score
@@ -119,7 +120,7 @@ def compare(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any] | Non
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["id"], row.get("audio"), row.get("start"), str(row.get("bytes"))
+    return row["id"], *recording_of(row)
 
 
 def worst(rows: Sequence[Row], count: int) -> list[Row]:

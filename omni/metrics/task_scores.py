@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import regex
 from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.languages import UNSPACED, language_code
 from omni.corpus.tasks import TaskRule
+from omni.metrics.right_answers import have_scores, likeliest, same, share_interval
 from omni.metrics.score import Errors, count_errors, total
 
 Row = dict[str, Any]
@@ -115,7 +117,8 @@ def _figures(rule: TaskRule, metric: str, rows: Sequence[Row]) -> dict[str, Any]
     if rule.tags:
         found["tags"] = {name: _tag_figures(name, rows) for name in rule.tags}
     elif metric not in SPOKEN:
-        found |= {"exact_match": sum(bool(row["right"]) for row in rows) / len(rows)}
+        right = sum(bool(row["right"]) for row in rows)
+        found |= _share("exact_match", right, len(rows))
     if rule.choices or metric in ("accuracy", "macro_f1"):
         found |= _class_figures(rule, rows)
     if metric in ("bleu", "chrf"):
@@ -129,8 +132,7 @@ def _figures(rule: TaskRule, metric: str, rows: Sequence[Row]) -> dict[str, Any]
 def _class_figures(rule: TaskRule, rows: Sequence[Row]) -> dict[str, Any]:
     known = rule.choices or tuple(sorted({row["reference"] for row in rows}))
     truth = [_class_of(row["reference"], known) for row in rows]
-    scored = [row for row in rows if "choices" in row]
-    by_likelihood = len(scored) == len(rows)
+    by_likelihood = have_scores(rows)
     written = [_class_of(row["hypothesis"], known) for row in rows]
     guessed = [likeliest(row["choices"]) for row in rows] if by_likelihood else written
     found: dict[str, Any] = {"decided_by": "likelihood" if by_likelihood else "answer"}
@@ -145,7 +147,7 @@ def _class_figures(rule: TaskRule, rows: Sequence[Row]) -> dict[str, Any]:
         if "shuffled_choices" in row
     ]
     if shuffled:
-        found["shuffled_accuracy"] = sum(shuffled) / len(shuffled)
+        found |= _share("shuffled_accuracy", sum(shuffled), len(shuffled))
     return found
 
 
@@ -167,7 +169,7 @@ def class_scores(
     if not any(matrix[-1]) and not any(row[-1] for row in matrix):
         names, matrix = names[:-1], [row[:-1] for row in matrix[:-1]]
     return {
-        "accuracy": sum(a == b for a, b in zip(truth, guessed, strict=True)) / len(truth),
+        **_share("accuracy", sum(map(eq, truth, guessed)), len(truth)),
         "macro_f1": float(f1_score(truth, guessed, **macro)),
         "majority": top / len(truth),
         "majority_class": most,
@@ -178,8 +180,9 @@ def class_scores(
     }
 
 
-def likeliest(log_probs: Mapping[str, float]) -> str:
-    return max(log_probs, key=log_probs.__getitem__)
+def _share(name: str, right: int, asked: int) -> dict[str, Any]:
+    """Return a share of right answers under its name, and its 95 % interval."""
+    return {name: right / asked, f"{name}_interval": share_interval(right, asked)}
 
 
 def probabilities(log_probs: Mapping[str, float]) -> dict[str, float]:
@@ -208,15 +211,6 @@ def calibration_error(scores: Sequence[Mapping[str, float]], truth: Sequence[str
         for n in np.unique(bins)
     ]
     return float(sum(gaps))
-
-
-def same(reference: str, hypothesis: str) -> bool:
-    """Compare two answers, but for case and white space."""
-    return _plain(reference) == _plain(hypothesis)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _class_of(answer: str, classes: Sequence[str]) -> str:

@@ -30,6 +30,13 @@ def percent(share: object) -> str:
     return f"{round(100 * share, 1):g} %" if finite(share) else "–"
 
 
+def interval(shares: object) -> str:
+    """Format two shares in percent: 12.5 to 14.1."""
+    pair = shares if isinstance(shares, list | tuple) else ()
+    known = len(pair) == 2 and all(map(finite, pair))
+    return " to ".join(f"{100 * share:.1f}" for share in pair) if known else "–"
+
+
 def clock(seconds: object) -> str:
     """Format as h:min:s."""
     if not finite(seconds):

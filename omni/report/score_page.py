@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni.report.audio_embed import embed_row
-from omni.report.number_text import count, percent
+from omni.report.number_text import count, interval, percent
 from omni.report.render import render
 from omni.report.task_parts import HEAD, confusions, task_rows
 from omni.report.task_parts import NOTE as NOTE_OF_TASKS
@@ -32,10 +32,12 @@ class Scores:
 
     results: list[dict[str, Any]]
     differences: list[dict[str, Any]] = field(default_factory=list)
+    task_differences: list[dict[str, Any]] = field(default_factory=list)
     worst: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"results": self.results, "differences": self.differences}
+        tasks = {"task_differences": self.task_differences} if self.task_differences else {}
+        return {"results": self.results, "differences": self.differences, **tasks}
 
 
 def tables(scores: Scores) -> list[Table]:
@@ -53,8 +55,7 @@ def tables(scores: Scores) -> list[Table]:
         rows = [_difference(difference) for difference in scores.differences]
         note = "Paired bootstrap over the utterances that both have; negative: fewer errors."
         found.append(Table("Differences", head, rows, note))
-    if rows := [row for result in scores.results for row in _tasks(result)]:
-        found.append(Table("Tasks", ("checkpoint", *HEAD[:-1]), rows, NOTE_OF_TASKS))
+    found += _task_tables(scores)
     names = dict.fromkeys(name for result in scores.results for name in result["groups"])
     for name in names:
         rows = [row for result in scores.results for row in _groups(result, name)]
@@ -63,6 +64,25 @@ def tables(scores: Scores) -> list[Table]:
         note = f"The {_MOST_GROUPS} with the most words." if more else ""
         found.append(Table(f"By {name}", columns, rows, note))
     return found
+
+
+def _task_tables(scores: Scores) -> Iterator[Table]:
+    if rows := [row for result in scores.results for row in _tasks(result)]:
+        yield Table("Tasks", ("checkpoint", *HEAD[:-1]), rows, NOTE_OF_TASKS)
+    if scores.task_differences:
+        yield Table(
+            "Differences of tasks",
+            ("corpus", "", "task", "utterances", "of one alone", "right answers", "95 %", "p"),
+            [_difference(test, test["task"]) for test in scores.task_differences],
+            "Paired bootstrap over the questions that both have; positive: more right answers.",
+        )
+    if rows := [row for result in scores.results for row in _pairs(result)]:
+        yield Table(
+            "Two questions about a recording",
+            ("checkpoint", "corpus", "tasks", "recordings", "both right", "95 %", "other audio"),
+            rows,
+            "Recordings of which both questions are answered rightly.",
+        )
 
 
 def _result(result: Mapping[str, Any]) -> list[str]:
@@ -74,7 +94,7 @@ def _result(result: Mapping[str, Any]) -> list[str]:
         count(result["utterances"]),
         count(words),
         percent(result["wer"]),
-        _range(result["wer_interval"]),
+        interval(result["wer_interval"]),
         *map(percent, shares),
         percent(result["cer"]),
     ]
@@ -83,16 +103,30 @@ def _result(result: Mapping[str, Any]) -> list[str]:
 _KINDS = ("substitutions", "insertions", "deletions")
 
 
-def _difference(found: Mapping[str, Any]) -> list[str]:
+def _difference(found: Mapping[str, Any], *task: str) -> list[str]:
     return [
         found["manifest"],
         f"{found['second']} against {found['first']}",
+        *task,
         count(found["utterances"]),
         count(found["left_out"]),
         f"{100 * found['difference']:+.1f}",
         f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}",
         f"{found['p']:.2g}",
     ]
+
+
+def _pairs(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    for pair in result.get("pairs_of_tasks", ()):
+        yield [
+            result["checkpoint"],
+            result["manifest"],
+            " and ".join(pair["tasks"]),
+            count(pair["recordings"]),
+            percent(pair["both_right"]),
+            interval(pair["both_right_interval"]),
+            percent(pair.get("shuffled_both_right")),
+        ]
 
 
 def _groups(result: Mapping[str, Any], name: str) -> Iterator[list[str]]:
@@ -107,10 +141,6 @@ def _groups(result: Mapping[str, Any], name: str) -> Iterator[list[str]]:
 def _tasks(result: Mapping[str, Any]) -> Iterator[list[str]]:
     for row in task_rows(result["manifest"], result.get("tasks"), None):
         yield [result["checkpoint"], *row[:-1]]
-
-
-def _range(interval: Sequence[float] | None) -> str:
-    return "–" if interval is None else " to ".join(f"{100 * x:.1f}" for x in interval)
 
 
 def markdown(scores: Scores) -> str:

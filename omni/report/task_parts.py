@@ -8,15 +8,16 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from omni.report.charts import Figure
-from omni.report.number_text import count, finite, percent, short
+from omni.report.number_text import count, finite, interval, percent, short
 
 Row = dict[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]  # figures by task
 HEAD = (
-    "Task", "Corpus", "Utterances", "Metric", "Value", "Most frequent", "Chance",
+    "Task", "Corpus", "Utterances", "Metric", "Value", "95 %", "Most frequent", "Chance",
     "With other audio", "Macro F1", "Calibration error", "Exact match", "Shuffled-audio gap",
 )  # fmt: skip
 NOTE = (
+    "95 %: of a share of right answers (Wilson 1927). "
     "Most frequent: share of the most frequent class. With other audio: accuracy when each "
     "question is asked about another recording. Calibration error: of the probabilities of the "
     "choices (expected, 10 bins). Exact match: answers as written. Shuffled-audio gap: nats per "
@@ -84,6 +85,7 @@ def _task_row(name: str, split: str, figures: Mapping[str, Any], gap: str) -> tu
         count(figures.get("utterances")),
         label,
         metric_text(metric, figures.get(metric)).removeprefix(f"{label} "),
+        interval(figures.get(f"{metric}_interval")),
         *(percent(figures.get(key)) for key in ("majority", "chance", "shuffled_accuracy")),
         *(percent(figures.get(key)) for key in ("macro_f1", "ece", "exact_match")),
         gap,

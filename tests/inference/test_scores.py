@@ -77,7 +77,7 @@ def test_tables_hold_every_figure_and_escape_what_is_written() -> None:
     other = compare(rows, _rows(TEXTS))
     differences = [{"manifest": "dev.jsonl", "first": "a", "second": "b", **(other or {})}]
     shown = [{"checkpoint": "a", "corpus": "dev.jsonl", "audio": "/nowhere", **r} for r in rows]
-    scores = Scores([{**of, **summarize(rows)}], differences, shown)
+    scores = Scores([{**of, **summarize(rows)}], differences, worst=shown)
     text = markdown(scores)
     assert "runs/a\\|b" in text and "## Differences" in text and "## By length" in text
     columns = {line.replace("\\|", "").count("|") for line in text.splitlines() if line[:1] == "|"}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from omni.corpus.tasks import TaskRule
+from omni.metrics.right_answers import likeliest
 from omni.metrics.score import count_errors
 from omni.metrics.task_scores import (
     MOST_CLASSES,
@@ -15,7 +16,6 @@ from omni.metrics.task_scores import (
     Scoring,
     calibration_error,
     class_scores,
-    likeliest,
     spoken,
     tags_of,
     without_tags,

@@ -35,6 +35,8 @@ def test_a_row_of_the_table_has_all_figures() -> None:
     assert (shown["Most frequent"], shown["Chance"]) == ("75 %", "50 %")
     assert (shown["With other audio"], shown["Calibration error"]) == ("25 %", "12.5 %")
     assert shown["Shuffled-audio gap"] == "0.25"
+    accurate = task_rows("dev", {"mood": {**FIGURES, "metric": "accuracy"}}, None)[0]
+    assert dict(zip(HEAD, accurate, strict=True))["95 %"] == "30.1 to 95.4"
     assert [row[0] for row in rows] == ["mood", "rich", "rich <pace>"]
     assert task_rows("dev", None, None) == [] == task_rows("dev", {"mood": 3}, [])
 
@@ -73,6 +75,13 @@ def test_evaluate_has_a_table_of_tasks() -> None:
     result = {"checkpoint": "c", "manifest": "m", "utterances": 0, "words": 0, "wer": None,
               "cer": None, "wer_interval": None, "groups": {}, "tasks": {"mood": FIGURES},
               "substitutions": 0, "insertions": 0, "deletions": 0}  # fmt: skip
-    text = markdown(Scores([result]))
+    pair = {"tasks": ["mood", "pace"], "recordings": 8, "both_right": 0.5,
+            "both_right_interval": (0.2, 0.8), "shuffled_both_right": 0.125}  # fmt: skip
+    result["pairs_of_tasks"] = [pair]
+    test = {"manifest": "m", "first": "c", "second": "d", "task": "mood", "utterances": 4,
+            "left_out": 1, "difference": 0.25, "low": -0.1, "high": 0.5, "p": 0.3}  # fmt: skip
+    text = markdown(Scores([result], task_differences=[test]))
+    assert "| m | d against c | mood | 4 | 1 | +25.0 | -10.0 to +50.0 | 0.3 |" in text
+    assert "| c | m | mood and pace | 8 | 50 % | 20.0 to 80.0 | 12.5 % |" in text
     assert "## Tasks" in text and "| c | mood | m | 4 | macro F1 | 73.3 % |" in text
     assert 'class="heat"' in page(Scores([result]))
