@@ -220,6 +220,15 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._generator.waiting or self._generator.active or self._spoken)
 
+    def written(self, key: int) -> Sequence[int]:
+        """Return the tokens that an answer is sure to begin with.
+
+        None while another hypothesis, or the answer of the CTC head, may be chosen.
+        """
+        if self._settings.beam > 1 or self._to_compare.get(key, "lm") != "lm":
+            return ()
+        return self._generator.written(key)
+
     @torch.inference_mode()
     def add(self, key: int, request: Request) -> None:
         """Add a request. key: any number, which `step` returns with its answer."""

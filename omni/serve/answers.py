@@ -6,8 +6,8 @@ No web framework and no Ray in here; `omni.serve.replica` runs it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ import torch
 from omni.audio.decode import AudioError, decode, decode_blocks, measure
 from omni.audio.vad import Segmenting, speech_spans
 from omni.audio.windows import SAMPLING_RATE
-from omni.inference.decode_batch import Decoded, decode_requests, request_of
+from omni.inference.decode_batch import Decoded, as_text, request_of
 from omni.inference.formats import Span as Span  # Answers of recordings consist of them.
 from omni.inference.pieces import cut_at_pauses
 from omni.inference.transcriber import Transcriber, draw_number
 from omni.model.chat_template import AUDIO, Message, RefusedRow, check_messages
+from omni.model.decode import Choice, Engine, Request
 from omni.model.lm.sampling import GREEDY, Sampling
 
 
@@ -63,8 +64,16 @@ class Opened:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An answer in a conversation. cut: the limit of tokens came before its end."""
+
+    text: str
+    cut: bool
+
+
 class Answers:
-    """Prepare requests, and decode them in batches. Preparing is for one thread at a time."""
+    """Prepare requests, and what decodes them. Preparing is for one thread at a time."""
 
     def __init__(self, transcriber: Transcriber, longest_seconds: float) -> None:
         """longest_seconds: of a recording; a longer one is refused with status 413."""
@@ -176,41 +185,51 @@ class Answers:
             except AudioError as error:
                 raise RefusedRequest(f"recording {number}: {error}", field="messages") from None
 
-    def decode(self, pieces: Sequence[Piece]) -> list[Decoded]:
-        """Answer pieces in one batch for each limit of tokens; those drawn apart from beams."""
-        beam = self._transcriber.decoding.beam
-
-        def batch(number: int) -> tuple[int, bool]:
-            piece = pieces[number]
-            return piece.limit or 0, beam > 1 and piece.sampling.draws_tokens
-
-        found: dict[int, Decoded] = {}
-        order = sorted(range(len(pieces)), key=batch)
-        for (limit, drawn), group in groupby(order, key=batch):
-            numbers = list(group)
-            width = 1 if drawn else beam
-            answers = self._decode([pieces[n] for n in numbers], limit or None, width)
-            found.update(zip(numbers, answers, strict=True))
-        return [found[number] for number in range(len(pieces))]
-
-    def _decode(self, pieces: Sequence[Piece], limit: int | None, beam: int) -> list[Decoded]:
+    def requests(self, pieces: Sequence[Piece]) -> list[Request]:
+        """Encode the recordings of pieces in one batch, and ask for their answers."""
         transcriber = self._transcriber
-        decoding = replace(transcriber.decoding, beam=beam)
-        if limit is not None:
-            most = decoding.max_new_tokens
-            decoding = replace(decoding, max_new_tokens=limit if most is None else min(limit, most))
-        with torch.inference_mode():
-            requests = [
-                replace(
-                    request_of(transcriber.utterance(piece.recordings, piece.messages)),
-                    transcription=piece.transcription,
-                    sampling=piece.sampling,
-                    draw=piece.draw,
+        with self.computing():
+            rest = transcriber.encode([audio for piece in pieces for audio in piece.recordings])
+            requests = []
+            for piece in pieces:
+                count = len(piece.recordings)
+                heard, rest = rest[:count], rest[count:]
+                made = transcriber.utterance(heard, piece.messages)
+                requests.append(
+                    replace(
+                        request_of(made),
+                        transcription=piece.transcription,
+                        limit=piece.limit,
+                        sampling=piece.sampling,
+                        draw=piece.draw,
+                    )
                 )
-                for piece in pieces
-            ]
-            with transcriber.autocast():
-                return decode_requests(transcriber.model, transcriber.template, requests, decoding)
+        return requests
+
+    def width(self, piece: Piece) -> int:
+        """Return the hypotheses that are searched for an answer: one where it is drawn."""
+        return 1 if piece.sampling.draws_tokens else self._transcriber.decoding.beam
+
+    def engine(self, width: int, places: int) -> Engine:
+        """Make an engine that searches so many hypotheses."""
+        transcriber = self._transcriber
+        decoding = replace(transcriber.decoding, beam=width)
+        end = transcriber.template.end
+        return Engine(transcriber.model, end=end, settings=decoding, slots=places)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute as the model was trained, without gradients."""
+        with torch.inference_mode(), self._transcriber.autocast():
+            yield
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Decode tokens of an answer."""
+        return self._transcriber.template.tokenizer.decode(ids).strip()
+
+    def decoded(self, choice: Choice) -> Decoded:
+        """Return a whole answer as text."""
+        return as_text(self._transcriber.template, choice)
 
 
 def _check_turns(messages: Sequence[Message]) -> None:

@@ -20,7 +20,7 @@ from starlette.responses import StreamingResponse
 from omni.inference.formats import FORMATS, MEDIA, TIMED, render, whole_text
 from omni.model.chat_template import Message
 from omni.model.lm.sampling import Sampling
-from omni.serve.answers import Opened, RefusedRequest, Span
+from omni.serve.answers import Opened, RefusedRequest, Reply, Span
 from omni.serve.chat import parse_chat
 from omni.serve.guard import Counters, Guard, error_body
 from omni.serve.sampled import make_sampling
@@ -32,14 +32,6 @@ _FIELDS = {
 }
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An answer in a conversation. cut: the limit of tokens came before its end."""
-
-    text: str
-    cut: bool
-
-
 class Model(Protocol):
     """Answer requests. Every method may raise RefusedRequest."""
 
@@ -49,14 +41,16 @@ class Model(Protocol):
         """Yield the length of a recording, then what is said in it as soon as it is known."""
         ...
 
-    async def reply(
+    def reply(
         self,
         messages: list[Message],
         recordings: list[bytes],
         limit: int | None,
         sampling: Sampling,
-    ) -> Reply:
-        """Answer a conversation."""
+        stream: bool,
+    ) -> AsyncIterator[str | Reply]:
+        """Answer a conversation: yield the whole answer, after words of its beginning if `stream`,
+        as soon as they are known."""
         ...
 
     async def healthy(self) -> bool: ...
@@ -125,15 +119,18 @@ def make_app(model: Model, settings: ServeSettings) -> FastAPI:
             raise RefusedRequest("expected a body of JSON") from None
         asked = parse_chat(body)
         _check_model(asked.model, settings)
-        reply = await model.reply(asked.messages, asked.recordings, asked.limit, asked.sampling)
+        given = (asked.messages, asked.recordings, asked.limit, asked.sampling, asked.stream)
+        replies = model.reply(*given)
         base = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": settings.model,
         }
-        reason = "length" if reply.cut else "stop"
         if asked.stream:
-            return await _stream(_chat_events(base, reply, reason))
+            return await _stream(_chat_events(base, replies))
+        [reply] = [item async for item in replies]
+        assert isinstance(reply, Reply)
+        reason = "length" if reply.cut else "stop"
         message = {"role": "assistant", "content": reply.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
         return JSONResponse({**base, "object": "chat.completion", "choices": [choice]})
@@ -250,15 +247,23 @@ async def _transcript_events(spans: AsyncIterator[Span]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-async def _chat_events(base: Mapping[str, Any], reply: Reply, reason: str) -> AsyncIterator[str]:
+async def _chat_events(
+    base: Mapping[str, Any], replies: AsyncIterator[str | Reply]
+) -> AsyncIterator[str]:
     def chunk(delta: Mapping[str, Any], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
         return _event({**base, "object": "chat.completion.chunk", "choices": [choice]})
 
-    yield chunk({"role": "assistant", "content": ""})
-    for word in reply.text.splitlines(keepends=True) or [""]:
-        yield chunk({"content": word})
-    yield chunk({}, reason)
+    sent = ""
+    async for item in replies:
+        if not sent:
+            yield chunk({"role": "assistant", "content": ""})
+        text = item if isinstance(item, str) else item.text[len(sent) :]
+        yield chunk({"content": text})
+        sent += text
+        if isinstance(item, Reply):
+            assert sent == item.text, "words that were sent are not in the answer"
+            yield chunk({}, "length" if item.cut else "stop")
     yield "data: [DONE]\n\n"
 
 

@@ -19,10 +19,9 @@ from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import Message
 from omni.model.decode import DecodingOptions
 from omni.model.lm.sampling import Sampling
-from omni.serve.answers import Answers, Opened, Piece, RefusedRequest, Span
-from omni.serve.api import Reply
-from omni.serve.batches import Batches
+from omni.serve.answers import Answers, Opened, Piece, RefusedRequest, Reply, Span
 from omni.serve.settings import ServeSettings
+from omni.serve.writer import Writer, write_reply
 
 _ATTEMPTS = 3
 """Replicas that a request is sent to, when they die under it: it may be what kills them."""
@@ -33,7 +32,7 @@ _HEALTH_SECONDS = 5.0
 
 
 class Replica:
-    """One copy of the model. One thread prepares requests, another decodes them in batches."""
+    """One copy of the model. One thread prepares requests, another writes their answers."""
 
     def __init__(self, settings: ServeSettings) -> None:
         torch.set_num_threads(settings.threads)
@@ -45,7 +44,7 @@ class Replica:
             ),
         )
         self._answers = Answers(transcriber, settings.max_seconds)
-        self._batches = Batches(self._answers.decode, settings.batch)
+        self._writer = Writer(self._answers, settings.batch)
         self._preparing = ThreadPoolExecutor(1, "prepare")
 
     async def spans(
@@ -61,7 +60,7 @@ class Replica:
                 while not whole and len(waiting) < _AHEAD:
                     item = await loop.run_in_executor(self._preparing, next, items, None)
                     if isinstance(item, Piece):
-                        waiting.append((item, self._batches.add(item)))
+                        waiting.append((item, asyncio.wrap_future(self._writer.add(item))))
                     elif item is None:
                         whole = True
                     else:
@@ -80,13 +79,14 @@ class Replica:
         recordings: list[bytes],
         limit: int | None,
         sampling: Sampling,
-    ) -> Reply:
+        stream: bool,
+    ) -> AsyncIterator[str | Reply]:
         """See `omni.serve.api.Model`."""
         loop = asyncio.get_running_loop()
         given = (messages, recordings, limit, sampling)
         piece = await loop.run_in_executor(self._preparing, self._answers.conversation, *given)
-        found = await self._batches.add(piece)
-        return Reply(found.text, found.cut)
+        async for item in write_reply(self._writer, piece, stream):
+            yield item
 
     async def healthy(self) -> bool:
         """See `omni.serve.api.Model`."""
@@ -130,17 +130,27 @@ class Replicas:
         recordings: list[bytes],
         limit: int | None,
         sampling: Sampling,
-    ) -> Reply:
+        stream: bool,
+    ) -> AsyncIterator[str | Reply]:
         """See `omni.serve.api.Model`."""
+        sent = 0
         for attempt in range(_ATTEMPTS):
             try:
                 with self._counted():
-                    given = (messages, recordings, limit, sampling)
-                    found: Reply = await self._handle.reply.remote(*given)
-                return found
+                    replies = self._handle.options(stream=True).reply
+                    heard = 0
+                    async for item in replies.remote(messages, recordings, limit, sampling, stream):
+                        if isinstance(item, str):
+                            # Another replica may divide the same text otherwise.
+                            new, heard = item[max(0, sent - heard) :], heard + len(item)
+                            sent = max(sent, heard)
+                            if new:
+                                yield new
+                        else:
+                            yield item
+                return
             except Exception as error:
                 await _wait_or_raise(error, attempt)
-        raise RefusedRequest("no replica answered", 503)
 
     async def healthy(self) -> bool:
         """See `omni.serve.api.Model`. Replicas that are busy count as healthy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import io
@@ -20,13 +21,16 @@ from omni.inference.transcriber import Transcriber, transcribe_files
 from omni.model.chat_template import Message
 from omni.model.decode import Decoding
 from omni.model.lm.sampling import GREEDY, Sampling
-from omni.serve.answers import Answers, Opened, Piece, RefusedRequest, Span
-from omni.serve.api import Reply, make_app
+from omni.serve.answers import Answers, Opened, Piece, RefusedRequest, Reply, Span
+from omni.serve.api import make_app
 from omni.serve.settings import ServeSettings
+from omni.serve.writer import Writer, write_reply
 
 pytestmark = pytest.mark.unit
 ASSETS = Path("omni/assets/prompts-en")
 ROWS = [json.loads(line) for line in (ASSETS / "dev.jsonl").read_text().splitlines()]
+_SECONDS = 60.0
+"""Longest that an answer may take, on a busy machine."""
 PATH = "/v1/audio/transcriptions"
 SETTINGS = ServeSettings("omni-tiny", keys=("k",), max_megabytes=1.0, max_seconds=60.0)
 
@@ -35,7 +39,7 @@ class Here:
     """The model without Ray: what a replica does, one request at a time."""
 
     def __init__(self, answers: Answers) -> None:
-        self._answers = answers
+        self._answers, self._writer = answers, Writer(answers, 16)
 
     async def spans(
         self, data: bytes, language: str | None, timed: bool, sampling: Sampling
@@ -44,7 +48,7 @@ class Here:
             if isinstance(item, Opened):
                 yield item
                 continue
-            [found] = self._answers.decode([item])
+            found = await asyncio.wrap_future(self._writer.add(item))
             yield Span(item.start, item.seconds, found.text, found.cut)
 
     async def reply(
@@ -53,10 +57,11 @@ class Here:
         recordings: list[bytes],
         limit: int | None,
         sampling: Sampling,
-    ) -> Reply:
+        stream: bool,
+    ) -> AsyncIterator[str | Reply]:
         piece = self._answers.conversation(messages, recordings, limit, sampling)
-        [found] = self._answers.decode([piece])
-        return Reply(found.text, found.cut)
+        async for item in write_reply(self._writer, piece, stream):
+            yield item
 
     async def healthy(self) -> bool:
         return True
@@ -178,6 +183,26 @@ def test_what_cannot_be_answered_says_why(
     assert "0x" not in error["message"]
 
 
+def test_words_of_a_conversation_are_sent_as_they_are_written(tiny: Transcriber) -> None:
+    by_lm = dataclasses.replace(tiny, decoding=Decoding("lm", max_new_tokens=40))
+    app = make_app(Here(Answers(by_lm, 60.0)), dataclasses.replace(SETTINGS, keys=()))
+    client = TestClient(app)
+    longest = max(ROWS, key=lambda row: row["duration"])
+    data = base64.b64encode((ASSETS / longest["audio"]).read_bytes()).decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "opus"}}
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    [choice] = client.post("/v1/chat/completions", json=body).json()["choices"]
+    stream = client.post("/v1/chat/completions", json={**body, "stream": True}).text
+    events = [e.removeprefix("data: ") for e in stream.split("\n\n") if e]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event)["choices"][0] for event in events]
+    words = [c["delta"]["content"] for c in chunks[1:] if "content" in c["delta"]]
+    assert "".join(words) == choice["message"]["content"]
+    assert len(words) > 2, "not the whole answer at once"
+    assert chunks[0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["finish_reason"] == choice["finish_reason"]
+
+
 def test_the_same_seed_draws_what_omni_transcribe_draws(
     client: TestClient, tiny: Transcriber
 ) -> None:
@@ -213,8 +238,10 @@ def test_drawn_answers_stand_beside_beams(tiny: Transcriber) -> None:
         for piece in wide.split(data, None, False, sampling)
         if isinstance(piece, Piece)
     ]
-    found = wide.decode(mixed)
-    assert found == [answer for piece in mixed for answer in wide.decode([piece])]
+    writer = Writer(wide, 16)
+    together = [writer.add(piece) for piece in mixed]
+    found = [answer.result(_SECONDS) for answer in together]
+    assert found == [writer.add(piece).result(_SECONDS) for piece in mixed]
     assert found[1].text != found[2].text
 
 

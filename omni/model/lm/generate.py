@@ -142,6 +142,10 @@ class Generator:
         """Answers that are being written."""
         return sum(row is not None for row in self._rows)
 
+    def written(self, key: int) -> Sequence[int]:
+        """Return the tokens of an answer so far; with a beam, or before it is begun, none."""
+        return next((row.ids for row in self._rows if row is not None and row.key == key), ())
+
     @property
     def slots(self) -> int:
         return self._slots

@@ -42,8 +42,11 @@ def embed_prompt(
 ) -> EmbeddedPrompt:
     """Embed a prompt: ids, with AUDIO for each of its recordings.
 
-    features: (T, d) at 50 frames/s of each recording.
+    features: (T, d) at 50 frames/s of each recording. Raises ValueError for as many as the prompt
+    has not.
     """
+    if (places := list(prompt).count(AUDIO)) != len(features):
+        raise ValueError(f"{len(features)} recordings for a prompt with {places}")
     device = next(model.projector.parameters()).device
     recordings = iter(features)
     parts: list[Tensor] = []
