@@ -9,16 +9,18 @@ import argparse
 import sys
 
 from jobs.cli import (
-    add_corpus_limits,
-    add_kept_columns,
-    corpus_spec,
-    download_limits,
     job_parser,
     location,
     positive,
     require_extra,
     run_job,
     say,
+)
+from jobs.corpus_arguments import (
+    add_corpus_limits,
+    add_kept_columns,
+    corpus_spec,
+    download_limits,
 )
 from omni.errors import counted
 

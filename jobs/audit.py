@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from jobs.cli import job_parser, location, run_job, say
+from jobs.cli import (
+    job_parser,
+    location,
+    run_job,
+    say,
+)
 from omni.errors import counted
 from omni.storage.path import StoragePath
 

@@ -11,19 +11,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from omni.config import Config, load_config, shipped_configs
 from omni.errors import ConfigError, ExitCode, printable
 from omni.storage.fence import LeaseError
 from omni.storage.path import StoragePath, as_path
-from omni.storage.uri import CREDENTIALS, has_credentials, redact
-
-if TYPE_CHECKING:
-    from omni.model.decode import DecodingOptions
-    from omni.storage.http import DownloadLimits
-
-CHECKPOINT = "run directory (its best checkpoint), one of its checkpoints, or omni-tiny"
+from omni.storage.uri import redact
 
 
 class JobParser(argparse.ArgumentParser):
@@ -87,148 +81,11 @@ def positive(text: str) -> int:
     return number
 
 
-def add_corpus_limits(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say what the rows of a corpus may name (see `download_limits`)."""
-    from omni.storage.http import DEFAULT_LIMITS as usual
-
-    add = parser.add_argument
-    add("--allow_absolute", action="store_true", help="let corpora name files anywhere")
-    add(
-        "--allow_private_hosts",
-        action="store_true",
-        help="let rows name recordings on web servers of private and local networks",
-    )
-    add(
-        "--download_mb",
-        metavar="N",
-        type=positive,
-        default=usual.megabytes,
-        help=f"largest recording fetched from a server, in MiB (default {usual.megabytes})",
-    )
-    add(
-        "--download_seconds",
-        metavar="S",
-        type=positive,
-        default=int(usual.seconds),
-        help=f"longest time that fetching one may take (default {usual.seconds:g})",
-    )
-
-
-def download_limits(arguments: argparse.Namespace) -> DownloadLimits:
-    """Return the limits that the arguments of `add_corpus_limits` give."""
-    from omni.storage.http import DownloadLimits
-
-    return DownloadLimits(
-        arguments.download_mb, float(arguments.download_seconds), arguments.allow_private_hosts
-    )
-
-
 def positive_float(text: str) -> float:
     """Parse an argument that is a finite number over 0."""
     if not 0 < (number := float(text)) < float("inf"):
         raise ValueError
     return number
-
-
-def _temperature(text: str) -> float:
-    if not 0 <= (number := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
-    return number
-
-
-def _top_p(text: str) -> float:
-    if not 0 < (number := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"expected more than 0 and at most 1, got {text}")
-    return number
-
-
-def _seed(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
-    return number
-
-
-def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that replace the training's settings of decoding, and the beam."""
-    add = parser.add_argument
-    add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
-    add(
-        "--decode",
-        choices=["lm", "ctc", "joint"],
-        help="decoder of what is said: language model, CTC head, or both (default eval.decode)",
-    )
-    add(
-        "--ctc_weight",
-        type=positive_float,
-        metavar="W",
-        help="weight of CTC in decoding by both (default eval.ctc_weight)",
-    )
-    add(
-        "--beam",
-        type=positive,
-        metavar="N",
-        default=1,
-        help="answers of the language model to search side by side (default 1: greedy)",
-    )
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that let the language model draw its answers."""
-    add = parser.add_argument
-    add(
-        "--temperature",
-        type=_temperature,
-        metavar="T",
-        default=0.0,
-        help="draw answers by the language model alone; 0: write the most probable (default 0)",
-    )
-    add(
-        "--top_p",
-        type=_top_p,
-        metavar="P",
-        help="draw from the fewest tokens whose probabilities add up to P (default 1)",
-    )
-    add("--seed", type=_seed, metavar="N", help="seed of what is drawn (default 0)")
-
-
-def decoding_options(arguments: argparse.Namespace) -> DecodingOptions:
-    """Return the settings that the arguments of `add_decoding` and `add_sampling` give.
-
-    Raises ConfigError for settings of draws without a temperature.
-    """
-    from omni.model.decode import DecodingOptions
-    from omni.model.lm.sampling import Sampling
-
-    drawn = {"top_p": arguments.top_p, "seed": arguments.seed}
-    given = {name: value for name, value in drawn.items() if value is not None}
-    if given and not arguments.temperature:
-        raise ConfigError(f"--{next(iter(given))}: expected --temperature above 0 beside it")
-    return DecodingOptions(
-        arguments.max_new_tokens,
-        arguments.decode,
-        arguments.ctc_weight,
-        arguments.beam,
-        Sampling(arguments.temperature, **given),
-    )
-
-
-def add_actors(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say where a corpus is transcribed."""
-    add = parser.add_argument
-    add(
-        "--actors",
-        metavar="N",
-        type=positive,
-        help="transcribe corpora in N processes of Ray (RAY_ADDRESS, or here; default: this one)",
-    )
-    add(
-        "--gpus",
-        metavar="SHARE",
-        type=positive_float,
-        default=0.0,
-        help="GPUs of each process, such as 1 or 0.5, with --device cuda (default 0)",
-    )
-    add("--cache", metavar="DIR", help="feature cache to use and fill, such as data.cache")
 
 
 def job_parser(job: str, doc: str | None, *more: str, **options: Any) -> JobParser:
@@ -289,49 +146,10 @@ def location(text: str) -> StoragePath:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def corpus_spec(text: str) -> str:
-    """Parse an argument that names a corpus, in any form."""
-    if has_credentials(text):
-        scheme = text.partition("://")[0].rpartition(":")[2]
-        raise argparse.ArgumentTypeError(CREDENTIALS.format(scheme=scheme))
-    return text
-
-
 def require_extra(job: str, package: str, extra: str) -> None:
     """Raise ConfigError if a package that a job needs is not installed."""
     if find_spec(package) is None:
         raise ConfigError(f"{job} needs {package}: pip install 'nanochat-omni[{extra}]'")
-
-
-def add_kept_columns(parser: argparse.ArgumentParser) -> None:
-    """Add --keep, the columns of a corpus that become labels."""
-    parser.add_argument(
-        "--keep",
-        metavar="COLUMN,...",
-        type=_kept_columns,
-        action="extend",
-        default=[],
-        help="columns of the corpus that become labels of its utterances; may be repeated",
-    )
-
-
-def _kept_columns(text: str) -> list[str]:
-    from omni.config.field_types import kept_columns
-
-    try:
-        return kept_columns(name.strip() for name in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def checkpoint_path(text: str) -> StoragePath:
-    """Return the checkpoint that --checkpoint names; of a run's folder, its best one."""
-    from omni.checkpoint.base import checkpoint_folder
-
-    try:
-        return checkpoint_folder(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def say(text: str, file: TextIO | None = None) -> None:

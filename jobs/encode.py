@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from jobs.cli import parse_settings, run_job, say, settings_parser
+from jobs.cli import (
+    parse_settings,
+    run_job,
+    say,
+    settings_parser,
+)
 from omni.errors import counted
 
 

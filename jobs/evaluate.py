@@ -13,14 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cli import (
-    CHECKPOINT,
-    add_actors,
-    add_corpus_limits,
-    add_decoding,
-    add_sampling,
-    corpus_spec,
-    decoding_options,
-    download_limits,
     job_parser,
     json_text,
     location,
@@ -28,10 +20,19 @@ from jobs.cli import (
     run_job,
     say,
 )
+from jobs.corpus_arguments import add_corpus_limits, corpus_spec, download_limits
+from jobs.decoding_arguments import (
+    CHECKPOINT,
+    add_actors,
+    add_decoding,
+    add_sampling,
+    decoding_options,
+)
 from omni.errors import ConfigError
 
 if TYPE_CHECKING:
     from omni.inference.rows import Run
+    from omni.model.decode import DecodingOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,6 +99,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from omni.storage.uri import public_uri
 
     torch.set_num_threads(arguments.threads)
+    options = decoding_options(arguments)
     metrics = load_metrics(arguments.metric, "--metric")
     names, corpora = _distinct(arguments, "checkpoint"), _distinct(arguments, "data")
     paths = {name: checkpoint_folder(name) for name in names}
@@ -112,7 +114,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ConfigError("--actors: expected --shards DIR, a folder that all processes see")
     for name, path in paths.items():
         device = "cpu" if arguments.actors else arguments.device
-        transcriber = Transcriber.load(path, device, decoding_options(arguments))
+        transcriber = Transcriber.load(path, device, options)
         for corpus in corpora:
             summary, scored = evaluate(
                 transcriber,
@@ -120,7 +122,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 allow_absolute=arguments.allow_absolute,
                 downloads=download_limits(arguments),
                 metrics=metrics,
-                run=_run(arguments, str(path)),
+                run=_run(arguments, str(path), options),
                 cache=arguments.cache,
             )
             results.append({"checkpoint": public_uri(name), **summary})
@@ -153,7 +155,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.table.write_text(write(scores))
 
 
-def _run(arguments: argparse.Namespace, checkpoint: str) -> Run | None:
+def _run(arguments: argparse.Namespace, checkpoint: str, options: DecodingOptions) -> Run | None:
     """Return what transcribes an index in shards; None for this process without shards."""
     from omni.inference.pipeline import Actors, transcribe_corpus
     from omni.inference.shards import Decoder
@@ -164,7 +166,7 @@ def _run(arguments: argparse.Namespace, checkpoint: str) -> Run | None:
         checkpoint,
         arguments.device,
         arguments.threads,
-        decoding_options(arguments),
+        options,
         cache=arguments.cache,
         tag=False,
     )

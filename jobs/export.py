@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jobs.cli import CHECKPOINT, checkpoint_path, job_parser, run_job, say
+from jobs.cli import job_parser, run_job, say
+from jobs.decoding_arguments import CHECKPOINT, checkpoint_path
 
 _FORMATS = "transformers: with its code; hf: Voxtral's format; omni: a small checkpoint"
 _ADAPTERS = "merge adapters into the language model, or keep them apart (--to transformers)"

@@ -10,14 +10,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from jobs.cli import (
-    add_corpus_limits,
-    add_kept_columns,
-    corpus_spec,
-    download_limits,
     job_parser,
     location,
     run_job,
     say,
+)
+from jobs.corpus_arguments import (
+    add_corpus_limits,
+    add_kept_columns,
+    corpus_spec,
+    download_limits,
 )
 from omni.errors import ConfigError, counted
 

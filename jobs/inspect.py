@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.cli import add_corpus_limits, corpus_spec, download_limits, job_parser, run_job
+from jobs.cli import job_parser, run_job
+from jobs.corpus_arguments import add_corpus_limits, corpus_spec, download_limits
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,15 +11,17 @@ import sys
 from pathlib import Path
 
 from jobs.cli import (
-    add_corpus_limits,
-    add_kept_columns,
-    corpus_spec,
-    download_limits,
     job_parser,
     positive,
     require_extra,
     run_job,
     say,
+)
+from jobs.corpus_arguments import (
+    add_corpus_limits,
+    add_kept_columns,
+    corpus_spec,
+    download_limits,
 )
 from omni.errors import ConfigError
 

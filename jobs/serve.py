@@ -12,7 +12,8 @@ import sys
 
 import yaml
 
-from jobs.cli import CHECKPOINT, add_decoding, job_parser, positive, run_job
+from jobs.cli import job_parser, positive, run_job
+from jobs.decoding_arguments import CHECKPOINT, add_decoding
 from omni.config.field_types import OMNI_TINY, absolute
 from omni.errors import ConfigError
 

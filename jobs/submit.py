@@ -10,7 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jobs.cli import JobParser, parse_settings, run_job, settings_parser
+from jobs.cli import (
+    JobParser,
+    parse_settings,
+    run_job,
+    settings_parser,
+)
 from omni.errors import ConfigError, ExitCode
 
 

@@ -12,7 +12,12 @@ import os
 import sys
 from pathlib import Path
 
-from jobs.cli import job_parser, positive, run_job, say
+from jobs.cli import (
+    job_parser,
+    positive,
+    run_job,
+    say,
+)
 
 _NICENESS = 19  # The job and its processes give way to everything else on the machine.
 

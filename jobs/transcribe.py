@@ -17,21 +17,21 @@ import sys
 from typing import TYPE_CHECKING
 
 from jobs.cli import (
-    CHECKPOINT,
-    add_actors,
-    add_corpus_limits,
-    add_decoding,
-    add_sampling,
-    checkpoint_path,
-    corpus_spec,
-    decoding_options,
-    download_limits,
     job_parser,
     json_text,
     location,
     positive_float,
     run_job,
     say,
+)
+from jobs.corpus_arguments import add_corpus_limits, corpus_spec, download_limits
+from jobs.decoding_arguments import (
+    CHECKPOINT,
+    add_actors,
+    add_decoding,
+    add_sampling,
+    checkpoint_path,
+    decoding_options,
 )
 from omni.config.field_types import OMNI_TINY
 from omni.errors import ConfigError, counted

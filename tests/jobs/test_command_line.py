@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import omni
 from jobs import encode, train
 from jobs.__main__ import JOBS, main
-from jobs.cli import checkpoint_path, parse_settings, settings_parser
+from jobs.cli import parse_settings, settings_parser
+from jobs.decoding_arguments import checkpoint_path
 from omni.config import load_config, shipped_configs
 from omni.config.reference import sections, settings_of
 
-ROOT = Path(omni.__file__).parents[1]
 ROOT = Path(__file__).parents[2]
 ALL_JOBS = [name for names in JOBS.values() for name in names]
 
@@ -30,7 +29,8 @@ def test_the_first_screen_has_every_job(capsys: pytest.CaptureFixture[str]) -> N
     listed = [line.split()[0] for line in shown.splitlines() if line.startswith("  ")]
     assert set(ALL_JOBS) <= set(listed)
     modules = {path.stem for path in (Path(__file__).parents[2] / "jobs").glob("*.py")}
-    assert modules == {*ALL_JOBS, "cli", "__init__", "__main__"}
+    shared = {"cli", "corpus_arguments", "decoding_arguments"}
+    assert modules == {*ALL_JOBS, *shared, "__init__", "__main__"}
     assert max(map(len, shown.splitlines())) <= 100
 
 
