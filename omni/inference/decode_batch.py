@@ -74,11 +74,16 @@ def request_of(utterance: Utterance) -> Request:
     return Request(utterance.prompt, utterance.features or (), utterance.transcription)
 
 
+def text_of(template: Template, ids: Sequence[int]) -> str:
+    """Decode the tokens of an answer, or of its beginning."""
+    return template.tokenizer.decode(ids).strip()
+
+
 def as_text(template: Template, choice: Choice) -> Decoded:
     """Return an answer as text."""
 
     def text(answer: Answer) -> str:
-        return template.tokenizer.decode(answer.ids).strip()
+        return text_of(template, answer.ids)
 
     answer = choice.answer
     return Decoded(

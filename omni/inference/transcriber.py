@@ -25,6 +25,7 @@ from omni.model.chat_template import Message, RefusedRow, Template, make_templat
 from omni.model.decode import AS_TRAINED, Decoding, DecodingError, DecodingOptions, Engine
 from omni.model.download import SourceError
 from omni.model.encoder.whisper import WhisperEncoder
+from omni.model.lm.generate import SLOTS
 from omni.model.precision import compute_dtype
 from omni.model.speech_lm import OmniModel
 from omni.storage.digest import digest
@@ -233,9 +234,10 @@ class Transcriber:
             for sound in spoken
         ]
 
-    def engine(self, decoding: Decoding | None = None) -> Engine:
+    def engine(self, decoding: Decoding | None = None, slots: int = SLOTS) -> Engine:
         """Make an engine that decodes by the model. decoding: None for the transcriber's own."""
-        return Engine(self.model, end=self.template.end, settings=decoding or self.decoding)
+        settings = decoding or self.decoding
+        return Engine(self.model, end=self.template.end, settings=settings, slots=slots)
 
     def answers(self, requests: Iterable[Request]) -> Iterator[Transcript | ValueError]:
         """Answer requests in order, or return the error of a recording that cannot be read.

@@ -161,9 +161,10 @@ class Request:
     prompt: ids, with AUDIO for each recording. features: (T, d) at 50 frames/s of each recording.
     transcription: True where the answer is what is said in the only recording; others are decoded
     by the language model, whatever the decoder. limit: most tokens of this answer, its end
-    included, where that is less than `Decoding.max_new_tokens`. sampling: None: that of the
-    settings. draw: number that the draws depend on beside the seed; None: the key. A drawn answer
-    is the language model's, unless the decoder is `ctc`, which writes what is said without draws.
+    included; None: `Decoding.max_new_tokens`, which holds where it is less. sampling: None: that of
+    the settings. draw: number that the draws depend on beside the seed; None: the key. A drawn
+    answer is the language model's, unless the decoder is `ctc`, which writes what is said without
+    draws.
     """
 
     prompt: Sequence[int]
@@ -205,6 +206,8 @@ class Engine:
             keep=model.ctc_head is not None and settings.decoder == "joint",
         )
         self._limits: dict[int, int] = {}
+        self._usual: set[int] = set()
+        """Keys of answers whose limit is `EmbeddedPrompt.usual_limit`."""
         self._to_compare: dict[int, Decoder] = {}
         """By key: the decoder whose answer is chosen."""
         self._spoken: list[_Spoken] = []
@@ -217,13 +220,20 @@ class Engine:
         return max(0, most - self._generator.waiting - self._generator.active - len(self._spoken))
 
     @property
+    def free(self) -> int:
+        """Requests whose answers can be begun at the next step."""
+        by_ctc = sum(spoken.by_lm is None for spoken in self._spoken)
+        generator = self._generator
+        return max(0, generator.slots - generator.waiting - generator.active - by_ctc)
+
+    @property
     def busy(self) -> bool:
         return bool(self._generator.waiting or self._generator.active or self._spoken)
 
     def written(self, key: int) -> Sequence[int]:
-        """Return the tokens that an answer is sure to begin with.
+        """Return the tokens that an answer certainly begins with.
 
-        None while another hypothesis, or the answer of the CTC head, may be chosen.
+        Empty while another hypothesis, or the answer of the CTC head, may be chosen.
         """
         if self._settings.beam > 1 or self._to_compare.get(key, "lm") != "lm":
             return ()
@@ -235,9 +245,11 @@ class Engine:
         settings = self._settings
         prompt = embed_prompt(self._model, request.prompt, request.features)
         most = settings.max_new_tokens
-        limit = prompt.usual_limit if most is None else most
-        if request.limit is not None:
-            limit = min(limit, request.limit)
+        if most is None and request.limit is None:
+            limit = prompt.usual_limit
+            self._usual.add(key)
+        else:
+            limit = min(n for n in (most, request.limit) if n is not None)
         sampling = request.sampling or settings.sampling
         compared = request.transcription and self._model.ctc_head is not None
         if compared and settings.decoder == "ctc":
@@ -256,7 +268,8 @@ class Engine:
             spoken.age += 1
         for finished in self._generator.step():
             limit = self._limits.pop(finished.key)
-            if self._settings.max_new_tokens is None:
+            if finished.key in self._usual:
+                self._usual.remove(finished.key)
                 finished = replace(finished, answer=within(finished.answer, limit))
             if finished.key in self._to_compare:
                 decoder = self._to_compare.pop(finished.key)

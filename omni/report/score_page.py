@@ -74,7 +74,8 @@ def _task_tables(scores: Scores) -> Iterator[Table]:
             "Differences of tasks",
             ("corpus", "", "task", "utterances", "of one alone", "right answers", "95 %", "p"),
             [_difference(test, test["task"]) for test in scores.task_differences],
-            "Paired bootstrap over the questions that both have; positive: more right answers.",
+            "Of the questions that both have; positive: more right answers. 95 %: Agresti and Min "
+            "2005; p: McNemar's exact test.",
         )
     if rows := [row for result in scores.results for row in _pairs(result)]:
         yield Table(

@@ -15,7 +15,7 @@ import torch
 from omni.audio.decode import AudioError, decode, decode_blocks, measure
 from omni.audio.vad import Segmenting, speech_spans
 from omni.audio.windows import SAMPLING_RATE
-from omni.inference.decode_batch import Decoded, as_text, request_of
+from omni.inference.decode_batch import Decoded, as_text, request_of, text_of
 from omni.inference.formats import Span as Span  # Answers of recordings consist of them.
 from omni.inference.pieces import cut_at_pauses
 from omni.inference.transcriber import Transcriber, draw_number
@@ -73,7 +73,7 @@ class Reply:
 
 
 class Answers:
-    """Prepare requests, and what decodes them. Preparing is for one thread at a time."""
+    """Prepare requests, and the engines for them. Preparing is for one thread at a time."""
 
     def __init__(self, transcriber: Transcriber, longest_seconds: float) -> None:
         """longest_seconds: of a recording; a longer one is refused with status 413."""
@@ -188,22 +188,23 @@ class Answers:
     def requests(self, pieces: Sequence[Piece]) -> list[Request]:
         """Encode the recordings of pieces in one batch, and ask for their answers."""
         transcriber = self._transcriber
-        with self.computing():
+        # Without autocast: features are those of the training.
+        with torch.inference_mode():
             rest = transcriber.encode([audio for piece in pieces for audio in piece.recordings])
-            requests = []
-            for piece in pieces:
-                count = len(piece.recordings)
-                heard, rest = rest[:count], rest[count:]
-                made = transcriber.utterance(heard, piece.messages)
-                requests.append(
-                    replace(
-                        request_of(made),
-                        transcription=piece.transcription,
-                        limit=piece.limit,
-                        sampling=piece.sampling,
-                        draw=piece.draw,
-                    )
+        requests = []
+        for piece in pieces:
+            count = len(piece.recordings)
+            features, rest = rest[:count], rest[count:]
+            made = transcriber.utterance(features, piece.messages)
+            requests.append(
+                replace(
+                    request_of(made),
+                    transcription=piece.transcription,
+                    limit=piece.limit,
+                    sampling=piece.sampling,
+                    draw=piece.draw,
                 )
+            )
         return requests
 
     def width(self, piece: Piece) -> int:
@@ -211,11 +212,9 @@ class Answers:
         return 1 if piece.sampling.draws_tokens else self._transcriber.decoding.beam
 
     def engine(self, width: int, places: int) -> Engine:
-        """Make an engine that searches so many hypotheses."""
+        """Make an engine with beams of `width` hypotheses, and `places` for hypotheses."""
         transcriber = self._transcriber
-        decoding = replace(transcriber.decoding, beam=width)
-        end = transcriber.template.end
-        return Engine(transcriber.model, end=end, settings=decoding, slots=places)
+        return transcriber.engine(replace(transcriber.decoding, beam=width), places)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -225,7 +224,7 @@ class Answers:
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode tokens of an answer."""
-        return self._transcriber.template.tokenizer.decode(ids).strip()
+        return text_of(self._transcriber.template, ids)
 
     def decoded(self, choice: Choice) -> Decoded:
         """Return a whole answer as text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,6 +27,8 @@ from omni.serve.guard import Counters, Guard, error_body
 from omni.serve.sampled import make_sampling
 from omni.serve.settings import ServeSettings
 
+_log = logging.getLogger(__name__)
+_FAILED = "the server failed; its log says why"
 _FIELDS = {
     *("file", "model", "language", "response_format", "stream", "temperature", "seed"),
     "timestamp_granularities[]",
@@ -72,7 +75,7 @@ def make_app(model: Model, settings: ServeSettings) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body("the server failed; its log says why", 500), 500)
+        return JSONResponse(error_body(_FAILED, 500), 500)
 
     @app.get("/")
     async def page() -> Response:
@@ -230,6 +233,9 @@ async def _stream(events: AsyncIterator[str]) -> Response:
                 yield event
         except RefusedRequest as error:  # The status is sent already.
             yield _event({"type": "error", **error_body(str(error), error.status, error.field)})
+        except Exception:
+            _log.exception("a stream failed")
+            yield _event({"type": "error", **error_body(_FAILED, 500)})
 
     return StreamingResponse(every(), media_type="text/event-stream")
 
@@ -258,11 +264,12 @@ async def _chat_events(
     async for item in replies:
         if not sent:
             yield chunk({"role": "assistant", "content": ""})
+        if isinstance(item, Reply) and not item.text.startswith(sent):
+            raise RuntimeError("the answer does not begin with the words that were sent of it")
         text = item if isinstance(item, str) else item.text[len(sent) :]
         yield chunk({"content": text})
         sent += text
         if isinstance(item, Reply):
-            assert sent == item.text, "words that were sent are not in the answer"
             yield chunk({}, "length" if item.cut else "stop")
     yield "data: [DONE]\n\n"
 

@@ -90,14 +90,14 @@ class Replica:
 
     async def healthy(self) -> bool:
         """See `omni.serve.api.Model`."""
-        return True
+        return self._writer.alive
 
 
 class Replicas:
     """The replicas as one model: a request whose replica dies is answered by another.
 
-    Answers are deterministic, draws by the seed of the request, so that one that was half sent goes
-    on where it stopped.
+    An answer of which a part was sent continues there. The other replica draws by the same seed,
+    but its batch rounds otherwise: a request whose answer comes to differ is refused.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -133,21 +133,21 @@ class Replicas:
         stream: bool,
     ) -> AsyncIterator[str | Reply]:
         """See `omni.serve.api.Model`."""
-        sent = 0
+        sent = ""
         for attempt in range(_ATTEMPTS):
             try:
                 with self._counted():
                     replies = self._handle.options(stream=True).reply
-                    heard = 0
+                    again = ""
                     async for item in replies.remote(messages, recordings, limit, sampling, stream):
-                        if isinstance(item, str):
-                            # Another replica may divide the same text otherwise.
-                            new, heard = item[max(0, sent - heard) :], heard + len(item)
-                            sent = max(sent, heard)
-                            if new:
-                                yield new
-                        else:
+                        again = again + item if isinstance(item, str) else item.text
+                        if not (again.startswith(sent) or sent.startswith(again)):
+                            raise RefusedRequest("another replica answers in other words", 503)
+                        if isinstance(item, Reply):
                             yield item
+                        elif len(again) > len(sent):
+                            new, sent = again[len(sent) :], again
+                            yield new
                 return
             except Exception as error:
                 await _wait_or_raise(error, attempt)

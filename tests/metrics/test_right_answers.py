@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from omni.metrics.right_answers import compare_tasks, pairs_of_tasks, share_interval
+from omni.metrics.right_answers import (
+    compare_tasks,
+    paired_difference,
+    pairs_of_tasks,
+    share_interval,
+)
 
 CHOICES = ("low", "high")
 
@@ -39,6 +44,25 @@ def test_intervals_are_those_of_the_literature(
 
 def test_no_question_has_no_interval() -> None:
     assert share_interval(0, 0) is None
+
+
+def test_differences_are_those_of_the_literature() -> None:
+    # Agresti and Min 2005 (Statistics in Medicine 24, 729), their approval ratings: 1,600 people,
+    # 150 of whom gave their approval up and 86 of whom came to it.
+    found = paired_difference(86, 150, 1600)
+    assert found is not None
+    assert found["difference"] == -0.04
+    assert (found["low"], found["high"]) == pytest.approx((-0.0588, -0.0211), abs=2e-4)
+    assert found["p"] == pytest.approx(3.7e-5, rel=0.1)
+
+
+def test_few_answers_prove_nothing() -> None:
+    found = paired_difference(3, 0, 3)
+    assert found is not None and found["difference"] == 1.0
+    assert found["p"] == 0.25 and found["low"] < 1.0
+    same = paired_difference(0, 0, 20)
+    assert same is not None and same["p"] == 1.0 and same["low"] < 0 < same["high"]
+    assert paired_difference(0, 0, 0) is None
 
 
 def test_systems_are_compared_task_by_task_on_common_questions() -> None:
@@ -75,11 +99,13 @@ def test_two_questions_about_a_recording() -> None:
         *(_row("pitch", n, "low", "low" if n < 3 else "high", **_other("high")) for n in range(4)),
         *(_row("rate", n, "high", "high" if n else "low", **_other("high")) for n in range(4)),
         _row("pitch", 9, "low", "low", **_other("low")),
+        *(_row(task, 10, "high", "high", **_other("high")) for task in ("pitch", "rate")),
+        *(_row(task, 11, "low", "low", **_other("low")) for task in ("pitch", "pitch", "rate")),
     ]
     [found] = pairs_of_tasks(rows)
-    assert found["tasks"] == ["pitch", "rate"] and found["recordings"] == 4
-    assert found["both_right"] == 0.5 and found["shuffled_both_right"] == 0.0
-    low, high = found["both_right_interval"]
-    assert 0.1 < low < 0.5 < high < 0.9
+    assert found["tasks"] == ["pitch", "rate"]
+    assert (found["recordings"], found["left_out"]) == (5, 1)
+    assert (found["both_right"], found["shuffled_both_right"]) == (0.6, 0.2)
+    assert found["both_right_interval"] == share_interval(3, 5)
     del rows[0]["shuffled_choices"]
     assert "shuffled_both_right" not in pairs_of_tasks(rows)[0]

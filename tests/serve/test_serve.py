@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -67,6 +69,17 @@ def _drawn(client: openai.OpenAI, path: Path, seed: int, temperature: float = 1.
         ).text
 
 
+def _chat(client: openai.OpenAI, path: Path, stream: bool = True) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    part: Any = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    answer = client.chat.completions.create(
+        model="omni-tiny", messages=[{"role": "user", "content": [part]}], stream=stream
+    )
+    if not stream:
+        return str(answer.choices[0].message.content)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+
+
 @pytest.fixture(scope="module")
 def wanted() -> dict[Path, str]:
     tiny = Transcriber.load(checkpoint_folder("omni-tiny"))
@@ -86,6 +99,8 @@ def test_openais_client_gets_what_omni_transcribe_writes(
             )
         assert events[-1].type == "transcript.text.done"
         assert events[-1].text == wanted[FILES[0]]
+        assert _chat(client, FILES[0], stream=False) == wanted[FILES[0]]
+        assert _chat(client, FILES[0], stream=True) == wanted[FILES[0]]
         drawn = [_drawn(client, FILES[0], seed) for seed in (3, 3, 4)]
         assert drawn[0] == drawn[1] != drawn[2]
         with pytest.raises(openai.BadRequestError):
@@ -107,7 +122,8 @@ def test_a_replica_that_dies_costs_no_answer(tmp_path: Path, wanted: dict[Path, 
             while time.monotonic() < end:
                 path = FILES[turn % len(FILES)]
                 try:
-                    right = _text(client, path) == wanted[path]
+                    ask_for = _text if turn % 2 else _chat
+                    right = ask_for(client, path) == wanted[path]
                     found["right" if right else "wrong"] += 1
                 except openai.APIStatusError as error:
                     found[str(error.status_code)] += 1

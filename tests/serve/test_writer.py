@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from omni.checkpoint.base import checkpoint_folder
 from omni.inference.transcriber import Transcriber
 from omni.model.chat_template import transcription
-from omni.model.decode import Request
+from omni.model.decode import Decoding, Request
 from omni.serve.answers import Answers, Piece
 from omni.serve.writer import Writer, settled
 
@@ -68,14 +72,61 @@ def test_one_that_fails_takes_no_other_along(answers: Watched, pieces: list[Piec
     good = writer.add(pieces[0]).result(SECONDS)
     answers.open.clear()
     first = writer.add(pieces[1])  # While it is encoded, the others wait, and are taken together.
-    broken = writer.add(Piece(transcription("", ""), []))  # A prompt with audio that has none.
+    while not answers.batches[1:]:
+        time.sleep(0.01)
+    silent = writer.add(Piece(transcription("", ""), []))  # A prompt with audio that has none.
+    broken = writer.add(Piece(pieces[0].messages, [np.zeros((2, 2, 2), np.float32)]))
     last = writer.add(pieces[0])
     answers.open.set()
     assert last.result(SECONDS) == good
-    with pytest.raises(ValueError):
-        broken.result(SECONDS)
+    for wrong in (silent, broken):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrong.result(SECONDS)
     assert first.result(SECONDS).text
     assert writer.add(pieces[0]).result(SECONDS) == good, "it goes on"
+    assert answers.batches == [1, 1, 3, 1, 1, 1, 1], "together, and then one by one"
+
+
+def test_a_client_that_has_gone_takes_no_other_along(
+    tiny: Transcriber, pieces: list[Piece]
+) -> None:
+    by_lm = replace(tiny, decoding=Decoding("lm", max_new_tokens=40))
+    writer = Writer(Answers(by_lm, 60.0), 16)
+    wanted = [writer.add(piece).result(SECONDS) for piece in pieces[:2]]
+
+    def gone(words: str) -> None:
+        raise RuntimeError("event loop is closed")
+
+    assert [writer.add(p, gone).result(SECONDS) for p in pieces[:2]] == wanted and writer.alive
+
+
+def test_a_limit_of_a_request_holds_where_the_training_set_none(
+    tiny: Transcriber, pieces: list[Piece]
+) -> None:
+    old = Writer(Answers(replace(tiny, decoding=Decoding("lm")), 60.0), 16)
+    longest = max(pieces, key=lambda piece: piece.seconds)
+    whole = old.add(longest).result(SECONDS)
+    assert whole.tokens > 3 and not whole.cut
+    short = old.add(replace(longest, limit=3)).result(SECONDS)
+    assert short.tokens == 3 and short.cut and whole.text.startswith(short.text)
+    assert old.add(replace(longest, limit=500)).result(SECONDS) == whole
+
+
+def test_features_are_those_of_the_training(tiny: Transcriber, pieces: list[Piece]) -> None:
+    in_bf16 = Answers(replace(tiny, bf16=True), 60.0)
+    [piece] = pieces[:1]
+    [request] = in_bf16.requests([piece])
+    assert torch.equal(request.features[0], tiny.features_of(piece.recordings[0]))
+
+
+def test_words_are_certain_only_where_nothing_else_can_be_chosen(
+    tiny: Transcriber, pieces: list[Piece]
+) -> None:
+    for decoding in (Decoding("joint"), Decoding("lm", beam=2)):
+        answers = Answers(replace(tiny, decoding=decoding), 60.0)
+        sent: list[str] = []
+        assert Writer(answers, 4).add(pieces[0], sent.append).result(SECONDS).text
+        assert sent == []
 
 
 def test_what_nobody_waits_for_is_not_begun(answers: Watched, pieces: list[Piece]) -> None:
@@ -96,6 +147,8 @@ def test_it_ends_after_what_it_writes(answers: Watched, pieces: list[Piece]) -> 
     writer.close()
     thread.join(SECONDS)
     assert not thread.is_alive() and all(answer.done() for answer in last)
+    with pytest.raises(RuntimeError):
+        writer.add(pieces[0])
 
 
 def test_only_whole_words_are_settled() -> None:

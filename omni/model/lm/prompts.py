@@ -42,8 +42,8 @@ def embed_prompt(
 ) -> EmbeddedPrompt:
     """Embed a prompt: ids, with AUDIO for each of its recordings.
 
-    features: (T, d) at 50 frames/s of each recording. Raises ValueError for as many as the prompt
-    has not.
+    features: (T, d) at 50 frames/s of each recording. Raises ValueError unless there is one for
+    each AUDIO.
     """
     if (places := list(prompt).count(AUDIO)) != len(features):
         raise ValueError(f"{len(features)} recordings for a prompt with {places}")
