@@ -34,6 +34,7 @@ FEW_PARTS = 4
 MakeParts: TypeAlias = Callable[
     [list[Task], list[int], Options, StoragePath, Callable[[str], None]], None
 ]
+_SAY_SECONDS = 10.0
 _PATIENCE_SECONDS = 60.0  # Retry unavailable storage for this long.
 
 
@@ -45,6 +46,13 @@ def index_few(spec: str, out: StoragePath, options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, _PATIENCE_SECONDS):
         index_sources([spec], out, options, lambda line: None)
+
+
+def index_here(spec: str, out: StoragePath, options: Options, say: Callable[[str], None]) -> None:
+    """Index a source of any size as `index_few` does. Raises ManifestError for a wrong source."""
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out, _PATIENCE_SECONDS):
+        index_sources([spec], out, options, say, _make_here)
 
 
 def alone(out: StoragePath, seconds: float = 0.0) -> contextlib.AbstractContextManager[Any]:
@@ -116,11 +124,14 @@ def _make_here(
     say: Callable[[str], None],
 ) -> None:
     """Make the parts one after another in this process."""
-    began = time.monotonic()
+    began = shown = time.monotonic()
     total: Counter[str] = Counter()
     for number in todo:
         add_part(total, make_part(tasks[number], options, out))
-    say(progress(total, len(todo), max(time.monotonic() - began, 1e-3)))
+        now = time.monotonic()
+        if now - shown > _SAY_SECONDS or total["parts"] == len(todo):
+            shown = now
+            say(progress(total, len(todo), max(now - began, 1e-3)))
 
 
 def add_part(total: Counter[str], made: dict[str, Any]) -> None:

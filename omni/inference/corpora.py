@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from omni.corpus.build import index_few
+from omni.corpus.build import index_here
 from omni.corpus.index import read_index_folder
 from omni.corpus.manifest import INDEX_FILE, absolute
 from omni.corpus.sources import Options
@@ -70,7 +70,7 @@ def _index(
             longest = max(2.0, decoder.load_on_driver().longest_piece)
             options = replace(options, segment=replace(options.segment, longest=longest))
         if actors is None:
-            index_few(spec, folder, options)
+            index_here(spec, folder, options, say)
         else:
             from omni.corpus.build_tasks import make_index
 

@@ -15,9 +15,14 @@ import pyarrow as pa
 import pytest
 
 from jobs import transcribe as transcribe_job
+from omni.audio.vad import Segmenting
+from omni.checkpoint.base import checkpoint_folder
 from omni.checkpoint.checkpoint import STATE_FILE
+from omni.corpus.build import FEW_PARTS
 from omni.corpus.index import build_index
+from omni.corpus.sources import Options
 from omni.inference.confidence import confidence_of
+from omni.inference.corpora import transcribe_to_corpus
 from omni.inference.decode_batch import Decoded
 from omni.inference.shards import Decoder
 from omni.model.decode import DecodingOptions
@@ -76,6 +81,24 @@ def test_transcripts_are_a_corpus_whose_recordings_are_found(
     assert [s.stat().st_mtime_ns == t for s, t in zip(shards, times, strict=True)] == [True, False]
     again = build_index([str(spec)], allow_absolute=True)
     assert again.table["text"].to_pylist() == texts
+
+
+def test_a_corpus_of_many_parts_needs_no_ray(corpus: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = DecodingOptions(max_new_tokens=1, decode="lm")
+    decoder = Decoder(str(checkpoint_folder("omni-tiny")), options=options)
+    made = transcribe_to_corpus(
+        str(corpus / "all.jsonl"),
+        tmp_path,
+        decoder,
+        Options(rows_per_part=1, segment=Segmenting()),
+        actors=None,
+        wanted="parquet",
+        min_confidence=0.0,
+        say=lines.append,
+    )
+    assert made.utterances == len(ROWS) > FEW_PARTS and made.unread == 1
+    assert len(list((tmp_path / "corpus" / "parts").glob("*.parquet"))) == len(ROWS) + 1
 
 
 def _texts(lines: str) -> dict[str, str]:
