@@ -150,6 +150,7 @@ def _transcribe_corpus(arguments: argparse.Namespace) -> None:
             allow_absolute=arguments.allow_absolute,
             downloads=download_limits(arguments),
             segment=Segmenting(),
+            rewrite_texts=True,
             rows_per_part=100,
         ),
         actors=arguments.actors and Actors(arguments.actors, arguments.gpus),

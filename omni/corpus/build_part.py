@@ -80,7 +80,7 @@ def write_part(source: Source, part: Part, options: Options, folder: StoragePath
         if options.number_ids:
             rows = (replace(row, id=f"{name}:{n}") for n, row in enumerate(rows, start=1))
         if options.segment:
-            rows = cut_rows(rows, options.segment)
+            rows = cut_rows(rows, options.segment, options.rewrite_texts)
         untranscribed, kept = options.segment is not None, _Kept(sound, f"audio/{name}.bin")
         measuring = Measuring(options.duration_tolerance)
         while taken := _next_batch(rows, kept, untranscribed, measuring):

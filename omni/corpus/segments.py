@@ -11,24 +11,28 @@ from omni.audio.windows import SAMPLING_RATE
 from omni.corpus.index_row import span_of
 from omni.corpus.sources.base import Row
 
+_UTTERANCE_SECONDS = 30.0
+"""A recording with one text is an utterance up to this length, when the text is written anew."""
 
-def cut_rows(rows: Iterable[Row], how: Segmenting) -> Iterator[Row]:
+
+def cut_rows(rows: Iterable[Row], how: Segmenting, rewrite_texts: bool = False) -> Iterator[Row]:
     """Yield the rows, with one row per span of speech instead of a long recording without text.
 
     The id of a span is its recording's id with start and end in milliseconds. Long recordings whose
-    text has no times, and those without speech, become errors.
+    text has no times, and those without speech, become errors. rewrite_texts: those texts are not
+    needed: a recording of up to 30 s with one stays whole, and a longer one is cut.
     """
     for row in rows:
         if row.error is not None or row.audios is not None:
             yield row
             continue
         try:
-            yield from _cut(row, how)
+            yield from _cut(row, how, rewrite_texts)
         except AudioError as error:
             yield replace(row, error=(error.reason, error.detail))
 
 
-def _cut(row: Row, how: Segmenting) -> list[Row]:
+def _cut(row: Row, how: Segmenting, rewrite_texts: bool) -> list[Row]:
     """Cut one recording. Raises AudioError."""
     data, span = row.uri if row.data is None else row.data, span_of(vars(row))
     seconds = measure(data, span) / SAMPLING_RATE
@@ -36,6 +40,10 @@ def _cut(row: Row, how: Segmenting) -> list[Row]:
     if seconds <= how.longest or (row.text and timed):
         return [row]
     name = row.uri or row.id
+    if row.text and rewrite_texts:
+        if seconds <= _UTTERANCE_SECONDS:
+            return [row]
+        row = replace(row, text="")
     if row.text:
         raise AudioError(
             "needs segments",

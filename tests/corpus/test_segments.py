@@ -187,6 +187,27 @@ def test_given_times_are_taken_and_one_text_for_all_is_not(talks: Path, tmp_path
     assert "20 s" in reject.detail and "--longest_seconds" in reject.detail
 
 
+def test_a_text_that_is_written_anew_keeps_no_recording_from_being_cut(
+    talks: Path, tmp_path: Path
+) -> None:
+    shutil.copy(talks / "long.flac", tmp_path / "long.flac")
+    row = {"id": "whole", "text": "all that is said in it", "audio": "long.flac"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    spec = str(tmp_path / "m.jsonl")
+    found, rejects, _ = index(tmp_path / "cut", spec, rewrite_texts=True)
+    assert not rejects and len(found) > 2
+    assert all(row["id"].startswith("whole-") and row["text"] == "" for row in found)
+    short = Segmenting(longest=3.0)
+    row["audio"] = "said.flac"
+    shutil.copy(talks / "said.flac", tmp_path / "said.flac")
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    found, rejects, _ = index(tmp_path / "kept", spec, rewrite_texts=True, segment=short)
+    assert not rejects and [row["id"] for row in found] == ["whole"], "an utterance of its own"
+    with pytest.raises(ManifestError, match="needs segments"):
+        index(tmp_path / "refused", spec, segment=short)
+    assert Options(rewrite_texts=True).fingerprint != Options().fingerprint
+
+
 def test_without_the_option_all_is_as_before(talks: Path, tmp_path: Path) -> None:
     _, rejects, counts = index(tmp_path / "out", f"folder:{talks}", segment=None)
     assert {reject.reason for reject in rejects} == {"no text"} and counts["utterances"] == 1

@@ -47,6 +47,7 @@ class Options:
     rows_per_part: int = 1000
     allow_absolute: bool = False  # corpora may name files outside their own folder
     segment: Segmenting | None = None  # Rows may lack text; their long recordings are cut.
+    rewrite_texts: bool = False  # texts are written anew: with `segment`, see `cut_rows`
     duration_tolerance: float = DURATION_TOLERANCE  # share of a stated duration that may be missing
     downloads: DownloadLimits = DEFAULT_LIMITS
     keep: tuple[str, ...] = ()  # the corpus's own names of columns that become labels
@@ -59,6 +60,8 @@ class Options:
         )  # fmt: skip
         if self.segment is not None:
             settings = (*settings, self.segment)
+        if self.rewrite_texts:
+            settings = (*settings, "rewrite_texts")
         if self.duration_tolerance != DURATION_TOLERANCE:
             settings = (*settings, self.duration_tolerance)
         if self.downloads != DEFAULT_LIMITS:
