@@ -96,14 +96,6 @@ def as_text(template: Template, choice: Choice) -> Decoded:
     )
 
 
-def decode_requests(
-    model: OmniModel, template: Template, requests: Sequence[Request], decoding: Decoding
-) -> list[Decoded]:
-    """Decode prompts, in their order."""
-    choices = decode(model, requests, end=template.end, settings=decoding)
-    return [as_text(template, choice) for choice in choices]
-
-
 def transcribe(
     model: OmniModel,
     template: Template,
@@ -113,13 +105,13 @@ def transcribe(
     """Decode utterances, and return their transcript rows; one without features has none."""
     usable = [h for h in held if h.utterance.features is not None]
     requests = [request_of(h.utterance) for h in usable]
-    answers = decode_requests(model, template, requests, decoding)
+    choices = decode(model, requests, end=template.end, settings=decoding)
     return [
         {
             "number": h.utterance.number,
-            **transcript_row(h.id, h.location, h.text, h.language, answer),
+            **transcript_row(h.id, h.location, h.text, h.language, as_text(template, choice)),
         }
-        for h, answer in zip(usable, answers, strict=True)
+        for h, choice in zip(usable, choices, strict=True)
     ]
 
 
