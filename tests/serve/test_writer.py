@@ -122,11 +122,16 @@ def test_features_are_those_of_the_training(tiny: Transcriber, pieces: list[Piec
 def test_words_are_certain_only_where_nothing_else_can_be_chosen(
     tiny: Transcriber, pieces: list[Piece]
 ) -> None:
-    for decoding in (Decoding("joint"), Decoding("lm", beam=2)):
+    longest = max(pieces, key=lambda piece: piece.seconds)
+
+    def sent_early(decoding: Decoding) -> list[str]:
         answers = Answers(replace(tiny, decoding=decoding), 60.0)
-        sent: list[str] = []
-        assert Writer(answers, 4).add(pieces[0], sent.append).result(SECONDS).text
-        assert sent == []
+        words: list[str] = []
+        assert Writer(answers, 4).add(longest, words.append).result(SECONDS).text
+        return words
+
+    assert sent_early(Decoding("lm"))
+    assert sent_early(Decoding("joint")) == sent_early(Decoding("lm", beam=2)) == []
 
 
 def test_what_nobody_waits_for_is_not_begun(answers: Watched, pieces: list[Piece]) -> None:
