@@ -51,7 +51,8 @@ def test_a_node_with_a_lost_gpu_is_named_with_the_reason(cluster: Cluster) -> No
     report = check_nodes(nodes, [node.id for node in nodes], {node.id: 0 for node in nodes})
     assert set(report.faults) == {lost.id} and report.apart is None
     assert "255" in report.faults[lost.id] and LOST in report.faults[lost.id]
-    assert ["1 GPU" in note for note in report.notes] == [True]
+    # A machine with a full disk or little /dev/shm is remarked on too, once for each node.
+    assert sum("1 GPU" in note for note in report.notes) == 1
 
 
 def test_a_process_that_stops_before_the_sum_is_named_within_the_limit(cluster: Cluster) -> None:
