@@ -16,6 +16,7 @@ from omni.audio.link import MISSING
 from omni.audio.recording import (
     AudioError,
     AudioSpan,
+    FetchedRecording,
     OpenRecording,
     RecordingData,
     Stream,
@@ -50,7 +51,7 @@ def measure(data: RecordingData, span: AudioSpan = _NO_SPAN) -> int:
     file`, `shorter than its header says`, `longer than its header says`, `parts are missing`; and
     OSError when object storage is unavailable.
     """
-    if not isinstance(data, bytes):
+    if not isinstance(data, (bytes, FetchedRecording)):
         path = as_recording_path(data)
         if isinstance(path, Path) and not path.is_file():
             raise AudioError("missing", f"no such file: {data}")

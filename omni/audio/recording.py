@@ -21,7 +21,8 @@ from omni.errors import first_line
 from omni.storage.byte_range import ByteRange, HeadedRange, ObjectRange, WatchedReader
 from omni.storage.path import ObjectPath, StoragePath, literal_path
 
-_MAX_WHOLE = 4 << 20  # Larger recordings in archives and buckets, in bytes, are read in parts.
+MAX_WHOLE = 4 << 20
+"""Larger recordings in archives and buckets, in bytes, are read in parts."""
 _READ_AHEAD = 256 << 10  # bytes of a request for such a part
 _BLOCK_VALUES = 1 << 20  # samples of all channels that are decoded at a time: 4 MB
 _RATES = (1_000, 384_000)  # Hz
@@ -29,7 +30,17 @@ _MAX_VALUES = 8 * 192_000  # samples of all channels per second
 _STATED_SLACK = 0.02  # share by which containers may be wrong
 _MP3_TRIM = 2_304  # samples of delay and padding that MP3 decoders cut below 12 kHz
 _UNKNOWN = 1 << 40  # libsndfile's frames from here on mean that it does not know
-RecordingData: TypeAlias = bytes | str | StoragePath
+
+
+@dataclass(frozen=True)
+class FetchedRecording:
+    """Bytes of a recording, and its name for messages."""
+
+    name: str
+    data: bytes
+
+
+RecordingData: TypeAlias = bytes | FetchedRecording | str | StoragePath
 
 
 class AudioError(ValueError):
@@ -78,7 +89,7 @@ class OpenRecording:
     """
 
     def __init__(self, data: RecordingData, span: AudioSpan) -> None:
-        self.name = "bytes" if isinstance(data, bytes) else str(data)
+        self.name = _name_of(data)
         self._closing = ExitStack()
         try:
             self._source = _open_source(data, span)
@@ -278,7 +289,7 @@ def _layout_of(file: BinaryIO, identity: tuple[object, ...] | None) -> Layout:
         return _LAYOUTS[identity]
     size = file.seek(0, io.SEEK_END)
     layout = find_layout(file, size)
-    if identity is not None and size > _MAX_WHOLE:
+    if identity is not None and size > MAX_WHOLE:
         if len(_LAYOUTS) >= _MOST_LAYOUTS:
             _LAYOUTS.clear()
         _LAYOUTS[identity] = layout
@@ -289,8 +300,16 @@ _LAYOUTS: dict[tuple[object, ...] | None, Layout] = {}
 _MOST_LAYOUTS = 10_000
 
 
+def _name_of(data: RecordingData) -> str:
+    if isinstance(data, bytes):
+        return "bytes"
+    return data.name if isinstance(data, FetchedRecording) else str(data)
+
+
 def _open_source(data: RecordingData, span: AudioSpan) -> str | BinaryIO:
     """Return what soundfile can open: a file name, or a file object of the recording's bytes."""
+    if isinstance(data, FetchedRecording):
+        data = data.data
     if isinstance(data, bytes):
         return io.BytesIO(data)
     path = as_recording_path(data)
@@ -299,7 +318,7 @@ def _open_source(data: RecordingData, span: AudioSpan) -> str | BinaryIO:
     if span.bytes is None:
         return str(path)
     offset, length = span.bytes
-    if length > _MAX_WHOLE:
+    if length > MAX_WHOLE:
         return cast(BinaryIO, io.BufferedReader(ByteRange(str(path), offset, length)))
     with open(path, "rb") as file:
         file.seek(offset)
@@ -317,7 +336,7 @@ def _open_object(path: ObjectPath, span: AudioSpan) -> BinaryIO:
         size = file.size()
         offset, length = span.bytes or (0, size)
         length = min(length, max(0, size - offset))
-        if length > _MAX_WHOLE:
+        if length > MAX_WHOLE:
             return WatchedReader(ObjectRange(file, offset, length), _READ_AHEAD)
         with file:
             return io.BytesIO(file.read_at(length, offset) if length else b"")

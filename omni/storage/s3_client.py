@@ -27,6 +27,10 @@ def s3_client(path: ObjectPath) -> tuple[Any, str, str] | None:
     return None if client is None else (client, bucket, key)
 
 
+_CONNECTIONS = 64
+"""Most connections of one client: requests of loaders run at the same time."""
+
+
 @functools.lru_cache(maxsize=16)
 def _client(root: str, region: str) -> Any:
     """Make a client with the endpoint and options of a bucket's URI.
@@ -54,6 +58,7 @@ def _client(root: str, region: str) -> Any:
         config=Config(
             s3={"addressing_style": style},
             retries={"max_attempts": 3},
+            max_pool_connections=_CONNECTIONS,
             signature_version=UNSIGNED if location.startswith("anonymous@") else None,
         ),
     )
@@ -68,6 +73,30 @@ def s3_errors_as_oserror(path: ObjectPath) -> Iterator[None]:
         yield
     except (BotoCoreError, ClientError) as error:
         raise OSError(errno.EIO, redact(str(error).strip().partition("\n")[0]), str(path)) from None
+
+
+def read_start(path: ObjectPath, most: int) -> bytes | None:
+    """Read an object of up to `most` bytes; None for a larger one.
+
+    One request with boto3, and two without: pyarrow asks for the size first. Raises OSError.
+    """
+    found = s3_client(path)
+    if found is None:
+        with path.ranges() as file:
+            return None if file.size() > most else bytes(file.read())
+    from botocore.exceptions import ClientError
+
+    client, bucket, key = found
+    with s3_errors_as_oserror(path):
+        try:
+            answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{most}")
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") == "InvalidRange":
+                return b""  # An empty object has no first byte.
+            raise
+        with contextlib.closing(answer["Body"]) as body:
+            data = bytes(body.read()) if answer["ContentLength"] <= most else None
+    return data
 
 
 def upload_large(path: ObjectPath, source: Path) -> None:

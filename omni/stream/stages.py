@@ -18,8 +18,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from omni.audio.decode import AudioError, decode_with_retry, fit
+from omni.audio.decode import AudioError, decode, decode_with_retry, fit
+from omni.audio.fetch import fetch_ahead
 from omni.audio.logmel import clip_mel
+from omni.audio.recording import FetchedRecording
 from omni.audio.windows import SAMPLING_RATE, plan_windows
 from omni.augment.augment import Augmentation, Change, augment, mask_windows
 from omni.augment.speed import changed_length
@@ -59,6 +61,7 @@ def load_bin(
     errors: list[str | None] = []
     notes: list[str | None] = []
     decoded = 0
+    sources = _Sources(scheduled, features)
     loaded: dict[str, bytes] = {}  # Utterances of several tasks may have the same recording.
     for row, of_row, from_cache in zip(rows, scheduled, features, strict=True):
         error = None
@@ -71,7 +74,7 @@ def load_bin(
                     row_mels.append(loaded[recording.key])
                     continue
                 try:
-                    mel = _log_mel(recording, settings, noted)
+                    mel = _log_mel(recording, sources.take(recording), settings, noted)
                     decoded += recording.row["samples"]
                     if recording.key is not None and not noted:
                         loaded[recording.key] = mel
@@ -172,14 +175,45 @@ def _limit_rate(audio_seconds: float, seconds: float, settings: StreamSettings) 
         time.sleep(max(0.0, audio_seconds / rate - seconds))
 
 
-def _log_mel(recording: _ScheduledRecording, settings: StreamSettings, notes: list[str]) -> bytes:
+class _Sources:
+    """Fetch recordings of a bin that have no features, in the order in which they are decoded."""
+
+    def __init__(
+        self,
+        scheduled: Sequence[Sequence[_ScheduledRecording]],
+        features: Sequence[Sequence[bytes | None]],
+    ) -> None:
+        wanted: dict[object, _ScheduledRecording] = {}
+        for recording, feature in zip(chain(*scheduled), chain(*features), strict=True):
+            if feature is None:
+                wanted.setdefault(recording.key or id(recording), recording)
+        self._ahead = fetch_ahead(
+            (id(one), one.row["uri"], span_of(one.row)) for one in wanted.values()
+        )
+
+    def take(self, recording: _ScheduledRecording) -> FetchedRecording | None:
+        """Return the bytes of a recording; None: it is to be opened where it lies."""
+        # Those of utterances that have an error already are passed over.
+        return next((found for place, found in self._ahead if place == id(recording)), None)
+
+
+def _log_mel(
+    recording: _ScheduledRecording,
+    fetched: FetchedRecording | None,
+    settings: StreamSettings,
+    notes: list[str],
+) -> bytes:
     """Decode and augment a recording, and compute its log-mel (n_mels, T_mel). Raises AudioError.
 
     The result has the encoder's dtype: the encoder would round it anyway, and bf16 halves the
     traffic between the stages.
     """
     encoder, row = settings.config.encoder, recording.row
-    audio = decode_with_retry(row["uri"], span_of(row), samples=row["samples"], notes=notes)
+    span, samples = span_of(row), row["samples"]
+    if fetched is None:
+        audio = decode_with_retry(row["uri"], span, samples=samples, notes=notes)
+    else:
+        audio = decode(fetched, span, samples=samples, notes=notes)
     audio = fit(audio, row["samples"])
     augmentation, change = recording.augmentation, recording.change
     if augmentation is not None and change is not None:

@@ -143,7 +143,7 @@ def test_a_span_of_a_long_recording_is_read_where_it_lies(
     local, far = tmp_path / "long.wav", there / "long.wav"
     soundfile.write(local, noise, rate, subtype="PCM_16")
     far.upload(local)
-    assert local.stat().st_size > 4 * audio._MAX_WHOLE
+    assert local.stat().st_size > 4 * audio.MAX_WHOLE
     read: list[int] = []
     fetch = ObjectRange._fetch
 

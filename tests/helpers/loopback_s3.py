@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 from collections.abc import Iterator
 
 import pyarrow.fs as pafs
@@ -23,3 +25,24 @@ def s3_bucket(name: str) -> Iterator[str]:
         yield uri
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def server_requests() -> Iterator[list[str]]:
+    """Collect the requests that the server answers meanwhile, as `GET key`, without the bucket."""
+    found: list[str] = []
+    logger = logging.getLogger("werkzeug")
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if request := re.search(r"([A-Z]+) /[^/ ]+/?([^? ]*)\S* HTTP", record.getMessage()):
+                found.append(f"{request[1]} {request[2]}")
+
+    handler, level = Collect(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -70,7 +70,7 @@ def test_loading_names_the_recording_and_notes_its_channel(
     assert "\n" not in str(got.value)
     seen: list[np.ndarray] = []
 
-    def log_mel(recording: Any, settings: Any, notes: list[str]) -> bytes:
+    def log_mel(recording: Any, fetched: Any, settings: Any, notes: list[str]) -> bytes:
         row = recording.row
         seen.append(stages.decode_with_retry(row["uri"], samples=row["samples"], notes=notes))
         return b"mel"
