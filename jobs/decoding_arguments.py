@@ -44,7 +44,7 @@ def _seed(text: str) -> int:
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that replace the training's settings of decoding, and the beam."""
+    """Add the arguments that replace the training's settings of decoding."""
     add = parser.add_argument
     add("--max_new_tokens", type=positive, metavar="N", help="most tokens of an answer")
     add(
@@ -62,8 +62,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "--beam",
         type=positive,
         metavar="N",
-        default=1,
-        help="answers of the language model to search side by side (default 1: greedy)",
+        help="answers of the language model to search side by side (default eval.beam)",
     )
 
 

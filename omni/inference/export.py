@@ -28,7 +28,7 @@ from omni.inference.export_script import transcribe_script
 from omni.inference.standalone.folder import Adapters, Source, write_folder
 from omni.inference.transcriber import longest_piece
 from omni.model.chat_template import PLACEHOLDER, Template, make_template, transcription
-from omni.model.decode import Decoding
+from omni.model.decode import Decoding, DecodingOptions
 from omni.model.download import SourceError
 from omni.model.encoder.weights import read_whisper_files, whisper_folder
 from omni.model.lm.gpt import GPT
@@ -85,7 +85,10 @@ def export(
     if model.config.lora is not None and adapters == "merged":
         merge_lora(model.lm)
     try:
-        decoding = Decoding.of_config(config, head=model.ctc_head is not None)
+        # What other projects write greedily has no beam.
+        decoding = Decoding.of_config(
+            config, DecodingOptions(beam=1), head=model.ctc_head is not None
+        )
     except ValueError as error:
         raise ConfigError(f"--checkpoint: {checkpoint}: eval.decode: {error}") from None
     if to == "transformers":
@@ -99,16 +102,20 @@ def export(
         limit = decoding.max_new_tokens
         _export_voxtral(found, model, template, config["data"]["prompt"], limit, out)
     files = sorted(path for path in out.rglob("*") if path.is_file())
+    notes = []
+    if (beam := int((config.get("eval") or {}).get("beam") or 1)) > 1:
+        notes.append(f"{to} decodes greedily: omni searches {beam} answers by eval.beam")
     if decoding.decoder == "lm" or to == "transformers":
-        return Exported(files)
+        return Exported(files, notes)
     where = (
         "is left out" if to == "hf" else "is in ctc_head.safetensors, which nanochat does not read"
     )
     return Exported(
         files,
         [
+            *notes,
             f"{to} decodes by the language model alone: the CTC head, with which omni decodes this "
-            f"model (eval.decode {decoding.decoder}), {where}"
+            f"model (eval.decode {decoding.decoder}), {where}",
         ],
     )
 

@@ -71,7 +71,7 @@ class Decoder:
         given = (options.max_new_tokens, options.decode, options.ctc_weight)
         settings = [*given, self.language, self.tag]
         # Finished shards of versions without these settings stay finished.
-        if options.beam > 1:
+        if options.beam is not None:
             settings.append(f"beam {options.beam}")
         if options.sampling.draws_tokens:
             settings.append(f"{options.sampling}")

@@ -53,7 +53,7 @@ class DecodingOptions:
     max_new_tokens: int | None = None
     decode: str | None = None
     ctc_weight: float | None = None
-    beam: int = 1
+    beam: int | None = None
     sampling: Sampling = GREEDY
 
 
@@ -124,14 +124,19 @@ class Decoding:
     ) -> Decoding:
         """Read the settings of a checkpoint's config.yaml, perhaps of an older version.
 
-        options: settings to use instead. With a temperature the decoder is `lm`, unless they name
-        another one. Raises as `of`.
+        options: settings to use instead. With a temperature the decoder is `lm` and the training's
+        beam is 1, as it is for the decoder `ctc`, unless they name another one. Raises as `of`.
         """
         values = {"decode": "auto", "ctc_weight": cls.ctc_weight, "max_new_tokens": None}
         drawn: dict[str, Any] = {"decode": "lm"} if options.sampling.draws_tokens else {}
-        for given in (config.get("eval") or {}, drawn, vars(options)):
+        trained = config.get("eval") or {}
+        for given in (trained, drawn, vars(options)):
             values |= {name: given[name] for name in values if given.get(name) is not None}
-        return cls.of(**values, head=head, beam=options.beam, sampling=options.sampling)  # type: ignore[arg-type]
+        beam = options.beam
+        if beam is None:
+            one = options.sampling.draws_tokens or values["decode"] == "ctc"
+            beam = 1 if one else int(trained.get("beam") or 1)
+        return cls.of(**values, head=head, beam=beam, sampling=options.sampling)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         weight = f", ctc_weight {self.ctc_weight:g}" if self.decoder == "joint" else ""

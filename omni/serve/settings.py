@@ -33,7 +33,7 @@ class ServeSettings:
     decode: str | None = None
     ctc_weight: float | None = None
     max_new_tokens: int | None = None
-    beam: int = 1
+    beam: int | None = None
 
     @property
     def model(self) -> str:

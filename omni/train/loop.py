@@ -95,7 +95,11 @@ class TrainLoop:
         settings = spec.config.eval
         self._best_figure = BestFigure.of(settings.best, self._scoring)
         self._decoding = Decoding.of(
-            settings.decode, settings.ctc_weight, settings.max_new_tokens, head=spec.model.ctc
+            settings.decode,
+            settings.ctc_weight,
+            settings.max_new_tokens,
+            head=spec.model.ctc,
+            beam=settings.beam,
         )
         self._stop = StopRequest(self.run_dir)
         self._stopping = False
@@ -315,6 +319,7 @@ class TrainLoop:
             "attempt",
             workers=self.world,
             encoders=self.spec.encoders,
+            steps_per_block=self.spec.steps_per_block,
             nodes=nodes,
             plan=plan,
             redone=redone,

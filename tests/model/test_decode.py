@@ -265,7 +265,7 @@ def test_settings_that_do_not_fit_together_are_named(
     saved = {"eval": {"decode": "joint"}}
     if setting is None:
         found = Decoding.of_config(saved, options, head=True)
-        assert (found.decoder, found.beam) == (decoder, options.beam)
+        assert (found.decoder, found.beam) == (decoder, options.beam or 1)
         assert found.sampling == options.sampling
         return
     with pytest.raises(DecodingError) as refused:
@@ -309,3 +309,21 @@ def test_a_config_of_an_older_version_has_the_defaults() -> None:
     saved = {"eval": {"decode": "joint", "ctc_weight": 0.25}}
     assert Decoding.of_config(saved, head=True) == Decoding("joint", 0.25)
     assert Decoding.of_config(saved, DecodingOptions(decode="ctc"), head=True).decoder == "ctc"
+
+
+@pytest.mark.parametrize(
+    ("options", "beam"),
+    [
+        (DecodingOptions(), 4),
+        (DecodingOptions(decode="lm"), 4),
+        (DecodingOptions(beam=2), 2),
+        (DecodingOptions(beam=1), 1),
+        (DecodingOptions(decode="ctc"), 1),
+        (DecodingOptions(sampling=Sampling(0.5)), 1),
+    ],
+)
+def test_the_beam_is_that_of_the_training_where_one_can_be(
+    options: DecodingOptions, beam: int
+) -> None:
+    saved = {"eval": {"decode": "joint", "beam": 4}}
+    assert Decoding.of_config(saved, options, head=True).beam == beam
