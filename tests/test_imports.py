@@ -10,6 +10,7 @@ import sys
 import omni
 
 WITH_RAY = {
+    "omni.bench.block_speed",
     "omni.bench.stream_speed",
     "omni.cluster.job_client",
     "omni.cluster.node_check",
@@ -36,6 +37,7 @@ WITH_RAY = {
     "omni.serve.deploy",
     "omni.serve.replica",
     "omni.stream.pipeline",
+    "omni.stream.streams",
     "omni.stream.window_server",
 }
 

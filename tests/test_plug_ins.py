@@ -30,13 +30,13 @@ from omni.corpus.sources import Options, open_source
 from omni.errors import ConfigError
 from omni.metrics.text_metric import load_metrics, score
 from omni.model.projector import check_projector
-from omni.plan.plan import stream_bins
 from omni.run.preflight import _look, _plug_ins
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.run.rates import loaded_blocks
 from omni.stream.stages import EncodeStage
 from omni.stream.stream_settings import stream_settings
 from omni.train.loop import TrainLoop
+from tests.helpers.stream_order import stream_places
 from tests.helpers.whole_runs import ROOT, TINY, embedded, lines, write_manifest
 
 PAGE = Path(__file__).parents[1] / "docs" / "plug-ins.md"
@@ -181,12 +181,11 @@ def _train(prepared: Prepared) -> dict[str, Any]:
     stage = EncodeStage(stream_settings(prepared.config, prepared.encoder))
     settings = stream_settings(prepared.config, prepared.encoder)
     spec, splits = make_worker_spec(prepared), list(prepared.splits.values())
-    optim = prepared.config.optim
-    order = stream_bins(splits, 1, optim.bins_per_block, 0, spec.held_step, optim.steps)
+    steps = (0, spec.held_step, prepared.config.optim.steps)
     blocks = [
         stage(block)
-        for number, bins in order
-        for block in loaded_blocks(splits[number], bins.tolist(), settings)[0]
+        for place in stream_places(splits, steps)
+        for block in loaded_blocks(splits[place.split], [place.bin], settings)[0]
     ]
     summary = TrainLoop(spec, iter(blocks), 0, 1, torch.device("cpu")).run()
     assert summary is not None

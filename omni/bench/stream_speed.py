@@ -12,12 +12,14 @@ import pyarrow as pa
 import ray
 import torch
 
+from omni.bench.block_speed import add_block_costs
 from omni.bench.prepared_run import Sample, in_temporary_storage, progress, take_sample
 from omni.bench.timing import Result, describe_machine, median
 from omni.bench.whole_run import JobRun, for_timing, run_job, steps_of_epochs
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.plan.plan import Split
+from omni.plan.stream_order import ListedBins
 from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import Trainer, audio_seconds
 from omni.stream.pipeline import SharedSettings, make_stream
@@ -52,6 +54,8 @@ def bench_stream(config: Config) -> Result:
         _add_traffic(sample, result)
         progress("the stream without a trainer, two epochs")
         _measure_stream(timed, ends, result)
+        progress("blocks of one step and of several, and the start of a long run")
+        add_block_costs(timed, result)
     return result
 
 
@@ -144,7 +148,8 @@ def _measure_stream(config: Config, ends: Sequence[int], result: Result) -> None
 def _drain(splits: list[ray.ObjectRef[Any]], settings: StreamSettings, bins: int) -> list[Any]:
     """Read the stream to its end, and note time, audio seconds and utterances of each block."""
     torch.set_num_threads(1)
-    stream = make_stream(splits, [(0, np.arange(bins))], SharedSettings.put(settings))
+    order = ListedBins(np.arange(bins), settings.bins_per_block)
+    stream = make_stream(splits, order, SharedSettings.put(settings))
     stream.context.execution_options.preserve_order = True
     taken = []
     for block in stream.iter_batches(batch_size=settings.bins_per_block, batch_format="pyarrow"):

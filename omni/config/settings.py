@@ -204,6 +204,12 @@ class DataConfig(Section):
     """Largest size of the feature cache in gigabytes; null: no limit."""
     buffer_mb: Positive | None = None
     """Object store for blocks between the stages in MiB; null: Ray Data's own limit."""
+    block_mb: Positive = 32
+    """Largest block of the stream in MiB, as far as one step of a rank is not larger."""
+    block_seconds: PositiveFloat = 0.5
+    """Seconds that a rank trains on one block of the stream, as far as a step is not longer."""
+    streams: Positive | None = None
+    """Streams that feed the ranks, at most one per loader and encoder; null: one per node."""
     loaders: Positive = 2
     """Number of tasks that read and decode audio at a time, one logical CPU each."""
     loader_rate: PositiveFloat | None = None
@@ -414,7 +420,7 @@ class OptimConfig(Section):
     """Batch geometry, optimizer, schedule and losses.
 
     A step consumes `bins_per_step` bins of `bin_positions` positions over all workers, whatever
-    their number. A block (microbatch) of a worker holds `bins_per_block` bins.
+    their number. A microbatch of a worker holds `bins_per_block` bins.
     """
 
     bin_positions: Positive = 1024
@@ -539,6 +545,8 @@ class EvalConfig(Section):
     """Decoder of what is said: language model, CTC head or both; auto: joint if there is a head."""
     ctc_weight: PositiveFloat = 0.5
     """Weight of CTC's log-probability beside the language model's, in decoding by both."""
+    beam: Positive = 1
+    """Answers that the language model searches side by side, here and wherever it decodes later."""
     examples: NotNegative = 2
     """Number of transcripts to log at each evaluation."""
     metrics: PlugIns = []

@@ -97,9 +97,9 @@ ADVICE = {
     "encoder": "more encoder.actors, a larger encoder.gpus share, or jobs.encode ahead of training "
     "(not with augment: it is encoded in every epoch)",
     "decode": "more data.loaders, or faster storage",
-    "network": "fewer, larger blocks (optim.bins_per_block), more data.buffer_mb, or encoders on "
-    "the trainers' nodes",
-    "stream": "fewer, larger blocks (optim.bins_per_block), or more data.buffer_mb",
+    "network": "larger blocks (data.block_seconds, data.block_mb), more data.buffer_mb, or "
+    "encoders on the trainers' nodes",
+    "stream": "larger blocks (data.block_seconds, data.block_mb), or more data.buffer_mb",
     "start": "nothing: the stream fills while the first steps wait; later lines tell",
 }
 

@@ -52,21 +52,6 @@ class Steps:
         """Return the epochs completed after so many bins, e.g. 1.25."""
         return epochs_done(self.epoch_ends, bins_consumed)
 
-    def rows(
-        self, first_step: int, last_step: int, workers: int, bins_per_block: int
-    ) -> np.ndarray:
-        """List the bin numbers, one per row of the stream, of steps [first_step, last_step).
-
-        Each step is filled up with `EMPTY` to a multiple of workers x bins_per_block, so that every
-        rank takes the same number of blocks and a step's bins do not depend on the world size.
-        """
-        width = padded_step(self.bins_per_step, workers, bins_per_block)
-        rows = np.full((last_step - first_step, width), EMPTY, dtype=np.int64)
-        steps = np.arange(first_step, last_step, dtype=np.int64)[:, None]
-        rows[:, : self.bins_per_step] = steps * self.bins_per_step + np.arange(self.bins_per_step)
-        rows[rows >= self.bins] = EMPTY
-        return rows.reshape(-1)
-
 
 @dataclass(frozen=True)
 class Plan(Steps):
@@ -300,14 +285,6 @@ def passes(usable: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> li
     return [occurrences[members] for members in spread(counts, generator)]
 
 
-def held_bins(split: Split, workers: int, bins_per_block: int) -> np.ndarray:
-    """Return a held-out split's bins, padded so that all ranks take equally many blocks."""
-    unit = workers * bins_per_block
-    bins = np.full(-(-split.plan.bins // unit) * unit, EMPTY, dtype=np.int64)
-    bins[: split.plan.bins] = np.arange(split.plan.bins)
-    return bins
-
-
 def held_out_step(first_step: int, steps: int, log_every: int, eval_every: int) -> int:
     """Choose the step after which the stream brings the held-out bins.
 
@@ -316,29 +293,3 @@ def held_out_step(first_step: int, steps: int, log_every: int, eval_every: int) 
     """
     evaluation = first_step - first_step % eval_every + eval_every
     return min(first_step + log_every, evaluation, steps)
-
-
-def stream_bins(
-    splits: Sequence[Split],
-    workers: int,
-    bins_per_block: int,
-    first_step: int,
-    held_step: int,
-    steps: int,
-) -> list[tuple[int, np.ndarray]]:
-    """List the bins of the stream in order: pairs of (number of a split, its bins).
-
-    They are those of the training steps from `first_step` on, with the held-out ones after
-    `held_step`. Each part fills whole blocks for all workers.
-    """
-    train = next(i for i, split in enumerate(splits) if split.name == "train")
-
-    def of_steps(first: int, last: int) -> tuple[int, np.ndarray]:
-        return train, splits[train].plan.rows(first, last, workers, bins_per_block)
-
-    parts = [
-        of_steps(first_step, held_step),
-        *((i, held_bins(s, workers, bins_per_block)) for i, s in enumerate(splits) if i != train),
-        of_steps(held_step, steps),
-    ]
-    return [part for part in parts if len(part[1])]

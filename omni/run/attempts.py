@@ -29,6 +29,7 @@ from omni.cluster.capacity import (
 from omni.errors import counted
 from omni.metrics.prometheus import RayPublisher
 from omni.metrics.run_files import count_events, read_events, write_event
+from omni.run.block_steps import steps_per_block
 from omni.run.encoder_need import needs_encoder
 from omni.run.failures import (
     is_cluster_lost,
@@ -46,6 +47,7 @@ from omni.storage.lease import Lease
 from omni.storage.uri import reason_of
 from omni.stream.pipeline import SharedSettings
 from omni.stream.stream_settings import stream_settings
+from omni.stream.streams import Streams
 from omni.stream.window_server import put_split
 from omni.train.stop_request import StopRequest
 
@@ -157,8 +159,11 @@ class Attempts:
                 spec = make_worker_spec(
                     self._prepared, workers, resume, nodes, self._lease.number, encode
                 )
+                steps = steps_per_block(self._prepared, encode, workers)
+                spec = replace(spec, steps_per_block=steps)
                 settings = SharedSettings.put(replace(self._settings, encode=encode))
-                make_trainer(spec, workers, self._splits, settings).fit()
+                streams = Streams(self._splits, settings, first, spec.held_step, steps)
+                make_trainer(spec, workers, streams).fit()
             except BaseException as error:  # A lost connection raises SystemExit.
                 outcome.append(error)
 

@@ -29,6 +29,7 @@ from omni.corpus.splits import build_indexes
 from omni.errors import ConfigError, counted
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
+from omni.plan.stream_order import ListedBins
 from omni.run.actor_count import assume_actors
 from omni.storage.path import as_path, join
 from omni.storage.uri import report_storage_errors
@@ -142,7 +143,7 @@ def _drain(
     """Read the stream to its end in a process of its own, as training does; yield its counts."""
     torch.set_num_threads(1)
     bins = np.arange(ray.get(splits[0]).plan.bins)
-    stream = make_stream(splits, [(0, bins)], SharedSettings.put(settings))
+    stream = make_stream(splits, ListedBins(bins), SharedSettings.put(settings))
     for block in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield pa.table(block).select(_COUNTS).to_pylist()
 

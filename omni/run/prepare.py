@@ -34,7 +34,7 @@ from omni.metrics.best_figure import has_figure, task_of
 from omni.metrics.score import normalize
 from omni.metrics.task_scores import SPOKEN, Scoring
 from omni.metrics.text_metric import load_metrics
-from omni.model.decode import Decoding
+from omni.model.decode import Decoding, DecodingError
 from omni.model.lm.gpt_block import GPTConfig
 from omni.model.precision import has_bf16
 from omni.model.speech_lm import OmniConfig
@@ -99,6 +99,8 @@ class Prepared:
     """Remarks for the user, shown before the start."""
     filled: float
     """Share of the plan's positions that hold an utterance."""
+    step_seconds: float | None = None
+    """Seconds of a step that never waits, where a trial has measured it."""
 
     def write_plan_file(self) -> None:
         split, data = self.splits["train"], self.fingerprints["data.train"]
@@ -278,9 +280,12 @@ def _with_decoder(config: Config, model: OmniConfig) -> Config:
     """Resolve `eval.decode`. Raises ConfigError for a decoder that the model does not have."""
     wanted = config.eval
     try:
-        decoding = Decoding.of(wanted.decode, wanted.ctc_weight, None, head=model.ctc)
-    except ValueError as error:
-        raise ConfigError(f"eval.decode: {error}; it is 0") from None
+        decoding = Decoding.of(
+            wanted.decode, wanted.ctc_weight, None, head=model.ctc, beam=wanted.beam
+        )
+    except DecodingError as error:
+        reason = "; it is 0" if error.setting == "decode" else ""
+        raise ConfigError(f"eval.{error.setting}: {error}{reason}") from None
     evaluation = wanted.model_copy(update={"decode": decoding.decoder})
     return config.model_copy(update={"eval": evaluation})
 

@@ -16,6 +16,7 @@ import torch
 from omni.audio.windows import SAMPLING_RATE
 from omni.config import Config, OptimConfig
 from omni.plan.plan import Split, Steps, padded_step
+from omni.plan.stream_order import Ranks, StreamOrder
 from omni.stream.schema import LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings
@@ -26,8 +27,8 @@ from omni.train.worker_spec import WorkerSpec
 def first_rows(plan: Steps, bins: int, optim: OptimConfig) -> list[int]:
     """Return the bins of the plan's first steps, about `bins` of them, padded for one worker."""
     steps = max(1, bins // optim.bins_per_step)
-    rows: list[int] = plan.rows(0, steps, 1, optim.bins_per_block).tolist()
-    return rows
+    order = StreamOrder.of({"train": plan}, Ranks.all(1), optim.bins_per_block, (0, steps, steps))
+    return [place.bin for place in order.places()]
 
 
 def loaded_blocks(

@@ -14,12 +14,11 @@ import ray.train
 
 from omni.metrics.run_files import write_text
 from omni.storage.lease import follow_lease, heartbeat_interval
+from omni.stream.streams import STREAM
 
 if TYPE_CHECKING:
     from omni.train.worker_spec import WorkerSpec
 
-STREAM = "stream"
-"""Name of the dataset that workers read."""
 FATAL_FAILURE_FILE = "failure.txt"
 """Reason why the run must not be retried, written by rank 0."""
 

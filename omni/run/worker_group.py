@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from datetime import datetime, timezone
 from typing import Any
 
 import ray
-import ray.train
-from ray.data import ExecutionOptions, ExecutionResources
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from omni.cluster.capacity import bundle, selectors
 from omni.cluster.ray_init import owns_cluster
 from omni.cluster.ray_internals.train import LocalTrainer, Trainer
 from omni.cluster.timeouts import collective_timeout
-from omni.plan.plan import Split
 from omni.run.process_group import ProcessGroup
-from omni.run.train_worker import STREAM, run_worker
+from omni.run.train_worker import run_worker
 from omni.storage.path import ObjectPath, StoragePath
-from omni.stream.pipeline import SharedSettings, open_stream
+from omni.stream.streams import STREAM, StreamConfig, Streams
 from omni.train.worker_spec import WorkerSpec
 
 
-def make_trainer(
-    spec: WorkerSpec, workers: int, splits: list[ray.ObjectRef[Split]], settings: SharedSettings
-) -> Trainer:
-    """Build the trainer of one attempt. splits: references to `Split`s in the object store."""
+def make_trainer(spec: WorkerSpec, workers: int, streams: Streams) -> Trainer:
+    """Build the trainer of one attempt."""
     config = spec.config
-    options = ExecutionOptions(preserve_order=True)
-    if config.data.buffer_mb is not None:
-        options.resource_limits = ExecutionResources.for_limits(
-            object_store_memory=config.data.buffer_mb << 20
-        )
-    first_step = 0 if spec.resume is None else spec.resume.step
-    stream = functools.partial(open_stream, splits, settings, workers, first_step, spec.held_step)
     trainer = LocalTrainer if owns_cluster() else Trainer
     return trainer(
         run_worker,
@@ -62,8 +49,8 @@ def make_trainer(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
-        datasets={STREAM: stream},
-        dataset_config=DataConfig(execution_options=options),
+        datasets={STREAM: streams},  # type: ignore[dict-item]  # read by `StreamConfig`
+        dataset_config=StreamConfig(),
     )
 
 

@@ -1,17 +1,18 @@
-"""Ray Data pipeline: plan rows in, blocks of Whisper features out.
+"""Ray Data pipeline: numbers of blocks in, blocks of Whisper features out.
 
-    bin numbers -> load (tasks: cache lookup, decode, log-mel) -> encode (actors: frozen Whisper)
-    bin numbers -> read (tasks: cache lookup), where the cache holds all features
+    block numbers -> load (tasks: cache lookup, decode, log-mel) -> encode (actors: frozen Whisper)
+    block numbers -> read (tasks: cache lookup), where the cache holds all features
 
-One row is one bin and one block is one microbatch of one rank. Order is kept from end to end, so
-block k reaches rank k mod W, and the plan's integer says exactly what has been consumed.
+One row is one bin, and one block is what one rank trains in one or several steps. Order is kept
+from end to end, so that the ranks of a stream take turns with its blocks, and the plan's integer
+says exactly what has been consumed.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,7 +23,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.util.metrics import Histogram
 
 from omni.cluster.capacity import selectors
-from omni.cluster.ray_internals.data import SchedulerWorkarounds, row_numbers
+from omni.cluster.ray_internals.data import block_numbers, set_scheduling
 from omni.cluster.stacks import stacks_after
 from omni.cluster.timeouts import block_timeout
 from omni.cluster.watchdog import limited
@@ -32,13 +33,25 @@ from omni.config import Config
 # alone takes seconds.
 if TYPE_CHECKING:
     from omni.plan.plan import Split
+    from omni.plan.stream_order import BlockOrder
     from omni.stream.feature_cache import FeatureCache
     from omni.stream.schema import LoadedRow
     from omni.stream.stream_settings import StreamSettings
 
 _HISTOGRAM_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
-# Ray's default: the load stage fuses with the read of the row numbers.
 _LOADER_CPUS = 1.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Loading tasks and encoder actors of one stream."""
+
+    loaders: int
+    encoders: int
+
+    @classmethod
+    def whole(cls, config: Config) -> Share:
+        return cls(config.data.loaders, config.encoder.actor_count)
 
 
 @dataclass(frozen=True)
@@ -56,56 +69,33 @@ class SharedSettings:
         return cls(settings.config, settings.bins_per_block, settings.encode, ray.put(settings))
 
 
-def open_stream(
-    references: list[ray.ObjectRef[Split]],
-    settings: SharedSettings,
-    workers: int,
-    first_step: int,
-    held_step: int,
-) -> Dataset:
-    """Open the stream: bins of the plan from `first_step` on, held-out ones after `held_step`."""
-    from omni.plan.plan import stream_bins
-
-    optim = settings.config.optim
-    rows = stream_bins(
-        ray.get(references), workers, optim.bins_per_block, first_step, held_step, optim.steps
-    )
-    return make_stream(references, rows, settings)
-
-
 def make_stream(
     splits: Sequence[ray.ObjectRef[Split]],
-    rows: Sequence[tuple[int, np.ndarray]],
+    order: BlockOrder,
     settings: SharedSettings,
+    share: Share | None = None,
 ) -> Dataset:
-    """Build a dataset whose row k is the k-th bin of `rows`: pairs of (split number, its bins).
+    """Build a dataset whose block k has the bins of block k of `order`, a row each.
 
-    Each array's length must be a multiple of bins_per_block, so that no block mixes splits.
+    A block holds whole microbatches of `bins_per_block` bins. share: tasks and actors of this
+    stream; None: all.
     """
     set_context()
-    config, per_block = settings.config, settings.bins_per_block
-    numbers = np.concatenate([np.full(len(bins), split) for split, bins in rows])
-    bins = np.concatenate([bins for _, bins in rows])
-    if any(len(b) % per_block for _, b in rows):
-        raise ValueError("rows of a split must fill whole blocks")
-    order = ray.put((numbers.astype(np.int32), bins.astype(np.int64)))
+    config, share = settings.config, share or Share.whole(settings.config)
     references: _References = {
-        "order": order,
+        "order": ray.put(order),
         "splits": list(splits),
         "settings": settings.reference,
     }
     timeout = _block_timeout(config)
     stage = _LoadStage if settings.encode else _ReadStage
-    # Ray fuses the read with the load stage where both have the same number of tasks, and where the
-    # load stage takes blocks as they are. A block of row numbers is a block of bins.
     _, for_encoder, for_loader = selectors(config)
     nodes: dict[str, Any] = {"label_selector": for_loader} if for_loader else {}
-    blocks = row_numbers(len(bins), len(bins) // per_block, config.data.loaders, for_loader)
-    loaded = blocks.map_batches(
+    loaded = block_numbers(order.blocks, for_loader).map_batches(
         stage(references, timeout),
         batch_size=None,
         batch_format="numpy",
-        compute=TaskPoolStrategy(size=config.data.loaders),
+        compute=TaskPoolStrategy(size=share.loaders),
         num_cpus=_LOADER_CPUS,
         **nodes,
     )
@@ -115,10 +105,11 @@ def make_stream(
         _EncodeActor,
         # In a list: Ray would resolve a reference that is an argument itself.
         fn_constructor_kwargs={"settings": [settings.reference], "timeout": timeout},
-        batch_size=per_block,
+        # Blocks have at least so many rows, so that each is a task of its own.
+        batch_size=settings.bins_per_block,
         batch_format="pyarrow",
         # Ray Data restarts a dead actor without limit.
-        compute=ActorPoolStrategy(size=config.encoder.actor_count, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(size=share.encoders, max_tasks_in_flight_per_actor=2),
         num_cpus=_cpus_unlike_loader(config.encoder.cpus),
         label_selector=for_encoder,
         num_gpus=config.encoder.gpus,
@@ -132,8 +123,7 @@ def set_context() -> None:
     context.print_on_execution_start = False
     # Ray Data cuts blocks of 192 MiB or more into several, which would reach other ranks.
     context.target_max_block_size = None
-    if SchedulerWorkarounds not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(SchedulerWorkarounds)
+    set_scheduling(context)
 
 
 def _cpus_unlike_loader(cpus: float) -> float:
@@ -147,13 +137,16 @@ def _cpus_unlike_loader(cpus: float) -> float:
 class _References(TypedDict):
     """Objects of the load stage. Ray resolves references in a container only on request."""
 
-    order: ray.ObjectRef[tuple[np.ndarray, np.ndarray]]
+    order: ray.ObjectRef[BlockOrder]
     splits: list[ray.ObjectRef[Split]]
     settings: ray.ObjectRef[StreamSettings]
 
 
 class _LoadStage:
-    """Turn row numbers into bins with cached features, or log-mels where the cache has none."""
+    """Turn a block's number into its bins, with cached features or, where there are none, log-mels.
+
+    timeout: seconds for a microbatch.
+    """
 
     def __init__(self, references: _References, timeout: float) -> None:
         self._references = references
@@ -162,58 +155,60 @@ class _LoadStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         from omni.stream.schema import LOADED_SCHEMA
 
-        with self._limited():
-            return pa.Table.from_pylist(self._load(batch), LOADED_SCHEMA)
-
-    def _limited(self) -> AbstractContextManager[None]:
-        return _limited(self._timeout, self._settings.config, "loader")
+        rows = [row for rows in self._microbatches(batch) for row in rows]
+        return pa.Table.from_pylist(rows, LOADED_SCHEMA)
 
     @property
     def _settings(self) -> StreamSettings:
         return _settings(self._references["settings"])
 
-    def _load(self, batch: dict[str, np.ndarray]) -> list[LoadedRow]:
+    def _microbatches(self, batch: dict[str, np.ndarray]) -> Iterator[list[LoadedRow]]:
+        """Load the microbatches of a block, which must be used before the next is asked for."""
         import torch
 
         from omni.stream.stages import load_bin
 
         torch.set_num_threads(1)
-        split_of, bin_of = ray.get(self._references["order"])
-        cache = _shared_cache(self._settings)
-        rows = []
-        for number in batch["id"].tolist():
-            split: Split = ray.get(self._references["splits"][split_of[number]])
-            planned = int(bin_of[number])
-            rows.append(load_bin(split.of_bin(planned), planned, self._settings, cache))
-        return rows
+        order: BlockOrder = _order(self._references["order"])
+        [number] = batch["id"].tolist()
+        places, settings = order.block(number), self._settings
+        cache = _shared_cache(settings)
+        for first in range(0, len(places), settings.bins_per_block):
+            with _limited(self._timeout, settings.config, "loader"):
+                rows = []
+                for place in places[first : first + settings.bins_per_block]:
+                    split: Split = ray.get(self._references["splits"][place.split])
+                    rows.append(load_bin(split.of_bin(place.bin), place.bin, settings, cache))
+                yield rows
 
 
 class _ReadStage(_LoadStage):
-    """Turn row numbers into encoded bins, all of whose features the cache held at the start.
+    """Turn a block's number into encoded bins, all of whose features the cache held at the start.
 
     Features that have been damaged or removed since are encoded again, in a task that asks for the
     resources of an encoder.
     """
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        return pa.concat_tables([self._encoded(rows) for rows in self._microbatches(batch)])
+
+    def _encoded(self, rows: list[LoadedRow]) -> pa.Table:
         from omni.stream.encoded_block import encoded_block
         from omni.stream.schema import LOADED_SCHEMA
 
-        with self._limited():
-            rows = self._load(batch)
-            if not any(mel is not None for row in rows for mels in row["mels"] for mel in mels):
-                return encoded_block(rows, self._settings, {})
-            encoder = self._settings.config.encoder
-            encode: Any = ray.remote(_encode).options(
-                num_cpus=encoder.cpus,
-                num_gpus=encoder.gpus,
-                label_selector=selectors(self._settings.config)[1],
-                max_retries=2,
-            )
-            block: pa.Table = ray.get(
-                encode.remote(pa.Table.from_pylist(rows, LOADED_SCHEMA), self._settings)
-            )
-            return block
+        if not any(mel is not None for row in rows for mels in row["mels"] for mel in mels):
+            return encoded_block(rows, self._settings, {})
+        encoder = self._settings.config.encoder
+        encode: Any = ray.remote(_encode).options(
+            num_cpus=encoder.cpus,
+            num_gpus=encoder.gpus,
+            label_selector=selectors(self._settings.config)[1],
+            max_retries=2,
+        )
+        block: pa.Table = ray.get(
+            encode.remote(pa.Table.from_pylist(rows, LOADED_SCHEMA), self._settings)
+        )
+        return block
 
 
 def _encode(table: pa.Table, settings: StreamSettings) -> pa.Table:
@@ -249,13 +244,13 @@ class _EncodeActor:
 
 @contextmanager
 def _limited(timeout: float, config: Config, stage: str) -> Iterator[None]:
-    """End this process if a block takes longer than `timeout`; say before where it stands."""
+    """End this process if a microbatch takes longer than `timeout`; say before where it stands."""
     with limited(timeout), stacks_after(timeout, config.run_dir, stage, "one block"):
         yield
 
 
 def _block_timeout(config: Config) -> float:
-    """Return the seconds allowed for one block.
+    """Return the seconds allowed for one microbatch.
 
     Less than a rank waits: otherwise the whole worker group would restart instead of one stage.
     """
@@ -265,6 +260,12 @@ def _block_timeout(config: Config) -> float:
 @functools.lru_cache(maxsize=4)
 def _settings(reference: ray.ObjectRef[StreamSettings]) -> StreamSettings:
     """Read the settings of a stream once per process."""
+    return ray.get(reference)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(reference: ray.ObjectRef[BlockOrder]) -> BlockOrder:
+    """Read the order of a stream once per process."""
     return ray.get(reference)
 
 

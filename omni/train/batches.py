@@ -16,6 +16,7 @@ from omni.metrics.table import StepSums
 from omni.metrics.throughput import Stopwatch
 from omni.model.batch import Batch
 from omni.plan.plan import EMPTY, padded_step
+from omni.plan.stream_order import planned_bins
 from omni.stream.collate import Utterance
 from omni.stream.schema import EncodedRow, utterances
 from omni.train.evaluation import HeldOut, Layout
@@ -26,9 +27,9 @@ from omni.train.worker_spec import WorkerSpec
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One block as a batch on the device.
+    """Bins that a rank computes at once, as a batch on the device.
 
-    block: number of the block in its step, over all ranks; the seed of its dropout.
+    block: its number in the step, over all ranks; the seed of its dropout.
     counts: sums over its utterances; the losses are still zero.
     """
 
@@ -40,7 +41,7 @@ class Microbatch:
 class BlockReader:
     """Read this rank's share of the stream, check it against the plan, and count.
 
-    blocks: tables of `bins_per_block` rows, in the order of `stream_bins`.
+    blocks: tables of `bins_per_block` rows, in the order of `StreamOrder`.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class BlockReader:
             self._rank * size, padded_step(bins, self._world, size), self._world * size
         ):
             block: list[EncodedRow] = self._next().to_pylist()
-            planned = [number if number < bins else EMPTY for number in range(first, first + size)]
+            planned = planned_bins(0, first // size, bins, size, bins)
             self._compare(block, name, planned, name)
             self.rejects.add(block, step=0)
             self._held_halvings += sum(row["halvings"] for row in block)
@@ -145,11 +146,8 @@ class BlockReader:
     def _check(self, rows: Sequence[EncodedRow], step: int, block: int) -> None:
         """Raise RuntimeError for a block of other bins than the plan says."""
         optim = self._spec.config.optim
-        first = block * optim.bins_per_block
-        places = range(first, first + optim.bins_per_block)
-        planned = [
-            step * optim.bins_per_step + n if n < optim.bins_per_step else EMPTY for n in places
-        ]
+        per_step = optim.bins_per_step
+        planned = planned_bins(step, block, per_step, optim.bins_per_block, per_step * optim.steps)
         self._compare(rows, "train", planned, f"step {step + 1}")
 
     @staticmethod

@@ -33,6 +33,8 @@ class WorkerSpec:
     """Nodes of the cluster at the start of the attempt."""
     encoders: int = 1
     """Encoder actors of the stream; 0: the cache holds all features that are left to read."""
+    steps_per_block: int = 1
+    """Most steps that a block of the stream holds."""
     resume: ResumePoint | None = None
     """Checkpoint that all ranks start from, verified by the driver; None starts at step 0."""
     lease: int | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis.strategies import floats, integers, sampled_from
@@ -15,12 +14,9 @@ from omni.plan.packing import pack
 from omni.plan.plan import (
     EMPTY,
     Plan,
-    Split,
     held_out_step,
     make_plan,
-    padded_step,
     passes,
-    stream_bins,
 )
 
 
@@ -219,46 +215,6 @@ def plan() -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("workers, bins_per_block", CLUSTERS)
-def test_a_step_holds_the_same_bins_on_any_cluster(
-    plan: Plan, workers: int, bins_per_block: int
-) -> None:
-    rows = plan.rows(0, plan.steps, workers, bins_per_block).reshape(plan.steps, -1)
-    for step, row in enumerate(rows):
-        expected = [b for b in range(step * 5, step * 5 + 5) if b < plan.bins]
-        assert [b for b in row.tolist() if b != EMPTY] == expected
-
-
-@pytest.mark.parametrize("workers, bins_per_block", CLUSTERS)
-def test_every_rank_takes_the_same_number_of_blocks_per_step(
-    plan: Plan, workers: int, bins_per_block: int
-) -> None:
-    """Block k goes to rank k mod workers: a step must be a whole number of rounds."""
-    rows = plan.rows(0, plan.steps, workers, bins_per_block)
-    width = len(rows) // plan.steps
-    assert width == padded_step(5, workers, bins_per_block)
-    assert width % (workers * bins_per_block) == 0
-    assert 5 <= width < 5 + workers * bins_per_block
-
-
-@pytest.mark.parametrize("workers, bins_per_block", CLUSTERS)
-@pytest.mark.parametrize("first", [0, 1, 3])
-def test_a_resumed_stream_is_the_rest_of_the_first(
-    plan: Plan, workers: int, bins_per_block: int, first: int
-) -> None:
-    whole = plan.rows(0, plan.steps, workers, bins_per_block)
-    rest = plan.rows(first, plan.steps, workers, bins_per_block)
-    assert len(rest) == len(whole) // plan.steps * (plan.steps - first)
-    assert np.array_equal(rest, whole[len(whole) - len(rest) :])
-
-
-def test_steps_past_the_end_of_the_plan_are_empty(plan: Plan) -> None:
-    rows = plan.rows(0, plan.steps + 2, 2, 1).reshape(plan.steps + 2, -1)
-    assert rows.max() == plan.bins - 1
-    assert (rows[plan.steps - 1] == EMPTY).any() and (rows[plan.steps :] == EMPTY).all()
-    assert plan.rows(2, 2, 3, 1).tolist() == []
-
-
 @pytest.mark.parametrize("positions", [512, 1024, 2048])
 def test_small_epochs_waste_nothing_at_their_seams(
     embedded_lengths: np.ndarray, positions: int
@@ -441,20 +397,3 @@ def test_held_out_bins_come_before_the_first_evaluation(
     evaluations = [s for s in range(first + 1, last + 1) if s % eval_every == 0 or s == last]
     assert first <= held <= min([*evaluations, last])
     assert held <= first + log_every
-
-
-@pytest.mark.parametrize("held_step", [2, 3, 5])
-def test_the_stream_brings_every_bin_once_whenever_held_out_ones_come(held_step: int) -> None:
-    plan = _plan(_lengths(100, 64, 0))
-    dev = Split("dev", pa.table({}), _plan(_lengths(7, 64, 1), bins_per_step=1))
-    splits = [dev, Split("train", pa.table({}), plan)]
-    parts = stream_bins(splits, 2, 3, 2, held_step, 5)
-    assert all(len(bins) % 6 == 0 for _, bins in parts)
-    rows = [(number, bin) for number, bins in parts for bin in bins.tolist()]
-    trained = [bin for number, bin in rows if number == 1]
-    assert trained == plan.rows(2, 5, 2, 3).tolist()
-    assert [bin for number, bin in rows if number == 0 and bin != EMPTY] == list(
-        range(dev.plan.bins)
-    )
-    before = [number for number, _ in rows].index(0)
-    assert before == len(plan.rows(2, held_step, 2, 3))

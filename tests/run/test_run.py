@@ -22,6 +22,7 @@ import soundfile
 from safetensors.torch import load_file
 
 from jobs import evaluate, train, transcribe
+from omni.metrics.run_files import read_events
 from tests.helpers.whole_runs import (
     ROOT,
     command,
@@ -99,10 +100,16 @@ def test_killed_stopped_and_continued_is_bit_for_bit_the_undisturbed_run(
     assert (run / "checkpoints" / "last").resolve().name == f"step-{reached:06d}"
     assert "Not finished" in (run / "report.html").read_text()
 
-    run_job(tiny, tmp_path, "--eval.examples", "1")
-    [change] = [row for row in lines(run / "events.jsonl") if row["event"] == "setting"]
-    assert (change["name"], change["before"], change["after"]) == ("eval.examples", 2, 1)
-    assert change["step"] == reached and "eval.examples" in (run / "report.html").read_text()
+    run_job(tiny, tmp_path, "--eval.examples", "1", "--data.block_seconds", "9")
+    changes = [row for row in lines(run / "events.jsonl") if row["event"] == "setting"]
+    assert {(row["name"], row["before"], row["after"]) for row in changes} == {
+        ("eval.examples", 2, 1),
+        ("data.block_seconds", 0.5, 9.0),
+    }
+    assert {row["step"] for row in changes} == {reached}
+    assert "eval.examples" in (run / "report.html").read_text()
+    attempts = [row for row in read_events(run) if row["event"] == "attempt"]
+    assert attempts[-1]["steps_per_block"] >= 8, "blocks of any length bring the same steps"
     drivers = [row for row in lines(run / "events.jsonl") if row["event"] == "started"]
     walls = [row["wall_seconds"] for row in drivers]
     summary = json.loads((run / "summary.json").read_text())
@@ -128,7 +135,7 @@ def test_two_workers_on_two_nodes_train_what_one_worker_trains(
     try:
         environment = {**os.environ, "RAY_ADDRESS": cluster.address}
         done = subprocess.run(
-            command(tiny, tmp_path, "--train.workers", "2"),
+            command(tiny, tmp_path, "--train.workers", "2", "--encoder.actors", "2"),
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -16,18 +16,23 @@ import pyarrow as pa
 import pytest
 import ray
 from ray.data import ExecutionOptions, TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from omni.plan.plan import held_bins
+from omni.cluster.ray_internals.data import block_numbers
+from omni.plan.stream_order import ListedBins
 from omni.stream.encoded_block import encoded_block
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.pipeline import SharedSettings, make_stream, set_context
 from omni.stream.schema import ENCODED_SCHEMA, LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings, stream_settings
+from omni.stream.streams import Streams
+from tests.helpers.stream_order import held_bins, stream_places
 from tests.helpers.worker_specs import small_run
 
 ROWS, BLOCKS, ROW_BYTES = 4, 6, 1 << 19
 SMALL_TARGET = 1 << 20  # bytes; Ray Data's own is 128 MiB
+LARGE_ROW = 75 << 20  # bytes; a block has 300 MiB
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +43,33 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def _padded(table: pa.Table) -> pa.Table:
-    """Add half a megabyte to every row."""
-    return table.append_column("bytes", pa.array([bytes(ROW_BYTES)] * len(table)))
+def _received(row_bytes: int) -> list[list[list[int]]]:
+    """Send blocks of four such rows to two ranks; return the rows of each that each receives."""
 
+    def padded(table: pa.Table) -> pa.Table:
+        [number] = table["id"].to_pylist()
+        rows = list(range(number * ROWS, (number + 1) * ROWS))
+        sized = pa.array([bytes(row_bytes)] * ROWS, pa.large_binary())
+        return pa.table({"id": rows, "bytes": sized})
 
-def _received() -> list[list[list[int]]]:
-    """Send blocks of 2 MiB to two ranks; return the rows of each block that each receives."""
     options = ExecutionOptions(preserve_order=True)
-    stream = ray.data.range(ROWS * BLOCKS, override_num_blocks=BLOCKS).map_batches(
-        _padded, batch_size=ROWS, batch_format="pyarrow", compute=TaskPoolStrategy(size=1)
+    stream = block_numbers(BLOCKS, {}).map_batches(
+        padded, batch_size=None, batch_format="pyarrow", compute=TaskPoolStrategy(size=2)
     )
     stream.context.execution_options = options
-    found: list[list[list[int]]] = [[], []]
+    return _read(stream.streaming_split(2, equal=True), None)
+
+
+def _read(shards: Sequence[Any], rows: int | None) -> list[list[list[int]]]:
+    """Read shards at the same time, so many rows at a time; return the column of numbers."""
+    found: list[list[list[int]]] = [[] for _ in shards]
 
     def read(rank: int, shard: Any) -> None:
-        blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        found[rank] = [block["id"].to_pylist() for block in blocks]
+        blocks = shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=0)
+        for block in blocks:
+            name = "id" if "id" in block.column_names else "bin"
+            found[rank].append(block[name].to_pylist())
 
-    shards = stream.streaming_split(2, equal=True)
     readers = [threading.Thread(target=read, args=pair) for pair in enumerate(shards)]
     for reader in readers:
         reader.start()
@@ -70,11 +83,59 @@ def test_blocks_of_any_size_stay_whole_and_ranks_take_turns(
 ) -> None:
     context = ray.data.DataContext.get_current()
     blocks = np.arange(ROWS * BLOCKS).reshape(BLOCKS, ROWS).tolist()
+    set_context()
     monkeypatch.setattr(context, "target_max_block_size", SMALL_TARGET)
-    cut = _received()
+    cut = _received(ROW_BYTES)
     assert all(len(block) < ROWS for rank in cut for block in rank), "Ray Data cuts large blocks"
     set_context()
-    assert _received() == [blocks[0::2], blocks[1::2]]
+    for row_bytes in (8, LARGE_ROW):
+        assert _received(row_bytes) == [blocks[0::2], blocks[1::2]]
+
+
+class _Waiting(ExecutionCallback):
+    """Note the largest number of blocks that wait behind each stage."""
+
+    most: ClassVar[dict[str, int]] = {}
+
+    def on_execution_step(self, executor: Any) -> None:
+        for operator, state in executor._topology.items():
+            waiting = state.output_queue.num_blocks
+            self.most[operator.name] = max(waiting, self.most.get(operator.name, 0))
+
+
+def test_block_numbers_are_made_as_they_are_needed(cluster: None) -> None:
+    """The stream of a long run begins like that of a short one."""
+    set_context()
+    stream = block_numbers(10**7, {}).map_batches(
+        lambda batch: batch, batch_size=None, compute=TaskPoolStrategy(size=2)
+    )
+    stream.context.execution_options.preserve_order = True
+    stream.context.custom_execution_callback_classes.append(_Waiting)
+    blocks = iter(stream.iter_batches(batch_size=None, prefetch_batches=0))
+    assert [next(blocks)["id"].tolist() for _ in range(300)] == [[n] for n in range(300)]
+    del blocks
+    assert 0 < _Waiting.most["ReadBlockNumbers"] < 300
+
+
+def test_groups_of_ranks_have_streams_of_their_own(cluster: None) -> None:
+    """Four ranks on two nodes, in blocks of several steps: each gets the bins of its rank."""
+    prepared = small_run()
+    config = prepared.config
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"loaders": 2, "cache": None}),
+            "encoder": config.encoder.model_copy(update={"actors": 2, "cpus": 0.1}),
+            "optim": config.optim.model_copy(update={"bins_per_step": 5, "steps": 4}),
+        }
+    )
+    settings = SharedSettings.put(stream_settings(config, prepared.encoder))
+    splits = list(prepared.splits.values())
+    streams = Streams([ray.put(split) for split in splits], settings, 1, 2, steps_per_block=2)
+    per_block = config.optim.bins_per_block
+    found = _read(streams.iterators(["a", "a", "b", "b"]), per_block)
+    planned = [place.bin for place in stream_places(splits, (1, 2, 4), 4, per_block)]
+    blocks = [planned[n : n + per_block] for n in range(0, len(planned), per_block)]
+    assert found == [blocks[rank::4] for rank in range(4)]
 
 
 def test_every_item_is_a_task_of_its_own(cluster: None) -> None:
@@ -99,16 +160,16 @@ def _encoder_actors() -> int:
     return sum("_EncodeActor" in actor["ActorClassName"] for actor in actors)
 
 
-def _streamed(settings: StreamSettings) -> list[dict[str, Any]]:
+def _streamed(settings: StreamSettings, microbatches: int = 1) -> list[dict[str, Any]]:
+    """Send the held-out bins through the stream, so many microbatches to a block."""
     split = small_run().splits["dev"]
-    bins = held_bins(split, 1, settings.bins_per_block)
-    stream = make_stream([ray.put(split)], [(0, bins)], SharedSettings.put(settings))
+    bins = np.asarray(held_bins(split, 1, settings.bins_per_block))
+    order = ListedBins(bins, settings.bins_per_block * microbatches)
+    stream = make_stream([ray.put(split)], order, SharedSettings.put(settings))
     stream.context.execution_options.preserve_order = True
     blocks = stream.iter_batches(batch_size=settings.bins_per_block, batch_format="pyarrow")
     tables = [pa.table(block) for block in blocks]
     assert all(table.schema.equals(ENCODED_SCHEMA) for table in tables)
-    stage = "_LoadStage" if settings.encode else "_ReadStage"
-    assert f"ReadRange->MapBatches({stage})" in stream.stats(), "one task reads and loads a block"
     return [row for table in tables for row in table.to_pylist()]
 
 
@@ -139,12 +200,12 @@ def test_a_stream_whose_features_are_all_cached_has_no_encoder(
     cluster: None, tmp_path: Path
 ) -> None:
     """It sends the same blocks, also where a loader is killed, or features are damaged."""
-    prepared, folder = small_run(), tmp_path / "features"
+    prepared, folder, before = small_run(), tmp_path / "features", _encoder_actors()
     settings = stream_settings(prepared.config, prepared.encoder)
     settings = replace(settings, cache=str(folder))
     split = prepared.splits["dev"]
     stage = EncodeStage(settings)
-    bins = held_bins(split, 1, settings.bins_per_block).tolist()
+    bins = held_bins(split, 1, settings.bins_per_block)
     for number in bins:
         stage(pa.Table.from_pylist([load_bin(split, number, settings, None)], LOADED_SCHEMA))
     del stage  # It writes what is pending.
@@ -157,11 +218,11 @@ def test_a_stream_whose_features_are_all_cached_has_no_encoder(
     with _first_killed("MapBatches(_ReadStage)") as killed:
         found = _streamed(replace(settings, encode=False))
     assert len(killed) == 1
-    assert _encoder_actors() == 0
+    assert _encoder_actors() == before
     for shard in folder.glob("*.bin"):
         shard.write_bytes(bytes(shard.stat().st_size))
     lost = _streamed(replace(settings, encode=False))
-    assert _encoder_actors() == 0
+    assert _encoder_actors() == before
     assert sum(row["encoded_samples"] for row in found) == 0
     assert sum(row["encoded_samples"] for row in lost) > 0
     for rows in (found, lost):
@@ -169,5 +230,5 @@ def test_a_stream_whose_features_are_all_cached_has_no_encoder(
             for name in row.keys() - _TIMES - {"encoded_samples"}:
                 assert row[name] == other[name], name
     assert len(FeatureCache(folder).get(cache)) == len(cache), "what was damaged is kept again"
-    assert _streamed(settings)[0]["features"] == expected[0]["features"]
-    assert _encoder_actors() == 1
+    assert [row["features"] for row in _streamed(settings, 2)] == [r["features"] for r in expected]
+    assert _encoder_actors() == before + 1

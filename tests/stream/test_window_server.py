@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from omni.plan.plan import EMPTY
+from omni.plan.stream_order import ListedBins
 from omni.plan.windows_file import read_window_bins
 from omni.run import prepare_parts
 from omni.run.prepare import Prepared, prepare
@@ -55,7 +56,7 @@ def test_loading_tasks_get_the_bins_of_the_plan(prepared: Prepared, served: Any)
     split = prepared.splits["train"]
     bins = np.asarray([*range(3, split.plan.bins), EMPTY])
     settings = stream_settings(prepared.config, prepared.encoder)
-    stream = make_stream([reference], [(0, bins)], SharedSettings.put(settings))
+    stream = make_stream([reference], ListedBins(bins), SharedSettings.put(settings))
     stream.context.execution_options.preserve_order = True
     rows = [row for block in stream.iter_batches(batch_size=None) for row in _rows(block)]
     assert [row["bin"] for row in rows] == bins.tolist()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -16,13 +17,14 @@ import torch
 from omni.audio.decode import decode, decode_with_retry
 from omni.config import parse_config
 from omni.metrics.throughput import Stopwatch
-from omni.plan.plan import EMPTY, held_bins
+from omni.plan.plan import EMPTY
 from omni.report.audio_embed import embed_row
 from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import loaded_blocks
 from omni.stream.stages import EncodeStage
 from omni.stream.stream_settings import stream_settings
 from omni.train.batches import BlockReader
+from tests.helpers.stream_order import held_bins
 from tests.helpers.whole_runs import embedded, lines, write_manifest
 from tests.helpers.worker_specs import encoded_block, small_run
 
@@ -126,7 +128,7 @@ def test_a_rejected_utterance_is_padding_counted_and_not_in_the_ledger(tmp_path:
 def test_held_out_bins_stay_in_memory(tmp_path: Path) -> None:
     prepared = small_run()
     dev = prepared.splits["dev"]
-    bins = held_bins(dev, 2, 2).reshape(-1, 2).tolist()
+    bins = np.reshape(held_bins(dev, 2, 2), (-1, 2)).tolist()
     blocks = [encoded_block(prepared, dev, block) for block in bins]
     held = [
         _reader(tmp_path / f"run{rank}", blocks[rank::2], rank, 2).hold("dev").held
@@ -155,7 +157,7 @@ def test_transcripts_say_where_their_recording_is(tmp_path: Path) -> None:
     prepared = prepare(parse_config(values))
     settings = stream_settings(prepared.config, prepared.encoder)
     split = prepared.splits["dev"]
-    bins = held_bins(split, 1, settings.bins_per_block).tolist()
+    bins = held_bins(split, 1, settings.bins_per_block)
     loaded, _ = loaded_blocks(split, bins, settings)
     spec = make_worker_spec(prepared)
     reader = BlockReader(spec, map(EncodeStage(settings), loaded), 0, 1, CPU, Stopwatch(CPU))

@@ -13,12 +13,12 @@ import torch
 
 from jobs.audit import main as audit_job
 from omni.checkpoint.resume import ResumePoint
-from omni.plan.plan import stream_bins
 from omni.plan.windows_file import windows_path
 from omni.run import prepare_parts
 from omni.run.audit import AuditError, audit
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.train.loop import TrainLoop
+from tests.helpers.stream_order import stream_places
 from tests.helpers.whole_runs import curve, ledger, lines
 from tests.helpers.windowed_runs import BINS, STEPS, windowed_config
 from tests.helpers.worker_specs import encoded_block
@@ -34,11 +34,10 @@ def one_process() -> Iterator[None]:
 def _blocks(prepared: Prepared, first: int, held_step: int, last: int) -> Iterator[pa.Table]:
     """Yield the blocks of the stream, those of training up to step `last`."""
     splits = list(prepared.splits.values())
-    for number, bins in stream_bins(splits, 1, 1, first, held_step, STEPS):
-        for planned in bins.tolist():
-            if splits[number].name == "train" and planned >= last * BINS:
-                return
-            yield encoded_block(prepared, splits[number], [planned])
+    for place in stream_places(splits, (first, held_step, STEPS)):
+        if splits[place.split].name == "train" and place.bin >= last * BINS:
+            return
+        yield encoded_block(prepared, splits[place.split], [place.bin])
 
 
 def _train(storage: Path, last: int = STEPS) -> Path:

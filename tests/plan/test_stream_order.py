@@ -1,0 +1,172 @@
+"""The order of a stream: every bin once, for any ranks, groups of ranks and size of blocks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import integers, lists, sampled_from
+
+from omni.plan.plan import EMPTY, Steps, held_out_step, padded_step
+from omni.plan.stream_order import (
+    ListedBins,
+    Place,
+    Ranks,
+    StreamOrder,
+    apportion,
+    planned_bins,
+    rank_groups,
+)
+
+CLUSTERS = [(1, 1), (2, 1), (3, 2), (4, 1), (2, 4)]
+PER_STEP, STEPS = 5, 9
+
+
+class _Plan(Steps):
+    def __init__(self, bins: int) -> None:
+        self._bins, self.bins_per_step = bins, PER_STEP
+        self.epoch_ends = np.asarray([bins])
+
+    @property
+    def bins(self) -> int:
+        return self._bins
+
+
+def _order(
+    ranks: Ranks,
+    per_block: int,
+    *,
+    bins: int = PER_STEP * STEPS,
+    held: int = 7,
+    steps: tuple[int, int, int] = (0, 3, STEPS),
+    steps_per_block: int = 1,
+) -> StreamOrder:
+    plans = {"dev": _Plan(held), "train": _Plan(bins)}
+    return StreamOrder.of(plans, ranks, per_block, steps, steps_per_block)
+
+
+def _of_rank(order: StreamOrder, rank: int) -> list[Place]:
+    """Join the blocks of a rank, as Ray Data deals them out."""
+    group = list(order.ranks.numbers)
+    numbers = range(group.index(rank), order.blocks, len(group))
+    return [place for number in numbers for place in order.block(number)]
+
+
+@pytest.mark.parametrize("world, per_block", CLUSTERS)
+def test_a_rank_gets_the_bins_that_it_expects(world: int, per_block: int) -> None:
+    order = _order(Ranks.all(world), per_block)
+    for rank in range(world):
+        places = iter(_of_rank(order, rank))
+        for step in range(STEPS):
+            if step == 3:
+                held = [next(places) for _ in range(padded_step(7, world, per_block) // world)]
+                assert {place.split for place in held} == {0}
+            for block in range(rank, padded_step(PER_STEP, world, per_block) // per_block, world):
+                for bin in planned_bins(step, block, PER_STEP, per_block, PER_STEP * STEPS):
+                    assert next(places) == (1, bin)
+        assert next(places, None) is None
+
+
+@pytest.mark.parametrize("world, per_block", CLUSTERS)
+@pytest.mark.parametrize("steps_per_block", [1, 2, 8])
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_groups_and_longer_blocks_change_no_ranks_bins(
+    world: int, per_block: int, steps_per_block: int, first: int
+) -> None:
+    steps = (first, min(first + 3, STEPS), STEPS)
+    whole = _order(Ranks.all(world), per_block, steps=steps)
+    seen = []
+    for group in np.array_split(np.arange(world), min(2, world)):
+        ranks = Ranks(world, group.tolist())
+        order = _order(ranks, per_block, steps=steps, steps_per_block=steps_per_block)
+        for rank in ranks.numbers:
+            assert _of_rank(order, rank) == _of_rank(whole, rank)
+            seen += _of_rank(order, rank)
+    trained = sorted(bin for split, bin in seen if split == 1 and bin != EMPTY)
+    assert trained == list(range(first * PER_STEP, STEPS * PER_STEP))
+    assert sorted(bin for split, bin in seen if split == 0 and bin != EMPTY) == list(range(7))
+
+
+@given(steps=integers(0, 100), longest=sampled_from([1, 2, 4, 16]), held=integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_blocks_grow_to_their_size_and_end_with_their_part(
+    steps: int, longest: int, held: int
+) -> None:
+    held = min(held, steps)
+    order = _order(
+        Ranks.all(2),
+        1,
+        bins=PER_STEP * 100,
+        held=0,
+        steps=(0, held, steps),
+        steps_per_block=longest,
+    )
+    width = padded_step(PER_STEP, 2, 1) // 2
+    sizes = [len(order.block(number)) // width for number in range(order.blocks)]
+    assert sizes[::2] == sizes[1::2], "ranks take turns only where blocks are equally long"
+    assert sum(sizes[::2]) == steps
+    lengths = sizes[::2]
+    growing = [1, *(1 << n for n in range(longest.bit_length()))]
+    for found, planned in zip(lengths[: len(growing)], growing, strict=False):
+        assert found == planned or sum(lengths[: lengths.index(found) + 1]) <= held
+    assert max(lengths, default=0) <= longest
+
+
+def test_the_number_of_blocks_is_known_without_listing_them() -> None:
+    order = _order(Ranks.all(8), 1, bins=10**12, steps=(10, 100, 10**11), steps_per_block=16)
+    assert order.blocks > 10**10
+    assert order.block(order.blocks - 1)[-1].bin == EMPTY
+    assert order.block(order.blocks - 8)[-1].bin == PER_STEP * (10**11 - 1)
+
+
+def test_steps_past_the_end_of_the_plan_are_empty() -> None:
+    bins = PER_STEP * STEPS - 3
+    order = _order(Ranks.all(2), 1, bins=bins, held=0, steps=(0, 0, STEPS + 2))
+    width = padded_step(PER_STEP, 2, 1)
+    rows = np.asarray([place.bin for place in order.places()]).reshape(STEPS + 2, width)
+    assert rows.max() == bins - 1
+    assert (rows[STEPS - 1] == EMPTY).any() and (rows[STEPS:] == EMPTY).all()
+    assert _order(Ranks.all(2), 1, held=0, steps=(2, 2, 2)).blocks == 0
+
+
+def test_held_out_bins_come_before_the_first_evaluation() -> None:
+    order = _order(Ranks.all(1), 1, steps=(2, held_out_step(2, STEPS, 50, 4), STEPS))
+    splits = [place.split for place in order.places()]
+    assert splits.index(0) == (4 - 2) * PER_STEP
+
+
+def test_listed_bins_fill_blocks_in_order() -> None:
+    order = ListedBins(np.arange(3, 10), 3)
+    blocks = [[place.bin for place in order.block(number)] for number in range(order.blocks)]
+    assert blocks == [[3, 4, 5], [6, 7, 8], [9]]
+
+
+# -- groups --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "nodes, wanted, most, expected",
+    [
+        ("aabb", None, 8, [[0, 1], [2, 3]]),
+        ("abab", None, 8, [[0, 2], [1, 3]]),
+        ("aabb", None, 1, [[0, 1, 2, 3]]),
+        ("aaaa", 2, 8, [[0, 1], [2, 3]]),
+        ("aabbcc", None, 2, [[0, 1, 2], [3, 4, 5]]),
+        ("aaab", None, 8, [[0, 1, 2], [3]]),
+        ("a", 5, 5, [[0]]),
+    ],
+)
+def test_ranks_of_a_node_read_one_stream(
+    nodes: str, wanted: int | None, most: int, expected: list[list[int]]
+) -> None:
+    assert rank_groups(nodes, wanted, most) == expected
+
+
+@given(total=integers(1, 50), sizes=lists(integers(1, 9), min_size=1, max_size=8))
+def test_loaders_and_encoders_are_shared_out_by_ranks(total: int, sizes: list[int]) -> None:
+    parts = apportion(total, sizes)
+    assert min(parts) >= 1 and sum(parts) == max(total, len(sizes))
+    if total % sum(sizes) == 0 and len(set(sizes)) == 1:
+        assert all(one == other for one, other in pairwise(parts))
