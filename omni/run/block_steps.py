@@ -51,12 +51,12 @@ def steps_that_fit(data: DataConfig, seconds: float, size: float, workers: int) 
 
 
 def recent_step_seconds(run_dir: StoragePath) -> float | None:
-    """Return the seconds of a step of this run, without waiting; None if none is logged."""
+    """Return the seconds of a step of this run; None if none is logged."""
     logged = (row for row in read_json_lines(run_dir / METRICS) if row.get("kind") == "train")
     rows = list(deque(logged, maxlen=_RECENT + 1))
     # A row has the time of the steps since the one before, which is another attempt's at times.
     pairs = [
-        (row["step"] - before["step"], row["step_seconds"] * (1 - row["data_wait_fraction"]))
+        (row["step"] - before["step"], row["step_seconds"])
         for before, row in zip(rows, rows[1:], strict=False)
         if row["step"] > before["step"]
     ]

@@ -24,13 +24,16 @@ from omni.cluster.ray_init import start_ray
 from omni.config import Config
 from omni.corpus.index import Index
 from omni.corpus.index_row import recordings
+from omni.corpus.parts import PartedCorpus
 from omni.corpus.rejects import count_reasons
-from omni.corpus.splits import build_indexes
+from omni.corpus.splits import open_corpora
+from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ConfigError, counted
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
 from omni.plan.stream_order import ListedBins
 from omni.run.actor_count import assume_actors
+from omni.run.prepare_parts import read_sample
 from omni.storage.path import as_path, join
 from omni.storage.uri import report_storage_errors
 from omni.stream.compaction import compact, compact_if_many
@@ -45,52 +48,105 @@ _PROGRESS_SECONDS = 5.0
 def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Encode the utterances that the feature cache lacks; report progress lines to `say`.
 
-    Stops when the cache is full. Returns counts of `utterances` with distinct audio, those `cached`
-    before, `encoded` now and `kept` at the end; `rejects` by reason; `audio_seconds`, `seconds` and
-    `gigabytes`; and `full`, the reason why the cache took no more, or None.
+    Training data of more than `data.window_utterances` is read window by window. Stops when the
+    cache is full. Returns counts of `utterances` with distinct audio (in their window), those
+    `cached` before, `encoded` now and `kept` at the end; `rejects` by reason; `audio_seconds`,
+    `seconds` and `gigabytes`; and `full`, the reason why the cache took no more, or None.
     Raises ConfigError when the config or its data cannot be used.
     """
     config = assume_actors(config, 1)
     if config.cache is None:
         raise ConfigError("data.cache: expected a folder or URI; null turns the cache off")
-    indexes = build_indexes(config)
-    facts = describe_encoder(config, indexes["train"])
+    indexes, corpus = open_corpora(config)
+    sample = indexes["train"] if corpus is None else read_sample(corpus, config)
+    facts = describe_encoder(config, sample)
     settings = stream_settings(config, facts)
-    if not config.augment.clean_share:
-        del indexes["train"]
-        say("augment changes all training audio in every epoch: only dev and test are encoded")
-    if not indexes:
-        raise ConfigError("augment: expected clean_share above 0, or dev or test data to encode")
+    notes = [note for index in indexes.values() for note in index.notes]
     rejects = Counter(count_reasons(r.reason for i in indexes.values() for r in i.rejects))
-    for note in [note for index in indexes.values() for note in index.notes]:
+    if corpus is not None:
+        notes += corpus.notes
+        rejects.update(count_reasons(reject.reason for reject in corpus.rejects))
+    if not config.augment.clean_share:
+        corpus = None
+        indexes.pop("train", None)
+        say("augment changes all training audio in every epoch: only dev and test are encoded")
+    if not indexes and corpus is None:
+        raise ConfigError("augment: expected clean_share above 0, or dev or test data to encode")
+    for note in notes:
         say(f"note: {note}")
-    table = _distinct_recordings(indexes)
-    keys = table["key"].to_pylist()
     location = join(config.cache, facts.cache_folder)
     cache = FeatureCache(location)
-    absent = set(cache.absent(keys))
-    missing = np.flatnonzero([key in absent for key in keys])
     result: dict[str, Any] = {
         "location": cache.location,
-        "utterances": len(keys),
-        "cached": len(keys) - len(missing),
+        "utterances": 0,
+        "cached": 0,
         "encoded": 0,
+        "kept": 0,
         "audio_seconds": 0.0,
         "seconds": 0.0,
         "halvings": 0,
         "full": None,
     }
-    say(f"{counted(len(keys), 'utterance')}, {result['cached']:,} already in {cache.location}")
+    if corpus is not None:
+        say(f"{corpus.rows:,} utterances of training, window by window")
+    for table in _windows(indexes, corpus, config, rejects):
+        _encode_window(_distinct_recordings(table), settings, cache, result, rejects, say)
+        if result["full"]:
+            break
+    if (compacted := compact_if_many(location)) is not None:
+        say(f"compacted: {compacted}")
+    return {**result, "gigabytes": cache.stored_bytes / 1e9, "rejects": dict(rejects)}
+
+
+def _windows(
+    indexes: dict[str, Index], corpus: PartedCorpus | None, config: Config, rejects: Counter[str]
+) -> Iterator[pa.Table]:
+    """Yield the rows of all splits in tables, of about `data.window_utterances` rows at most.
+
+    Rows of parts without a usable text are counted in `rejects`.
+    """
+    if indexes:
+        yield pa.concat_tables([index.table for index in indexes.values()])
+    if corpus is None:
+        return
+    policy = TextPolicy.of(config.data.model_dump())
+    tables: list[pa.Table] = []
+    for part in corpus.parts:
+        index = apply_policy(part.read(), policy)
+        rejects.update(count_reasons(reject.reason for reject in index.rejects))
+        tables.append(index.table)
+        if sum(map(len, tables)) >= config.data.window_utterances:
+            yield pa.concat_tables(tables)
+            tables = []
+    if tables:
+        yield pa.concat_tables(tables)
+
+
+def _encode_window(
+    table: pa.Table,
+    settings: StreamSettings,
+    cache: FeatureCache,
+    result: dict[str, Any],
+    rejects: Counter[str],
+    say: Callable[[str], None],
+) -> None:
+    """Encode what the cache lacks of one table's recordings; add to `result` and `rejects`."""
+    config = settings.config
+    keys = table["key"].to_pylist()
+    absent = set(cache.absent(keys))
+    missing = np.flatnonzero([key in absent for key in keys])
+    cached = len(keys) - len(missing)
+    result["utterances"] += len(keys)
+    result["cached"] += cached
+    say(f"{counted(len(keys), 'utterance')}, {cached:,} already in {cache.location}")
     if len(missing):
         split = _missing_split(table, missing, GPU_FRAMES if config.encoder.gpus else CPU_FRAMES)
-        start_ray(config)
+        if not ray.is_initialized():
+            start_ray(config)
         settings = replace(settings, keep_features=False, bins_per_block=1)
         _add_up(_drain.remote([ray.put(split)], settings), result, rejects, len(missing), say)
         cache.refresh()
-    kept = len(keys) - len(cache.absent(keys))
-    if (compacted := compact_if_many(location)) is not None:
-        say(f"compacted: {compacted}")
-    return {**result, "kept": kept, "gigabytes": cache.stored_bytes / 1e9, "rejects": dict(rejects)}
+    result["kept"] += len(keys) - len(cache.absent(keys))
 
 
 def compact_cache(config: Config, say: Callable[[str], None] = print) -> None:
@@ -109,9 +165,8 @@ def compact_cache(config: Config, say: Callable[[str], None] = print) -> None:
         say("there is no cache yet")
 
 
-def _distinct_recordings(indexes: dict[str, Index]) -> pa.Table:
-    """Collect the recordings of all splits, one per content key, in the columns of the stream."""
-    table = pa.concat_tables([index.table for index in indexes.values()])
+def _distinct_recordings(table: pa.Table) -> pa.Table:
+    """Collect the recordings of these rows, one per content key, in the columns of the stream."""
     if table["audios"].null_count < len(table):
         rows = [{**row, **r, "audios": None} for row in table.to_pylist() for r in recordings(row)]
         table = pa.Table.from_pylist(rows, table.schema)
@@ -163,6 +218,7 @@ def _add_up(
     counts: generator of references to the rows of a block.
     """
     began = shown = time.monotonic()
+    before, heard = result["seconds"], result["audio_seconds"]
     done = 0
     for reference in counts:
         try:
@@ -179,10 +235,11 @@ def _add_up(
             result["audio_seconds"] += row["encoded_samples"] / SAMPLING_RATE
             result["full"] = result["full"] or row["cache_full"]
             rejects.update(e.partition("\n")[0] for e in row["errors"] if e is not None)
-        result["seconds"] = time.monotonic() - began
+        seconds = time.monotonic() - began
+        result["seconds"] = before + seconds
         if time.monotonic() - shown > _PROGRESS_SECONDS or done == total:
             shown = time.monotonic()
-            rate = result["audio_seconds"] / result["seconds"]
+            rate = (result["audio_seconds"] - heard) / seconds
             say(f"{done:,}/{total:,} utterances, {rate:,.0f} audio-s/s")
         if result["full"]:
             return

@@ -39,7 +39,7 @@ from omni.run.actor_count import assume_actors, is_auto
 from omni.run.early_trial import EarlyTrial
 from omni.run.encoder_actors import resolve_encoder_actors
 from omni.run.encoder_need import missing_share
-from omni.run.estimate import Estimate, estimate, step_seconds
+from omni.run.estimate import Estimate, estimate
 from omni.run.prepare import Prepared
 from omni.run.rates import Cost
 from omni.run.trial import Trial, try_pipe
@@ -106,13 +106,9 @@ def preflight(
         prepared = resolve_encoder_actors(prepared, tried, missing)
     if tried.block is None:
         return prepared
-    config = prepared.config
-    workers = max(
-        1, workers_that_fit(free_nodes(), Demand.of(config), config.train.least, config.train.most)
-    )
-    expected = _estimate(prepared, tried, tried.block, missing, workers)
+    expected = _estimate(prepared, tried, tried.block, missing)
     say(f"  before the start: a block came through; {expected}")
-    return replace(prepared, step_seconds=step_seconds(config, tried.block, workers))
+    return replace(prepared, step_seconds=expected.pace)
 
 
 # -- room --------------------------------------------------------------------------------------
@@ -318,16 +314,15 @@ def _missing(prepared: Prepared) -> float:
     return 1 - (1 - share) * prepared.config.augment.clean_share
 
 
-def _estimate(
-    prepared: Prepared, tried: Trial, block: Cost, missing: float, workers: int
-) -> Estimate:
+def _estimate(prepared: Prepared, tried: Trial, block: Cost, missing: float) -> Estimate:
     config, split = prepared.config, prepared.splits["train"]
-    alone = len(free_nodes()) == 1 and not (config.train.gpus or config.encoder.gpus)
+    train, found = config.train, free_nodes()
+    alone = len(found) == 1 and not (train.gpus or config.encoder.gpus)
     return estimate(
         config,
         split.beginning,
         split.table["samples"].to_numpy(),
-        workers=workers,
+        workers=max(1, workers_that_fit(found, Demand.of(config), train.least, train.most)),
         encoders=config.encoder.actor_count,
         decode_rate=tried.decode_rate,
         encoder_rate=tried.encoder_rate,

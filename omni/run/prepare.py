@@ -100,7 +100,7 @@ class Prepared:
     filled: float
     """Share of the plan's positions that hold an utterance."""
     step_seconds: float | None = None
-    """Seconds of a step that never waits, where a trial has measured it."""
+    """Seconds of each of the first steps, where a trial has been made."""
 
     def write_plan_file(self) -> None:
         split, data = self.splits["train"], self.fingerprints["data.train"]

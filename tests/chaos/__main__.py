@@ -36,6 +36,8 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=2, help="besides the head")
     parser.add_argument("--only", action="append", metavar="NAME", help="faults by name")
     parser.add_argument("--uncached", action="store_true", help="encode in every epoch")
+    parser.add_argument("--streams", type=int, default=1, help="streams that feed the ranks")
+    parser.add_argument("--window", type=int, default=262_144, help="data.window_utterances")
     parser.add_argument("--keep", type=Path, help="work in this empty folder and leave it there")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -50,6 +52,8 @@ def main() -> int:
             workers=arguments.workers,
             nodes=arguments.nodes,
             cached=not arguments.uncached,
+            streams=arguments.streams,
+            window=arguments.window,
         )
         lost: dict[str, list[float]] = defaultdict(list)
         injected: dict[str, int] = defaultdict(int)

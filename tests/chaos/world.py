@@ -24,11 +24,14 @@ ROOT = Path(omni.__file__).parents[1]
 ASSETS = ROOT / "omni" / "assets" / "prompts-en"
 INJECT = Path(__file__).parent / "inject"
 NODE_CPUS = 3
+"""CPUs of a node; one more for each stream after the first."""
 PATIENCE_SECONDS = 240.0
 
 CONFIG = """
 run: {{name: run, storage: {storage}, grace_seconds: 60}}
-data: {{train: [{train}], dev: [{dev}], test: [], loaders: 1, cache: {cache}}}
+data: {{train: [{train}], dev: [{dev}], test: [], loaders: {streams}, cache: {cache},
+       streams: {streams}, window_utterances: {window}}}
+encoder: {{actors: {streams}}}
 tokenizer: {{vocab_size: 300}}
 model: {{n_layer: 2, n_head: 2, n_embd: 64, stack: 4, dropout: 0.1, audio_dropout: 0.1}}
 optim: {{bin_positions: 256, bins_per_step: 4, steps: {steps}, lr: 1.0e-3, warmup_steps: 20,
@@ -104,12 +107,23 @@ class Disk:
 
 
 class World:
-    """workers: what `train.workers` says; nodes: how many the cluster has besides its head."""
+    """workers: what `train.workers` says; nodes: how many the cluster has besides its head.
+
+    streams: each with a loader and an encoder. window: `data.window_utterances`.
+    """
 
     def __init__(
-        self, base: Path, *, steps: int, workers: str, nodes: int, cached: bool = True
+        self,
+        base: Path,
+        *,
+        steps: int,
+        workers: str,
+        nodes: int,
+        cached: bool = True,
+        streams: int = 1,
+        window: int = 262_144,
     ) -> None:
-        self.base, self.nodes = base, nodes
+        self.base, self.nodes, self._cpus = base, nodes, NODE_CPUS + streams - 1
         self.orders = base / "orders"
         self.orders.mkdir()
         self.disk = Disk(base)
@@ -123,6 +137,8 @@ class World:
             steps=steps,
             workers=workers,
             cache="auto" if cached else "null",
+            streams=streams,
+            window=window,
         )
         self.config.write_text(text)
         self.run_dir = self.storage / "run"
@@ -141,7 +157,7 @@ class World:
 
     def add_node(self) -> None:
         assert self.cluster is not None
-        self.cluster.add_node(num_cpus=NODE_CPUS)
+        self.cluster.add_node(num_cpus=self._cpus)
 
     def kill_cluster(self) -> None:
         """Every process of every node at once, as when the power goes."""

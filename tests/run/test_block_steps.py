@@ -38,11 +38,11 @@ def test_without_a_measured_step_a_block_holds_one() -> None:
     assert steps_per_block(small_run(), True, 1) == 1
 
 
-def test_a_steps_time_is_that_of_the_last_lines_without_waiting(tmp_path: Path) -> None:
+def test_a_steps_time_is_that_of_the_last_lines(tmp_path: Path) -> None:
     assert recent_step_seconds(tmp_path) is None
     rows = [
-        {"kind": "train", "step": step, "step_seconds": spent, "data_wait_fraction": waited}
-        for step, spent, waited in [(1, 99.0, 0.0), (6, 10.0, 0.5), (11, 5.0, 0.0), (7, 9.0, 0.0)]
+        {"kind": "train", "step": step, "step_seconds": spent}
+        for step, spent in [(1, 99.0), (6, 4.0), (11, 6.0), (7, 9.0)]
     ]
     lines = [json.dumps(row) for row in (*rows[:2], {"kind": "eval", "step": 6}, *rows[2:])]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

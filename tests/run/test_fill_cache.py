@@ -102,6 +102,21 @@ def test_a_killed_job_goes_on_and_training_encodes_nothing(corpus: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_large_corpus_is_encoded_window_by_window(corpus: Path, tmp_path: Path) -> None:
+    """All rows are in no process at the same time; what two windows share is encoded once."""
+    done = _run("encode", corpus, tmp_path, "--data.window_utterances", "25")
+    assert done.returncode == 0, done.stderr
+    assert f"{ROWS + 1} utterances of training, window by window" in done.stdout
+    counts = re.findall(r"^\s*(\d+) utterances, (\d+) already in ", done.stdout, re.M)
+    dev = len((ASSETS / "dev.jsonl").read_text().splitlines())
+    assert [int(rows) for rows, _ in counts][0] == dev and len(counts) == 4
+    assert sum(int(rows) for rows, _ in counts) == dev + ROWS + 1
+    assert sum(int(cached) for _, cached in counts) == 1, "the row that is there twice"
+    [folder] = [path for path in (tmp_path / "cache").iterdir() if (path / "keys").is_dir()]
+    assert len(FeatureCache(folder)) == dev + ROWS - 1 and "1 not finite" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_full_cache_stops_the_job_and_names_the_setting(corpus: Path, tmp_path: Path) -> None:
     done = _run("encode", corpus, tmp_path, "--data.cache_gb", "0.004")
     assert done.returncode == 1

@@ -19,7 +19,7 @@ from ray.data._internal.execution.operators import actor_pool_map_operator
 from ray.data.block import BlockMetadata
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05  # seconds
-_BLOCKS_PER_TASK = 4096
+_BLOCKS_PER_TASK = 16_384
 """Block numbers that one task makes: few enough to be made again where its node is lost."""
 _AHEAD = 16
 """Block numbers that wait for a loading task at most."""
