@@ -19,7 +19,9 @@ from jobs import audit
 from omni.plan.windows_file import read_window_bins
 from tests.helpers.whole_runs import ROOT, command, curve, ledger, lines, run_job
 
-SETTINGS = ["--data.window_utterances", "16", "--optim.steps", "20", "--eval.every", "10"]
+BINS, STEPS = 2, 40  # bins of a step, and steps: a window has three or four bins
+SETTINGS = ["--data.window_utterances", "16", "--optim.steps", f"{STEPS}", "--eval.every", "20"]
+SETTINGS += ["--optim.bins_per_step", f"{BINS}"]
 
 
 @pytest.mark.slow  # Three starts of a run.
@@ -28,7 +30,7 @@ def test_killed_in_its_third_window_and_continued(tiny: Path, tmp_path: Path) ->
     whole = tmp_path / "whole" / "run"
     [plan] = [path.stem for path in (whole / "plan").glob("*.json")]
     bins = read_window_bins(whole, plan)
-    assert sum(bins) >= 80 and len(bins) >= 7, "20 steps of 4 bins; two windows a half epoch"
+    assert sum(bins) >= BINS * STEPS and len(bins) >= 7
     assert audit.main([str(whole)]) == 0
 
     storage = tmp_path / "killed"
@@ -40,8 +42,8 @@ def test_killed_in_its_third_window_and_continued(tiny: Path, tmp_path: Path) ->
         start_new_session=True,
     )
     run = storage / "run"
-    step = sum(bins[:2]) // 4 + 2
-    assert step * 4 < sum(bins[:3]), "in the middle of the third window"
+    step = sum(bins[:2]) // BINS + 1
+    assert sum(bins[:2]) < step * BINS < sum(bins[:3]), "in the middle of the third window"
     deadline = time.monotonic() + 200
     while not (run / "checkpoints" / f"step-{step:06d}" / "state.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
