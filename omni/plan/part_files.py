@@ -115,6 +115,20 @@ def parts_of(facts: Sequence[PartFacts], weights: tuple[float, ...]) -> Parts:
     )
 
 
+def all_there(paths: Sequence[str]) -> bool:
+    """Tell whether no file of the parts has been removed, by listing their folders."""
+    names: dict[StoragePath, set[str]] = {}
+    for path in map(as_path, paths):
+        if path.parent not in names:
+            try:
+                names[path.parent] = {found.name for found in path.parent.iterdir()}
+            except OSError:
+                return False
+        if path.name not in names[path.parent]:
+            return False
+    return True
+
+
 class PartFiles:
     """Lengths and rows of prepared parts.
 
@@ -139,6 +153,10 @@ class PartFiles:
 
     def path(self, part: int) -> str:
         return self._paths[part]
+
+    def are_there(self) -> bool:
+        """Tell whether no file has been removed."""
+        return all_there(self._paths)
 
     def start(self, part: int) -> int:
         """Return the first utterance number of a part."""

@@ -39,6 +39,7 @@ from omni.run.failures import (
 )
 from omni.run.prepare import Prepared, make_worker_spec
 from omni.run.resize import ResizePolicy
+from omni.run.restore_parts import restore_parts
 from omni.run.signals import Signals
 from omni.run.train_worker import FATAL_FAILURE_FILE
 from omni.run.worker_group import make_trainer
@@ -155,6 +156,9 @@ class Attempts:
             try:
                 resume, nodes = self._choose_resume_point(), len(cluster_nodes())
                 first = 0 if resume is None else resume.step
+                if restore_parts(self._prepared):
+                    reason = "files of prepared parts were gone"
+                    write_event(self._run_dir, "prepared again", first, reason=reason)
                 encode = needs_encoder(self._prepared.splits, self._settings, first)
                 spec = make_worker_spec(
                     self._prepared, workers, resume, nodes, self._lease.number, encode

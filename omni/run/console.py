@@ -209,6 +209,7 @@ def describe_event(event: dict[str, Any]) -> str | None:
         "checkpoint failed": "checkpoint not written, training continues",
         "damaged checkpoint": "skipping a damaged checkpoint",
         "best": "the best checkpoint is chosen anew",
+        "prepared again": "preparing the training data again",
         "override": "continuing with other fingerprints",
     }
     return f"{titles[kind]}: {reason or event.get('fields')}" if kind in titles else None

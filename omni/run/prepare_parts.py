@@ -26,11 +26,11 @@ from omni.corpus.parts import CorpusPart, PartedCorpus
 from omni.corpus.rejects import Reject
 from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ManifestError
-from omni.plan.part_files import PartFacts, PartFiles, facts_of, parts_of
+from omni.plan.part_files import PartFacts, PartFiles, all_there, facts_of, parts_of
 from omni.run.prepared_part import Recipe, prepare_part
 from omni.storage.atomic import write_atomic
 from omni.storage.digest import digest
-from omni.storage.path import StoragePath, as_path, register_credentials
+from omni.storage.path import StoragePath, register_credentials
 
 _FOLDER = "prepared"
 _SAMPLED_ROWS = 200_000
@@ -251,22 +251,8 @@ def _read_summary(
         joined = {str(key): [int(n) for n in found] for key, found in kept["joined"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (facts, joined) if len(facts) == parts and _are_there(facts) else None
-
-
-def _are_there(facts: Sequence[PartFacts]) -> bool:
-    """Tell whether no file of the parts has been removed, by listing their folders."""
-    names: dict[StoragePath, set[str]] = {}
-    for part in facts:
-        path = as_path(part.path)
-        if path.parent not in names:
-            try:
-                names[path.parent] = {found.name for found in path.parent.iterdir()}
-            except OSError:
-                return False
-        if path.name not in names[path.parent]:
-            return False
-    return True
+    whole = len(facts) == parts and all_there([part.path for part in facts])
+    return (facts, joined) if whole else None
 
 
 def _write_summary(prepared: PreparedCorpus) -> None:

@@ -28,6 +28,7 @@ from omni.report.plan_page import plan_section, read_run
 from omni.run import prepare_parts
 from omni.run.prepare import Prepared, prepare
 from omni.run.prepared_part import plain_sentence
+from omni.run.restore_parts import restore_parts
 from tests.helpers.whole_runs import ROOT, embedded, write_manifest
 
 WINDOW = 16
@@ -281,3 +282,30 @@ def test_processes_prepare_what_one_does(
     elsewhere = config(run={"storage": str(tmp_path / "other")})
     together = prepare(elsewhere, said.append)
     assert together.fingerprints == alone.fingerprints and said
+
+
+def test_parts_that_were_removed_during_a_run_are_made_again(
+    config: Callable[..., Config], manifests: tuple[Path, Path]
+) -> None:
+    prepared = prepare(config())
+    reader = prepared.splits["train"].reader
+    assert reader is not None and not restore_parts(prepared), "nothing is gone"
+    window = reader.plan(3)
+    rows, lengths = reader.files.rows(window)
+    for part in range(len(reader.files)):
+        Path(reader.files.path(part)).unlink()
+    with pytest.raises(FileNotFoundError):
+        reader.files.rows(window)
+    assert restore_parts(prepared)
+    again, same = reader.files.rows(window)
+    assert again.equals(rows) and (same.natural == lengths.natural).all()
+
+    Path(reader.files.path(0)).unlink()
+    train, _ = manifests
+    text = train.read_text()
+    train.write_text("".join(text.splitlines(keepends=True)[1:]))
+    try:
+        with pytest.raises(ConfigError, match=r"^data\.train\b.*\bchanged"):
+            restore_parts(prepared)
+    finally:
+        train.write_text(text)
