@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -16,27 +17,31 @@ from omni.storage.s3_client import read_start
 _AT_ONCE = 32
 """Requests of one loader that are under way."""
 _OPEN_ARCHIVES = 64
+_MOST_LARGE = 100_000
+_MOST_FAILURES = 3
+"""Failed requests of a bucket after which nothing more of it is fetched ahead."""
+_log = logging.getLogger(__name__)
 
-Place = TypeVar("Place", bound=Hashable)
+Name = TypeVar("Name", bound=Hashable)
 
 
 def fetch_ahead(
-    wanted: Iterable[tuple[Place, str, AudioSpan]],
-) -> Iterator[tuple[Place, FetchedRecording | None]]:
+    wanted: Iterable[tuple[Name, str, AudioSpan]],
+) -> Iterator[tuple[Name, FetchedRecording | None]]:
     """Yield recordings in order while those after them are fetched.
 
-    wanted: a name for each, its URI, and where it lies in that. None stands for those that are to
+    wanted: the name of each, its URI, and where it lies in that. None stands for those that are to
     be opened as usual: files on disk, large objects, and objects whose request failed.
     """
     asked = list(wanted)
     if not any("://" in uri for _, uri, _ in asked):
-        return ((place, None) for place, _, _ in asked)
+        return ((name, None) for name, _, _ in asked)
     return parallel_map(lambda of: (of[0], _fetch(of[1], of[2])), asked, _AT_ONCE)
 
 
 def _fetch(uri: str, span: AudioSpan) -> FetchedRecording | None:
     path = literal_path(uri)
-    if not isinstance(path, ObjectPath):
+    if not isinstance(path, ObjectPath) or path in _LARGE or _FAILED[path.root] >= _MOST_FAILURES:
         return None
     try:
         if span.bytes is None:
@@ -44,9 +49,21 @@ def _fetch(uri: str, span: AudioSpan) -> FetchedRecording | None:
         else:
             offset, length = span.bytes
             data = None if length > MAX_WHOLE else _from_archive(path, offset, length)
-    except OSError:
+    except FileNotFoundError:
+        return None  # Opening it again says so.
+    except OSError as error:
+        _count_failure(path, error)
         return None  # Opening it again tells what is wrong, or tries for longer.
+    if data is None and span.bytes is None and len(_LARGE) < _MOST_LARGE:
+        _LARGE.add(path)
     return None if data is None else FetchedRecording(str(path), data)
+
+
+def _count_failure(path: ObjectPath, error: OSError) -> None:
+    """Count a failure of a bucket; say once that its recordings are read one at a time."""
+    _FAILED[path.root] += 1
+    if _FAILED[path.root] == _MOST_FAILURES:
+        _log.warning("%s: recordings are read one at a time: %s", path, error)
 
 
 def _from_archive(path: ObjectPath, offset: int, length: int) -> bytes | None:
@@ -74,5 +91,9 @@ def _archive(path: ObjectPath) -> Any:
     return opened.result()
 
 
+_LARGE: set[ObjectPath] = set()
+"""Objects that are too large to be read whole."""
+_FAILED: Counter[str] = Counter()
+"""Failures by bucket."""
 _LOCK = threading.Lock()
 _ARCHIVES: OrderedDict[ObjectPath, Future[Any]] = OrderedDict()

@@ -6,8 +6,8 @@ All features are cached, and nobody trains.
 from __future__ import annotations
 
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,11 +112,8 @@ def _read(splits: Any, order: RepeatedSteps, settings: SharedSettings, steps: in
             if rank == 0 and step in (1, _WARM, steps):
                 mark((1, _WARM, steps).index(step))
 
-    readers = [threading.Thread(target=read, args=(rank,)) for rank in range(_RANKS)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
+    with ThreadPoolExecutor(_RANKS) as pool:
+        list(pool.map(read, range(_RANKS)))
     measured = max(1, steps - _WARM)
     wall, cpu = ((marks[2][n] - marks[1][n]) / measured for n in (0, 1))
     ray.kill(shards[0]._coord_actor)

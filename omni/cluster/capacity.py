@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from omni.config import Config
@@ -141,6 +141,17 @@ def workers_that_fit(nodes: Sequence[Node], demand: Demand, least: int, most: in
             if demand.fits(nodes, workers, encoders, loaders + 1):
                 return workers
     return 0
+
+
+def stages_that_fit(nodes: Sequence[Node], demand: Demand, workers: int) -> tuple[int, int]:
+    """Count the loaders and the encoders that fit beside so many workers: at least one of both."""
+
+    def most(wanted: int, fits: Callable[[int], bool]) -> int:
+        return next((count for count in range(wanted, 1, -1) if fits(count)), 1)
+
+    encoders = most(demand.encoders, lambda count: demand.fits(nodes, workers, count, 1))
+    loaders = most(demand.loaders, lambda count: demand.fits(nodes, workers, encoders, count))
+    return loaders, encoders
 
 
 def shortage(nodes: Sequence[Node], demand: Demand, least: int, most: int) -> str | None:

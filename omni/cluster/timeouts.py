@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def block_timeout(seconds: float) -> float:
-    """Return the limit of one block in a loader or encoder: another one takes it, no rank ends."""
+    """Return the limit of one microbatch in a loader or encoder: another takes it, no rank ends."""
     return 0.5 * seconds
 
 

@@ -207,9 +207,9 @@ class DataConfig(Section):
     block_mb: Positive = 32
     """Largest block of the stream in MiB, as far as one step of a rank is not larger."""
     block_seconds: PositiveFloat = 0.5
-    """Seconds that the steps of one block take, as far as one of them is not longer."""
+    """Seconds that a rank trains on one block of the stream, as far as a step is not longer."""
     streams: Positive | None = None
-    """Streams that feed the ranks, at most one per loader and encoder; null: one per node."""
+    """Streams that feed the ranks, each with loaders and encoders of its own; null: by nodes."""
     loaders: Positive = 2
     """Number of tasks that read and decode audio at a time, one logical CPU each."""
     loader_rate: PositiveFloat | None = None

@@ -32,7 +32,7 @@ def build_indexes(config: Config) -> dict[str, Index]:
     Raises ConfigError.
     """
     _open_cache(config)
-    with _naming_settings():
+    with naming_settings():
         indexes = {name: _build(specs, config) for name, specs in _specs(config).items()}
     return _with_text(indexes, config)
 
@@ -45,7 +45,7 @@ def open_corpora(config: Config) -> tuple[dict[str, Index], PartedCorpus | None]
     _open_cache(config)
     specs, window = _specs(config), config.data.window_utterances
     train, parts = specs["train"], None
-    with _naming_settings():
+    with naming_settings():
         if indexed_rows(train) > window:
             others = {
                 number: _build([source], config)
@@ -112,7 +112,7 @@ def _build(specs: Sequence[str | SourceConfig], config: Config) -> Index:
 
 
 @contextmanager
-def _naming_settings() -> Iterator[None]:
+def naming_settings() -> Iterator[None]:
     """Turn errors of manifests and of storage into ConfigError."""
     try:
         with report_storage_errors("data"):

@@ -6,6 +6,7 @@ one step would cost the stream's coordinator as much as one of many.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -190,18 +191,27 @@ def planned_bins(
     return [bin if bin < end else EMPTY for bin in places]
 
 
-def rank_groups(nodes: Sequence[str], wanted: int | None, most: int) -> list[list[int]]:
-    """Divide ranks into groups, each with a stream of its own; at most `most` of them.
+def count_streams(nodes: int, wanted: int | None, loaders: int, encoders: int | None) -> int:
+    """Choose how many streams feed the ranks of so many nodes; each needs a loader and an encoder.
 
-    nodes: that of each rank. wanted: number of groups; None: one for each node.
+    wanted: `data.streams`; None: one for each node, or fewer where each is to have equally many
+    encoders: ranks train in step, so the stream with the fewest is the pace of all. encoders: None
+    where nothing is encoded.
     """
+    limit = loaders if encoders is None else min(loaders, encoders)
+    if wanted is None:
+        wanted = nodes if encoders is None else math.gcd(nodes, encoders)
+    return max(1, min(wanted, limit))
+
+
+def rank_groups(nodes: Sequence[str], streams: int) -> list[list[int]]:
+    """Divide ranks into groups, each with a stream of its own. nodes: that of each rank."""
     first_seen = {node: number for number, node in reversed(list(enumerate(nodes)))}
     ranks = sorted(range(len(nodes)), key=lambda rank: (first_seen[nodes[rank]], rank))
-    if wanted is None and len(first_seen) <= most:
+    if streams == len(first_seen):
         by_node = groupby(ranks, key=lambda rank: nodes[rank])
         return [list(of_node) for _, of_node in by_node]
-    count = min(len(first_seen) if wanted is None else wanted, most, len(ranks))
-    return [part.tolist() for part in np.array_split(ranks, max(1, count))]
+    return [group.tolist() for group in np.array_split(ranks, min(streams, len(ranks)))]
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:

@@ -24,12 +24,13 @@ from omni.cluster.capacity import (
     cluster_nodes,
     describe_resources,
     free_nodes,
+    stages_that_fit,
     workers_that_fit,
 )
 from omni.errors import counted
 from omni.metrics.prometheus import RayPublisher
 from omni.metrics.run_files import count_events, read_events, write_event
-from omni.run.block_steps import steps_per_block
+from omni.run.block_steps import Pace, recent_pace, steps_per_block
 from omni.run.encoder_need import needs_encoder
 from omni.run.failures import (
     is_cluster_lost,
@@ -46,7 +47,7 @@ from omni.run.worker_group import make_trainer
 from omni.storage.fence import check_fence
 from omni.storage.lease import Lease
 from omni.storage.uri import reason_of
-from omni.stream.pipeline import SharedSettings
+from omni.stream.pipeline import Share, SharedSettings
 from omni.stream.stream_settings import stream_settings
 from omni.stream.streams import Streams
 from omni.stream.window_server import put_split
@@ -163,10 +164,11 @@ class Attempts:
                 spec = make_worker_spec(
                     self._prepared, workers, resume, nodes, self._lease.number, encode
                 )
-                steps = steps_per_block(self._prepared, encode, workers)
+                steps = steps_per_block(self._prepared, encode, workers, self._pace())
                 spec = replace(spec, steps_per_block=steps)
                 settings = SharedSettings.put(replace(self._settings, encode=encode))
-                streams = Streams(self._splits, settings, first, spec.held_step, steps)
+                room = Share(*stages_that_fit(free_nodes(), Demand.of(self._config), workers))
+                streams = Streams(self._splits, settings, first, spec.held_step, room, steps)
                 make_trainer(spec, workers, streams).fit()
             except BaseException as error:  # A lost connection raises SystemExit.
                 outcome.append(error)
@@ -191,6 +193,12 @@ class Attempts:
         self._polled = 0.0
         self._resize.restart()
         return outcome[0] if outcome else None
+
+    def _pace(self) -> Pace | None:
+        """Return the pace of the run so far, or that which is expected."""
+        expected = self._prepared.estimate
+        before = None if expected is None else Pace(expected.busy, expected.pace)
+        return recent_pace(self._run_dir) or before
 
     def _choose_resume_point(self) -> ResumePoint | None:
         """Choose and verify the checkpoint of the next attempt, once for all its ranks.

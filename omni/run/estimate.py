@@ -20,6 +20,7 @@ class Estimate:
     limit: str
     filling: float  # seconds until the cache holds all features
     filling_limit: str
+    busy: float  # seconds of a step that does not wait
     pace: float  # seconds of each of the first steps
 
     def __str__(self) -> str:
@@ -80,13 +81,19 @@ def estimate(
         step = max(step, sum(seconds * processes for seconds, processes in pools.values()) / cores)
         train = max(train, train * pools["trainer"][1] / cores)
     if always:  # Every epoch encodes.
-        return Estimate(step * steps, limit, step * steps, limit, step)
+        return Estimate(step * steps, limit, step * steps, limit, train, step)
     epoch = int(plan.epoch_ends[0]) / config.optim.bins_per_step if len(plan.epoch_ends) else steps
     filling = missing * min(epoch, steps)
     rest = (steps - filling) * train
     whole = "trainer" if rest > filling * step else limit
-    pace = step if filling else train
-    return Estimate(filling * step + rest, whole, filling * step, limit if filling else whole, pace)
+    return Estimate(
+        filling * step + rest,
+        whole,
+        filling * step,
+        limit if filling else whole,
+        train,
+        step if filling else train,
+    )
 
 
 def duration(seconds: float) -> str:

@@ -26,14 +26,14 @@ from omni.corpus.index import Index
 from omni.corpus.index_row import recordings
 from omni.corpus.parts import PartedCorpus
 from omni.corpus.rejects import count_reasons
-from omni.corpus.splits import open_corpora
-from omni.corpus.text import TextPolicy, apply_policy
+from omni.corpus.splits import naming_settings, open_corpora
 from omni.errors import ConfigError, counted
 from omni.model.encoder.whisper import CPU_FRAMES, GPU_FRAMES
 from omni.plan.plan import Plan, Split
 from omni.plan.stream_order import ListedBins
 from omni.run.actor_count import assume_actors
 from omni.run.prepare_parts import read_sample
+from omni.run.prepared_part import read_with_text
 from omni.storage.path import as_path, join
 from omni.storage.uri import report_storage_errors
 from omni.stream.compaction import compact, compact_if_many
@@ -92,6 +92,8 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
     for table in _windows(indexes, corpus, config, rejects):
         _encode_window(_distinct_recordings(table), settings, cache, result, rejects, say)
         if result["full"]:
+            if corpus is not None:
+                say("the windows after this one were not looked through")
             break
     if (compacted := compact_if_many(location)) is not None:
         say(f"compacted: {compacted}")
@@ -101,7 +103,7 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
 def _windows(
     indexes: dict[str, Index], corpus: PartedCorpus | None, config: Config, rejects: Counter[str]
 ) -> Iterator[pa.Table]:
-    """Yield the rows of all splits in tables, of about `data.window_utterances` rows at most.
+    """Yield the rows of what is in memory, and then those of the parts, a window at a time.
 
     Rows of parts without a usable text are counted in `rejects`.
     """
@@ -109,10 +111,10 @@ def _windows(
         yield pa.concat_tables([index.table for index in indexes.values()])
     if corpus is None:
         return
-    policy = TextPolicy.of(config.data.model_dump())
     tables: list[pa.Table] = []
     for part in corpus.parts:
-        index = apply_policy(part.read(), policy)
+        with naming_settings():
+            index = read_with_text(part, config)
         rejects.update(count_reasons(reject.reason for reject in index.rejects))
         tables.append(index.table)
         if sum(map(len, tables)) >= config.data.window_utterances:

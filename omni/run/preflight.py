@@ -108,7 +108,7 @@ def preflight(
         return prepared
     expected = _estimate(prepared, tried, tried.block, missing)
     say(f"  before the start: a block came through; {expected}")
-    return replace(prepared, step_seconds=expected.pace)
+    return replace(prepared, estimate=expected)
 
 
 # -- room --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,9 @@ from omni.storage.digest import digest
 from omni.stream.encoder_facts import EncoderFacts, describe_encoder
 from omni.train.worker_spec import WorkerSpec
 
+if TYPE_CHECKING:
+    from omni.run.estimate import Estimate
+
 # A decoded answer may be this many times as long as the longest one of training.
 _ANSWER_MARGIN = 2.0
 _LEAST_NEW_TOKENS = 16
@@ -99,8 +102,8 @@ class Prepared:
     """Remarks for the user, shown before the start."""
     filled: float
     """Share of the plan's positions that hold an utterance."""
-    step_seconds: float | None = None
-    """Seconds of each of the first steps, where a trial has been made."""
+    estimate: Estimate | None = None
+    """Of the training time, where a trial has been made."""
 
     def write_plan_file(self) -> None:
         split, data = self.splits["train"], self.fingerprints["data.train"]

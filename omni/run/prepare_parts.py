@@ -24,10 +24,9 @@ from omni.corpus.index import Index
 from omni.corpus.languages import unknown_languages
 from omni.corpus.parts import CorpusPart, PartedCorpus
 from omni.corpus.rejects import Reject
-from omni.corpus.text import TextPolicy, apply_policy
 from omni.errors import ManifestError
 from omni.plan.part_files import PartFacts, PartFiles, all_there, facts_of, parts_of
-from omni.run.prepared_part import Recipe, prepare_part
+from omni.run.prepared_part import Recipe, prepare_part, read_with_text
 from omni.storage.atomic import write_atomic
 from omni.storage.digest import digest
 from omni.storage.path import StoragePath, register_credentials
@@ -91,11 +90,10 @@ class PreparedCorpus:
 def read_sample(corpus: PartedCorpus, config: Config) -> Index:
     """Read some parts, drawn by the seed, as an index that stands for the whole corpus."""
     register_credentials(config.locations)
-    policy = TextPolicy.of(config.data.model_dump())
     order = np.random.default_rng(config.run.seed).permutation(len(corpus.parts))
     tables, rows = [], 0
     for number in order.tolist():
-        index = apply_policy(corpus.parts[number].read(), policy)
+        index = read_with_text(corpus.parts[number], config)
         tables.append(index.table)
         rows += len(index)
         if rows >= _SAMPLED_ROWS:

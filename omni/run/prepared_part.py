@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from omni.augment.speed import Speeds, names_of
 from omni.config import Config
+from omni.corpus.index import Index
 from omni.corpus.index_row import DEFAULT_TASK
 from omni.corpus.parts import CorpusPart
 from omni.corpus.text import TextPolicy, apply_policy
@@ -82,12 +83,21 @@ def prepare_part(part: CorpusPart, recipe: Recipe, folder: StoragePath) -> PartF
     return replace(facts, path=str(path), source=part.source)
 
 
-def _make(part: CorpusPart, recipe: Recipe, path: str) -> tuple[pa.Table, PartFacts]:
-    config = recipe.config
+def read_with_text(part: CorpusPart, config: Config) -> Index:
+    """Read a part and apply the text policy.
+
+    Raises ConfigError for a language that has no tag, and ManifestError for a damaged part.
+    """
+    index = part.read()
     try:
-        index = apply_policy(part.read(), TextPolicy.of(config.data.model_dump()))
+        return apply_policy(index, TextPolicy.of(config.data.model_dump()))
     except ValueError as error:
         raise ConfigError(f"data.language_tag: {error}") from None
+
+
+def _make(part: CorpusPart, recipe: Recipe, path: str) -> tuple[pa.Table, PartFacts]:
+    config = recipe.config
+    index = read_with_text(part, config)
     tasks = sorted({task or DEFAULT_TASK for task in index.table["task"].unique().to_pylist()})
     template = _template(recipe.tokenizer_json, recipe.template)
     table, lengths, too_long = with_tokens(index, template, tasks, config)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +24,15 @@ def s3_client(path: ObjectPath) -> tuple[Any, str, str] | None:
         return None
     filesystem, location = path.filesystem
     bucket, _, key = location.partition("/")
-    client = _client(path.root, filesystem.region)
+    with _LOCK:  # boto3's session is not made for several threads.
+        client = _client(path.root, filesystem.region)
     return None if client is None else (client, bucket, key)
 
 
 _CONNECTIONS = 64
 """Most connections of one client: requests of loaders run at the same time."""
+_CONNECT_SECONDS = 10
+_LOCK = threading.Lock()
 
 
 @functools.lru_cache(maxsize=16)
@@ -59,6 +63,7 @@ def _client(root: str, region: str) -> Any:
             s3={"addressing_style": style},
             retries={"max_attempts": 3},
             max_pool_connections=_CONNECTIONS,
+            connect_timeout=_CONNECT_SECONDS,
             signature_version=UNSIGNED if location.startswith("anonymous@") else None,
         ),
     )
@@ -80,7 +85,8 @@ def read_start(path: ObjectPath, most: int) -> bytes | None:
 
     One request with boto3, and two without: pyarrow asks for the size first. Raises OSError.
     """
-    found = s3_client(path)
+    with s3_errors_as_oserror(path):
+        found = s3_client(path)
     if found is None:
         with path.ranges() as file:
             return None if file.size() > most else bytes(file.read())
@@ -91,12 +97,14 @@ def read_start(path: ObjectPath, most: int) -> bytes | None:
         try:
             answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{most}")
         except ClientError as error:
-            if error.response.get("Error", {}).get("Code") == "InvalidRange":
+            code = error.response.get("Error", {}).get("Code")
+            if code == "InvalidRange":
                 return b""  # An empty object has no first byte.
+            if code in ("NoSuchKey", "404"):
+                raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from None
             raise
         with contextlib.closing(answer["Body"]) as body:
-            data = bytes(body.read()) if answer["ContentLength"] <= most else None
-    return data
+            return bytes(body.read()) if answer["ContentLength"] <= most else None
 
 
 def upload_large(path: ObjectPath, source: Path) -> None:

@@ -227,7 +227,7 @@ class _EncodeActor:
         self._encode, self._timeout, self._config = EncodeStage(shared), timeout, shared.config
         self._histogram = Histogram(
             "omni_encoder_batch_seconds",
-            "Seconds that an encoder actor takes for one block.",
+            "Seconds that an encoder actor takes for one microbatch.",
             _HISTOGRAM_SECONDS,
             ("run",),
         )
@@ -245,7 +245,7 @@ class _EncodeActor:
 @contextmanager
 def _limited(timeout: float, config: Config, stage: str) -> Iterator[None]:
     """End this process if a microbatch takes longer than `timeout`; say before where it stands."""
-    with limited(timeout), stacks_after(timeout, config.run_dir, stage, "one block"):
+    with limited(timeout), stacks_after(timeout, config.run_dir, stage, "one microbatch"):
         yield
 
 

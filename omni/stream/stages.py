@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -183,18 +184,34 @@ class _Sources:
         scheduled: Sequence[Sequence[_ScheduledRecording]],
         features: Sequence[Sequence[bytes | None]],
     ) -> None:
-        wanted: dict[object, _ScheduledRecording] = {}
-        for recording, feature in zip(chain(*scheduled), chain(*features), strict=True):
-            if feature is None:
-                wanted.setdefault(recording.key or id(recording), recording)
+        wanted = [
+            recording
+            for recording, feature in zip(chain(*scheduled), chain(*features), strict=True)
+            if feature is None
+        ]
+        self._uses = Counter(map(_name_of, wanted))
+        self._found: dict[object, FetchedRecording | None] = {}
+        first = {_name_of(recording): recording.row for recording in reversed(wanted)}
         self._ahead = fetch_ahead(
-            (id(one), one.row["uri"], span_of(one.row)) for one in wanted.values()
+            (name, first[name]["uri"], span_of(first[name])) for name in self._uses
         )
 
     def take(self, recording: _ScheduledRecording) -> FetchedRecording | None:
-        """Return the bytes of a recording; None: it is to be opened where it lies."""
-        # Those of utterances that have an error already are passed over.
-        return next((found for place, found in self._ahead if place == id(recording)), None)
+        """Return the bytes of a recording; None: it is to be opened where it lies.
+
+        Recordings of utterances that have an error already are not asked for.
+        """
+        name = _name_of(recording)
+        while name not in self._found:
+            other, fetched = next(self._ahead)
+            self._found[other] = fetched
+        self._uses[name] -= 1
+        return self._found[name] if self._uses[name] else self._found.pop(name)
+
+
+def _name_of(recording: _ScheduledRecording) -> object:
+    """Return what recordings of the same bytes share, and augmented ones do not."""
+    return recording.key or id(recording)
 
 
 def _log_mel(

@@ -13,6 +13,7 @@ import ray
 from ray.data import DataIterator, ExecutionOptions, ExecutionResources
 from ray.train import DataConfig
 
+from omni.cluster.ray_internals.data import end_together
 from omni.stream.pipeline import Share, SharedSettings, make_stream
 
 if TYPE_CHECKING:
@@ -29,25 +30,35 @@ class Streams:
     """Streams of an attempt that trains from `first_step` on.
 
     splits: references to `Split`s in the object store. held_step: step after which the held-out
-    bins come.
+    bins come. room: loaders and encoders for which the cluster has room at the start.
     """
 
     splits: list[ray.ObjectRef[Split]]
     settings: SharedSettings
     first_step: int
     held_step: int
+    room: Share
     steps_per_block: int = 1
 
     def iterators(self, nodes: Sequence[str]) -> list[DataIterator]:
         """Start the streams; return the iterator of each rank. nodes: that of each rank."""
-        from omni.plan.stream_order import Ranks, StreamOrder, apportion, rank_groups
+        from omni.plan.stream_order import (
+            Ranks,
+            StreamOrder,
+            apportion,
+            count_streams,
+            rank_groups,
+        )
 
-        config = self.settings.config
-        whole = Share.whole(config)
-        most = min(whole.loaders, whole.encoders) if self.settings.encode else whole.loaders
-        groups = rank_groups(nodes, config.data.streams, most)
+        config, room = self.settings.config, self.room
+        encoders = room.encoders if self.settings.encode else None
+        count = count_streams(len(set(nodes)), config.data.streams, room.loaders, encoders)
+        groups = rank_groups(nodes, count)
+        if len(groups) == 1:
+            # What has no room yet may find some later, and a stream begins with a part of it.
+            room = Share.whole(config)
         sizes = [len(group) for group in groups]
-        shares = map(Share, apportion(whole.loaders, sizes), apportion(whole.encoders, sizes))
+        shares = map(Share, apportion(room.loaders, sizes), apportion(room.encoders, sizes))
         plans = {split.name: split.plan for split in ray.get(self.splits)}
         steps = (self.first_step, self.held_step, config.optim.steps)
         found: dict[int, DataIterator] = {}
@@ -61,19 +72,20 @@ class Streams:
             )
             stream = make_stream(self.splits, order, self.settings, share)
             stream.set_name(STREAM)
-            stream.context.execution_options = _options(config.data.buffer_mb, len(groups))
+            share_of_ranks = len(group) / len(nodes)
+            stream.context.execution_options = _options(config.data.buffer_mb, share_of_ranks)
             found |= zip(group, stream.streaming_split(len(group), equal=True), strict=True)
-        return [found[rank] for rank in range(len(nodes))]
+        return end_together([found[rank] for rank in range(len(nodes))])
 
 
-def _options(buffer_mb: int | None, streams: int) -> ExecutionOptions:
-    """Keep the order of blocks, and bound their memory. buffer_mb: that of all streams."""
+def _options(buffer_mb: int | None, share: float) -> ExecutionOptions:
+    """Keep the order of blocks, and bound their memory: this share of that of all streams."""
     options = ExecutionOptions(preserve_order=True)
     limit = None if buffer_mb is None else float(buffer_mb << 20)
-    if limit is None and streams > 1:
+    if limit is None and share < 1:
         limit = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", 0.0)
     if limit:
-        options.resource_limits = ExecutionResources.for_limits(object_store_memory=limit / streams)
+        options.resource_limits = ExecutionResources.for_limits(object_store_memory=limit * share)
     return options
 
 

@@ -7,6 +7,7 @@ so one that dies is replaced by another, on any node.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -61,7 +62,9 @@ class WindowServer:
         run_dir, plan = served.config.run_dir, served.fingerprint
 
         def planned(window: int, bins: int) -> None:
-            add_window_bins(run_dir, plan, window, bins)
+            # A full disk ends no run: what is not written down is planned again by the next start.
+            with contextlib.suppress(OSError):
+                add_window_bins(run_dir, plan, window, bins)
 
         saved = read_windows_file(windows_path(run_dir, plan), served.tasks)
         known = read_window_bins(run_dir, plan)

@@ -16,6 +16,7 @@ from omni.plan.stream_order import (
     Ranks,
     StreamOrder,
     apportion,
+    count_streams,
     planned_bins,
     rank_groups,
 )
@@ -147,21 +148,41 @@ def test_listed_bins_fill_blocks_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "nodes, wanted, most, expected",
+    "nodes, wanted, loaders, encoders, expected",
     [
-        ("aabb", None, 8, [[0, 1], [2, 3]]),
-        ("abab", None, 8, [[0, 2], [1, 3]]),
-        ("aabb", None, 1, [[0, 1, 2, 3]]),
-        ("aaaa", 2, 8, [[0, 1], [2, 3]]),
-        ("aabbcc", None, 2, [[0, 1, 2], [3, 4, 5]]),
-        ("aaab", None, 8, [[0, 1, 2], [3]]),
-        ("a", 5, 5, [[0]]),
+        (2, None, 8, 8, 2),
+        (8, None, 8, 16, 8),
+        (8, None, 8, 12, 4),  # three encoders each
+        (8, None, 16, 7, 1),
+        (8, None, 4, 16, 4),
+        (8, None, 8, None, 8),  # nothing is encoded
+        (1, 2, 8, 8, 2),
+        (1, 5, 2, 8, 2),
+        (4, 4, 8, 3, 3),
+    ],
+)
+def test_streams_have_equally_many_encoders(
+    nodes: int, wanted: int | None, loaders: int, encoders: int | None, expected: int
+) -> None:
+    assert count_streams(nodes, wanted, loaders, encoders) == expected
+
+
+@pytest.mark.parametrize(
+    "nodes, streams, expected",
+    [
+        ("aabb", 2, [[0, 1], [2, 3]]),
+        ("abab", 2, [[0, 2], [1, 3]]),
+        ("aabb", 1, [[0, 1, 2, 3]]),
+        ("aaaa", 2, [[0, 1], [2, 3]]),
+        ("aabbcc", 2, [[0, 1, 2], [3, 4, 5]]),
+        ("aaab", 2, [[0, 1, 2], [3]]),
+        ("a", 5, [[0]]),
     ],
 )
 def test_ranks_of_a_node_read_one_stream(
-    nodes: str, wanted: int | None, most: int, expected: list[list[int]]
+    nodes: str, streams: int, expected: list[list[int]]
 ) -> None:
-    assert rank_groups(nodes, wanted, most) == expected
+    assert rank_groups(nodes, streams) == expected
 
 
 @given(total=integers(1, 50), sizes=lists(integers(1, 9), min_size=1, max_size=8))

@@ -108,3 +108,35 @@ def test_the_start_of_an_object_is_all_of_a_small_one(tmp_path: Path, size: int)
         assert found == (bytes(size) if size <= 1000 else None)
         with pytest.raises(OSError):
             read_start(there.with_name("b.bin"), 1000)
+
+
+def test_a_recording_that_utterances_share_is_asked_for_once(tmp_path: Path) -> None:
+    """Also where it is unusable: those after it are still fetched ahead, and once."""
+    rows = embedded("train", 12)
+    with s3_bucket("shared") as uri:
+        there = as_path(uri)
+        assert isinstance(there, ObjectPath)
+        lines = []
+        for number, row in enumerate(rows):
+            name = f"{number:04}.opus"
+            (tmp_path / name).write_bytes(Path(row["audio"]).read_bytes())
+            (there / name).upload(tmp_path / name)
+            lines += [{**row, "audio": name}, {**row, "audio": name, "id": f"again-{number}"}]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (there / "m.jsonl").upload(tmp_path / "m.jsonl")
+        config = _config(tmp_path / "runs", (there / "m.jsonl").uri)
+        prepared = prepare(config)
+        settings = stream_settings(prepared.config, prepared.encoder)
+        split = prepared.splits["train"]
+        row = load_bin(split, 0, settings, None)
+        shared = [key for [key] in row["keys"]]
+        assert len(set(shared)) < len(shared), "a bin holds both utterances of a recording"
+        # One of them decodes to nothing usable now.
+        twice = next(uri for uri in row["uris"] if row["uris"].count(uri) == 2)
+        (there / twice.rpartition("/")[2]).write_bytes(b"no sound")
+        with server_requests() as requests:
+            found = load_bin(split, 0, settings, None)
+        assert [error is not None for error in found["errors"]] == [
+            name == twice for name in found["uris"]
+        ]
+        assert len(requests) == len(set(row["uris"])), requests

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,11 +20,11 @@ import ray
 from ray.data import ExecutionOptions, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from omni.cluster.ray_internals.data import block_numbers
+from omni.cluster.ray_internals.data import block_numbers, end_together
 from omni.plan.stream_order import ListedBins
 from omni.stream.encoded_block import encoded_block
 from omni.stream.feature_cache import FeatureCache
-from omni.stream.pipeline import SharedSettings, make_stream, set_context
+from omni.stream.pipeline import Share, SharedSettings, make_stream, set_context
 from omni.stream.schema import ENCODED_SCHEMA, LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings, stream_settings
@@ -130,12 +132,40 @@ def test_groups_of_ranks_have_streams_of_their_own(cluster: None) -> None:
     )
     settings = SharedSettings.put(stream_settings(config, prepared.encoder))
     splits = list(prepared.splits.values())
-    streams = Streams([ray.put(split) for split in splits], settings, 1, 2, steps_per_block=2)
+    references = [ray.put(split) for split in splits]
+    streams = Streams(references, settings, 1, 2, Share(2, 2), steps_per_block=2)
     per_block = config.optim.bins_per_block
-    found = _read(streams.iterators(["a", "a", "b", "b"]), per_block)
+    iterators: list[Any] = streams.iterators(["a", "a", "b", "b"])
+    # As Ray Train sends it to the first rank.
+    first = iterators[0] = pickle.loads(pickle.dumps(iterators[0]))
+    assert isinstance(first._coord_actor, ray.actor.ActorHandle)
+    found = _read(iterators, per_block)
     planned = [place.bin for place in stream_places(splits, (1, 2, 4), 4, per_block)]
     blocks = [planned[n : n + per_block] for n in range(0, len(planned), per_block)]
     assert found == [blocks[rank::4] for rank in range(4)]
+
+
+def test_ray_train_ends_the_streams_of_all_ranks(cluster: None) -> None:
+    """It knows the coordinator of the first rank alone."""
+    set_context()
+    streams = [
+        block_numbers(10**6, {}).map_batches(lambda batch: batch).streaming_split(2, equal=True)
+        for _ in range(2)
+    ]
+    iterators: list[Any] = [shard for stream in streams for shard in stream]
+    coordinators = [iterators[0]._coord_actor, iterators[2]._coord_actor]
+    readers = [iter(shard.iter_batches(batch_size=None)) for shard in iterators]
+    with ThreadPoolExecutor(4) as pool:  # The ranks of a stream begin together.
+        list(pool.map(next, readers))
+    assert not any(ray.get([c.__ray_call__.remote(_has_ended) for c in coordinators]))
+    joined: Any = end_together(iterators)[0]
+    ray.get(joined._coord_actor.shutdown_executor.remote())
+    assert ray.get([c.__ray_call__.remote(_has_ended) for c in coordinators]) == [True, True]
+
+
+def _has_ended(coordinator: Any) -> bool:
+    executor = coordinator._current_executor
+    return executor is None or executor._shutdown
 
 
 def test_every_item_is_a_task_of_its_own(cluster: None) -> None:

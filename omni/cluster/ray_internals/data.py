@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-from ray.data import DataContext, Dataset, Datasource, ReadTask, read_datasource
+from ray.data import (
+    DataContext,
+    DataIterator,
+    Dataset,
+    Datasource,
+    ReadTask,
+    read_datasource,
+)
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -133,3 +140,47 @@ def block_numbers(blocks: int, label_selector: dict[str, str]) -> Dataset:
         label_selector=label_selector or None,
     )
     return made
+
+
+class _Coordinators:
+    """Coordinators of several streams, in the place of one that Ray Train ends.
+
+    Where it is sent to, it is that one alone.
+    """
+
+    def __init__(self, first: Any, others: Sequence[Any]) -> None:
+        self._first, self._others = first, others
+
+    @property
+    def shutdown_executor(self) -> _Coordinators:
+        return self
+
+    def remote(self) -> Any:
+        """End all streams; return the reference of the first."""
+        for coordinator in self._others:
+            coordinator.shutdown_executor.remote()
+        return self._first.shutdown_executor.remote()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._first,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def end_together(iterators: list[DataIterator]) -> list[DataIterator]:
+    """Let Ray Train end the streams of all ranks, of which it knows that of the first rank alone.
+
+    A stream that is not ended goes on until its process ends, and writes no features then.
+    """
+    found: list[Any] = list(iterators)
+    handles = {iterator._coord_actor._actor_id: iterator._coord_actor for iterator in found}
+    first = found[0]._coord_actor
+    others = [handle for id, handle in handles.items() if id != first._actor_id]
+    if others:
+        found[0]._coord_actor = _Coordinators(first, others)
+    return found
