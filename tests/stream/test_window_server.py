@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,3 +97,22 @@ def test_three_windows_at_most_are_kept(prepared: Prepared, served: Any) -> None
         split.of_bin(number)
     assert len(window_server._WINDOWS[split.plan.fingerprint]) == 2
     assert len(ray.get(server.windows.remote())) <= 3
+
+
+def test_a_full_disk_stops_no_window(
+    prepared: Prepared, served: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The bins of a window are written down for later starts, which can do without."""
+    shutil.copytree(prepared.config.run_dir, tmp_path / "run")
+    run = prepared.config.run.model_copy(update={"storage": str(tmp_path)})
+    config = prepared.config.model_copy(update={"run": run})
+    split = prepared.splits["train"]
+    counts = tmp_path / "run" / "plan" / f"{split.plan.fingerprint}.windows.jsonl"
+    counts.unlink(missing_ok=True)
+    reference, server = put_split(split, config, prepared.tasks)
+    assert ray.get(server.windows.remote()) == []
+    counts.mkdir()  # Nothing can be appended to it.
+    monkeypatch.setattr(window_server, "_WINDOWS", {})
+    last = split.plan.bins - 1
+    assert _ids(ray.get(reference), last) == _ids(split, last)
+    assert counts.is_dir()
