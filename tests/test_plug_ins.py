@@ -36,7 +36,7 @@ from omni.run.rates import loaded_blocks
 from omni.stream.stages import EncodeStage
 from omni.stream.stream_settings import stream_settings
 from omni.train.loop import TrainLoop
-from tests.helpers.stream_order import stream_places
+from tests.helpers.stream_order import planned_stream
 from tests.helpers.whole_runs import ROOT, TINY, embedded, lines, write_manifest
 
 PAGE = Path(__file__).parents[1] / "docs" / "plug-ins.md"
@@ -184,8 +184,8 @@ def _train(prepared: Prepared) -> dict[str, Any]:
     steps = (0, spec.held_step, prepared.config.optim.steps)
     blocks = [
         stage(block)
-        for place in stream_places(splits, steps)
-        for block in loaded_blocks(splits[place.split], [place.bin], settings)[0]
+        for planned in planned_stream(splits, steps)
+        for block in loaded_blocks(splits[planned.split], [planned.bin], settings)[0]
     ]
     summary = TrainLoop(spec, iter(blocks), 0, 1, torch.device("cpu")).run()
     assert summary is not None

@@ -18,7 +18,7 @@ from ray.data import ExecutionOptions
 from omni.bench.timing import Result, median
 from omni.cluster.ray_init import start_ray
 from omni.config import Config
-from omni.plan.stream_order import Place
+from omni.plan.stream_order import PlannedBin
 from omni.run.prepare import prepare
 from omni.stream.pipeline import SharedSettings, make_stream
 from omni.stream.stream_settings import stream_settings
@@ -43,11 +43,11 @@ class RepeatedSteps:
     def blocks(self) -> int:
         return self.steps // self.steps_per_block * _RANKS
 
-    def block(self, number: int) -> list[Place]:
+    def block(self, number: int) -> list[PlannedBin]:
         turn, rank = divmod(number, _RANKS)
         first = turn * self.steps_per_block
         steps = range(first, first + self.steps_per_block)
-        return [Place(0, (step * _RANKS + rank) % self.bins) for step in steps]
+        return [PlannedBin(0, (step * _RANKS + rank) % self.bins) for step in steps]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from omni.plan.plan import EMPTY, Steps, padded_step
 
 
-class Place(NamedTuple):
+class PlannedBin(NamedTuple):
     """A bin of the stream: number of its split, and of the bin in its plan."""
 
     split: int
@@ -31,7 +31,7 @@ class BlockOrder(Protocol):
     def blocks(self) -> int:
         """Number of blocks."""
 
-    def block(self, number: int) -> list[Place]:
+    def block(self, number: int) -> list[PlannedBin]:
         """List the bins of a block."""
 
 
@@ -46,9 +46,9 @@ class ListedBins:
     def blocks(self) -> int:
         return -(-len(self.bins) // self.per_block)
 
-    def block(self, number: int) -> list[Place]:
+    def block(self, number: int) -> list[PlannedBin]:
         chosen = self.bins[number * self.per_block : (number + 1) * self.per_block]
-        return [Place(0, bin) for bin in chosen.tolist()]
+        return [PlannedBin(0, bin) for bin in chosen.tolist()]
 
 
 @dataclass(frozen=True)
@@ -105,43 +105,46 @@ class StreamOrder:
 
     @property
     def blocks(self) -> int:
-        return sum(part.chunks for part in self._parts()) * len(self.ranks.numbers)
+        return sum(stretch.turns for stretch in self._stretches()) * len(self.ranks.numbers)
 
-    def block(self, number: int) -> list[Place]:
-        chunk, place = divmod(number, len(self.ranks.numbers))
-        parts = self._parts()
-        ends = list(accumulate(part.chunks for part in parts))
-        part, end = next(pair for pair in zip(parts, ends, strict=True) if chunk < pair[1])
-        first, last = part.chunk(chunk - end + part.chunks)
-        rank, size = self.ranks.numbers[place], self.bins_per_block
+    def block(self, number: int) -> list[PlannedBin]:
+        turn, member = divmod(number, len(self.ranks.numbers))
+        stretches = self._stretches()
+        ends = list(accumulate(stretch.turns for stretch in stretches))
+        part, end = next(pair for pair in zip(stretches, ends, strict=True) if turn < pair[1])
+        first, last = part.steps_of(turn - end + part.turns)
+        rank, size = self.ranks.numbers[member], self.bins_per_block
         return [
-            Place(part.split, bin)
+            PlannedBin(part.split, bin)
             for step in range(first, last)
             for block in range(rank, part.width // size, self.ranks.world)
             for bin in planned_bins(step, block, part.per_step, size, part.bins)
         ]
 
-    def places(self) -> Iterator[Place]:
+    def all_bins(self) -> Iterator[PlannedBin]:
         """Iterate over the bins of all blocks."""
         for number in range(self.blocks):
             yield from self.block(number)
 
-    def _parts(self) -> list[_Part]:
+    def _stretches(self) -> list[_Stretch]:
         unit = self.ranks.world * self.bins_per_block
         width = padded_step(self.bins_per_step, self.ranks.world, self.bins_per_block)
         trained = (self.train, self.bins[self.train], self.bins_per_step, width)
         held = [(i, bins, unit, unit) for i, bins in enumerate(self.bins) if i != self.train]
         longest = self.steps_per_block
         return [
-            _Part(*trained, self.first_step, self.held_step, longest, grows=True),
-            *(_Part(*of_split, 0, -(-of_split[1] // unit), longest) for of_split in held),
-            _Part(*trained, self.held_step, self.steps, longest),
+            _Stretch(*trained, self.first_step, self.held_step, longest, grows=True),
+            *(_Stretch(*of_split, 0, -(-of_split[1] // unit), longest) for of_split in held),
+            _Stretch(*trained, self.held_step, self.steps, longest),
         ]
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Steps of one split. per_step: bins of a step, which is filled up to `width` with `EMPTY`."""
+class _Stretch:
+    """Steps of one split that follow each other.
+
+    per_step: bins of a step, which is filled up to `width` with `EMPTY`.
+    """
 
     split: int
     bins: int
@@ -155,7 +158,7 @@ class _Part:
     """Begins with shorter blocks."""
 
     @property
-    def chunks(self) -> int:
+    def turns(self) -> int:
         """Number of blocks for each rank."""
         steps = max(0, self.last - self.first)
         if not self.grows:
@@ -164,7 +167,7 @@ class _Part:
             return 1 + (steps - 1).bit_length() if steps else 0
         return -(-steps // self.longest) + self.longest.bit_length() - 1
 
-    def chunk(self, number: int) -> tuple[int, int]:
+    def steps_of(self, number: int) -> tuple[int, int]:
         """Return the first step of a block, and the one after its last."""
         first, last = (self.first + self._start(n) for n in (number, number + 1))
         return first, min(last, self.last)
@@ -187,8 +190,8 @@ def planned_bins(
     not depend on the number of ranks. bins: bins of the split, after which all are `EMPTY`.
     """
     first, end = step * bins_per_step, min((step + 1) * bins_per_step, bins)
-    places = range(first + block * bins_per_block, first + (block + 1) * bins_per_block)
-    return [bin if bin < end else EMPTY for bin in places]
+    numbers = range(first + block * bins_per_block, first + (block + 1) * bins_per_block)
+    return [bin if bin < end else EMPTY for bin in numbers]
 
 
 def count_streams(nodes: int, wanted: int | None, loaders: int, encoders: int | None) -> int:

@@ -28,7 +28,7 @@ def first_rows(plan: Steps, bins: int, optim: OptimConfig) -> list[int]:
     """Return the bins of the plan's first steps, about `bins` of them, padded for one worker."""
     steps = max(1, bins // optim.bins_per_step)
     order = StreamOrder.of({"train": plan}, Ranks.all(1), optim.bins_per_block, (0, steps, steps))
-    return [place.bin for place in order.places()]
+    return [planned.bin for planned in order.all_bins()]
 
 
 def loaded_blocks(

@@ -171,14 +171,14 @@ class _LoadStage:
         torch.set_num_threads(1)
         order: BlockOrder = _order(self._references["order"])
         [number] = batch["id"].tolist()
-        places, settings = order.block(number), self._settings
+        planned, settings = order.block(number), self._settings
         cache = _shared_cache(settings)
-        for first in range(0, len(places), settings.bins_per_block):
+        for first in range(0, len(planned), settings.bins_per_block):
             with _limited(self._timeout, settings.config, "loader"):
                 rows = []
-                for place in places[first : first + settings.bins_per_block]:
-                    split: Split = ray.get(self._references["splits"][place.split])
-                    rows.append(load_bin(split.of_bin(place.bin), place.bin, settings, cache))
+                for one in planned[first : first + settings.bins_per_block]:
+                    split: Split = ray.get(self._references["splits"][one.split])
+                    rows.append(load_bin(split.of_bin(one.bin), one.bin, settings, cache))
                 yield rows
 
 

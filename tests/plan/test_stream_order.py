@@ -12,7 +12,7 @@ from hypothesis.strategies import integers, lists, sampled_from
 from omni.plan.plan import EMPTY, Steps, held_out_step, padded_step
 from omni.plan.stream_order import (
     ListedBins,
-    Place,
+    PlannedBin,
     Ranks,
     StreamOrder,
     apportion,
@@ -48,26 +48,26 @@ def _order(
     return StreamOrder.of(plans, ranks, per_block, steps, steps_per_block)
 
 
-def _of_rank(order: StreamOrder, rank: int) -> list[Place]:
+def _of_rank(order: StreamOrder, rank: int) -> list[PlannedBin]:
     """Join the blocks of a rank, as Ray Data deals them out."""
     group = list(order.ranks.numbers)
     numbers = range(group.index(rank), order.blocks, len(group))
-    return [place for number in numbers for place in order.block(number)]
+    return [one for number in numbers for one in order.block(number)]
 
 
 @pytest.mark.parametrize("world, per_block", CLUSTERS)
 def test_a_rank_gets_the_bins_that_it_expects(world: int, per_block: int) -> None:
     order = _order(Ranks.all(world), per_block)
     for rank in range(world):
-        places = iter(_of_rank(order, rank))
+        planned = iter(_of_rank(order, rank))
         for step in range(STEPS):
             if step == 3:
-                held = [next(places) for _ in range(padded_step(7, world, per_block) // world)]
-                assert {place.split for place in held} == {0}
+                held = [next(planned) for _ in range(padded_step(7, world, per_block) // world)]
+                assert {one.split for one in held} == {0}
             for block in range(rank, padded_step(PER_STEP, world, per_block) // per_block, world):
                 for bin in planned_bins(step, block, PER_STEP, per_block, PER_STEP * STEPS):
-                    assert next(places) == (1, bin)
-        assert next(places, None) is None
+                    assert next(planned) == (1, bin)
+        assert next(planned, None) is None
 
 
 @pytest.mark.parametrize("world, per_block", CLUSTERS)
@@ -108,11 +108,16 @@ def test_blocks_grow_to_their_size_and_end_with_their_part(
     sizes = [len(order.block(number)) // width for number in range(order.blocks)]
     assert sizes[::2] == sizes[1::2], "ranks take turns only where blocks are equally long"
     assert sum(sizes[::2]) == steps
-    lengths = sizes[::2]
-    growing = [1, *(1 << n for n in range(longest.bit_length()))]
-    for found, planned in zip(lengths[: len(growing)], growing, strict=False):
-        assert found == planned or sum(lengths[: lengths.index(found) + 1]) <= held
-    assert max(lengths, default=0) <= longest
+    assert sizes[::2] == [*_lengths(held, longest, True), *_lengths(steps - held, longest, False)]
+
+
+def _lengths(steps: int, longest: int, grows: bool) -> list[int]:
+    """Cut steps into blocks of 1, 1, 2, 4, ... up to `longest`, or of `longest` at once."""
+    lengths, following = [], [1, *(1 << n for n in range(longest.bit_length()))] if grows else []
+    while steps:
+        lengths.append(min(following.pop(0) if following else longest, steps))
+        steps -= lengths[-1]
+    return lengths
 
 
 def test_the_number_of_blocks_is_known_without_listing_them() -> None:
@@ -126,7 +131,7 @@ def test_steps_past_the_end_of_the_plan_are_empty() -> None:
     bins = PER_STEP * STEPS - 3
     order = _order(Ranks.all(2), 1, bins=bins, held=0, steps=(0, 0, STEPS + 2))
     width = padded_step(PER_STEP, 2, 1)
-    rows = np.asarray([place.bin for place in order.places()]).reshape(STEPS + 2, width)
+    rows = np.asarray([one.bin for one in order.all_bins()]).reshape(STEPS + 2, width)
     assert rows.max() == bins - 1
     assert (rows[STEPS - 1] == EMPTY).any() and (rows[STEPS:] == EMPTY).all()
     assert _order(Ranks.all(2), 1, held=0, steps=(2, 2, 2)).blocks == 0
@@ -134,13 +139,13 @@ def test_steps_past_the_end_of_the_plan_are_empty() -> None:
 
 def test_held_out_bins_come_before_the_first_evaluation() -> None:
     order = _order(Ranks.all(1), 1, steps=(2, held_out_step(2, STEPS, 50, 4), STEPS))
-    splits = [place.split for place in order.places()]
+    splits = [one.split for one in order.all_bins()]
     assert splits.index(0) == (4 - 2) * PER_STEP
 
 
 def test_listed_bins_fill_blocks_in_order() -> None:
     order = ListedBins(np.arange(3, 10), 3)
-    blocks = [[place.bin for place in order.block(number)] for number in range(order.blocks)]
+    blocks = [[one.bin for one in order.block(number)] for number in range(order.blocks)]
     assert blocks == [[3, 4, 5], [6, 7, 8], [9]]
 
 

@@ -29,7 +29,7 @@ from omni.stream.schema import ENCODED_SCHEMA, LOADED_SCHEMA
 from omni.stream.stages import EncodeStage, load_bin
 from omni.stream.stream_settings import StreamSettings, stream_settings
 from omni.stream.streams import Streams
-from tests.helpers.stream_order import held_bins, stream_places
+from tests.helpers.stream_order import held_bins, planned_stream
 from tests.helpers.worker_specs import small_run
 
 ROWS, BLOCKS, ROW_BYTES = 4, 6, 1 << 19
@@ -140,7 +140,7 @@ def test_groups_of_ranks_have_streams_of_their_own(cluster: None) -> None:
     first = iterators[0] = pickle.loads(pickle.dumps(iterators[0]))
     assert isinstance(first._coord_actor, ray.actor.ActorHandle)
     found = _read(iterators, per_block)
-    planned = [place.bin for place in stream_places(splits, (1, 2, 4), 4, per_block)]
+    planned = [one.bin for one in planned_stream(splits, (1, 2, 4), 4, per_block)]
     blocks = [planned[n : n + per_block] for n in range(0, len(planned), per_block)]
     assert found == [blocks[rank::4] for rank in range(4)]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from omni.config import parse_config
 from omni.run.prepare import make_worker_spec, prepare
 from omni.train.loop import TrainLoop
-from tests.helpers.stream_order import stream_places
+from tests.helpers.stream_order import planned_stream
 from tests.helpers.whole_runs import lines
 from tests.helpers.worker_specs import encoded_block
 
@@ -39,8 +39,8 @@ def _train(storage: Path, **evaluation: Any) -> Path:
     )
     spec, splits = make_worker_spec(prepared), list(prepared.splits.values())
     blocks: list[pa.Table] = [
-        encoded_block(prepared, splits[place.split], [place.bin])
-        for place in stream_places(splits, (0, spec.held_step, STEPS))
+        encoded_block(prepared, splits[planned.split], [planned.bin])
+        for planned in planned_stream(splits, (0, spec.held_step, STEPS))
     ]
     run = storage / "run"
     run.mkdir(parents=True)

@@ -22,7 +22,7 @@ from omni.metrics.score import Errors
 from omni.metrics.task_scores import Scoring
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.train.loop import TrainLoop
-from tests.helpers.stream_order import stream_places
+from tests.helpers.stream_order import planned_stream
 from tests.helpers.whole_runs import lines
 from tests.helpers.worker_specs import encoded_block
 
@@ -61,8 +61,8 @@ def _train(prepared: Prepared) -> dict[str, Any]:
     spec, splits = make_worker_spec(prepared, resume=resume), list(prepared.splits.values())
     first = 0 if resume is None else resume.step
     blocks: list[pa.Table] = [
-        encoded_block(prepared, splits[place.split], [place.bin])
-        for place in stream_places(splits, (first, spec.held_step, STEPS))
+        encoded_block(prepared, splits[planned.split], [planned.bin])
+        for planned in planned_stream(splits, (first, spec.held_step, STEPS))
     ]
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").touch()

@@ -18,7 +18,7 @@ from omni.run import prepare_parts
 from omni.run.audit import AuditError, audit
 from omni.run.prepare import Prepared, make_worker_spec, prepare
 from omni.train.loop import TrainLoop
-from tests.helpers.stream_order import stream_places
+from tests.helpers.stream_order import planned_stream
 from tests.helpers.whole_runs import curve, ledger, lines
 from tests.helpers.windowed_runs import BINS, STEPS, windowed_config
 from tests.helpers.worker_specs import encoded_block
@@ -34,10 +34,10 @@ def one_process() -> Iterator[None]:
 def _blocks(prepared: Prepared, first: int, held_step: int, last: int) -> Iterator[pa.Table]:
     """Yield the blocks of the stream, those of training up to step `last`."""
     splits = list(prepared.splits.values())
-    for place in stream_places(splits, (first, held_step, STEPS)):
-        if splits[place.split].name == "train" and place.bin >= last * BINS:
+    for one in planned_stream(splits, (first, held_step, STEPS)):
+        if splits[one.split].name == "train" and one.bin >= last * BINS:
             return
-        yield encoded_block(prepared, splits[place.split], [place.bin])
+        yield encoded_block(prepared, splits[one.split], [one.bin])
 
 
 def _train(storage: Path, last: int = STEPS) -> Path:
