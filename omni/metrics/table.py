@@ -367,7 +367,7 @@ EXPORTED = (
         "omni_driver_ended",
         "counter",
     ),
-    Metric("s", "one block in an encoder", None, "omni_encoder_batch_seconds", "histogram"),
+    Metric("s", "one microbatch in an encoder", None, "omni_encoder_batch_seconds", "histogram"),
 )
 METRICS = (*TRAIN_METRICS, *EVAL_METRICS, *EXPORTED)
 PROMETHEUS = {m.prometheus: m for m in METRICS if m.prometheus is not None}

@@ -108,7 +108,9 @@ def _largest_killed(world: World, rng: random.Random) -> None:
 def _disk_full(world: World, rng: random.Random) -> None:
     if not world.disk.bounded:
         raise ChaosError("a full disk needs the right to mount a small one")
-    _cache_wiped(world, rng)  # so that features are written again
+    # So that features are written again. A run without its prepared parts would write no checkpoint
+    # that could be refused: it waits for room to make them again.
+    _wipe_cache(world, keep="prepared")
     seen = len(world.events())
 
     def refused() -> bool:
@@ -234,5 +236,10 @@ def _happened(world: World, seen: int, event: str) -> bool:
 
 @_fault("feature cache wiped")
 def _cache_wiped(world: World, rng: random.Random) -> None:
+    _wipe_cache(world)
+
+
+def _wipe_cache(world: World, keep: str = "") -> None:
     for folder in (world.storage / "cache").glob("*/"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.name != keep:
+            shutil.rmtree(folder, ignore_errors=True)
