@@ -232,7 +232,9 @@ class EvalRow:
         "of 1", "weights of the layers (`encoder.layers`)", group="layers", optional=True
     )
     dev_wer: float | None = metric(
-        "of 1", "word error rate of the decoder (`eval.decode`)", prometheus="omni_dev_wer"
+        "of 1",
+        "word error rate of the decoder (`eval.decode`; CTC during `optim.ctc_only_steps`)",
+        prometheus="omni_dev_wer",
     )
     dev_cer: float | None = metric("of 1", "character error rate", prometheus="omni_dev_cer")
     dev_lm_wer: float | None = metric(

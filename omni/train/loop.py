@@ -196,7 +196,10 @@ class TrainLoop:
     # -- evaluations and checkpoints -----------------------------------------------------------
 
     def _evaluate(self) -> bool:
-        """Evaluate on dev and log it; return whether it is the best so far."""
+        """Evaluate on dev and log it; return whether it is the best so far.
+
+        While CTC trains alone, evaluations are not compared with later ones.
+        """
         settings, state, dev = self.config.eval, self.state, self._held["dev"]
         with (
             self._watchdog.off(),
@@ -205,7 +208,11 @@ class TrainLoop:
         ):
             losses = dev.loss(model)
             errors, rows = dev.transcribe(
-                model, self.template, self._decoding, settings.wer_utterances, self._scoring
+                model,
+                self.template,
+                self._decoding_at(state.step),
+                settings.wer_utterances,
+                self._scoring,
             )
             layers = self._layer_weights(model)
         shown = rows[: settings.examples]
@@ -224,6 +231,9 @@ class TrainLoop:
             self._scoring.score(rows),
         )
         self.recorder.log_evaluation(row)
+        optim = self.config.optim
+        if state.step <= optim.ctc_only_steps < optim.steps:
+            return False
         value = self._best_figure.value(row)
         if not self._best_figure.improves(value, state.best_value):
             state.evaluations_since_best += 1
@@ -231,6 +241,15 @@ class TrainLoop:
         state.best_value, state.best_step = value, state.step
         state.evaluations_since_best = 0
         return True
+
+    def _decoding_at(self, step: int) -> Decoding:
+        """Decode by CTC while it trains alone.
+
+        The language model has not learnt to read soft tokens then, and would invent long texts.
+        """
+        if 0 < step <= self.config.optim.ctc_only_steps:
+            return Decoding("ctc", max_new_tokens=self.config.eval.max_new_tokens)
+        return self._decoding
 
     def _layer_weights(self, model: OmniModel) -> dict[str, float]:
         """Return the mixing weight of each encoder layer; nothing if only one is used."""
@@ -348,7 +367,10 @@ class TrainLoop:
             losses = self._held["dev"].loss(model)
             for name, split in self._held.items():
                 errors, rows = split.transcribe(
-                    model, self.template, self._decoding, scoring=self._scoring
+                    model,
+                    self.template,
+                    self._decoding_at(best.state.step),
+                    scoring=self._scoring,
                 )
                 for part, suffix in (("all", ""), ("short", "_short"), ("long", "_long")):
                     results[f"{name}_wer{suffix}"] = errors[part].wer

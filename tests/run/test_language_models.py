@@ -16,6 +16,7 @@ import yaml
 from safetensors import safe_open
 
 from jobs import evaluate
+from omni.cluster.watchdog import Watchdog
 from omni.config import Config, parse_config
 from omni.inference.decode_batch import HeldUtterance
 from omni.metrics.rows import DevLosses
@@ -167,6 +168,26 @@ def test_gradients_of_the_language_model_are_usual_when_it_joins(
         norms.append(loop.last_norm)
     assert norms[2] > 2 * max(norms[:2]), "they are larger"
     assert loop.state.skipped == 0 and loop.state.updates == 1
+
+
+def test_the_language_model_decodes_once_it_has_joined(tmp_path: Path) -> None:
+    optim = {"steps": 4, "ctc_only_steps": 2}
+    config = _config(tmp_path, optim=optim, eval={"wer_utterances": 30, "max_new_tokens": 4})
+    trainer = _trainer(prepare(config))
+    loop = trainer._loop
+    loop.config = loop.steps._config = config  # A `Trainer` takes the time of usual steps.
+    loop._held = {"dev": _held(trainer)}
+    loop._watchdog = Watchdog(600, lambda doing, seconds: None)
+    best = []
+    for _ in range(3):
+        loop.step()
+        best.append(loop._evaluate())
+    rows = [row for row in lines(loop.run_dir / "metrics.jsonl") if row["kind"] == "eval"]
+    # The language model answers what is no transcription.
+    decoders = [list(row["dev_decoders"]) for row in rows]
+    assert decoders == [["ctc", "lm"], ["ctc", "lm"], ["joint", "lm"]]
+    assert best == [False, False, True] and loop.state.best_step == 3
+    assert loop.state.evaluations_since_best == 0
 
 
 @pytest.mark.slow
