@@ -1,4 +1,4 @@
-"""Measure this machine: encode, train-step, stream, peer, scale or corpus.
+"""Measure this machine: encode, train-step, stream, peer, scale, corpus or cache.
 
 A suite reports ratios of things that took turns in one run, beside the machine's own ceiling.
 docs/benchmarks.md explains the suites and has figures.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jobs.cli import parse_settings, run_job, settings_parser
 
-SUITES = ("encode", "train-step", "stream", "peer", "scale", "corpus")
+SUITES = ("encode", "train-step", "stream", "peer", "scale", "corpus", "cache")
 
 
 def main(argv: list[str] | None = None) -> int:

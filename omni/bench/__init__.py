@@ -17,6 +17,7 @@ _MODULES = {
     "peer": "peer",
     "scale": "scale",
     "corpus": "corpus_speed",
+    "cache": "cache_speed",
 }
 
 

@@ -30,9 +30,15 @@ class Result:
     figures: list[dict[str, Any]] = field(default_factory=list)
     """Rows of the printed table."""
     notes: list[str] = field(default_factory=list)
+    growth: list[dict[str, Any]] = field(default_factory=list)
+    """Points of curves over a size: chart, unit, curve, size, value (`omni.bench.growth_chart`)."""
 
     def add(self, name: str, value: float, unit: str, note: str = "") -> None:
         self.figures.append({"name": name, "value": value, "unit": unit, "note": note})
+
+    def add_point(self, chart: str, unit: str, curve: str, size: float, value: float) -> None:
+        point = {"chart": chart, "unit": unit, "curve": curve, "size": size, "value": value}
+        self.growth.append(point)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -151,12 +151,31 @@ class KeyTable:
     @classmethod
     def of_shard(cls, name: str, size: int, rows: Sequence[Row]) -> KeyTable:
         """Make the table of one shard of `size` bytes."""
-        high, low = halves([row.key for row in rows])
-        records = np.zeros(len(rows), _RECORD)
-        records["low"] = low
-        for column in ("offset", "length", "crc32"):
-            records[column] = [getattr(row, column) for row in rows]
-        order = np.lexsort((records["offset"], low, high))
+        columns = {
+            column: np.array([getattr(row, column) for row in rows], _RECORD[column])
+            for column in ("offset", "length", "crc32")
+        }
+        return cls.of_columns(name, size, *halves([row.key for row in rows]), **columns)
+
+    @classmethod
+    def of_columns(
+        cls,
+        name: str,
+        size: int,
+        high: np.ndarray,
+        low: np.ndarray,
+        *,
+        offset: np.ndarray,
+        length: np.ndarray,
+        crc32: np.ndarray,
+    ) -> KeyTable:
+        """Make the table of one shard from (n,) arrays, of the keys' halves and of their places."""
+        records = np.zeros(len(high), _RECORD)
+        for column, values in zip(
+            ("low", "offset", "length", "crc32"), (low, offset, length, crc32), strict=True
+        ):
+            records[column] = values
+        order = np.lexsort((offset, low, high))
         high, records = high[order], records[order]
         records["check"] = _checks(high, records)
         return cls(high, records, np.array([name.encode()]), np.array([size], np.uint64))

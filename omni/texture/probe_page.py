@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from omni.report.charts import Chart, Figure
 from omni.report.render import render
+from omni.report.svg_file import svg_file
 from omni.texture.linear_probe import Score
 from omni.texture.probe import LabelProbe, ProbeResult
 
@@ -61,22 +60,8 @@ def chart(label: LabelProbe) -> Figure:
 
 
 def standalone_svg(result: ProbeResult) -> str:
-    """Return the charts as one SVG file, for pages that cannot hold HTML."""
-    across, gap, head = 2, 30, 34
-    parts = [chart(label) for label in result.labels]
-    width, height = parts[0].width + gap, parts[0].height + head + gap
-    body = ""
-    for number, figure in enumerate(parts):
-        x, y = number % across * width, number // across * height
-        keys = "".join(
-            f'<tspan class="{key.style}" dx="10">— {key.label}</tspan>' for key in figure.keys
-        )
-        body += (
-            f'<g transform="translate({x},{y + head})"><text class="title" x="50" y="-18">'
-            f'{figure.title}</text><text class="keys" x="42" y="-3">{keys}</text>{figure.svg}</g>'
-        )
-    total = (across * width, -(-len(parts) // across) * height)
-    return render("probe.svg", body=Markup(body), width=total[0], height=total[1])
+    """Return the charts as one SVG file."""
+    return svg_file([chart(label) for label in result.labels])
 
 
 def table(result: ProbeResult) -> tuple[list[str], list[list[str]]]:

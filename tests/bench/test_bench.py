@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Refer
 from jobs import bench
 from omni.audio.decode import decode, measure
 from omni.audio.logmel import clip_mel
+from omni.bench import growth_chart
 from omni.bench.baselines import (
     budget_for,
     encode_trimmed,
     length_batches,
     reference_encoder,
 )
+from omni.bench.cache_speed import bench_cache
 from omni.bench.corpus_speed import bench_corpus, repeat_files
 from omni.bench.encode_speed import encoder_flops, typical_clips
 from omni.bench.peer import Peer
@@ -41,6 +44,7 @@ from omni.model.encoder.weights import EMBEDDED_WHISPER
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import Trainer, audio_seconds
+from tests.helpers.loopback_s3 import s3_bucket
 
 SMALL = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
 
@@ -211,6 +215,36 @@ def test_a_large_corpus_is_indexed_prepared_and_planned(
     assert all(row["value"] > 0 for row in result.figures)
     assert result.ratio["corpus.index_vs_one_process"] > 0
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_the_cache_suite_reads_what_it_wrote(config: Config) -> None:
+    with s3_bucket("bench") as uri:
+        data = config.data.model_copy(update={"cache": uri})
+        result = bench_cache(config.model_copy(update={"data": data}), sizes=[30_000], reads=9)
+    shards = -(-30_000 // (2**30 // 76_800))
+    [row] = [row for row in result.figures if row["name"] == "30,000 keys"]
+    assert f"{shards} shards" in row["note"]
+    assert all(row["value"] > 0 for row in result.figures if not row["name"].endswith("memory"))
+    assert result.ratio["cache.reads_together"] > 0
+    assert [p["size"] for p in result.growth if p["curve"] == "again"] == [30_000]
+
+
+def test_growth_is_drawn_over_a_logarithmic_size(tmp_path: Path) -> None:
+    result, other = (Result("corpus", {}) for _ in range(2))
+    for size, seconds in ((1_000, 2.0), (1_000_000, 3.0)):
+        result.add_point("Starting & preparing", "s", "first time", size, seconds)
+        other.add_point("Memory", "GB", "driver", size, 0.5)
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, written in zip(files, (result, other), strict=True):
+        file.write_text(json.dumps(written.to_dict()))
+    out = tmp_path / "growth.svg"
+    assert growth_chart.main([str(out), *map(str, files)]) == 0
+    root = ElementTree.parse(out).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    titles = [text.text for text in root.iter(f"{space}text") if text.get("class") == "title"]
+    assert titles == ["Starting & preparing, s", "Memory, GB"]
+    values = [path.get("data-values") for path in root.iter(f"{space}path")]
+    assert {"1000,2 1000000,3", "1000,0.5 1000000,0.5"} <= set(values)
 
 
 def test_results_are_a_table_and_json(

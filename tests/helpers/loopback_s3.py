@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow.fs as pafs
-from moto.server import ThreadedMotoServer
+from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_backend_app
+from werkzeug.serving import make_server
 
 
 @contextlib.contextmanager
@@ -46,3 +51,28 @@ def server_requests() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def serve_slowly(delay: float) -> None:
+    """Serve a bucket of which each request takes `delay` seconds more, and count the requests."""
+    application, count, lock = DomainDispatcherApplication(create_backend_app), 0, threading.Lock()
+
+    def slow(environment: Any, start_response: Any) -> Any:
+        nonlocal count
+        with lock:
+            count += 1
+            print(f"\r{count} requests", end="", flush=True)
+        time.sleep(delay)
+        return application(environment, start_response)
+
+    server = make_server("127.0.0.1", 0, slow, threaded=True)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    print(
+        f"s3://bench?endpoint_override=127.0.0.1:{server.port}&scheme=http&allow_bucket_creation=true"
+    )
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    # python -m tests.helpers.loopback_s3 0.03
+    serve_slowly(float(sys.argv[1]))

@@ -1,0 +1,179 @@
+"""Measure the feature cache: its index by the number of keys, and reads from where it lies."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from omni.bench.prepared_run import in_temporary_storage, progress
+from omni.bench.process_alone import alone
+from omni.bench.timing import Result, alternate, describe_machine, median
+from omni.config import Config
+from omni.storage.digest import digest
+from omni.storage.flat_folder import open_folder
+from omni.storage.path import join
+from omni.stream.feature_cache import FeatureCache
+from omni.stream.key_index import COMPLETE, KEYS, KeyIndex
+from omni.stream.key_table import KeyTable, write_merged
+
+_SIZES = (1_000_000, 10_000_000, 30_000_000)
+_READ = 1_000
+"""Utterances that are read."""
+_UTTERANCE_BYTES = 76_800
+"""Features of two seconds: 100 frames of 384 in bf16."""
+_SHARD_KEYS = (1 << 30) // _UTTERANCE_BYTES
+"""Keys of a shard of 1 GiB."""
+_AT_ONCE = 64
+_LOOK_UPS = 200
+_ROUNDS = 3
+
+
+def bench_cache(config: Config, sizes: Sequence[int] = _SIZES, reads: int = _READ) -> Result:
+    """Run the `cache` suite: open indexes of so many keys, look keys up, and read features.
+
+    They lie in a new folder of the bucket that `data.cache` names, and stay there; without one, in
+    a temporary folder. The index names shards that do not exist; one real shard is read.
+    """
+    result = Result("cache", describe_machine(torch.device("cpu"), 1))
+    with _own_folder(config) as folder:
+        result.notes.append(f"in {folder.partition('?')[0]}")
+        for size in sizes:
+            place = join(folder, f"keys-{size}")
+            progress(f"writing an index of {size:,} keys")
+            shards = alone(write_index, place, size).value
+            if size == sizes[-1]:
+                progress(f"writing the features of {reads:,} utterances")
+                alone(add_features, place, reads)
+            first = alone(open_index, place, size).value
+            again = alone(open_index, place, size).value
+            name = f"{size:,} keys"
+            result.add(name, first.seconds, "s", f"opened by a first process; {shards:,} shards")
+            result.add(f"{name}, again", again.seconds, "s", "opened by another process")
+            result.add(f"{name}, memory", again.megabytes, "MB", "of that process, for the index")
+            result.add(f"{name}, {_AT_ONCE} of them", again.look_up * 1e3, "ms", "to look up")
+            result.add_point(
+                "Opening a cache's index, by keys", "s", "first on a node", size, first.seconds
+            )
+            result.add_point("Opening a cache's index, by keys", "s", "again", size, again.seconds)
+            result.add_point(
+                "Looking up in it, by keys", "ms", "64 keys", size, again.look_up * 1e3
+            )
+        progress("reading: one utterance at a time, and many")
+        one, many = alone(_read, place, reads).value
+        result.add("one at a time", reads / one, "utterances/s", "one process")
+        result.add("many at a time", reads / many, "utterances/s", f"{_AT_ONCE} are asked for")
+        result.ratio["cache.reads_together"] = one / many
+    return result
+
+
+@contextlib.contextmanager
+def _own_folder(config: Config) -> Iterator[str]:
+    """Yield a new folder, in the bucket of `data.cache` if it names one."""
+    with in_temporary_storage(config) as inside:
+        if config.data.cache is None or "://" not in config.data.cache:
+            yield str(Path(inside.run.storage) / "caches")
+        else:
+            yield join(config.data.cache, f"bench-{uuid.uuid4().hex}")
+
+
+def write_index(location: str, keys: int) -> int:
+    """Write an index of that many keys, as a compaction leaves it, without its shards.
+
+    Returns the number of shards that it names.
+    """
+    starts = range(0, keys, _SHARD_KEYS)
+    tables = [_table(first, min(keys, first + _SHARD_KEYS)) for first in starts]
+    folder = open_folder(join(location, "keys"))
+    folder.write(COMPLETE, b"")
+    spool = folder.spool()
+    with spool.open("wb") as file:
+        write_merged(file, tables, [])
+    folder.upload(uuid.uuid4().hex + KEYS, spool)
+    return len(tables)
+
+
+def _table(first: int, last: int) -> KeyTable:
+    """Make the table of a shard with the keys of the numbers from `first` to before `last`."""
+    numbers = np.arange(first, last, dtype=np.uint64)
+    return KeyTable.of_columns(
+        f"shard-{first}",
+        len(numbers) * _UTTERANCE_BYTES,
+        _mixed(numbers),
+        _mixed(numbers + np.uint64(1 << 32)),
+        offset=(numbers - np.uint64(first)) * np.uint64(_UTTERANCE_BYTES),
+        length=np.full(len(numbers), _UTTERANCE_BYTES),
+        crc32=np.zeros(len(numbers), np.uint32),
+    )
+
+
+def _keys(numbers: np.ndarray) -> list[str]:
+    high, low = _mixed(numbers), _mixed(numbers + np.uint64(1 << 32))
+    return [f"{a:016x}{b:016x}" for a, b in zip(high.tolist(), low.tolist(), strict=True)]
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Give each number other 64 bits that look random (SplitMix64, Steele et al. 2014)."""
+    mixed = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    seconds: float
+    megabytes: float
+    """Growth of the resident memory, by opening the index and by looking keys up."""
+    look_up: float
+    """Median seconds to look 64 keys up."""
+
+
+def open_index(location: str, size: int) -> _Opened:
+    """Open the index of `size` keys, and look up keys that it has."""
+    process = psutil.Process()
+    before, began = process.memory_info().rss, time.perf_counter()
+    index = KeyIndex(location)
+    opened = time.perf_counter() - began
+    numbers = np.random.default_rng(0).integers(0, size, (_LOOK_UPS, _AT_ONCE), dtype=np.uint64)
+    took = []
+    for asked in map(_keys, numbers):
+        began = time.perf_counter()
+        found = index.find(asked)
+        took.append(time.perf_counter() - began)
+        assert len(found) == len(set(asked))
+    return _Opened(opened, (process.memory_info().rss - before) / 1e6, median(took))
+
+
+def feature_keys(reads: int) -> list[str]:
+    """Name the utterances that `add_features` writes."""
+    return [digest(f"utterance {number}", size=16) for number in range(reads)]
+
+
+def add_features(location: str, reads: int) -> None:
+    """Write a shard with the features of that many utterances."""
+    cache = FeatureCache(location)
+    generator = np.random.default_rng(1)
+    for key in feature_keys(reads):
+        cache.put({key: generator.bytes(_UTTERANCE_BYTES)})
+    cache.flush(strict=True)
+
+
+def _read(location: str, reads: int) -> tuple[float, float]:
+    """Return the seconds to read all features one at a time, and many at a time."""
+    keys, cache = feature_keys(reads), FeatureCache(location)
+
+    def read(together: int) -> None:
+        for first in range(0, reads, together):
+            part = keys[first : first + together]
+            assert len(cache.get(part)) == len(part)
+
+    seconds = alternate({"one": lambda: read(1), "many": lambda: read(_AT_ONCE)}, _ROUNDS)
+    return median(seconds["one"]), median(seconds["many"])
