@@ -7,6 +7,7 @@ them. Parameter names are those of transformers' `WhisperEncoder`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.model.encoder.weights import WhisperConfig
+from omni.model.precision import has_bf16
 
 # Size of an attention tile in bf16 on CPU: the scores take 0.8 MB and stay in the L2 cache.
 _TILE_QUERIES, _TILE_SCORES = 256, 400_000
+# What torch's compiler calls for a linear layer and its activation; builds without oneDNN lack it.
+_FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class EncoderOutput(NamedTuple):
@@ -84,12 +88,29 @@ class WhisperTransformer(nn.Module):
         return list(torch.split(x, lengths))
 
     def _embed_each(self, mels: Sequence[Tensor]) -> Tensor:
-        """Apply convolutions and positions to one window at a time: (N, d_model)."""
+        """Apply convolutions and positions to windows without padding them: (N, d_model).
+
+        Both convolutions are matrix products of all windows at once. The windows lie one after
+        another with a row of zeros before and after each, which is the padding of the convolutions;
+        rows that are products across a border are set to zero, or left out.
+        """
+        weight = self.conv1.weight
+        lengths = [mel.shape[1] for mel in mels]
+        starts = [0, *itertools.accumulate(length + 2 for length in lengths)]
+        rows = starts.pop()
+        # One row more at the start makes the rows before and after a window rows of the product.
+        padded = weight.new_zeros(rows + 3, mels[0].shape[0])
+        for start, mel in zip(starts, mels, strict=True):
+            padded[start + 2 : start + 2 + mel.shape[1]] = mel.T
+        x = _product_gelu(padded, self.conv1, stride=1)
+        after = [start + length + 1 for start, length in zip(starts, lengths, strict=True)]
+        x[torch.tensor([*starts, *after, rows])] = 0
+        x = _product_gelu(x, self.conv2, stride=2)
+        positions = self.embed_positions.weight
         parts = []
-        for mel in mels:
-            x = F.gelu(self.conv1(mel[None].to(self.conv1.weight)))
-            x = F.gelu(self.conv2(x))[0].transpose(0, 1)
-            parts.append(x + self.embed_positions.weight[: len(x)])
+        for start, length in zip(starts, lengths, strict=True):
+            kept = x[start // 2 : (start + length) // 2]
+            parts.append(kept + positions[: len(kept)])
         return torch.cat(parts)
 
     def _embed_padded(self, mels: Sequence[Tensor]) -> Tensor:
@@ -131,7 +152,7 @@ class EncoderLayer(nn.Module):
         )
         attended = packing.attend(q, k, v).flatten(1)
         x_NC = x_NC + self.self_attn["out_proj"](attended)
-        hidden: Tensor = F.gelu(self.fc1(self.final_layer_norm(x_NC)))
+        hidden: Tensor = linear_gelu(self.final_layer_norm(x_NC), self.fc1.weight, self.fc1.bias)
         out: Tensor = x_NC + self.fc2(hidden)
         return out
 
@@ -169,6 +190,25 @@ class _Packing:
         return rows.index_copy_(0, self._indices_N, x_NHD).view(batch, longest, *x_NHD.shape[1:])
 
 
+def _product_gelu(rows: Tensor, convolution: nn.Conv1d, stride: int) -> Tensor:
+    """Convolve (T, channels) rows, padded already, and apply GELU: (T', d_model)."""
+    weight = convolution.weight.transpose(1, 2).flatten(1)
+    count = (len(rows) - 3) // stride + 1
+    shape, steps = (count, weight.shape[1]), (stride * rows.shape[1], 1)
+    return linear_gelu(rows.as_strided(shape, steps), weight, convolution.bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute gelu(x @ weight.T + bias).
+
+    In bf16 on CPU, oneDNN applies GELU to the sums in fp32, before they are rounded and stored.
+    """
+    fused = x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_bf16("cpu")
+    if fused and _FUSED is not None:
+        return _FUSED(x.contiguous(), weight, bias, "gelu", [], "none")  # type: ignore[no-any-return]
+    return F.gelu(F.linear(x, weight, bias))
+
+
 def _attend_window(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor) -> Tensor:
     """Attend within one window, (L, H, D).
 
@@ -179,9 +219,10 @@ def _attend_window(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor) -> Tensor:
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
     heads, length, width = q.shape
-    # Scaling the keys is exact: the scale is a power of two for Whisper's heads of width 64.
-    keys, values = (k / math.sqrt(width)).transpose(1, 2).contiguous(), v.contiguous()
-    queries, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    # Scaling the queries is exact: the scale is a power of two for Whisper's heads of width 64.
+    queries = (q / math.sqrt(width)).contiguous()
+    keys, values = k.contiguous().transpose(1, 2), v.contiguous()
+    out = torch.empty_like(queries)
     rows = min(length, _TILE_QUERIES)
     heads_per_tile = max(1, _TILE_SCORES // (rows * length))
     for h in range(0, heads, heads_per_tile):

@@ -43,8 +43,8 @@ def test_full_mode_equals_the_encoder_of_transformers(
         (features,) = full.encode([clip])
         assert features.shape == (1500, 384)
         assert features.dtype == torch.float32
-        assert float((features - wanted).abs().max()) < 1e-4
-        assert float(wanted.abs().max()) > 1.0, "a difference of 1e-4 is small"
+        assert float((features - wanted).abs().max()) < 2e-4
+        assert float(wanted.abs().max()) > 1.0, "a difference of 2e-4 is small"
 
 
 # --- trim: batches do not matter -----------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_windows_of_one_length_need_no_mask(clips: list[np.ndarray]) -> None:
     packed = WhisperEncoder("embedded", mode="full")
     padded = WhisperEncoder("embedded", mode="full", padded=True)
     for one, other in zip(packed.encode(clips[:2]), padded.encode(clips[:2]), strict=True):
-        assert float((one - other).abs().max()) < 1e-4
+        assert float((one - other).abs().max()) < 2e-4
 
 
 def test_a_clip_over_the_budget_is_a_batch_of_its_own(
