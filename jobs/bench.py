@@ -19,13 +19,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = settings_parser("bench", __doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON here")
+    parser.add_argument(
+        "--sizes", metavar="N", type=int, nargs="+", help="rows of `corpus`, or keys of `cache`"
+    )
     parser.set_defaults(config="scratch")
 
     def job() -> None:
         arguments, config = parse_settings(parser, argv)
         from omni.bench import run_suite, show
 
-        result = run_suite(arguments.suite, config)
+        result = run_suite(arguments.suite, config, arguments.sizes)
         show(result)
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from omni.bench.timing import Result
 from omni.config import Config
+from omni.errors import ConfigError
 
 _MODULES = {
     "encode": "encode_speed",
@@ -21,10 +23,21 @@ _MODULES = {
 }
 
 
-def run_suite(name: str, config: Config) -> Result:
-    """Run a suite: call the function bench_NAME of its module."""
+_SIZED = ("corpus", "cache")
+
+
+def run_suite(name: str, config: Config, sizes: Sequence[int] | None = None) -> Result:
+    """Run a suite: call the function bench_NAME of its module.
+
+    sizes: rows or keys, for the suites that grow; None: those of the suite. Raises ConfigError.
+    """
+    if sizes is not None and name not in _SIZED:
+        raise ConfigError(f"--sizes: {name} has none; expected {' or '.join(_SIZED)}")
+    if sizes is not None and min(sizes) < 1:
+        raise ConfigError(f"--sizes: expected 1 or more, got {min(sizes)}")
     module = importlib.import_module(f"omni.bench.{_MODULES[name]}")
-    result: Result = getattr(module, f"bench_{name.replace('-', '_')}")(config)
+    suite = getattr(module, f"bench_{name.replace('-', '_')}")
+    result: Result = suite(config) if sizes is None else suite(config, sizes=sizes)
     return result
 
 

@@ -229,6 +229,14 @@ def test_the_cache_suite_reads_what_it_wrote(config: Config) -> None:
     assert [p["size"] for p in result.growth if p["curve"] == "again"] == [30_000]
 
 
+@pytest.mark.parametrize("wrong", [["encode", "--sizes", "5"], ["cache", "--sizes", "5", "0"]])
+def test_sizes_are_for_the_suites_that_grow(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(wrong) == 2
+    assert "--sizes: " in capsys.readouterr().err
+
+
 def test_growth_is_drawn_over_a_logarithmic_size(tmp_path: Path) -> None:
     result, other = (Result("corpus", {}) for _ in range(2))
     for size, seconds in ((1_000, 2.0), (1_000_000, 3.0)):
@@ -255,14 +263,14 @@ def test_results_are_a_table_and_json(
     result.ratio["encode.vs_best"] = 27.71
     asked: list[Any] = []
 
-    def run_suite(name: str, config: Config) -> Result:
-        asked.append((name, config.encoder.threads))
+    def run_suite(name: str, config: Config, sizes: list[int] | None) -> Result:
+        asked.append((name, config.encoder.threads, sizes))
         return result
 
     monkeypatch.setattr("omni.bench.run_suite", run_suite)
     out = tmp_path / "new" / "encode.json"
     assert bench.main(["encode", "--out", str(out), "--encoder.threads", "2"]) == 0
-    assert asked == [("encode", 2)]
+    assert asked == [("encode", 2, None)]
     written = json.loads(out.read_text())
     assert written["ratio"] == {"encode.vs_best": 27.71}
     assert written["figures"][0]["value"] == 133.7 and written["machine"]["threads"] == 1
