@@ -32,7 +32,7 @@ def run_suite(name: str, config: Config, sizes: Sequence[int] | None = None) -> 
     sizes: rows or keys, for the suites that grow; None: those of the suite. Raises ConfigError.
     """
     if sizes is not None and name not in _SIZED:
-        raise ConfigError(f"--sizes: {name} has none; expected {' or '.join(_SIZED)}")
+        raise ConfigError(f"--sizes: is for {' and '.join(_SIZED)}, got the suite {name}")
     if sizes is not None and min(sizes) < 1:
         raise ConfigError(f"--sizes: expected 1 or more, got {min(sizes)}")
     module = importlib.import_module(f"omni.bench.{_MODULES[name]}")

@@ -82,7 +82,7 @@ def add_block_costs(config: Config, result: Result) -> None:
     begun = {key: median([read.first for read in reads]) for key, reads in found.items()}
     for left in (_SHORT_RUN, _LONG_RUN):
         result.add(f"first block, {left:,} steps left", begun[left, 1], "s", "cached features")
-        result.add_point("First block, by steps left", "s", "cached features", left, begun[left, 1])
+        result.add_point("First block, by steps left", "s", "", left, begun[left, 1])
     for length in (1, _LONG):
         reads = found[_LONG_RUN, length]
         cpu, wall = (median([getattr(read, name) for read in reads]) for name in ("cpu", "wall"))

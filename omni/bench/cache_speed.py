@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,8 +17,8 @@ from omni.bench.process_alone import alone
 from omni.bench.timing import Result, alternate, describe_machine, median
 from omni.config import Config
 from omni.storage.digest import digest
-from omni.storage.flat_folder import open_folder
-from omni.storage.path import join
+from omni.storage.flat_folder import forget_copies, open_folder
+from omni.storage.path import as_path, join, remove_tree
 from omni.stream.feature_cache import FeatureCache
 from omni.stream.key_index import COMPLETE, KEYS, KeyIndex
 from omni.stream.key_table import KeyTable, write_merged
@@ -37,51 +36,51 @@ _ROUNDS = 3
 
 
 def bench_cache(config: Config, sizes: Sequence[int] = _SIZES, reads: int = _READ) -> Result:
-    """Run the `cache` suite: open indexes of so many keys, look keys up, and read features.
+    """Run the `cache` suite: open indexes of these numbers of keys, find keys, read features.
 
-    They lie in a new folder of the bucket that `data.cache` names, and stay there; without one, in
-    a temporary folder. The index names shards that do not exist; one real shard is read.
+    They are in a new folder of the run's feature cache, in a bucket or on disk, which is deleted at
+    the end. The shards that the indexes name do not exist; those of the features that are read do.
     """
     result = Result("cache", describe_machine(torch.device("cpu"), 1))
-    with _own_folder(config) as folder:
+    with _new_folder(config) as folder:
         result.notes.append(f"in {folder.partition('?')[0]}")
-        for size in sizes:
-            place = join(folder, f"keys-{size}")
+        for size in sorted(set(sizes)):
+            location = join(folder, f"keys-{size}")
             progress(f"writing an index of {size:,} keys")
-            shards = alone(write_index, place, size).value
-            if size == sizes[-1]:
-                progress(f"writing the features of {reads:,} utterances")
-                alone(add_features, place, reads)
-            first = alone(open_index, place, size).value
-            again = alone(open_index, place, size).value
+            shards = alone(write_index, location, size).value
+            first: _Opened = alone(open_index, location, size).value
+            again: _Opened = alone(open_index, location, size).value
             name = f"{size:,} keys"
             result.add(name, first.seconds, "s", f"opened by a first process; {shards:,} shards")
             result.add(f"{name}, again", again.seconds, "s", "opened by another process")
             result.add(f"{name}, memory", again.megabytes, "MB", "of that process, for the index")
-            result.add(f"{name}, {_AT_ONCE} of them", again.look_up * 1e3, "ms", "to look up")
-            result.add_point(
-                "Opening a cache's index, by keys", "s", "first on a node", size, first.seconds
-            )
-            result.add_point("Opening a cache's index, by keys", "s", "again", size, again.seconds)
-            result.add_point(
-                "Looking up in it, by keys", "ms", "64 keys", size, again.look_up * 1e3
-            )
-        progress("reading: one utterance at a time, and many")
-        one, many = alone(_read, place, reads).value
+            result.add(f"{name}, {_AT_ONCE} of them", again.finding * 1e3, "ms", "to find")
+            opening, finding = "Opening a cache, by keys", f"Finding {_AT_ONCE} keys, by keys"
+            if "://" in location:
+                result.add_point(opening, "s", "first on a node", size, first.seconds)
+            result.add_point(opening, "s", "again", size, again.seconds)
+            result.add_point(finding, "ms", "", size, again.finding * 1e3)
+        progress(f"writing the features of {reads:,} utterances")
+        alone(add_features, location, reads)
+        progress("reading them: one at a time, and many")
+        one, many = alone(_read, location, reads).value
         result.add("one at a time", reads / one, "utterances/s", "one process")
-        result.add("many at a time", reads / many, "utterances/s", f"{_AT_ONCE} are asked for")
+        result.add("many at a time", reads / many, "utterances/s", f"{_AT_ONCE} in a call")
         result.ratio["cache.reads_together"] = one / many
     return result
 
 
 @contextlib.contextmanager
-def _own_folder(config: Config) -> Iterator[str]:
-    """Yield a new folder, in the bucket of `data.cache` if it names one."""
+def _new_folder(config: Config) -> Iterator[str]:
+    """Yield a new folder in the run's cache, or a temporary one where it has none; delete it."""
     with in_temporary_storage(config) as inside:
-        if config.data.cache is None or "://" not in config.data.cache:
-            yield str(Path(inside.run.storage) / "caches")
-        else:
-            yield join(config.data.cache, f"bench-{uuid.uuid4().hex}")
+        folder = join(config.cache or inside.run.storage, f"bench-{uuid.uuid4().hex}")
+        try:
+            yield folder
+        finally:
+            for found in as_path(folder).glob("keys-*"):
+                forget_copies(join(found, "keys"))
+            remove_tree(as_path(folder))
 
 
 def write_index(location: str, keys: int) -> int:
@@ -131,13 +130,13 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 class _Opened:
     seconds: float
     megabytes: float
-    """Growth of the resident memory, by opening the index and by looking keys up."""
-    look_up: float
-    """Median seconds to look 64 keys up."""
+    """Growth of the resident memory, by opening the index and finding keys."""
+    finding: float
+    """Median seconds to find 64 keys."""
 
 
 def open_index(location: str, size: int) -> _Opened:
-    """Open the index of `size` keys, and look up keys that it has."""
+    """Open the index of `size` keys, and find some of them."""
     process = psutil.Process()
     before, began = process.memory_info().rss, time.perf_counter()
     index = KeyIndex(location)
@@ -158,7 +157,7 @@ def feature_keys(reads: int) -> list[str]:
 
 
 def add_features(location: str, reads: int) -> None:
-    """Write a shard with the features of that many utterances."""
+    """Write the features of that many utterances."""
     cache = FeatureCache(location)
     generator = np.random.default_rng(1)
     for key in feature_keys(reads):

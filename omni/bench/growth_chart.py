@@ -5,9 +5,9 @@ The results are files of `omni bench corpus`, `stream` and `cache` (`--out`).
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def growth_charts(points: Iterable[dict[str, Any]]) -> list[Figure]:
     charts: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for point in points:
         charts.setdefault((point["chart"], point["unit"]), []).append(point)
-    return [_chart(title, unit, mine) for (title, unit), mine in charts.items()]
+    return [_chart(title, unit, of_chart) for (title, unit), of_chart in charts.items()]
 
 
 def _chart(title: str, unit: str, points: list[dict[str, Any]]) -> Figure:
@@ -32,12 +32,20 @@ def _chart(title: str, unit: str, points: list[dict[str, Any]]) -> Figure:
     return Chart(title, unit, [(curve, curve) for curve in curves], log_x=True).draw(rows, None)
 
 
-def main(argv: list[str]) -> int:
-    out, *results = map(Path, argv)
-    points = [point for result in results for point in json.loads(result.read_text())["growth"]]
-    out.write_text(svg_file(growth_charts(points)))
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("omni.bench.growth_chart", description=__doc__)
+    parser.add_argument("out", metavar="OUT.svg", type=Path)
+    parser.add_argument("results", metavar="RESULT.json", type=Path, nargs="+")
+    arguments = parser.parse_args(argv)
+    points: list[dict[str, Any]] = []
+    for result in arguments.results:
+        found = json.loads(result.read_text()).get("growth")
+        if not found:
+            parser.error(f"{result}: expected a result of the suites corpus, stream or cache")
+        points += found
+    arguments.out.write_text(svg_file(growth_charts(points)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit(main())

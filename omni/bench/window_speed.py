@@ -49,9 +49,9 @@ def add_windows(
         result.add(f"{name}, again", again.value.prepared, "s", "from the totals of the parts")
         result.add(f"{name}, first block", again.seconds, "s", "with imports, decoded, without Ray")
         result.add(f"{name}, driver", again.peak_gb, "GB", "at most, with torch")
-        seconds, memory = "Starting a run, by utterances", "The driver of a run, by utterances"
+        seconds, memory = "First block, by utterances", "Peak memory of the driver, by utterances"
         result.add_point(seconds, "s", "first time", rows, first.seconds)
-        result.add_point(seconds, "s", "again, to the first block", rows, again.seconds)
+        result.add_point(seconds, "s", "again", rows, again.seconds)
         result.add_point(memory, "GB", "first time", rows, first.peak_gb)
         result.add_point(memory, "GB", "again", rows, again.peak_gb)
     progress(f"planning {_PLANNED_WINDOWS} windows of {planned:,} utterances")

@@ -330,13 +330,18 @@ def _precision_notes(config: Config) -> list[str]:
 
 
 def _schedule_notes(config: Config) -> list[str]:
-    warmup, steps = config.optim.warmup_steps, config.optim.steps
-    if warmup < steps:
-        return []
-    return [
-        f"optim.warmup_steps {warmup}: the run ends after {steps} steps, before the learning rate "
-        "has reached its peak"
-    ]
+    optim, steps, notes = config.optim, config.optim.steps, []
+    if optim.warmup_steps >= steps:
+        notes.append(
+            f"optim.warmup_steps {optim.warmup_steps}: the run ends after {steps} steps, before "
+            "the learning rate has reached its peak"
+        )
+    if optim.ctc_only_steps >= steps:
+        notes.append(
+            f"optim.ctc_only_steps {optim.ctc_only_steps}: CTC alone trains in all {steps} steps, "
+            "and decodes the scores of the run (elsewhere: --decode ctc)"
+        )
+    return notes
 
 
 def _export_notes(model: OmniConfig, encoder: EncoderFacts) -> list[str]:

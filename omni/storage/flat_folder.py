@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -281,6 +282,15 @@ class ObjectFolder:
                 if time.time() - other.stat().st_mtime > _UNUSED_SECONDS:
                     other.unlink(missing_ok=True)
         return copy
+
+
+def forget_copies(location: str) -> None:
+    """Delete the copies on this node of the files of a folder in a bucket."""
+    folder = open_folder(location)
+    if isinstance(folder, ObjectFolder):
+        copies = _node_folder() / digest(folder.location)
+        shutil.rmtree(copies, ignore_errors=True)
+        Path(f"{copies}.lock").unlink(missing_ok=True)
 
 
 def _attempt(read: Callable[[str, int, int], bytes], part: Range) -> bytes | OSError:

@@ -316,7 +316,7 @@ def register_credentials(locations: Iterable[str]) -> None:
             as_path(location)
 
 
-def join(location: str | Path, name: str) -> str:
+def join(location: str | Path | ObjectPath, name: str) -> str:
     """Append a name to a location, as text, before the options (?region=...) of a URI."""
     inside = as_path(location) / name
     return inside.uri if isinstance(inside, ObjectPath) else str(inside)

@@ -198,7 +198,8 @@ class TrainLoop:
     def _evaluate(self) -> bool:
         """Evaluate on dev and log it; return whether it is the best so far.
 
-        While CTC trains alone, evaluations are not compared with later ones.
+        While CTC trains alone the newest is the best: the figures of a language model that does not
+        train yet say nothing, and are not compared with those after it has joined.
         """
         settings, state, dev = self.config.eval, self.state, self._held["dev"]
         with (
@@ -231,9 +232,11 @@ class TrainLoop:
             self._scoring.score(rows),
         )
         self.recorder.log_evaluation(row)
-        optim = self.config.optim
-        if state.step <= optim.ctc_only_steps < optim.steps:
-            return False
+        if self._ctc_only(state.step):
+            state.best_value, state.best_step = None, state.step
+            return True
+        if self._ctc_only(state.best_step or 0):
+            state.best_value = None
         value = self._best_figure.value(row)
         if not self._best_figure.improves(value, state.best_value):
             state.evaluations_since_best += 1
@@ -242,12 +245,16 @@ class TrainLoop:
         state.evaluations_since_best = 0
         return True
 
+    def _ctc_only(self, step: int) -> bool:
+        """Tell whether CTC alone has trained in the steps up to this one."""
+        return 0 < step <= self.config.optim.ctc_only_steps
+
     def _decoding_at(self, step: int) -> Decoding:
-        """Decode by CTC while it trains alone.
+        """Choose who decodes after a step: CTC while it trains alone.
 
         The language model has not learnt to read soft tokens then, and would invent long texts.
         """
-        if 0 < step <= self.config.optim.ctc_only_steps:
+        if self._ctc_only(step):
             return Decoding("ctc", max_new_tokens=self.config.eval.max_new_tokens)
         return self._decoding
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,8 @@ from omni.model.encoder.weights import EMBEDDED_WHISPER
 from omni.model.encoder.whisper import WhisperEncoder
 from omni.run.prepare import make_worker_spec, prepare
 from omni.run.rates import Trainer, audio_seconds
-from tests.helpers.loopback_s3 import s3_bucket
+from omni.storage.path import as_path
+from tests.helpers.loopback_s3 import s3_bucket, server_requests
 
 SMALL = ["--model.n_layer", "1", "--model.n_embd", "64", "--model.n_head", "1"]
 
@@ -217,16 +219,27 @@ def test_a_large_corpus_is_indexed_prepared_and_planned(
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
-def test_the_cache_suite_reads_what_it_wrote(config: Config) -> None:
-    with s3_bucket("bench") as uri:
+def test_the_cache_suite_reads_what_it_wrote(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = tmp_path / "node"
+    node.mkdir()
+    monkeypatch.setenv("TMPDIR", str(node))  # of the processes that measure
+    monkeypatch.setattr(tempfile, "tempdir", str(node))
+    with s3_bucket("bench") as uri, server_requests() as requests:
         data = config.data.model_copy(update={"cache": uri})
         result = bench_cache(config.model_copy(update={"data": data}), sizes=[30_000], reads=9)
+        assert not list(as_path(uri).iterdir()), "nothing is left in the bucket"
     shards = -(-30_000 // (2**30 // 76_800))
     [row] = [row for row in result.figures if row["name"] == "30,000 keys"]
     assert f"{shards} shards" in row["note"]
     assert all(row["value"] > 0 for row in result.figures if not row["name"].endswith("memory"))
     assert result.ratio["cache.reads_together"] > 0
     assert [p["size"] for p in result.growth if p["curve"] == "again"] == [30_000]
+    tables = [n for n, request in enumerate(requests) if re.match(r"GET .*\.keys$", request)]
+    features = [n for n, request in enumerate(requests) if re.match(r"PUT .*\.bin$", request)]
+    assert min(tables) < min(features), "the first opening fetches the table"
+    assert not [path for path in node.rglob("*") if path.is_file()], "nor on the node"
 
 
 @pytest.mark.parametrize("wrong", [["encode", "--sizes", "5"], ["cache", "--sizes", "5", "0"]])
@@ -251,6 +264,10 @@ def test_growth_is_drawn_over_a_logarithmic_size(tmp_path: Path) -> None:
     space = "{http://www.w3.org/2000/svg}"
     titles = [text.text for text in root.iter(f"{space}text") if text.get("class") == "title"]
     assert titles == ["Starting & preparing, s", "Memory, GB"]
+    wrong = tmp_path / "encode.json"
+    wrong.write_text(json.dumps(Result("encode", {}).to_dict()))
+    with pytest.raises(SystemExit, match="2"):
+        growth_chart.main([str(out), str(wrong)])
     values = [path.get("data-values") for path in root.iter(f"{space}path")]
     assert {"1000,2 1000000,3", "1000,0.5 1000000,0.5"} <= set(values)
 

@@ -183,11 +183,14 @@ def test_the_language_model_decodes_once_it_has_joined(tmp_path: Path) -> None:
         loop.step()
         best.append(loop._evaluate())
     rows = [row for row in lines(loop.run_dir / "metrics.jsonl") if row["kind"] == "eval"]
-    # The language model answers what is no transcription.
+    # The language model answers all but transcriptions.
     decoders = [list(row["dev_decoders"]) for row in rows]
     assert decoders == [["ctc", "lm"], ["ctc", "lm"], ["joint", "lm"]]
-    assert best == [False, False, True] and loop.state.best_step == 3
-    assert loop.state.evaluations_since_best == 0
+    assert best == [True, True, True] and loop.state.best_step == 3
+    assert loop.state.best_value is not None
+    # A run that had only such steps is continued: what it measured is not compared.
+    loop.state.best_step, loop.state.best_value = 2, 0.0
+    assert loop._evaluate() and loop.state.best_step == 3 and loop.state.best_value > 0
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from omni.model.precision import has_bf16
 
 # Size of an attention tile in bf16 on CPU: the scores take 0.8 MB and stay in the L2 cache.
 _TILE_QUERIES, _TILE_SCORES = 256, 400_000
-# What torch's compiler calls for a linear layer and its activation; builds without oneDNN lack it.
+# Torch's compiler calls it for a linear layer and its activation; builds without oneDNN lack it.
 _FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -70,9 +70,12 @@ class WhisperTransformer(nn.Module):
 
         padded: see `_Packing`. layer_ids: the hidden states to concatenate, each normalised; none
         returns the last one after the final LayerNorm. Returns (T // 2, d_model * max(1, ids))
-        each.
+        each. Raises ValueError for an odd T.
         """
         lengths = [mel.shape[1] // 2 for mel in mels]
+        for mel in mels:
+            if mel.shape[1] % 2:
+                raise ValueError(f"expected an even number of frames, got {mel.shape[1]}")
         packing = _Packing(lengths, self.conv1.weight.device, padded)
         x = self._embed_padded(mels) if padded else self._embed_each(mels)
         hidden = [x]
@@ -91,20 +94,20 @@ class WhisperTransformer(nn.Module):
         """Apply convolutions and positions to windows without padding them: (N, d_model).
 
         Both convolutions are matrix products of all windows at once. The windows lie one after
-        another with a row of zeros before and after each, which is the padding of the convolutions;
-        rows that are products across a border are set to zero, or left out.
+        another with a row of zeros before and after each, which is the padding of the first
+        convolution. The row of its product before a window becomes that of the second one, which
+        does not reach behind a window of even length. Rows across two windows are left out.
         """
         weight = self.conv1.weight
         lengths = [mel.shape[1] for mel in mels]
         starts = [0, *itertools.accumulate(length + 2 for length in lengths)]
         rows = starts.pop()
-        # One row more at the start makes the rows before and after a window rows of the product.
+        # One row more at the start gives the product a row before the first window.
         padded = weight.new_zeros(rows + 3, mels[0].shape[0])
         for start, mel in zip(starts, mels, strict=True):
             padded[start + 2 : start + 2 + mel.shape[1]] = mel.T
         x = _product_gelu(padded, self.conv1, stride=1)
-        after = [start + length + 1 for start, length in zip(starts, lengths, strict=True)]
-        x[torch.tensor([*starts, *after, rows])] = 0
+        x[torch.tensor(starts)] = 0
         x = _product_gelu(x, self.conv2, stride=2)
         positions = self.embed_positions.weight
         parts = []
@@ -203,8 +206,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     In bf16 on CPU, oneDNN applies GELU to the sums in fp32, before they are rounded and stored.
     """
-    fused = x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_bf16("cpu")
-    if fused and _FUSED is not None:
+    in_bf16 = x.dtype == weight.dtype == torch.bfloat16  # Autocast has weights in fp32.
+    if in_bf16 and x.device.type == "cpu" and has_bf16("cpu") and _FUSED is not None:
         return _FUSED(x.contiguous(), weight, bias, "gelu", [], "none")  # type: ignore[no-any-return]
     return F.gelu(F.linear(x, weight, bias))
 

@@ -49,20 +49,38 @@ def test_a_row_of_the_fused_layer_does_not_depend_on_the_others() -> None:
         assert torch.equal(linear_gelu(x[:rows], weight, bias), whole[:rows])
 
 
+def test_autocast_computes_weights_of_fp32_too() -> None:
+    x, weight, bias = _layer(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_gelu(x.bfloat16(), weight, bias)
+    torch.testing.assert_close(found.float(), linear_gelu(x, weight, bias), atol=0.1, rtol=0.05)
+
+
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=BF16)]
+)
 @pytest.mark.parametrize("lengths", [[2], [4, 2, 30], [100, 98, 3000, 2]])
 def test_windows_are_convolved_as_each_would_be_alone(
-    encoder: transformer.WhisperTransformer, lengths: list[int]
+    lengths: list[int], dtype: torch.dtype
 ) -> None:
-    generator = torch.Generator().manual_seed(1)
-    mels = [torch.randn(80, length, generator=generator) for length in lengths]
-    found = torch.split(encoder._embed_each(mels), [length // 2 for length in lengths])
-    for mel, mine in zip(mels, found, strict=True):
-        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel[None]))))[0].T
-        torch.testing.assert_close(mine, x + encoder.embed_positions.weight[: len(x)])
-
-
-@pytest.fixture(scope="module")
-def encoder() -> transformer.WhisperTransformer:
     config, state = read_whisper_files(EMBEDDED_WHISPER)
-    return transformer.WhisperTransformer(config, state).float()
+    encoder = transformer.WhisperTransformer(config, state).double()
+    generator = torch.Generator().manual_seed(1)
+    mels = [torch.randn(80, length, generator=generator).to(dtype) for length in lengths]
+    wanted = []
+    for mel in mels:
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel[None].double()))))[0].T
+        wanted.append(x + encoder.embed_positions.weight[: len(x)])
+    found = encoder.to(dtype)._embed_each(mels)
+    for one, mine in zip(wanted, torch.split(found, [n // 2 for n in lengths]), strict=True):
+        error = (mine.double() - one).norm() / one.norm()
+        assert error < {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+
+
+def test_windows_of_an_odd_length_are_refused() -> None:
+    config, state = read_whisper_files(EMBEDDED_WHISPER)
+    encoder = transformer.WhisperTransformer(config, state)
+    for padded in (False, True):
+        with pytest.raises(ValueError, match="even number of frames, got 5"):
+            encoder.encode([torch.zeros(80, 4), torch.zeros(80, 5)], padded)
