@@ -16,6 +16,7 @@ from omni.bench.prepared_run import in_temporary_storage, progress
 from omni.bench.process_alone import alone
 from omni.bench.timing import Result, alternate, describe_machine, median
 from omni.config import Config
+from omni.errors import ConfigError, first_line
 from omni.storage.digest import digest
 from omni.storage.flat_folder import forget_copies, open_folder
 from omni.storage.path import as_path, join, remove_tree
@@ -47,7 +48,10 @@ def bench_cache(config: Config, sizes: Sequence[int] = _SIZES, reads: int = _REA
         for size in sorted(set(sizes)):
             location = join(folder, f"keys-{size}")
             progress(f"writing an index of {size:,} keys")
-            shards = alone(write_index, location, size).value
+            try:
+                shards = alone(write_index, location, size).value
+            except OSError as error:
+                raise ConfigError(f"data.cache: {first_line(error)}") from error
             first: _Opened = alone(open_index, location, size).value
             again: _Opened = alone(open_index, location, size).value
             name = f"{size:,} keys"

@@ -264,7 +264,19 @@ class ObjectPath:
             upload_large(self, source)
             return
         with source.open("rb") as file:
-            publish(filesystem, key, file, size, lambda: check_fence(self, fresh=True))
+            publish(
+                filesystem, key, file, size, lambda: check_fence(self, fresh=True), self._take_name
+            )
+
+    def _take_name(self, old: str, new: str) -> None:
+        """Move an object to this one's key; both are those of the file system."""
+        from omni.storage.s3_client import copy_object
+
+        filesystem, _ = self.filesystem
+        if copy_object(self, old):
+            filesystem.delete_file(old)
+        else:
+            filesystem.move(old, new)
 
     def touch(self) -> None:
         self.write_bytes(b"")

@@ -41,10 +41,12 @@ def publish(
     source: IO[bytes],
     size: int,
     before: Callable[[], None] = lambda: None,
+    move: Callable[[str, str], None] | None = None,
 ) -> None:
     """Write the `size` bytes of `source` as the object `key`, under a temporary name first.
 
-    before: called when all is written and the object would take its name.
+    before: called when all is written and the object would take its name. move: gives an object
+    another name; None: the file system's.
     """
     folder, _, name = key.rpartition("/")
     temporary = f"{folder}/.{name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
@@ -55,7 +57,7 @@ def publish(
         if written != size:
             raise OSError(errno.EIO, f"{written} of {size} bytes arrived", key)
         before()
-        filesystem.move(temporary, key)
+        (move or filesystem.move)(temporary, key)
     except BaseException:
         with contextlib.suppress(Exception):
             if filesystem.get_file_info(temporary).type.value:

@@ -107,6 +107,21 @@ def read_start(path: ObjectPath, most: int) -> bytes | None:
             return bytes(body.read()) if answer["ContentLength"] <= most else None
 
 
+def copy_object(path: ObjectPath, source: str) -> bool:
+    """Copy an object of the same bucket, by its path in pyarrow's file system; False without boto3.
+
+    pyarrow gives up when three seconds pass without a byte, as they may for a copy of a gigabyte.
+    """
+    found = s3_client(path)
+    if found is None:
+        return False
+    client, bucket, key = found
+    with s3_errors_as_oserror(path):
+        origin = {"Bucket": bucket, "Key": source.partition("/")[2]}
+        client.copy_object(Bucket=bucket, Key=key, CopySource=origin)
+    return True
+
+
 def upload_large(path: ObjectPath, source: Path) -> None:
     """Upload a file that is too large to be copied within S3, and abort if that fails.
 

@@ -22,14 +22,17 @@ def s3_bucket(name: str) -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
-        host, port = server.get_host_and_port()
-        options = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
-        uri = f"s3://{name}?{options}"
-        filesystem, _ = pafs.FileSystem.from_uri(uri)
-        filesystem.create_dir(name)
-        yield uri
+        yield _make_bucket(name, *server.get_host_and_port())
     finally:
         server.stop()
+
+
+def _make_bucket(name: str, host: str, port: int) -> str:
+    options = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
+    uri = f"s3://{name}?{options}"
+    filesystem, _ = pafs.FileSystem.from_uri(uri)
+    filesystem.create_dir(name)
+    return uri
 
 
 @contextlib.contextmanager
@@ -61,18 +64,19 @@ def serve_slowly(delay: float) -> None:
         nonlocal count
         with lock:
             count += 1
-            print(f"\r{count} requests", end="", flush=True)
+            print(f"\r{count} requests", end="", file=sys.stderr, flush=True)
         time.sleep(delay)
         return application(environment, start_response)
 
     server = make_server("127.0.0.1", 0, slow, threaded=True)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    print(
-        f"s3://bench?endpoint_override=127.0.0.1:{server.port}&scheme=http&allow_bucket_creation=true"
-    )
-    server.serve_forever()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    print(_make_bucket("bench", "127.0.0.1", server.port), flush=True)
+    thread.join()
 
 
 if __name__ == "__main__":
-    # python -m tests.helpers.loopback_s3 0.03
+    # For `omni bench cache`: python -m tests.helpers.loopback_s3 SECONDS. Both of AWS_ACCESS_KEY_ID
+    # and AWS_SECRET_ACCESS_KEY have to be set, to anything.
     serve_slowly(float(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_a_small_object_that_is_refused_leaves_the_old_one(
     with pytest.raises(OSError):
         target.write_bytes(b"new")
     assert target.read_bytes() == OLD and _names(target) == ["file"]
+
+
+def test_a_copy_within_the_storage_may_take_its_time(
+    target: ObjectPath, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = S3Backend.copy_object
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(5)  # pyarrow gives up after three seconds without a byte.
+        return copy(*arguments, **named)
+
+    monkeypatch.setattr(S3Backend, "copy_object", slow)
+    target.upload(source)
+    assert target.read_bytes() == source.read_bytes() and _names(target) == ["file"]
 
 
 def test_an_object_too_large_to_copy_is_uploaded_by_boto3_and_aborted(
