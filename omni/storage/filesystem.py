@@ -22,6 +22,10 @@ class StorageError(OSError):
         return str(self.strerror)
 
 
+REQUESTS_AT_ONCE = 64
+"""Small reads of one process that are under way in a bucket."""
+
+
 @functools.lru_cache(maxsize=64)
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the file system of a URI and the path in it. Raises StorageError, or OSError."""
@@ -31,6 +35,9 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, _, rest = uri.partition("://")
     if scheme in BUCKET_SCHEMES and not rest.partition("?")[0].rpartition("@")[2].strip("/"):
         raise StorageError(f"{scheme}://: expected a bucket name after it")
+    if scheme == "s3" and pa.io_thread_count() < REQUESTS_AT_ONCE:
+        # A client of S3 opens as many connections as there are such threads, and at least 25.
+        pa.set_io_thread_count(REQUESTS_AT_ONCE)
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path

@@ -29,13 +29,14 @@ from filelock import FileLock
 
 from omni.storage.atomic import write_atomic
 from omni.storage.digest import digest
+from omni.storage.filesystem import REQUESTS_AT_ONCE
 from omni.storage.parallel_reads import parallel_map
 from omni.storage.path import ObjectPath, as_path
 from omni.storage.publish import write_object
 
 _OPEN_FILES = 32
 _OPEN_OBJECTS = 4096  # An open object is a few hundred bytes, and opening one is a request.
-_READS_AT_ONCE = 32
+_READS_AT_ONCE = 32  # of a network file system
 _SLOW_SECONDS = 0.002  # From here on, reads of a file system are made in parallel.
 _LIST_SECONDS = 10.0  # between two listings of a bucket
 _DOWNLOAD_BYTES = 32 << 20
@@ -217,9 +218,9 @@ class ObjectFolder:
         if len(ranges) > 1:
             # Opening asks for the size, once for each object that this process reads.
             names = dict.fromkeys(part.name for part in ranges)
-            for _ in parallel_map(self._try_opening, names, _READS_AT_ONCE):
+            for _ in parallel_map(self._try_opening, names, REQUESTS_AT_ONCE):
                 pass
-        return list(parallel_map(lambda part: _attempt(self.read, part), ranges, _READS_AT_ONCE))
+        return list(parallel_map(lambda part: _attempt(self.read, part), ranges, REQUESTS_AT_ONCE))
 
     def _try_opening(self, name: str) -> None:
         with contextlib.suppress(OSError):
