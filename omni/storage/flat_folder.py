@@ -36,7 +36,8 @@ from omni.storage.publish import write_object
 
 _OPEN_FILES = 32
 _OPEN_OBJECTS = 4096  # An open object is a few hundred bytes, and opening one is a request.
-_READS_AT_ONCE = 32  # of a network file system
+_READS_AT_ONCE = 32
+"""Reads of a network file system that are under way."""
 _SLOW_SECONDS = 0.002  # From here on, reads of a file system are made in parallel.
 _LIST_SECONDS = 10.0  # between two listings of a bucket
 _DOWNLOAD_BYTES = 32 << 20
