@@ -240,7 +240,8 @@ class ObjectFolder:
         return file
 
     def write(self, name: str, data: bytes) -> None:
-        write_object(self._filesystem, f"{self._path}/{name}", data)
+        target = self._where / name
+        write_object(self._filesystem, target.filesystem[1], data, target.take_name)
 
     def upload(self, name: str, source: Path) -> None:
         (self._where / name).upload(source)

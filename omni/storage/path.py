@@ -243,7 +243,7 @@ class ObjectPath:
         if filesystem.type_name in _WITH_FOLDERS:
             self.parent.mkdir()
         check_fence(self)
-        write_object(filesystem, key, data)
+        write_object(filesystem, key, data, self.take_name)
         return len(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> int:
@@ -265,18 +265,18 @@ class ObjectPath:
             return
         with source.open("rb") as file:
             publish(
-                filesystem, key, file, size, lambda: check_fence(self, fresh=True), self._take_name
+                filesystem, key, file, size, self.take_name, lambda: check_fence(self, fresh=True)
             )
 
-    def _take_name(self, old: str, new: str) -> None:
-        """Move an object to this one's key; both are those of the file system."""
+    def take_name(self, old: str) -> None:
+        """Move the object of the same bucket, by its path in the file system, to this path."""
         from omni.storage.s3_client import copy_object
 
-        filesystem, _ = self.filesystem
+        filesystem, key = self.filesystem
         if copy_object(self, old):
             filesystem.delete_file(old)
         else:
-            filesystem.move(old, new)
+            filesystem.move(old, key)
 
     def touch(self) -> None:
         self.write_bytes(b"")

@@ -26,13 +26,18 @@ _CHUNK_BYTES = 8 << 20
 TEMPORARY_SUFFIX = ".tmp"
 
 
-def write_object(filesystem: pafs.FileSystem, key: str, data: bytes) -> None:
-    """Write `data` as the object `key`; an old one stays until all bytes are there."""
+def write_object(
+    filesystem: pafs.FileSystem, key: str, data: bytes, take_name: Callable[[str], None]
+) -> None:
+    """Write `data` as the object `key`; an old one stays until all bytes are there.
+
+    take_name: as for `publish`.
+    """
     if filesystem.type_name == "s3" and len(data) <= SINGLE_REQUEST_BYTES:
         with filesystem.open_output_stream(key, compression=None) as stream:
             stream.write(data)
         return
-    publish(filesystem, key, io.BytesIO(data), len(data))
+    publish(filesystem, key, io.BytesIO(data), len(data), take_name)
 
 
 def publish(
@@ -40,13 +45,13 @@ def publish(
     key: str,
     source: IO[bytes],
     size: int,
+    take_name: Callable[[str], None],
     before: Callable[[], None] = lambda: None,
-    move: Callable[[str, str], None] | None = None,
 ) -> None:
     """Write the `size` bytes of `source` as the object `key`, under a temporary name first.
 
-    before: called when all is written and the object would take its name. move: gives an object
-    another name; None: the file system's.
+    take_name: moves the object of the temporary name to `key`. before: called ahead of that, when
+    all is written.
     """
     folder, _, name = key.rpartition("/")
     temporary = f"{folder}/.{name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
@@ -57,7 +62,7 @@ def publish(
         if written != size:
             raise OSError(errno.EIO, f"{written} of {size} bytes arrived", key)
         before()
-        (move or filesystem.move)(temporary, key)
+        take_name(temporary)
     except BaseException:
         with contextlib.suppress(Exception):
             if filesystem.get_file_info(temporary).type.value:

@@ -148,8 +148,9 @@ def test_a_small_object_that_is_refused_leaves_the_old_one(
     assert target.read_bytes() == OLD and _names(target) == ["file"]
 
 
+@pytest.mark.parametrize("writer", WRITERS)
 def test_a_copy_within_the_storage_may_take_its_time(
-    target: ObjectPath, source: Path, monkeypatch: pytest.MonkeyPatch
+    target: ObjectPath, source: Path, writer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = S3Backend.copy_object
 
@@ -158,7 +159,7 @@ def test_a_copy_within_the_storage_may_take_its_time(
         return copy(*arguments, **named)
 
     monkeypatch.setattr(S3Backend, "copy_object", slow)
-    target.upload(source)
+    WRITERS[writer](target, source)
     assert target.read_bytes() == source.read_bytes() and _names(target) == ["file"]
 
 
@@ -227,5 +228,5 @@ def test_what_is_gathered_in_one_request_is_one(
     filesystem, key = target.filesystem
     assert isinstance(filesystem, pafs.S3FileSystem)
     data = b"x" * publish.SINGLE_REQUEST_BYTES
-    publish.write_object(filesystem, key, data)
+    publish.write_object(filesystem, key, data, target.take_name)
     assert len(parts) <= 1 and target.read_bytes() == data
