@@ -5,6 +5,7 @@ Writes wait while storage is unavailable (omni/storage/retry.py), so that no row
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -46,14 +47,15 @@ def _append(path: StoragePath, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
-        written = os.write(descriptor, data)
-        if written < len(data):
-            try:
+        try:
+            written = os.write(descriptor, data)
+            while written < len(data):
                 written += os.write(descriptor, data[written:])  # the error that cut it short
-            finally:
-                if written < len(data):
-                    os.ftruncate(descriptor, size)
-        os.fsync(descriptor)
+            os.fsync(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
 

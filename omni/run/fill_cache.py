@@ -35,7 +35,7 @@ from omni.run.actor_count import assume_actors
 from omni.run.prepare_parts import read_sample
 from omni.run.prepared_part import read_with_text
 from omni.storage.path import as_path, join
-from omni.storage.uri import report_storage_errors
+from omni.storage.uri import reason_of, report_storage_errors
 from omni.stream.compaction import compact, compact_if_many
 from omni.stream.encoder_facts import describe_encoder
 from omni.stream.feature_cache import FeatureCache
@@ -95,8 +95,11 @@ def fill_cache(config: Config, say: Callable[[str], None] = print) -> dict[str, 
             if corpus is not None:
                 say("the windows after this one were not looked through")
             break
-    if (compacted := compact_if_many(location)) is not None:
-        say(f"compacted: {compacted}")
+    try:
+        if (compacted := compact_if_many(location)) is not None:
+            say(f"compacted: {compacted}")
+    except OSError as error:
+        say(f"note: the cache was not compacted: {reason_of(error)}")
     return {**result, "gigabytes": cache.stored_bytes / 1e9, "rejects": dict(rejects)}
 
 

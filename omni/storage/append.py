@@ -24,18 +24,26 @@ class _Last:
 
 
 _last: dict[ObjectPath, _Last] = {}
+_failed: dict[ObjectPath, _Last] = {}
+"""What a write that failed would have left: it may have arrived, though the answer did not."""
 _lock = threading.Lock()
 
 
 def append(path: ObjectPath, data: bytes) -> None:
-    """Append `data`. Raises OSError, and has appended nothing then."""
+    """Append `data`. Raises OSError: the same call again then appends it once."""
     with _lock:
         last = _last.get(path)
         if last is None or _size(segment(path, last.number)) != len(last.data):
             last = _find(path)  # Another process has appended since.
-        longer = _Last(last.number, last.data + data)
-        _last.pop(path, None)
-        segment(path, longer.number).write_bytes(longer.data)
+        failed = _failed.get(path)
+        if failed is not None and failed.data.endswith(data) and _arrived(path, failed):
+            longer = failed
+        else:
+            longer = _Last(last.number, last.data + data)
+            _last.pop(path, None)
+            _failed[path] = longer
+            segment(path, longer.number).write_bytes(longer.data)
+        _failed.pop(path, None)
         if len(longer.data) < SEGMENT_BYTES:
             _last[path] = longer
 
@@ -43,15 +51,15 @@ def append(path: ObjectPath, data: bytes) -> None:
 def replace(path: ObjectPath, data: bytes) -> None:
     """Replace the content by `data`; an interruption leaves old segments behind the new one."""
     with _lock:
-        _last.pop(path, None)
+        _forget(path)
         path.write_bytes(data)
         _remove(path, 1)
 
 
 def remove(path: ObjectPath) -> None:
-    """Read all segments; nothing if there are none."""
+    """Remove all segments; nothing if there are none."""
     with _lock:
-        _last.pop(path, None)
+        _forget(path)
         _remove(path, 0)
 
 
@@ -72,6 +80,16 @@ def read(path: ObjectPath) -> Iterator[bytes]:
     """Lines, with their ends; nothing where there is no such file."""
     for part in segments(path):
         yield from part.read_bytes().splitlines(keepends=True)
+
+
+def _forget(path: ObjectPath) -> None:
+    _last.pop(path, None)
+    _failed.pop(path, None)
+
+
+def _arrived(path: ObjectPath, failed: _Last) -> bool:
+    part = segment(path, failed.number)
+    return _size(part) == len(failed.data) and part.read_bytes() == failed.data
 
 
 def _size(path: ObjectPath) -> int | None:

@@ -130,9 +130,9 @@ class LocalFolder:
                 for entry in entries:
                     try:
                         sizes[entry.name] = entry.stat().st_size
-                    except OSError:  # It was renamed since.
+                    except FileNotFoundError:  # It was renamed since.
                         continue
-        except OSError:
+        except FileNotFoundError:
             return {}
         return sizes
 
@@ -141,7 +141,8 @@ class LocalFolder:
             with (self.path / name).open("rb") as file:
                 file.seek(offset)
                 return file.read()
-        return os.pread(self._file(name).fileno(), length, offset)
+        shard = self._file(name)  # Held while it is read, for another thread may let go of it.
+        return os.pread(shard.fileno(), length, offset)
 
     def read_ranges(self, ranges: Sequence[Range]) -> Sequence[bytes | OSError]:
         began = time.perf_counter()

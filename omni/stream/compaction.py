@@ -202,9 +202,10 @@ class _Compaction:
         now = time.time()
         for name in self._found:
             unknown = name.endswith(SHARD) and name.removesuffix(SHARD) not in sizes
-            if (unknown or name.endswith(".tmp")) and now - self._folder.modified(
-                name
-            ) > _LEFT_OVER_SECONDS:
-                self._folder.delete(name)
-                count += 1
+            if not unknown and not name.endswith(".tmp"):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # A writer has renamed it since.
+                if now - self._folder.modified(name) > _LEFT_OVER_SECONDS:
+                    self._folder.delete(name)
+                    count += 1
         return count

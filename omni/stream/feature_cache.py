@@ -122,7 +122,10 @@ class FeatureCache:
     # -- reading -------------------------------------------------------------------------------
 
     def get(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """Read the features that are cached, many at a time; damaged ones count as absent."""
+        """Read the features that are cached, many at a time.
+
+        Damaged ones count as absent, and so do, this time, those that the storage does not deliver.
+        """
         wanted = list(dict.fromkeys(keys))
         with self._lock:
             waiting = {**self._writing, **self._pending}
@@ -170,8 +173,10 @@ class FeatureCache:
                     continue
                 if isinstance(data, OSError):
                     gone.add(key)
-                with self._lock:
-                    self._damaged.add(entry)
+                # A storage that does not answer says nothing about the features.
+                if not isinstance(data, OSError) or isinstance(data, FileNotFoundError):
+                    with self._lock:
+                        self._damaged.add(entry)
         return found, [key for key in left if key in gone]
 
     # -- writing -------------------------------------------------------------------------------

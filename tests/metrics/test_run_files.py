@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from omni.metrics import run_files
 from omni.metrics.run_files import append_json, keep_lines, read_json_lines, write_json, write_text
 
 
@@ -72,3 +75,22 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half a pair \ud83d")
     assert json.loads(path.read_text()) == {"wer": 0.5}, "a failed write leaves the old file"
+
+
+def test_rows_of_an_append_that_fails_at_its_end_are_not_kept(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, fsync, calls = log.read_bytes(), os.fsync, []
+
+    def fail_once(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(OSError):
+        run_files._append(log, b'{"step": 30}\n')
+    assert log.read_bytes() == before
+    run_files._append(log, b'{"step": 30}\n')
+    assert [row["step"] for row in read_json_lines(log)] == [10, 20, 30]

@@ -152,3 +152,27 @@ def test_two_processes_that_take_turns_lose_nothing(bucket: str) -> None:
         growing.append(path, f"{number}\n".encode())
         kept[number % 2] = dict(growing._last)
     assert list(growing.read(path)) == [f"{number}\n".encode() for number in range(10)]
+
+
+def test_an_append_whose_answer_is_lost_is_made_once(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_path(bucket) / "answers" / "ledger.jsonl"
+    assert isinstance(path, ObjectPath)
+    growing.append(path, b"1\n")
+    write = ObjectPath.write_bytes
+
+    def lose_the_answer(self: ObjectPath, data: bytes) -> int:
+        write(self, data)
+        raise OSError("connection reset")
+
+    def refuse(self: ObjectPath, data: bytes) -> int:
+        raise OSError("no connection")
+
+    for failure, line in ((lose_the_answer, b"2\n"), (refuse, b"3\n")):
+        with monkeypatch.context() as patched, pytest.raises(OSError):
+            patched.setattr(ObjectPath, "write_bytes", failure)
+            growing.append(path, line)
+        growing.append(path, line)
+    growing.append(path, b"3\n")
+    assert list(growing.read(path)) == [b"1\n", b"2\n", b"3\n", b"3\n"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,3 +210,42 @@ def test_a_record_that_is_damaged_is_absent() -> None:
         changed += len(found) < 40
         assert all(expected[number] == entry for number, entry in found)
     assert changed > 400
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = _fill(tmp_path, 3)
+    before = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+    scan = os.scandir
+    for failing in (tmp_path, tmp_path / "keys"):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="Stale"):
+            patched.setattr(os, "scandir", lambda p, failing=failing: _stale(p, failing, scan))
+            compact(tmp_path)
+    after = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+    assert {k: v for k, v in after.items() if k.name != ".lock"} == before
+    assert compact(tmp_path) is not None and FeatureCache(tmp_path).get(items) == items
+
+
+def _stale(path: Path, failing: Path, scan: Any) -> Any:
+    if Path(path) == failing:
+        raise OSError(errno.ESTALE, "Stale file handle")
+    return scan(path)
+
+
+def test_a_shard_that_a_writer_finishes_meanwhile_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = _fill(tmp_path, 3)
+    unfinished = tmp_path / ".other.bin.1.tmp"
+    unfinished.write_bytes(b"features")
+    tables = compaction._Compaction._tables
+
+    def finish(self: compaction._Compaction) -> Any:
+        unfinished.rename(tmp_path / "other.bin")
+        return tables(self)
+
+    monkeypatch.setattr(compaction._Compaction, "_tables", finish)
+    done = compact(tmp_path)
+    assert done is not None and done.removed == 0 and FeatureCache(tmp_path).get(items) == items
+    assert (tmp_path / "other.bin").read_bytes() == b"features"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from omni.storage.digest import digest
-from omni.storage.flat_folder import _OPEN_FILES
+from omni.storage.flat_folder import _OPEN_FILES, LocalFolder
 from omni.stream.feature_cache import FeatureCache
 
 
@@ -440,3 +441,24 @@ def test_a_folder_of_version_0_1_is_read_and_added_to(tmp_path: Path) -> None:
     assert FeatureCache(tmp_path).get(_items(0, 20)) == _items(0, 20)
     assert len(list(tmp_path.glob("*.bin"))) == 4
     assert not (tmp_path / "keys" / "complete").exists()
+
+
+def test_features_that_storage_does_not_deliver_once_are_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = _items(0, 3)
+    _written(tmp_path, items)
+    reader = FeatureCache(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFolder, "read", _no_answer)
+        assert reader.get(items) == {}
+        assert reader.absent(list(items)) == []
+    reader.put(items)  # They have been encoded meanwhile.
+    reader.flush()
+    assert reader.get(items) == items and len(list(tmp_path.glob("*.bin"))) == 1
+
+
+def _no_answer(self: LocalFolder, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    if length is None:
+        return (self.path / name).read_bytes()
+    raise OSError(errno.ETIMEDOUT, "Connection timed out")
