@@ -35,6 +35,8 @@ class TrainState:
     """Rejected recordings by reason."""
     totals: dict[str, Any] = field(default_factory=dict)
     """Sums over all steps, of `omni.metrics.rows.Window`; empty in checkpoints of 0.1."""
+    window: dict[str, Any] = field(default_factory=dict)
+    """Sums over the steps since the last log line, likewise."""
 
     def measure_best(self, metric: str, before: str) -> str | None:
         """Let `best_value` measure `metric` from now on.

@@ -275,6 +275,7 @@ class TrainLoop:
         self.reader.ledger.write()
         self.state.rejects = self.reader.rejects.counts
         self.state.totals = self.recorder.totals.to_dict()
+        self.state.window = self.recorder.window.to_dict()
         with self.recorder.watch.phase("checkpoint", on_device=False):
             self._saver.save(self.model_state, self.state, best)
 
@@ -352,7 +353,7 @@ class TrainLoop:
             groups=groups,
         )
         barrier()
-        self.reader.rejects.restore(self.state.rejects)
+        self.reader.rejects.restore()
         self.recorder.restore(self.state)
 
     def _name_best_metric(self) -> None:

@@ -86,6 +86,8 @@ class Recorder:
         """Continue the sums of earlier attempts, and read the last loss that they logged."""
         if state.totals:
             self.totals = Window.from_dict(state.totals)
+        if state.window:
+            self.window = Window.from_dict(state.window)
         for row in read_json_lines(self._metrics):
             if row.get("kind") == "train":
                 self._last_loss = row.get("loss")

@@ -126,11 +126,12 @@ class RejectLog:
         for path in (self._path, self._notes_path):
             keep_lines(path, lambda row: row.get("step", 0) <= step)
 
-    def restore(self, counts: dict[str, int]) -> None:
-        """Take over the counts of a checkpoint and the ids in the file, once it is rewound."""
-        self.counts = dict(counts)
+    def restore(self) -> None:
+        """Take over the counts and ids in the files, once they are rewound."""
         # Rows without a step are rejects of the index, which are counted apart.
-        self._ids = {row["id"] for row in read_json_lines(self._path) if "step" in row}
+        rows = [row for row in read_json_lines(self._path) if "step" in row]
+        self._ids = {row["id"] for row in rows}
+        self.counts = dict(Counter(row["reason"] for row in rows))
         notes = list(read_json_lines(self._notes_path))
         self._noted, self.notes = (
             {row["id"] for row in notes},

@@ -92,6 +92,21 @@ def test_a_log_line_is_the_mean_of_its_steps(spec: WorkerSpec, tmp_path: Path) -
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+def test_a_log_line_after_a_restart_covers_the_steps_before_it(
+    spec: WorkerSpec, tmp_path: Path
+) -> None:
+    recorder = Recorder(spec, 0, 1, CPU, None)
+    recorder.add_step(StepResult(_sums(20.0), 1.0, True), spent=2.0, waited=0.5)
+    saved = TrainState(step=1, window=json.loads(json.dumps(recorder.window.to_dict())))
+    later = Recorder(spec, 0, 1, CPU, None)
+    later.restore(saved)
+    later.add_step(StepResult(_sums(40.0), 1.0, True), spent=2.0, waited=0.5)
+    model_state = ModelState(spec.config, spec.model, CPU, 1)
+    later.log_steps(TrainState(step=2), 1.5, model_state, _reader(spec, later))
+    [row] = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (row["loss"], row["step_seconds"]) == (3.0, 4.0)
+
+
 def test_a_ranks_own_work_leaves_out_waiting(spec: WorkerSpec) -> None:
     dashboard = Dashboard()
     recorder = Recorder(spec, 1, 2, CPU, dashboard)

@@ -53,8 +53,9 @@ def test_an_attempt_goes_on_counting_where_its_checkpoint_stands(tmp_path: Path)
     log.share()
     again = RejectLog(tmp_path, 0, 0.2, 10)
     again.rewind(4)
-    again.restore({"silent": 1})
+    again.restore()
     assert [row["id"] for row in lines(tmp_path / "rejects.jsonl")] == ["of the index", "a"]
+    assert again.counts == {"silent": 1}
     again.add([_row("a", "b")], 5)
     again.share()
     assert again.counts == {"silent": 2}
@@ -82,8 +83,8 @@ def test_choices_of_the_decoder_are_noted_once_and_counted(tmp_path: Path) -> No
     ]
     again = RejectLog(tmp_path, 0, 0.5, 10)
     again.rewind(4)
-    again.restore({})
+    again.restore()
     assert again.notes == {"one channel": 1}
     again.rewind(0)
-    again.restore({})
+    again.restore()
     assert again.notes == {} and lines(tmp_path / "notes.jsonl") == []
