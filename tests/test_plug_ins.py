@@ -74,6 +74,14 @@ class NotFinite(Shape):
     def forward(self, x, starts=None):
         return nn.Linear.forward(self, x) * float("nan")
 
+class Averages(Shape):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.norm = nn.BatchNorm1d(16, affine=False)
+
+    def forward(self, x, starts=None):
+        return self.norm(nn.Linear.forward(self, x))
+
 class Raises(Shape):
     def forward(self, x, starts=None):
         raise KeyError("rows")
@@ -324,6 +332,7 @@ def _metric(name: str) -> None:
         ("model.projector", _projector, "wrong:Shape", "(3, 16)"),
         ("model.projector", _projector, "wrong:NotFinite", "finite"),
         ("model.projector", _projector, "wrong:Raises", "KeyError"),
+        ("model.projector", _projector, "wrong:Averages", "norm.running_mean"),
         ("augment.effects", check_effect, "wrong:Plain", "__call__"),
         ("augment.effects", check_effect, "wrong:Shorter", "(16000,) float32, got (15999,)"),
         ("augment.effects", check_effect, "wrong:Whole", "int64"),

@@ -183,7 +183,8 @@ class LayerMix(nn.Module):
         set_rows(self.logits, lambda first, end: logits[first:end])
 
     def forward(self, x: Tensor) -> Tensor:
-        split = x.view(len(x), -1, self.layers, self.width).to(self.logits.dtype)
+        stack = x.shape[1] // (self.layers * self.width)  # -1 is refused for a batch without rows.
+        split = x.view(len(x), stack, self.layers, self.width).to(self.logits.dtype)
         return torch.einsum("nsld,l->nsd", split, self.logits.softmax(0)).flatten(1)
 
 
@@ -228,6 +229,12 @@ def check_projector(name: str, stack: int, frame: int, out_dim: int, hidden: int
         )
     if not soft.isfinite().all():
         raise ConfigError(f"{_SETTING}: {name}: its soft tokens are not finite")
+    if buffers := sorted(set(projector.state_dict()) - set(dict(projector.named_parameters()))):
+        # Averages over batches would also differ between ranks.
+        raise ConfigError(
+            f"{_SETTING}: {name}: checkpoints keep parameters alone; expected no buffers but those "
+            f"registered with persistent=False, got {', '.join(buffers)}"
+        )
 
 
 def _plug_in(name: str, in_dim: int, out_dim: int, hidden_dim: int | None) -> nn.Module:

@@ -10,7 +10,7 @@ training, before a linear map to the tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -78,21 +78,21 @@ class SummaryPool(nn.Module):
     @torch.no_grad()
     def fit(
         self,
-        x_NF: Tensor,
-        starts_N: Tensor,
-        recordings: int,
+        parts: Iterable[tuple[Tensor, Tensor, int]],
         all_sum: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> bool:
         """Set centre and gain by the recordings of all ranks, unless they are set. Collective.
 
-        The statistic of each layer has a common scale: a few recordings do not tell more. Returns
-        False while they are too few, which the next call adds to.
+        parts: batches of this rank, as the arguments of `forward`. The statistic of each layer has
+        a common scale: a few recordings do not tell more. Returns False while they are too few,
+        which the next call adds to.
         """
         if float(all_sum(local_part(self.centre).abs().sum())) > 0:
             return True
-        frames, owner, real = self._frames(x_NF, starts_N)
-        weights = _softmax(torch.zeros_like(real, dtype=torch.float32), real, owner, recordings)
-        self._first.append(self._statistics(frames, weights, owner, recordings))
+        for x_NF, starts_N, recordings in parts:
+            frames, owner, real = self._frames(x_NF, starts_N)
+            weights = _softmax(torch.zeros_like(real, dtype=torch.float32), real, owner, recordings)
+            self._first.append(self._statistics(frames, weights, owner, recordings))
         statistics = torch.cat(self._first)
         count = statistics.new_full((1,), float(len(statistics)))
         sums = all_sum(torch.cat((statistics.sum(0), count)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -144,20 +144,21 @@ class ModelState:
         ctc_only: leave out the language model, whose parameters then get no gradients. DDP would
         wait for them, so it is not asked; `gradient_norm` sums the others' gradients over ranks.
         """
-        if not self._summary_ready:
-            self._summary_ready = self._fit_summary(batch)
         self._unreduced = ctc_only and self.wrapped is not self.model
         module = self.model if ctc_only else self.wrapped
         out: LossSums = module(batch, ctc_only)
         return out
 
-    def _fit_summary(self, batch: Batch) -> bool:
-        """Let the summary tokens know the first recordings of the training. Collective."""
+    def fit_summary(self, batches: Iterable[Batch]) -> None:
+        """Let the summary tokens know the recordings of the first step. A collective call.
+
+        Of the whole step, whose recordings are the same for any number of ranks.
+        """
         pool, tokens = self.model.summary, self.model.config.summary_tokens
-        if pool is None:
-            return True
-        recordings = len(batch.summary_at_M) // tokens
-        return pool.fit(batch.audio_NF, batch.audio_starts_N, recordings, all_sum)
+        if pool is None or self._summary_ready:
+            return
+        parts = [(b.audio_NF, b.audio_starts_N, len(b.summary_at_M) // tokens) for b in batches]
+        self._summary_ready = pool.fit(parts, all_sum)
 
     def gradient_norm(self, tokens: float) -> float:
         """Divide summed gradients by the global token count and clip; return the norm before."""

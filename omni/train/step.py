@@ -92,6 +92,7 @@ class StepRunner:
         sums = StepSums(stop=float(self._stop_requested()))
         # Losses stay on the device: reading them here would wait for every microbatch.
         losses = []
+        self._model_state.fit_summary(part.batch for part in micro)
         for number, part in enumerate(micro):
             torch.manual_seed(_combine_seeds(self._config.run.seed, step, part.block))
             with self._model_state.accumulating(last=number == len(micro) - 1):

@@ -197,3 +197,4 @@ def test_layers_are_mixed_by_learnt_weights() -> None:
     torch.testing.assert_close(mix(stacked), stack_frames(layers[1], STACK))
     mix(stacked).square().sum().backward()
     assert mix.logits.grad is not None
+    assert mix(stacked[:0]).shape == (0, STACK * FRAME), "a rank may have a step without audio"

@@ -64,8 +64,8 @@ def test_a_summary_is_made_of_weighted_means_and_deviations() -> None:
 def test_statistics_are_centred_and_scaled_by_the_first_recordings() -> None:
     pool = SummaryPool(TOKENS, STACK, 2, WIDTH, 24)
     recordings = [3.0 + (1 + n) * _recording(9 + n, n, 2 * WIDTH) for n in range(5)]
-    assert not pool.fit(*_stacked(recordings[0]))  # One recording has no deviation.
-    assert pool.fit(*_stacked(*recordings[1:]))
+    assert not pool.fit([_stacked(recordings[0])])  # One recording has no deviation.
+    assert pool.fit([_stacked(*recordings[1:3]), _stacked(*recordings[3:])])
     statistics = torch.stack(
         [torch.cat((x.mean(0), (x.var(0, correction=0) + 1e-5).sqrt())) for x in recordings]
     )
@@ -73,7 +73,7 @@ def test_statistics_are_centred_and_scaled_by_the_first_recordings() -> None:
     standard = ((statistics - pool.centre) * pool.gain.repeat_interleave(WIDTH)).view(5, 4, WIDTH)
     torch.testing.assert_close(standard.square().mean((0, 2)), torch.ones(4), rtol=1e-4, atol=0)
     before = pool.centre.clone()
-    assert pool.fit(*_stacked(*recordings[:2]))
+    assert pool.fit([_stacked(*recordings[:2])])
     assert torch.equal(pool.centre, before)
 
 

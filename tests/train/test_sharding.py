@@ -148,6 +148,7 @@ def test_summary_tokens_know_the_first_recordings_on_every_rank() -> None:
     assert pool is not None
     centres = []
     for _ in range(2):
+        state.fit_summary([batch])
         with state.autocast():
             out = state.losses(batch)
         (out.loss + out.ctc).backward()
