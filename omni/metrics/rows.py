@@ -34,6 +34,7 @@ class Window:
     wait: float = 0.0  # seconds of them without a block
     steps: int = 0
     lm_steps: int = 0  # updates that ran the language model
+    lm_tokens: float = 0.0  # weighted text tokens of these
     started: StepSums = field(default_factory=StepSums)  # of first steps of an attempt
     started_busy: float = 0.0
     started_wait: float = 0.0
@@ -45,7 +46,9 @@ class Window:
         self.wait += waited
         if sums is not None:
             self.sums += sums
-            self.lm_steps += bool(sums.counted)
+            if sums.counted:
+                self.lm_steps += 1
+                self.lm_tokens += sums.tokens
         if first:
             self.started_busy += spent
             self.started_wait += waited
@@ -114,6 +117,10 @@ class Measured:
         return max(self.sums.tokens, 1e-9)
 
     @property
+    def lm_tokens(self) -> float:
+        return max(self.window.lm_tokens, 1e-9)
+
+    @property
     def verdict(self) -> Verdict:
         return self.window.verdict(self.pools)
 
@@ -128,11 +135,15 @@ def train_row(measured: Measured) -> TrainRow:
 
 
 def by_task(
-    names: Sequence[str], sums: Tensor, shuffled: Tensor | None = None
+    names: Sequence[str],
+    sums: Tensor,
+    paired: Tensor | None = None,
+    shuffled: Tensor | None = None,
 ) -> dict[str, TaskFigures] | None:
     """Return the means of each task; None for a run with one task.
 
-    sums: (tasks, 3). shuffled: those with another recording's audio, for the gap of each task.
+    sums: (tasks, 3). paired, shuffled: those of the utterances that another recording was found
+    for, with their own audio and with that one, for the gap of each task.
     """
     if len(names) < 2:
         return None
@@ -142,45 +153,56 @@ def by_task(
         for name, (loss, tokens, right) in zip(names, rows, strict=True)
         if tokens
     }
-    others = [] if shuffled is None else shuffled.expand(len(names), 3).tolist()
-    for name, (loss, tokens, _) in zip(names, others, strict=False):
-        if tokens and name in found:
-            found[name]["gap"] = loss / tokens - found[name]["loss"]
+    if paired is not None and shuffled is not None:
+        pairs = paired.expand(len(names), 3).tolist(), shuffled.expand(len(names), 3).tolist()
+        for name, (loss, tokens, _), (other_loss, other_tokens, _) in zip(
+            names, *pairs, strict=True
+        ):
+            if tokens and other_tokens:
+                found[name]["gap"] = other_loss / other_tokens - loss / tokens
     return found
 
 
 @dataclass(frozen=True)
 class DevLosses:
     """Means per token over a held-out split. gap: the loss with another utterance's audio, minus
-    the loss. tasks: (tasks, 3) sums, see `LossSums`; shuffled_tasks: those with the other audio.
+    the loss of the same utterances; None where no two could be exchanged. tasks: (tasks, 3) sums,
+    see `LossSums`; paired_tasks, shuffled_tasks: those of these utterances, with both audios.
     """
 
     loss: float
     accuracy: float
-    gap: float
+    gap: float | None
     ctc: float
     kl: float
     tasks: Tensor
+    paired_tasks: Tensor
     shuffled_tasks: Tensor
 
     @classmethod
-    def of(cls, true: LossTotals, shuffled: LossTotals) -> DevLosses:
-        """true, shuffled: sums over all ranks, with the true and with another utterance's audio."""
-        tokens = max(true.tokens, 1e-9)
-        loss = true.loss / tokens
+    def of(cls, true: LossTotals, paired: LossTotals, shuffled: LossTotals) -> DevLosses:
+        """Divide sums over all ranks.
+
+        true: of all utterances. paired, shuffled: of those that another recording was found for,
+        with their own audio and with that one.
+        """
+        tokens, gap = max(true.tokens, 1e-9), None
+        if paired.tokens and shuffled.tokens:
+            gap = shuffled.loss / shuffled.tokens - paired.loss / paired.tokens
         return cls(
-            loss=loss,
+            loss=true.loss / tokens,
             accuracy=true.correct / max(true.counted, 1.0),
-            gap=shuffled.loss / max(shuffled.tokens, 1e-9) - loss,
+            gap=gap,
             ctc=true.ctc / tokens,
             kl=true.kl / tokens,
             tasks=true.tasks,
+            paired_tasks=paired.tasks,
             shuffled_tasks=shuffled.tasks,
         )
 
     def by_task(self, names: Sequence[str]) -> dict[str, TaskFigures] | None:
         """Return the means of each task, with its shuffled-audio gap."""
-        return by_task(names, self.tasks, self.shuffled_tasks)
+        return by_task(names, self.tasks, self.paired_tasks, self.shuffled_tasks)
 
 
 def eval_row(

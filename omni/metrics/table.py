@@ -102,7 +102,7 @@ class TrainRow:
     loss: float | None = metric(
         "nats/token",
         "training loss, null while `optim.ctc_only_steps` leaves the language model out",
-        lambda m: m.sums.loss / m.tokens if m.sums.counted else None,
+        lambda m: m.sums.loss / m.lm_tokens if m.sums.counted else None,
         "omni_loss",
     )
     accuracy: float | None = metric(
@@ -114,7 +114,7 @@ class TrainRow:
     kl: float | None = metric(
         "nats/token",
         "divergence from the language model given the transcript (`optim.kl_weight`)",
-        lambda m: m.sums.kl / m.tokens if m.sums.kl else None,
+        lambda m: m.sums.kl / m.lm_tokens if m.sums.kl else None,
         optional=True,
     )
     tasks: dict[str, TaskFigures] | None = metric(
@@ -204,9 +204,9 @@ class EvalRow:
     seconds: float = no_curve("s", "training steps, over all attempts")
     dev_loss: float = metric("nats/token", "loss", prometheus="omni_dev_loss")
     dev_accuracy: float = metric("of 1", "text tokens that are predicted rightly")
-    shuffled_audio_gap: float = metric(
+    shuffled_audio_gap: float | None = metric(
         "nats/token",
-        "loss with another utterance's audio, minus loss",
+        "loss with another utterance's audio, minus loss; null where no two could be exchanged",
         prometheus="omni_shuffled_audio_gap",
     )
     dev_ctc: float | None = metric("nats/token", "CTC loss", optional=True)

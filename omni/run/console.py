@@ -159,10 +159,11 @@ def _row(row: dict[str, Any], resumed_step: int, resumed_seconds: float) -> list
     if row["kind"] == "eval":
         wer = "-" if row["dev_wer"] is None else f"{row['dev_wer']:.1%}"
         ctc = f"ctc {row['dev_ctc']:.3f}  " if "dev_ctc" in row else ""
+        gap = "-" if (found := row.get("shuffled_audio_gap")) is None else f"{found:.2f}"
         return [
             (f"{row['step']:>7}", "bold"),
             f" dev loss {row['dev_loss']:.3f}  {ctc}next token {row['dev_accuracy']:.1%}  "
-            f"shuffled-audio gap {row['shuffled_audio_gap']:.2f}  ",
+            f"shuffled-audio gap {gap}  ",
             (f"WER {wer}", "bold"),
             _alone(row),
             # Rows of older versions do not count cut transcripts.

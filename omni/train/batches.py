@@ -78,8 +78,8 @@ class BlockReader:
             yield self._microbatch(self._next(), step, block)
 
     def hold(self, name: str) -> HeldOut:
-        """Read this rank's share of a held-out split into memory."""
-        held = []
+        """Read this rank's share of a held-out split into memory. A collective call."""
+        held, places = [], []
         size = self._spec.config.optim.bins_per_block
         bins = self._spec.held_bins[name]
         for first in range(
@@ -91,19 +91,21 @@ class BlockReader:
             self.rejects.add(block, step=0)
             self._held_halvings += sum(row["halvings"] for row in block)
             for row in block:
-                held += [
-                    HeldUtterance(
-                        utterance,
-                        row["ids"][i],
-                        row["uris"][i],
-                        row["texts"][i],
-                        row["languages"][i] or "en",
-                        span_of(row["spans"][i]),
+                for i, utterance in enumerate(self._utterances(row)):
+                    if utterance.features is None:
+                        continue
+                    places.append((row["bin"], i))
+                    held.append(
+                        HeldUtterance(
+                            utterance,
+                            row["ids"][i],
+                            row["uris"][i],
+                            row["texts"][i],
+                            row["languages"][i] or "en",
+                            span_of(row["spans"][i]),
+                        )
                     )
-                    for i, utterance in enumerate(self._utterances(row))
-                    if utterance.features is not None
-                ]
-        return HeldOut(held, self._layout, self._device)
+        return HeldOut(held, places, self._layout, self._device)
 
     def _next(self) -> pa.Table:
         self.waiting_since = began = time.perf_counter()

@@ -6,7 +6,8 @@ encodes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omni.config import Config
-from omni.inference.choices import add_choice_scores, another_recording, audio_for
+from omni.inference.choices import add_choice_scores
 from omni.inference.decode_batch import HeldUtterance, summarize, transcribe
 from omni.metrics.rows import DevLosses
 from omni.metrics.score import Errors
@@ -26,10 +27,10 @@ from omni.model.decode import Decoding
 from omni.model.speech_lm import OmniConfig, OmniModel
 from omni.plan.packing import pack
 from omni.plan.sequences import sequence_positions
-from omni.storage.digest import digest
 from omni.stream.collate import Utterance, collate
 from omni.train.distributed import all_gather, all_sum
 from omni.train.lockstep import in_step
+from omni.train.other_audio import with_other_audio
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ class Layout:
 
     def length(self, utterance: Utterance) -> int:
         """Return the positions that an utterance takes in a bin."""
-        frames = [len(part) for part in utterance.features or ()]
+        return self._length(utterance, [len(part) for part in utterance.features or ()])
+
+    def fits(self, utterance: Utterance, frames: Sequence[int]) -> bool:
+        """Tell whether an utterance fits into a bin with recordings of so many frames."""
+        return self._length(utterance, frames) <= self.positions
+
+    def _length(self, utterance: Utterance, frames: Sequence[int]) -> int:
         return sequence_positions(frames, len(utterance.ids), self.stack, self.summary_tokens)
 
     def pack(self, utterances: list[Utterance]) -> list[Batch]:
@@ -80,28 +87,37 @@ class Layout:
 
 
 class HeldOut:
-    """One rank's share of a held-out split, in memory."""
+    """One rank's share of a held-out split, in memory.
 
-    def __init__(self, held: list[HeldUtterance], layout: Layout, device: torch.device) -> None:
+    places: number of the bin of each utterance, and its number in that bin. Making it is a
+    collective call.
+    """
+
+    def __init__(
+        self,
+        held: list[HeldUtterance],
+        places: Sequence[tuple[int, int]],
+        layout: Layout,
+        device: torch.device,
+    ) -> None:
         self.held = held
         self._device = device
-        usable = [h.utterance for h in held]
-        self._batches = layout.pack(usable)
-        # Pair each text with another recording: the loss that text alone explains.
-        order = _shuffled_order(held)
-        others = another_recording([held[i].recording for i in order])
-        shuffled = [
-            replace(usable[i], features=audio_for(usable[i], usable[order[other]]))
-            for i, other in zip(order, others, strict=True)
-            if other is not None
-        ]
-        self._shuffled = layout.pack(shuffled)
+        shuffled = with_other_audio(held, places, layout.fits)
+        paired = [h.utterance for h, other in zip(held, shuffled, strict=True) if other is not None]
+        alone = [h.utterance for h, other in zip(held, shuffled, strict=True) if other is None]
+        self._paired, self._alone = layout.pack(paired), layout.pack(alone)
+        self._shuffled = layout.pack([other for other in shuffled if other is not None])
 
     def loss(self, model: OmniModel) -> DevLosses:
         """Compute losses and accuracy per token and the shuffled-audio gap, over all ranks."""
         with in_step(model):
-            sums = torch.stack([self._sums(model, b) for b in (self._batches, self._shuffled)])
-        return DevLosses.of(*(LossTotals.of_losses(packed) for packed in all_sum(sums)))
+            parts = self._paired, self._alone, self._shuffled
+            paired, alone, shuffled = all_sum(torch.stack([self._sums(model, b) for b in parts]))
+        return DevLosses.of(
+            LossTotals.of_losses(paired + alone),
+            LossTotals.of_losses(paired),
+            LossTotals.of_losses(shuffled),
+        )
 
     def _sums(self, model: OmniModel, batches: list[Batch]) -> Tensor:
         """Add up the losses of this rank's batches, as `pack_losses` packs them."""
@@ -140,15 +156,3 @@ class HeldOut:
                 )
         rows = sorted(all_gather(rows), key=lambda row: row["number"])
         return summarize(spoken(rows)), rows
-
-
-def _shuffled_order(held: list[HeldUtterance]) -> list[int]:
-    """Order the utterances in which each is paired with the next one.
-
-    Those of a bin may be alike, such as in length, which a task may be about: where several tasks
-    share recordings the order is random.
-    """
-    names = [h.recording for h in held]
-    if len(set(names)) == len(names):
-        return list(range(len(held)))
-    return sorted(range(len(held)), key=lambda i: digest(f"{names[i]} {held[i].id}"))

@@ -21,6 +21,7 @@ from omni.checkpoint.save import Facts, save_checkpoint
 from omni.checkpoint.sharded_writer import ShardedCheckpoint, ShardedWriter
 from omni.checkpoint.train_state import TrainState
 from omni.config import parse_config
+from omni.inference.decode_batch import HeldUtterance
 from omni.model.batch import Batch
 from omni.model.chat_template import AUDIO
 from omni.model.lm.lora import LoraShape
@@ -31,6 +32,7 @@ from omni.train.distributed import all_gather, all_sum
 from omni.train.evaluation import Layout
 from omni.train.lockstep import in_step
 from omni.train.model_state import ModelState
+from omni.train.other_audio import with_other_audio
 
 BLOCKS = 6  # of a step, over all ranks: equally many for one, two and three
 SHAPE = OmniConfig.from_dict(
@@ -77,6 +79,14 @@ class Groups:
         assert found is not None and found.state.step == steps
         return found
 
+    def pair(self, world: int, utterances: int, positions: int) -> list[dict[str, str | None]]:
+        """Share utterances among ranks and pair them; returns each rank's, by their ids."""
+        with tempfile.TemporaryDirectory() as meeting:
+            job = (world, f"{meeting}/store", utterances, positions)
+            if world == 1:
+                return [_pair(0, *job)]
+            return self._pool.starmap(_pair, [(rank, *job) for rank in range(world)], chunksize=1)
+
 
 @contextmanager
 def start_groups() -> Iterator[Groups]:
@@ -97,6 +107,12 @@ def _work(
     parts: Sequence[str],
     optim: dict[str, Any],
 ) -> None:
+    with _in_group(rank, world, store):
+        _train(rank, world, strategy, steps, folder, lm, parts, optim)
+
+
+@contextmanager
+def _in_group(rank: int, world: int, store: str) -> Iterator[None]:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group(
@@ -107,10 +123,30 @@ def _work(
             timeout=timedelta(seconds=100),
         )
     try:
-        _train(rank, world, strategy, steps, folder, lm, parts, optim)
+        yield
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def _pair(
+    rank: int, world: int, store: str, utterances: int, positions: int
+) -> dict[str, str | None]:
+    """Pair those of bins of two, every `world`-th bin on a rank; features tell whose they are."""
+    layout = Layout(positions, stack=1, summary_tokens=0, frame_dim=1)
+    held, places = [], []
+    for number in range(utterances):
+        if number // 2 % world == rank:
+            audio = torch.full((number % 5 + 1, 1), float(number))
+            utterance = Utterance([audio], [AUDIO, 5, 6], [False, True, True])
+            held.append(HeldUtterance(utterance, str(number), f"{number}.wav", ""))
+            places.append((number // 2, number % 2))
+    with _in_group(rank, world, store):
+        paired = with_other_audio(held, places, layout.fits)
+    return {
+        h.id: None if other is None else str(int((other.features or [])[0][0]))
+        for h, other in zip(held, paired, strict=True)
+    }
 
 
 def _train(

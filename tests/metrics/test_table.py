@@ -98,7 +98,9 @@ def test_losses_of_a_batch_survive_packing() -> None:
 
 
 def measured(**sums: float) -> Measured:
-    window = Window(StepSums(**sums), busy=2.0, wait=0.5, steps=4)
+    window = Window(
+        StepSums(**sums), busy=2.0, wait=0.5, steps=4, lm_tokens=sums.get("tokens", 0.0)
+    )
     state = TrainState(step=4, bins_consumed=16, epoch=0.12345, seconds=9.876)
     return Measured(state, window, 10, 1e-3, 1.5, Pools(1, 2), {"wait": 0.5}, mfu=0.1)
 
@@ -119,6 +121,15 @@ def test_a_training_row_holds_means_and_rates() -> None:
 def test_a_row_without_text_tokens_has_no_loss() -> None:
     row = train_row(measured(ctc=2.0, tokens=4.0))
     assert row.loss is None and row.accuracy is None and row.ctc == 0.5
+
+
+def test_the_loss_is_that_of_the_steps_that_ran_the_language_model() -> None:
+    tasks = torch.tensor([[6.0, 4.0, 1.0]], dtype=torch.float64)
+    given = measured()
+    given.window.add(StepSums(tokens=12, ctc=12.0), 1.0, 0.0, False)
+    given.window.add(StepSums(loss=6.0, tokens=4, ctc=4.0, kl=2.0, tasks=tasks), 1.0, 0.0, False)
+    row = train_row(given)
+    assert (row.loss, row.kl, row.ctc) == (1.5, 0.5, 1.0)
 
 
 def test_tasks_before_the_first_update_have_no_figures() -> None:

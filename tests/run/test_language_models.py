@@ -108,8 +108,10 @@ def _held(trainer: Trainer) -> HeldOut:
     seen: dict[int, HeldUtterance] = {}
     for row in rows:
         for u in utterances(row, codec):
-            seen[u.number] = HeldUtterance(u, str(u.number), "", "")
-    return HeldOut(list(seen.values()), Layout.of(job.config, job.model), torch.device("cpu"))
+            seen[u.number] = HeldUtterance(u, str(u.number), f"{u.number}.wav", "")
+    places = [(number, 0) for number in seen]
+    layout = Layout.of(job.config, job.model)
+    return HeldOut(list(seen.values()), places, layout, torch.device("cpu"))
 
 
 def _learn(trainer: Trainer) -> tuple[DevLosses, DevLosses]:

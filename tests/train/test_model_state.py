@@ -127,3 +127,17 @@ def test_a_sharded_model_continues_bit_for_bit(groups: Groups, tmp_path: Path) -
     for a, b in ((once.weights(), twice.weights()), (once.optimizer(), twice.optimizer())):
         assert a.keys() == b.keys()
         assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_texts_are_paired_with_the_same_recordings_by_any_number_of_ranks(groups: Groups) -> None:
+    # Of 1, 2, 3, 4 and 5 frames, over and over; frames and one more are the positions.
+    [alone] = groups.pair(1, 7, positions=6)
+    assert alone == {str(n): str((n + 1) % 7) for n in range(7)}
+    for world in (2, 3):
+        shares = groups.pair(world, 7, positions=6)
+        assert len(shares) == world and {k: v for s in shares for k, v in s.items()} == alone
+    shorter = {"0": "1", "1": "2", "2": "5", "3": None, "4": None, "5": "6", "6": "0"}
+    for world in (1, 2):
+        shares = groups.pair(world, 7, positions=4)
+        assert {k: v for s in shares for k, v in s.items()} == shorter
+    assert groups.pair(2, 1, positions=6) == [{"0": None}, {}]

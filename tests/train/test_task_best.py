@@ -99,7 +99,7 @@ def test_a_run_keeps_the_checkpoint_of_the_highest_figure(tmp_path: Path) -> Non
 
 
 def _losses(loss: float) -> DevLosses:
-    return DevLosses(loss, 0.5, 0.1, 0.0, 0.0, torch.zeros(2, 3), torch.zeros(2, 3))
+    return DevLosses(loss, 0.5, 0.1, 0.0, 0.0, *[torch.zeros(2, 3)] * 3)
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def held(prepared: Prepared) -> HeldOut:
     split = prepared.splits["dev"]
     table = encoded_block(prepared, split, range(split.plan.bins))
-    found = []
+    found, places = [], []
     for row in table.to_pylist():
         row["transcriptions"] = [False] * len(row["ids"])
         for i, utterance in enumerate(utterances(row, prepared.encoder.codec)):
             texts = row["ids"][i], row["uris"][i], row["texts"][i], "en"
             found.append(HeldUtterance(utterance, *texts, span_of(row["spans"][i])))
-    return HeldOut(found, Layout.of(prepared.config, prepared.model), torch.device("cpu"))
+            places.append((row["bin"], i))
+    return HeldOut(found, places, Layout.of(prepared.config, prepared.model), torch.device("cpu"))
 
 
 def test_the_plan_knows_rows_times_tasks(prepared: Prepared) -> None:
