@@ -538,7 +538,7 @@ class EvalConfig(Section):
     max_utterances: Positive = 1000
     """Utterances of dev, and of test, to use; they are held in the workers' memory."""
     wer_utterances: Positive = 64
-    """Utterances of dev that are transcribed at each evaluation; all of test at the end."""
+    """Utterances of dev that are transcribed at each evaluation; all of dev and test at the end."""
     max_new_tokens: Positive | None = None
     """Most tokens of a decoded answer; null: twice the longest one of training."""
     decode: Literal["auto", "lm", "ctc", "joint"] = "auto"

@@ -140,9 +140,7 @@ def _index_folder(specs: Sequence[str], out: StoragePath) -> StoragePath | None:
 
     Raises ConfigError.
     """
-    folders = [
-        spec for spec in specs if ":" not in spec and (absolute(spec) / INDEX_FILE).is_file()
-    ]
+    folders = [spec for spec in specs if _is_index_folder(spec)]
     if not folders:
         return None
     if len(specs) > 1:

@@ -20,7 +20,9 @@ import omni
 from jobs import annotate
 from omni.corpus.index import build_index
 from omni.corpus.labels import labels_of
+from omni.storage.path import as_path, join
 from omni.texture import measured
+from tests.helpers.loopback_s3 import s3_bucket
 
 ROOT = Path(omni.__file__).parents[1]
 
@@ -99,6 +101,20 @@ def test_an_index_folder_is_annotated_with_the_bounds_of_another(
     shutil.copytree(annotated / "measured", out / "measured")
     assert annotate.main(arguments) == 0
     assert "0 of 1 unit measured" in capsys.readouterr().out
+    mine, others = _labels(out), _labels(annotated)
+    assert set(mine["0"]) == {"energy_db", "energy_class", "mood", "speaker"}
+    assert all(mine[name].items() <= others[name].items() for name in mine)
+
+
+def test_an_index_folder_in_a_bucket_is_annotated(annotated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(annotated / "measured", out / "measured")
+    with s3_bucket("annotate") as uri:
+        for path in (annotated / "source").rglob("*"):
+            if path.is_file():
+                target = join(join(uri, "index"), str(path.relative_to(annotated / "source")))
+                as_path(target).write_bytes(path.read_bytes())
+        assert annotate.main([join(uri, "index"), "--out", str(out), "--with", "energy"]) == 0
     mine, others = _labels(out), _labels(annotated)
     assert set(mine["0"]) == {"energy_db", "energy_class", "mood", "speaker"}
     assert all(mine[name].items() <= others[name].items() for name in mine)
