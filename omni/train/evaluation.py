@@ -112,7 +112,9 @@ class HeldOut:
         """Compute losses and accuracy per token and the shuffled-audio gap, over all ranks."""
         with in_step(model):
             parts = self._paired, self._alone, self._shuffled
-            paired, alone, shuffled = all_sum(torch.stack([self._sums(model, b) for b in parts]))
+            sums = torch.stack([self._sums(model, batches) for batches in parts])
+        # Behind the block, in which other ranks may still run the model.
+        paired, alone, shuffled = all_sum(sums)
         return DevLosses.of(
             LossTotals.of_losses(paired + alone),
             LossTotals.of_losses(paired),

@@ -6,7 +6,7 @@ The loss with another utterance's audio is what text alone explains.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,9 @@ from omni.inference.decode_batch import HeldUtterance
 from omni.storage.digest import digest
 from omni.stream.collate import Utterance
 from omni.train.distributed import all_gather
+
+_ROUND_BYTES = 32 << 20
+"""Features that a rank sends at once; each rank receives those of all."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,32 @@ def with_other_audio(
         for place, utterance in utterances.items()
         if place in wanted
     ]
-    received = {place: u for place, u in all_gather(sent) if place in lacking}
-    known = {**received, **utterances}
+    known = dict(utterances)
+    for place, utterance in _exchange(sent):
+        if place in lacking:
+            known[place] = utterance
     return [
         None
         if partner is None
         else replace(h.utterance, features=audio_for(h.utterance, known[partner.place]))
         for h, partner in zip(held, partners, strict=True)
     ]
+
+
+def _exchange(
+    sent: Sequence[tuple[tuple[int, int], Utterance]],
+) -> Iterator[tuple[tuple[int, int], Utterance]]:
+    """Yield what all ranks send, by rounds, for all of it may be a large split."""
+    rounds: list[list[tuple[tuple[int, int], Utterance]]] = []
+    size = _ROUND_BYTES
+    for place, utterance in sent:
+        if size >= _ROUND_BYTES:
+            rounds.append([])
+            size = 0
+        rounds[-1].append((place, utterance))
+        size += sum(part.nbytes for part in utterance.features or ())
+    for number in range(max(all_gather([len(rounds)]))):
+        yield from all_gather(rounds[number] if number < len(rounds) else [])
 
 
 def _pairing_order(every: list[_Described]) -> list[_Described]:

@@ -81,13 +81,15 @@ class Recorder:
         """Seconds of this rank by phase."""
         self.window = Window()
         """Sums since the last log line."""
+        self._inherited = Window()
+        """The part of `window` that an earlier attempt brought."""
 
     def restore(self, state: TrainState) -> None:
         """Continue the sums of earlier attempts, and read the last loss that they logged."""
         if state.totals:
             self.totals = Window.from_dict(state.totals)
         if state.window:
-            self.window = Window.from_dict(state.window)
+            self.window, self._inherited = (Window.from_dict(state.window) for _ in range(2))
         for row in read_json_lines(self._metrics):
             if row.get("kind") == "train":
                 self._last_loss = row.get("loss")
@@ -106,7 +108,8 @@ class Recorder:
         self, state: TrainState, norm: float, model_state: ModelState, reader: BlockReader
     ) -> None:
         """Log and publish the steps since the last call."""
-        phases = self.watch.take()
+        phases, inherited = self.watch.take(), self._inherited
+        own_steps = self.window.steps - inherited.steps
         row = train_row(
             Measured(
                 state,
@@ -114,7 +117,7 @@ class Recorder:
                 self._spec.config.optim.steps,
                 model_state.learning_rate,
                 norm,
-                self._pools,
+                self._pools_of(self._inherited),
                 phases,
                 self._spec.tasks,
                 self._utilisation(model_state),
@@ -122,7 +125,7 @@ class Recorder:
         )
         self._last_loss = row.loss
         self._publish("omni_phase_seconds", phases)
-        self._publish("omni_rank_step_seconds", own_seconds(phases) / max(1, self.window.steps))
+        self._publish("omni_rank_step_seconds", own_seconds(phases) / max(1, own_steps))
         for name, size in gpu_memory(self._device).items():
             self._publish(f"omni_gpu_{name}_bytes", size)
         if self._publisher is not None and self._rank == 0:
@@ -133,11 +136,12 @@ class Recorder:
             append_json(self._metrics, [{**to_json(row), **lease_of(self._run_dir)}])
         if reader.cache_full is not None:
             self._log_full_cache(reader.cache_full, state.step)
-        if not self._spec.encoders and self.window.sums.encoded_samples:
+        sums, before = self.window.sums, inherited.sums
+        if not self._spec.encoders and sums.encoded_samples > before.encoded_samples:
             self._log_lost_features(state.step)
-        if self.window.sums.halvings:
+        if sums.halvings > before.halvings:
             self._log_halving(state.step)
-        self.window = Window()
+        self.window, self._inherited = Window(), Window()
 
     def log_evaluation(self, row: EvalRow) -> None:
         if self._rank == 0:
@@ -162,13 +166,16 @@ class Recorder:
     ) -> dict[str, Any]:
         """Write summary.json and return it."""
         results = {"train_loss": self._last_loss, **results}
-        pools = self._pools
-        if self.totals.sums.encode_seconds:  # Earlier attempts may have had encoders.
-            pools = replace(pools, encoders=self._spec.config.encoder.actor_count)
-        summary = summarize(state, self.totals, pools, results, facts)
+        summary = summarize(state, self.totals, self._pools_of(self.totals), results, facts)
         if self._rank == 0:
             write_json(self._run_dir / "summary.json", summary)
         return summary
+
+    def _pools_of(self, sums: Window) -> Pools:
+        """Return the pools; earlier attempts may have had encoders, where this one has none."""
+        if not sums.sums.encode_seconds:
+            return self._pools
+        return replace(self._pools, encoders=self._spec.config.encoder.actor_count)
 
     def _publish(self, name: str, value: float | Mapping[str, float]) -> None:
         if self._publisher is not None:

@@ -29,7 +29,7 @@ from omni.model.lm.pretrained import find_pretrained
 from omni.model.speech_lm import OmniConfig
 from omni.stream.collate import Utterance
 from omni.train.distributed import all_gather, all_sum
-from omni.train.evaluation import Layout
+from omni.train.evaluation import HeldOut, Layout
 from omni.train.lockstep import in_step
 from omni.train.model_state import ModelState
 from omni.train.other_audio import with_other_audio
@@ -182,6 +182,9 @@ def _train(
     with trained.evaluating() as model, in_step(model), torch.inference_mode():
         # Ranks may evaluate different amounts.
         losses = [float(model(_batch(99, place)).loss) for place in range(rank + 1)]
+    with trained.evaluating() as model:
+        dev = _held(rank).loss(model)
+    assert dev.gap is not None and dev.loss > 0
     state = TrainState(step=steps, best_value=losses[0])
     if trained.sharded:
         writer = ShardedWriter(Path(folder), 9, Log(), rank, all_gather)
@@ -241,4 +244,26 @@ def _batch(step: int, place: int, teacher: bool = False) -> Batch:
     ids = [AUDIO, 290, *text, 291]
     flags = [False, False] + [True] * (len(text) + 1)
     utterance = Utterance([frames], ids, flags, transcript_tokens=[text])
-    return Layout(64, SHAPE.stack, 8, teacher, ctc=True).batch([[utterance]])
+    return _layout(teacher).batch([[utterance]])
+
+
+def _layout(teacher: bool = False) -> Layout:
+    return Layout(64, SHAPE.stack, 0, 8, teacher, ctc=True)
+
+
+def _held(rank: int) -> HeldOut:
+    """Three utterances of the first rank, a bin each; other ranks have none."""
+    held = [
+        HeldUtterance(
+            Utterance(
+                [torch.full((60, 8), 0.1 * n)], [AUDIO, 290, n, 291], [False, False, True, True]
+            ),
+            str(n),
+            f"{n}.wav",
+            "",
+        )
+        for n in range(3 if rank == 0 else 0)
+    ]
+    places = [(n, 0) for n in range(len(held))]
+    layout = Layout(20, SHAPE.stack, 0, 8, ctc=True)
+    return HeldOut(held, places, layout, torch.device("cpu"))
