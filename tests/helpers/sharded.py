@@ -253,17 +253,11 @@ def _layout(teacher: bool = False) -> Layout:
 
 def _held(rank: int) -> HeldOut:
     """Three utterances of the first rank, a bin each; other ranks have none."""
-    held = [
-        HeldUtterance(
-            Utterance(
-                [torch.full((60, 8), 0.1 * n)], [AUDIO, 290, n, 291], [False, False, True, True]
-            ),
-            str(n),
-            f"{n}.wav",
-            "",
-        )
-        for n in range(3 if rank == 0 else 0)
-    ]
+    held = []
+    for n in range(3 if rank == 0 else 0):
+        audio, flags = torch.full((60, 8), 0.1 * n), [False, False, True, True]
+        utterance = Utterance([audio], [AUDIO, 290, n, 291], flags)
+        held.append(HeldUtterance(utterance, str(n), f"{n}.wav", ""))
     places = [(n, 0) for n in range(len(held))]
     layout = Layout(20, SHAPE.stack, 0, 8, ctc=True)
     return HeldOut(held, places, layout, torch.device("cpu"))
