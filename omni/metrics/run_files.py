@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ from omni.storage.fence import check_fence, lease_number
 from omni.storage.path import StoragePath
 from omni.storage.retry import retry_storage
 from omni.storage.uri import redact, redacted
-
-_lock = threading.Lock()
 
 
 def lease_of(path: StoragePath) -> dict[str, int]:
@@ -47,14 +44,9 @@ def _append(path: StoragePath, data: bytes) -> None:
         growing.append(path, data)
         return
     check_fence(path)
-    with _lock:  # What is cut off after a failure must not be another thread's.
-        _append_on_disk(path, data)
-
-
-def _append_on_disk(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        size = os.fstat(descriptor).st_size
+        size, written = os.fstat(descriptor).st_size, 0
         try:
             written = os.write(descriptor, data)
             while written < len(data):
@@ -62,7 +54,10 @@ def _append_on_disk(path: Path, data: bytes) -> None:
             os.fsync(descriptor)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, size)
+                # Not what another thread has appended since, nor under a lock, which a file system
+                # that hangs would hold.
+                if os.fstat(descriptor).st_size == size + written:
+                    os.ftruncate(descriptor, size)
             raise
     finally:
         os.close(descriptor)
