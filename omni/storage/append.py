@@ -25,7 +25,7 @@ class _Last:
 
 _last: dict[ObjectPath, _Last] = {}
 _failed: dict[ObjectPath, _Last] = {}
-"""What a write that failed would have left: it may have arrived, though the answer did not."""
+"""Segments whose write failed; they may have arrived though the answer did not."""
 _lock = threading.Lock()
 
 

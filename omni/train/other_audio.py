@@ -22,7 +22,7 @@ _ROUND_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class _Described:
-    """What all ranks know of an utterance. place: of its bin and in it; frames: by recording."""
+    """Describe an utterance to all ranks. place: of its bin and in it; frames: by recording."""
 
     place: tuple[int, int]
     recording: Any

@@ -117,7 +117,7 @@ class Recorder:
                 self._spec.config.optim.steps,
                 model_state.learning_rate,
                 norm,
-                self._pools_of(self._inherited),
+                self._pools_of(inherited),
                 phases,
                 self._spec.tasks,
                 self._utilisation(model_state),
